@@ -1,0 +1,97 @@
+"""The order of the samples, how an update's batch is split over processes, and the loaders that follow it."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from finetune.recipe import RecipeError
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: `size` images over all processes, and this process's micro-batches of image indices.
+
+    `positions` counts micro-batches over all processes, so 2 processes and 2 accumulated micro-batches are told apart from
+    no other way of cutting the same batch in 4. `weight` is 0 where a last, short batch leaves this process without images:
+    it then repeats one for nothing, because every process must take part in averaging the gradients.
+    """
+
+    size: int
+    micro_batches: list[list[int]]
+    positions: list[int]
+    weight: float = 1.0
+
+
+def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process: int = 0, processes: int = 1,
+               accumulate: int = 1) -> list[Update]:
+    """The updates of an epoch: every image once, in an order that depends on seed and epoch alone."""
+    order = np.random.RandomState(keyed_seed(seed, epoch)).permutation(num_images)
+    updates = []
+    for start in range(0, num_images, batch_size):
+        batch = order[start:start + batch_size]
+        cuts = np.array_split(batch, processes * accumulate)
+        mine = [(position, cuts[position].tolist()) for position in range(process * accumulate, (process + 1) * accumulate)
+                if len(cuts[position])]
+        weight = 1.0 if mine else 0.0
+        mine = mine or [(process * accumulate, [int(batch[0])])]
+        updates.append(Update(len(batch), [cut for _, cut in mine], [position for position, _ in mine], weight))
+    return updates
+
+
+def keyed_seed(*key: int) -> int:
+    """A 32-bit seed from whole numbers: what is drawn for an image or an update never depends on what was drawn before."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python's, numpy's and torch's generators with the key; nothing here relies on what they held before."""
+    number = keyed_seed(*key)
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
+class SeededImages:
+    """Transformed images [3, H, W] and labels, asked for by (epoch, index): random variation is a function of that alone."""
+
+    def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str]):
+        self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        seed_all(self.seed, epoch, index)
+        image, label = self.images[index]
+        if not 0 <= label < len(self.classes):
+            fault = RecipeError(f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
+                                f"{len(self.classes) - 1}")
+            fault.one_process = True
+            raise fault
+        return self.transform(image.convert("RGB")), int(label)
+
+
+def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int) -> Iterator:
+    """(images [n, 3, H, W], labels [n]) for each list of indices."""
+    keys = [[(epoch, index) for index in batch] for batch in batches]
+    loader = DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator())
+    try:
+        yield from loader
+    except RecipeError as error:  # a worker's error arrives with its traceback in the text: keep the sentence
+        fault = RecipeError(str(error).rpartition("RecipeError: ")[2].strip())
+        fault.one_process = True
+        raise fault from None
+
+
+def load_updates(images: SeededImages, epoch: int, updates: Sequence[Update], workers: int) -> Iterator[tuple[Update, list]]:
+    """Each update with the loaded micro-batches of this process."""
+    loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers)
+    for update in updates:
+        yield update, [next(loaded) for _ in update.micro_batches]

@@ -1,0 +1,240 @@
+"""Where images come from: named data sets, folders, functions of the recipe; their splits and their faults."""
+
+import csv
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_and_extract_archive
+
+from finetune.recipe import Recipe, RecipeError
+from finetune.recipe_file import nearest
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Two map-style sets of (PIL image, label), labels counting from 0 in the order of `classes`."""
+
+    train: Sequence
+    val: Sequence
+    classes: tuple[str, ...]
+
+
+class ImageList:
+    """A map-style set: `read(item)` makes the RGB image of an item when it is asked for."""
+
+    def __init__(self, items: Sequence, labels: Sequence[int], read: Callable):
+        self.items, self.labels, self.read = items, labels, read
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.read(self.items[index]), int(self.labels[index])
+
+
+def load_data(recipe: Recipe) -> ImageData:
+    """The recipe's images, downloaded if they are a named set that is not here yet.
+
+    Raises:
+        RecipeError: if they can't be had, or a folder of images is not in order.
+    """
+    source = recipe.data.source
+    if callable(source):
+        return from_function(source)
+    if source in NAMED:
+        return NAMED[source]()
+    if Path(source).is_dir():
+        return from_folder(Path(source), recipe.seed)
+    raise RecipeError(f"data: no data set or folder '{source}'.{nearest(source, NAMED)} Named sets: {', '.join(NAMED)}")
+
+
+def known_size(recipe: Recipe) -> tuple[int, int] | None:
+    """Training images and classes of a named set, as far as they are known without having it."""
+    known = {"digits": (1438, 10), "elpv": (1969, 2), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
+    return None if callable(recipe.data.source) else known.get(recipe.data.source)
+
+
+def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
+    random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
+    train, val = [], []
+    for stratum in sorted(set(strata)):
+        members = random.permutation([i for i, s in enumerate(strata) if s == stratum]).tolist()
+        cut = round(len(members) * val_share)
+        val += members[:cut]
+        train += members[cut:]
+    return sorted(train), sorted(val)
+
+
+def digits() -> ImageData:
+    """scikit-learn's 1,797 scanned digits of 8 x 8 pixels (UCI, CC BY 4.0); a fixed fifth of each class validates."""
+    require_package("sklearn", "scikit-learn")
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    images = (scans.images * 255 / 16).round().astype(np.uint8)
+    return split_list(images, scans.target, scans.target, 0.2, tuple("0123456789"), read_array)
+
+
+def elpv() -> ImageData:
+    """2,624 electroluminescence photographs of solar cells (package elpv-dataset, CC BY-NC-SA 4.0), 300 px: defective or not.
+
+    A cell counts as defective from a stated defect probability of 0.5. A fixed quarter of each label and cell type validates.
+    """
+    require_package("elpv_dataset", "elpv-dataset")
+    folder = Path(importlib.util.find_spec("elpv_dataset").origin).parent / "data"
+    with open(folder / "labels.csv", newline="") as file:
+        rows = [(folder / path, float(chance), kind) for path, chance, kind in csv.reader(
+            (" ".join(line.split()) for line in file), delimiter=" ")]
+    labels = [int(chance >= 0.5) for _, chance, _ in rows]
+    strata = [(label, kind) for label, (_, _, kind) in zip(labels, rows, strict=True)]
+    return split_list([path for path, _, _ in rows], labels, strata, 0.25, ("functional", "defective"), read_image)
+
+
+def split_list(items, labels, strata, val_share, classes, read) -> ImageData:
+    """One list of images as a training and a validation set, by a split that no recipe changes."""
+    parts = [ImageList([items[i] for i in part], [labels[i] for i in part], read)
+             for part in stratified_split(list(strata), val_share, seed=0)]
+    return ImageData(*parts, classes)
+
+
+def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str], val: list[str], names: str) -> ImageData:
+    """CIFAR in its binary form (rows of label bytes and 3 x 32 x 32 pixels): the Python form is a pickle, which can run code."""
+    root = Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
+    folder = root / name
+    if not (folder / val[0]).is_file():
+        try:
+            download_and_extract_archive(CIFAR_URL + archive, str(root), md5=md5)
+        except Exception as error:  # no network, a cut file, a full disk
+            raise RecipeError(f"can't download {CIFAR_URL}{archive}: {error}\n  by hand: unpack that file so that "
+                              f"{folder / val[0]} exists (FINETUNE_DATA names another folder than {root})") from None
+
+    def split(files):
+        rows = np.concatenate([np.fromfile(folder / file, np.uint8) for file in files])
+        rows = rows.reshape(-1, label_bytes + 3072)
+        return ImageList(rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, label_bytes - 1], read_array)
+
+    return ImageData(split(train), split(val), tuple((folder / names).read_text().split()))
+
+
+def cifar10() -> ImageData:
+    """CIFAR-10: 50,000 and 10,000 images of 32 px (Krizhevsky 2009)."""
+    return cifar("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", 1,
+                 [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], "batches.meta.txt")
+
+
+def cifar100() -> ImageData:
+    """CIFAR-100: as many, of 100 classes (Krizhevsky 2009); the first label byte, the coarse class, is left aside."""
+    return cifar("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 2,
+                 ["train.bin"], ["test.bin"], "fine_label_names.txt")
+
+
+def generated() -> ImageData:
+    """A few coloured patches for --smoke. They show that everything runs, and nothing else."""
+    def patch(number):
+        noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
+        return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
+
+    numbers = list(range(30))
+    return ImageData(ImageList(numbers[:20], [n % 10 for n in numbers[:20]], patch),
+                     ImageList(numbers[20:], [n % 10 for n in numbers[20:]], patch), tuple(f"patch {i}" for i in range(10)))
+
+
+NAMED = {"digits": digits, "elpv": elpv, "cifar10": cifar10, "cifar100": cifar100, "generated": generated}
+
+
+def require_package(module: str, package: str) -> None:
+    """Raise RecipeError, with the pip line, if an optional package is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise RecipeError(f"this data set needs the package {package}, which is not installed: pip install {package}")
+
+
+def read_array(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB; raises RecipeError with the path if it can't be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
+        raise unreadable(path, error) from error
+
+
+def unreadable(path, error: Exception) -> RecipeError:
+    fault = RecipeError(f"can't read the image {path}: {str(error).partition(' <')[0]}")
+    fault.one_process = True
+    return fault
+
+
+def from_function(source: Callable) -> ImageData:
+    """What a function of the recipe file returns, checked."""
+    try:
+        train, val = source()
+        classes, sizes = tuple(train.classes), (len(train), len(val))
+        train[0][0].convert, int(train[0][1])  # each item is (PIL image, label)
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RecipeError(f"data: function {source.__name__} must return (train, validation), two data sets of (PIL "
+                          f"image, label) with a length, the first with a list `classes`: {error}") from error
+    if not all(sizes) or len(classes) < 2:
+        raise RecipeError(f"data: function {source.__name__} gave {sizes[0]} training and {sizes[1]} validation images "
+                          f"of {len(classes)} classes; there must be some of each, and 2 classes")
+    return ImageData(train, val, classes)
+
+
+def from_folder(root: Path, seed: int) -> ImageData:
+    """train/ and val/ (or test/) with a folder for each class, or the class folders themselves: a fifth then validates.
+
+    Raises:
+        RecipeError: for a class without images, classes that differ between the splits, or a file that is no image.
+    """
+    if (root / "train").is_dir():
+        val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+        if val is None:
+            raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
+        parts = [class_folders(root / "train"), class_folders(val)]
+        if parts[0].classes != parts[1].classes:
+            only = [sorted(set(a.classes) - set(b.classes)) for a, b in (parts, parts[::-1])]
+            raise RecipeError(f"data: the classes of {root / 'train'} and {val} differ: only in train: "
+                              f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}")
+        lists = [ImageList([path for path, _ in part.samples], part.targets, read_image) for part in parts]
+        return ImageData(*lists, tuple(parts[0].classes))
+    whole = class_folders(root)
+    split = stratified_split(whole.targets, 0.2, seed)
+    lists = [ImageList([whole.samples[i][0] for i in part], [whole.targets[i] for i in part], read_image) for part in split]
+    unseen = [name for label, name in enumerate(whole.classes) if label not in lists[1].labels]
+    if unseen:
+        raise RecipeError(f"data: class '{unseen[0]}' in {root} has too few images to keep a fifth for validation (3 are "
+                          "enough); add some, or make train/ and val/ folders yourself")
+    return ImageData(*lists, tuple(whole.classes))
+
+
+def class_folders(root: Path) -> ImageFolder:
+    """torchvision's reading of a folder of class folders, with its faults found before training."""
+    try:
+        folder = ImageFolder(root, allow_empty=True)
+    except FileNotFoundError:
+        raise RecipeError(f"data: {root} has no class folders. Wanted: train/CLASS/*.jpg and val/CLASS/*.jpg, or "
+                          "CLASS/*.jpg") from None
+    empty = [name for label, name in enumerate(folder.classes) if label not in set(folder.targets)]
+    if empty:
+        raise RecipeError(f"data: no images in class folder{'s' * (len(empty) > 1)} "
+                          f"{', '.join(str(root / name) for name in empty)} (looked for {', '.join(IMG_EXTENSIONS)})")
+    if len(folder.classes) < 2:
+        raise RecipeError(f"data: {root} has one class, '{folder.classes[0]}'; there must be at least 2")
+    for path, _ in folder.samples:
+        try:
+            Image.open(path).close()  # reads the header only
+        except OSError as error:
+            raise RecipeError(f"can't read the image {path}: {str(error).partition(' <')[0]}") from error
+    return folder

@@ -1,0 +1,141 @@
+"""Reading recipes: by name or path, --set overrides, the resolved recipe as plain data."""
+
+import dataclasses
+import difflib
+import importlib.util
+import re
+import sys
+from ast import literal_eval
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune import lr_schedule
+from finetune import recipe as recipe_types
+from finetune.lr_schedule import Schedule
+from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, RecipeError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
+    """The recipe of that name in recipes/, or in the file of that path, and its file.
+
+    Raises:
+        RecipeError: if there is none, or the file holds no valid one.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".py":
+        path = RECIPES / f"{name_or_path}.py"
+        if not path.is_file():
+            names = sorted(file.stem for file in RECIPES.glob("*.py"))
+            raise RecipeError(f"no recipe '{name_or_path}'.{nearest(name_or_path, names)} Recipes here: {', '.join(names)}")
+    if not path.is_file():
+        raise RecipeError(f"no recipe file {path}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # so that a function in the file can be pickled to a loader's worker
+    try:
+        spec.loader.exec_module(module)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a person's file raises is theirs to mend
+        raise RecipeError(f"{path}{line_of(error, path)}: {explain(error)}") from error
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path} is no recipe: it needs a line 'recipe = Recipe(...)'")
+    return recipe, path.resolve()
+
+
+def line_of(error: Exception, path: Path) -> str:
+    """':LINE' of the innermost line of `path` that the error passed through."""
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}"
+    lines, trace = [], error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f":{lines[-1]}" if lines else ""
+
+
+def explain(error: Exception) -> str:
+    """The error in one sentence; for a misspelt field, with the fields there are."""
+    misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    kind = misspelt and (getattr(recipe_types, misspelt[1], None) or getattr(lr_schedule, misspelt[1], None))
+    if kind:
+        names = [f.name for f in dataclasses.fields(kind)]
+        return f"{misspelt[1]} has no field '{misspelt[2]}'.{nearest(misspelt[2], names)} Its fields: {', '.join(names)}"
+    return f"{type(error).__name__}: {error}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' Did you mean X?' or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+    """The recipe with `path=value` texts applied: "epochs=3", "data.image_size=128", "groups.head.lr=5e-3".
+
+    All are applied before the result is checked, so that two that only fit together may come in any order.
+
+    Raises:
+        RecipeError: for a path that does not exist, a text without '=', or values that do not fit.
+    """
+    changed = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {assignment}: write FIELD=VALUE, such as epochs=3 or groups.head.lr=5e-3")
+        field, *rest = path.split(".")
+        try:
+            require(field, [f.name for f in dataclasses.fields(recipe)])
+            changed[field] = replaced(changed.get(field, getattr(recipe, field)), rest, parsed(text))
+        except RecipeError as error:
+            raise RecipeError(f"--set {assignment}: {error}") from None
+    try:
+        return dataclasses.replace(recipe, **changed)
+    except RecipeError as error:
+        raise RecipeError(f"with --set {' '.join(assignments)}, {error}") from None
+
+
+def parsed(text: str):
+    """A Python literal, or the text itself: mixed_precision=bf16 needs no quotes."""
+    try:
+        value = literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return tuple(value) if isinstance(value, list) else value
+
+
+def replaced(part, keys: list[str], value):
+    """`part` with the field that `keys` leads to replaced, through dataclasses, groups by name and optimizer options."""
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(part, Optimizer):  # any option may be added: the optimizer's own signature is checked later
+        return Optimizer(**{"name": part.name, "weight_decay": part.weight_decay, **part.options, key: value})
+    if isinstance(part, tuple) and all(isinstance(group, Group) for group in part):
+        require(key, [group.name for group in part])
+        return tuple(replaced(group, rest, value) if group.name == key else group for group in part)
+    require(key, [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [])
+    return dataclasses.replace(part, **{key: replaced(getattr(part, key), rest, value)})
+
+
+def require(name: str, names: list[str]) -> None:
+    """Raise RecipeError, with the nearest of `names`, if `name` is not among them."""
+    if name not in names:
+        there = f" There are: {', '.join(names)}" if names else " Nothing lies below it."
+        raise RecipeError(f"no '{name}'.{nearest(name, names)}{there}")
+
+
+def as_dict(part) -> dict | list | str | float | int | None:
+    """The resolved recipe in JSON's types; functions by their name, schedules and groups with their class as "type"."""
+    if dataclasses.is_dataclass(part):
+        values = {f.name: as_dict(getattr(part, f.name)) for f in dataclasses.fields(part)}
+        return {"type": type(part).__name__, **values} if isinstance(part, (Schedule, LayerDecay)) else values
+    if isinstance(part, dict):
+        return {key: as_dict(value) for key, value in part.items()}
+    if isinstance(part, (tuple, list)):
+        return [as_dict(item) for item in part]
+    return f"function {part.__name__}" if callable(part) else part

@@ -1,0 +1,165 @@
+"""The run folder and the terminal: resolved recipe, group table, metrics, result, the finished model."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import accelerate
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+from tqdm import tqdm
+
+FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
+
+
+class RunRecord:
+    """What a run writes. Every process has one and calls it alike; the first process alone writes and speaks."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, save_model):
+        """`save_model(folder)` writes the network as it then is, for keeping the best."""
+        self.folder, self.accelerator, self.save_model = folder, accelerator, save_model
+        self.epochs: list[dict] = []  # a row of scores for each finished epoch
+        self.losses: list[float] = []  # of the running epoch's updates
+        self.waiting: list[tuple] = []  # updates whose losses still lie on the device
+        self.best_epoch, self.seconds, self.images, self.bar = None, 0.0, 0, None
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def begin(self) -> None:
+        """Start the metrics file, and the clock."""
+        if self.accelerator.is_main_process:
+            self.metrics.write_text("")
+        self.started = time.monotonic()
+
+    def go_on(self, state: dict) -> None:
+        """Go on from a checkpoint's state; lines written after it are cut off, for these updates are done again."""
+        self.epochs, self.best_epoch = state["epochs"], state["best_epoch"]
+        self.seconds, self.images = state["seconds"], state["images"]
+        if self.accelerator.is_main_process:
+            os.truncate(self.metrics, state["metrics_bytes"])
+        lines = self.metrics.read_text().splitlines() if self.accelerator.is_main_process else []
+        rows = [json.loads(line) for line in lines]
+        self.losses = [row["loss"] for row in rows if "grad_norm" in row and row["epoch"] == len(self.epochs)]
+        self.started = time.monotonic()
+        self.say(f"going on after update {state['step']}, {len(self.epochs)} epochs done")
+
+    def state(self) -> dict:
+        """What `go_on` needs; asked for between updates, on the first process."""
+        return {"epochs": self.epochs, "best_epoch": self.best_epoch, "images": self.images,
+                "seconds": self.seconds + time.monotonic() - self.started, "metrics_bytes": self.metrics.stat().st_size}
+
+    def progress(self, updates: Iterator, epoch: int, total: int) -> Iterator:
+        """The updates, with a bar on a terminal."""
+        shown = self.accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=f"epoch {epoch}", unit=" updates", leave=False, disable=not shown)
+        self.epoch_started, self.epoch_images = time.monotonic(), 0
+        with self.bar:
+            for update in updates:
+                yield update
+                self.bar.update()
+            self.flush()
+        self.epoch_seconds = time.monotonic() - self.epoch_started
+
+    def log_update(self, step: int, epoch: int, size: int, loss: torch.Tensor, norm: torch.Tensor, rates: dict) -> None:
+        """A line for an update. `loss` is this process's share of the mean loss; it is added up over processes on flushing."""
+        self.waiting.append((step, epoch, loss, norm, rates))
+        self.images += size
+        self.epoch_images += size
+        if len(self.waiting) >= FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch the waiting losses in one go and write their lines."""
+        if not self.waiting:
+            return
+        losses = self.accelerator.reduce(torch.stack([row[2] for row in self.waiting]), "sum").tolist()
+        norms = torch.stack([row[3] for row in self.waiting]).tolist()
+        rows = [{"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": rates}
+                for (step, epoch, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)]
+        self.waiting = []
+        self.losses += losses
+        self.write(rows)
+        rate = self.epoch_images / (time.monotonic() - self.epoch_started)
+        self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{max(rows[-1]['lr'].values()):.1e}", images_s=f"{rate:.0f}")
+
+    def log_epoch(self, step: int, epoch: int, scores: dict) -> None:
+        """A line for an epoch, in the file and on the terminal."""
+        row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **scores}
+        self.losses = []
+        self.epochs.append(row)
+        self.write([row])
+        self.say(f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "
+                 f"top-1 {row['top1']:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s")
+
+    def keep_best(self, net: torch.nn.Module) -> None:
+        """Write model-best/ if the epoch just logged has the highest top-1 so far."""
+        if self.best_epoch is None or self.epochs[-1]["top1"] > self.epochs[self.best_epoch]["top1"]:
+            self.best_epoch = self.epochs[-1]["epoch"]
+            if self.accelerator.is_main_process:
+                self.save_model(self.folder / "model-best", net)
+
+    def write(self, rows: list[dict]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.metrics, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def result(self, seed: int) -> dict:
+        """The run in numbers: the last epoch's scores (not the best's: that one was chosen on these very images)."""
+        last, best = self.epochs[-1], self.epochs[self.best_epoch]
+        seconds = self.seconds + time.monotonic() - self.started
+        return {**{key: value for key, value in last.items() if key not in ("epoch", "step")}, "epochs": len(self.epochs),
+                "updates": last["step"], "best_epoch": self.best_epoch, "best_top1": best["top1"], "seed": seed,
+                "seconds": round(seconds, 1), "images_per_second": round(self.images / seconds, 1),
+                "peak_memory_gib": round(peak_memory(self.accelerator.device), 3), **surroundings(self.accelerator)}
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory ever taken, in GiB: of the GPU on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def surroundings(accelerator: Accelerator) -> dict:
+    """Versions and hardware: what a number must be read with."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+                         "torchvision": torchvision.__version__, "accelerate": accelerate.__version__},
+            "hardware": {"device": device.type, "name": name, "processes": accelerator.num_processes,
+                         "threads": torch.get_num_threads()}}
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def create_folder(folder: Path, recipe_file: Path, resolved: dict, groups: str) -> None:
+    """Make a run's folder with the recipe as given, as resolved, and its group table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(recipe_file, folder / "recipe.py")
+    (folder / "recipe.json").write_text(json.dumps(resolved, indent=1) + "\n")
+    (folder / "groups.txt").write_text(groups + "\n")

@@ -1,0 +1,64 @@
+"""Which groups train at a given epoch; what frozen means for gradients, for batch norm and for the DDP wrapper."""
+
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+from finetune.param_groups import ParamGroup
+
+
+def trains(group: ParamGroup, epoch: int) -> bool:
+    """Whether a group trains in that epoch. Asked anew each time, so a resumed run can't remember it wrongly."""
+    return epoch >= group.unfreeze_at
+
+
+def begins_stage(groups: list[ParamGroup], epoch: int) -> bool:
+    """Whether other groups train in this epoch than in the one before."""
+    return any(group.unfreeze_at == epoch for group in groups)
+
+
+def unfreeze(groups: list[ParamGroup], epoch: int) -> list[nn.Parameter]:
+    """Let the epoch's groups, and no others, have gradients; returns their parameters.
+
+    A gradient left from earlier is dropped: an optimizer would go on applying it, its momentum and its decay.
+    """
+    for group in groups:
+        for parameter in group.params.values():
+            parameter.requires_grad_(trains(group, epoch))
+            parameter.grad = None
+    return [parameter for group in groups if trains(group, epoch) for parameter in group.params.values()]
+
+
+def train_mode(net: nn.Module, norm_stats: str) -> None:
+    """net.train(), except that norms whose statistics must not move stay in eval mode.
+
+    These are all of them with norm_stats="eval", otherwise those of frozen layers: where a norm has no parameters of its own,
+    those of the nearest layer around it that has some decide.
+    """
+    net.train()
+    for name, module in net.named_modules():
+        if isinstance(module, _NormBase) and (norm_stats == "eval" or is_frozen(net, name)):
+            module.eval()
+
+
+def is_frozen(net: nn.Module, name: str) -> bool:
+    """Whether no parameter trains in the module `name`, or in the nearest around it that has parameters."""
+    params = list(net.get_submodule(name).parameters())
+    while not params and name:
+        name = name.rpartition(".")[0]
+        params = list(net.get_submodule(name).parameters())
+    return not any(parameter.requires_grad for parameter in params)
+
+
+def wrap(net: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The network as this stage trains it: itself on one process, a fresh DistributedDataParallel on several.
+
+    DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
+    silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
+    forward pass; `share_statistics` does it once an epoch.
+    """
+    if accelerator.num_processes == 1:
+        return net
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False)

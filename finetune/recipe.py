@@ -236,7 +236,7 @@ def in_words(hint) -> str:
         return " or ".join(map(in_words, arguments))
     if origin is tuple:
         return "a tuple of " + " and ".join(in_words(kind) for kind in arguments if kind is not Ellipsis)
-    return words.get(hint, f"a {hint.__name__}")
+    return words.get(hint) or ("an " if hint.__name__[0] in "AEIOU" else "a ") + hint.__name__
 
 
 def is_a(value, hint) -> bool:

@@ -25,7 +25,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                         help="change a field of the recipe; may be given again")
     parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
     parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
-    parser.add_argument("--seed", metavar="N")
+    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR",
                         help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/)")

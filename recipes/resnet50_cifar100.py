@@ -1,0 +1,27 @@
+"""ResNet-50, ImageNet to CIFAR-100: momentum SGD, moving batch-norm statistics, the rate cut when top-1 stalls.
+
+    accelerate launch finetune/run.py --recipe resnet50_cifar100
+"""
+from finetune.lr_schedule import Plateau
+from finetune.recipe import SGD, Augment, Data, Group, Recipe
+
+recipe = Recipe(
+    backbone="resnet50.a1_in1k",
+    data=Data("cifar100", image_size=224, batch_size=128),
+    augment=Augment(crop_scale=(0.35, 1.0), hflip=0.5, randaugment="rand-m7-mstd0.5-inc1"),
+    groups=(
+        #     name      parameters                peak lr    first epoch it trains
+        Group("head",   r"fc\.",                  lr=1e-1,   unfreeze_at=0),
+        Group("layer4", r"layer4\.",              lr=3e-2,   unfreeze_at=1),
+        Group("layer3", r"layer3\.",              lr=1e-2,   unfreeze_at=2),
+        Group("stem",   r"conv1|bn1|layer[12]",   lr=3e-3,   unfreeze_at=3),
+    ),
+    optimizer=SGD(momentum=0.9, nesterov=True, weight_decay=1e-4),
+    schedule=Plateau(warmup_epochs=0.5, factor=0.2, patience=1, min_scale=0.001),
+    norm_stats="train",
+    epochs=20,
+    label_smoothing=0.1,
+    clip_norm=1.0,
+    mixed_precision="bf16",
+    seed=0,
+)

@@ -1,0 +1,226 @@
+"""Which images, in which order, in which split; and what is wrong with a folder."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import prepare, small_recipe
+from finetune import image_data
+from finetune.augment import transforms
+from finetune.backbone import outline, preprocessing
+from finetune.batches import SeededImages, load, plan_epoch
+from finetune.image_data import ImageList, known_size, load_data, stratified_split
+from finetune.recipe import Augment, Data, RecipeError
+
+
+def source(value, **changes):
+    return small_recipe(data=Data(value, image_size=24, batch_size=8), **changes)
+
+
+@pytest.mark.parametrize("images,batch,parts", [(20, 8, 4), (22, 8, 2), (3, 8, 4), (16, 8, 1)])
+def test_an_epoch_is_the_same_however_it_is_cut(images, batch, parts):
+    """For any processes x micro-batches, the parts of each update make up the same images; each image comes once."""
+    whole = plan_epoch(images, batch, seed=1, epoch=2)
+    assert sorted(i for update in whole for i in update.micro_batches[0]) == list(range(images))
+    for processes in (n for n in (1, 2, 4) if parts % n == 0):
+        cut = [plan_epoch(images, batch, 1, 2, process, processes, parts // processes) for process in range(processes)]
+        for number, update in enumerate(whole):
+            mine = [plan[number] for plan in cut]
+            assert {u.size for u in mine} == {update.size} == {len(update.micro_batches[0])}
+            pieces = [piece for u in mine if u.weight for piece in u.micro_batches]
+            assert [i for piece in pieces for i in piece] == update.micro_batches[0]
+            assert all(len(u.micro_batches) > 0 for u in mine)  # every process takes part
+    assert len(whole) == -(-images // batch)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    """Another epoch or seed is another order, the same is the same."""
+    def order(seed, epoch):
+        return [i for update in plan_epoch(50, 8, seed, epoch) for i in update.micro_batches[0]]
+
+    assert order(0, 0) == order(0, 0) and len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
+
+
+def test_augmentation_depends_on_epoch_and_image_alone():
+    """Workers, order and what else is drawn do not change how an image is varied; the epoch does."""
+    recipe = source("generated", augment=Augment(randaugment="rand-m9-mstd0.5", color_jitter=0.4))
+    images = prepare(recipe)[2][0]
+    first = dict(zip(range(6), torch.cat([b for b, _ in load(images, 3, [[0, 1, 2], [3, 4, 5]], 0)]), strict=True))
+    torch.rand(7)
+    for workers in (0, 2):
+        for (batch, _), indices in zip(load(images, 3, [[5, 1], [4], [2, 0]], workers), [[5, 1], [4], [2, 0]], strict=True):
+            assert all(torch.equal(image, first[i]) for image, i in zip(batch, indices, strict=True))
+    other = torch.cat([b for b, _ in load(images, 4, [list(range(6))], 0)])
+    assert not any(torch.equal(image, first[i]) for i, image in enumerate(other))
+
+
+def test_a_split_keeps_the_shares_and_never_changes():
+    """A stratified split has the same share of every stratum, is disjoint and complete, and is pinned for ever."""
+    strata = ["a"] * 50 + ["b"] * 20 + ["c"] * 5
+    train, val = stratified_split(strata, 0.2, seed=0)
+    assert sorted(train + val) == list(range(75)) and Counter(strata[i] for i in val) == {"a": 10, "b": 4, "c": 1}
+    assert val == [2, 4, 10, 11, 22, 27, 28, 31, 38, 41, 52, 61, 66, 68, 74] == stratified_split(strata, 0.2, seed=0)[1]
+    assert stratified_split(strata, 0.2, seed=1) != (train, val)
+
+
+@pytest.mark.parametrize("name,train,val,classes,size", [("digits", 1438, 359, 10, 8), ("elpv", 1969, 655, 2, 300)])
+def test_named_sets_are_whole(name, train, val, classes, size):
+    """The sets that packages bring have the images, classes and split that are promised, and are RGB."""
+    data = load_data(source(name))
+    assert (len(data.train), len(data.val), len(data.classes)) == (train, val, classes)
+    assert known_size(source(name)) == (train, classes)
+    image, label = data.train[0]
+    assert (image.size, image.mode, type(label)) == ((size, size), "RGB", int)
+    assert set(data.val.labels) == set(range(classes))
+
+
+def test_solar_cells_keep_their_shares_of_label_and_type():
+    """A quarter of the defective and of the whole cells validates, and no photograph is on both sides."""
+    data = load_data(source("elpv"))
+    assert not set(data.train.items) & set(data.val.items)
+    assert sum(data.train.labels) / 1969 == pytest.approx(sum(data.val.labels) / 655, abs=0.002)
+
+
+@pytest.mark.parametrize("name,label_bytes,train,val,names,classes", [
+    ("cifar-10-batches-bin", 1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 10),
+    ("cifar-100-binary", 2, ["train.bin"], "test.bin", "fine_label_names.txt", 100)])
+def test_cifar_is_read_from_its_binary_form(tmp_path, monkeypatch, name, label_bytes, train, val, names, classes):
+    """Rows of label bytes and planes of red, green and blue come back as the images they were."""
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    folder = tmp_path / name
+    folder.mkdir()
+    pixels = np.random.RandomState(0).randint(0, 256, (4, 32, 32, 3)).astype(np.uint8)
+    labels = [3, 0, 9, classes - 1]
+    rows = b"".join(bytes([0] * (label_bytes - 1) + [label]) + image.transpose(2, 0, 1).tobytes()
+                    for image, label in zip(pixels, labels, strict=True))
+    for file in [*train, val]:
+        (folder / file).write_bytes(rows)
+    (folder / names).write_text("\n".join(f"class{i}" for i in range(classes)) + "\n\n")
+    data = load_data(source("cifar10" if classes == 10 else "cifar100"))
+    assert (len(data.train), len(data.val), len(data.classes)) == (4 * len(train), 4, classes)
+    for i in range(4):
+        image, label = data.val[i]
+        assert np.array_equal(np.asarray(image), pixels[i]) and label == labels[i]
+
+
+def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch):
+    """Without a network the message names the archive, and where its content belongs."""
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    monkeypatch.setattr(image_data, "CIFAR_URL", "http://127.0.0.1:9/")
+    with pytest.raises(RecipeError) as caught:
+        load_data(source("cifar10"))
+    for text in ("cifar-10-binary.tar.gz", str(tmp_path / "cifar-10-batches-bin" / "test_batch.bin"), "FINETUNE_DATA"):
+        assert text in str(caught.value)
+
+
+def test_folders(image_folder, tmp_path):
+    """train/ with val/ or test/, or class folders alone, of which a fifth validates by the recipe's seed."""
+    data = load_data(source(str(image_folder)))
+    assert (len(data.train), len(data.val), data.classes) == (30, 15, ("blue", "green", "red"))
+    shutil.copytree(image_folder, tmp_path / "a")
+    (tmp_path / "a" / "val").rename(tmp_path / "a" / "test")
+    assert len(load_data(source(str(tmp_path / "a"))).val) == 15
+    whole = str(tmp_path / "a" / "train")
+    first, again, other = (load_data(source(whole, seed=seed)) for seed in (0, 0, 1))
+    assert (len(first.train), len(first.val)) == (24, 6) and not set(first.train.items) & set(first.val.items)
+    assert first.val.items == again.val.items != other.val.items
+
+
+@pytest.mark.parametrize("spoil,fault", [
+    (lambda root: shutil.rmtree(root / "val"), "has train/ but neither val/ nor test/"),
+    (lambda root: (root / "train" / "violet").mkdir(), "no images in class folder"),
+    (lambda root: shutil.rmtree(root / "val" / "red"), "only in train: red; only in val: none"),
+    (lambda root: (root / "train" / "red" / "3.png").write_bytes(b"<html>"), "can't read the image"),
+    (lambda root: [shutil.rmtree(root / "train" / name) for name in ("red", "green")], "one class, 'blue'"),
+    (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "has no class folders"),
+])
+def test_a_folder_that_is_not_in_order(image_folder, tmp_path, spoil, fault):
+    """Each thing that can be wrong with a folder of images is named before training."""
+    root = tmp_path / "spoilt"
+    shutil.copytree(image_folder, root)
+    spoil(root)
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(str(root)))
+    assert fault in str(caught.value) and str(root) in str(caught.value)
+
+
+def test_too_few_images_to_split(tmp_path):
+    """A class that would have no validation image is named."""
+    for name, count in (("a", 5), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    with pytest.raises(RecipeError, match="class 'b' in .* has too few images"):
+        load_data(source(str(tmp_path)))
+
+
+def test_an_unknown_source_is_answered_with_the_nearest():
+    """A misspelt set is no folder either."""
+    with pytest.raises(RecipeError, match="no data set or folder 'cifar01'. Did you mean cifar10"):
+        load_data(source("cifar01"))
+
+
+def test_a_missing_package_names_its_pip_line(monkeypatch):
+    """A set whose package is not installed comes with the line that installs it."""
+    monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install elpv-dataset"):
+        load_data(source("elpv"))
+    with pytest.raises(RecipeError, match="pip install scikit-learn"):
+        load_data(source("digits"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_breaks_off_is_named(image_folder, tmp_path, workers):
+    """A cut image passes the look at its header; reading it names its path, from a worker process too."""
+    root = tmp_path / "cut"
+    shutil.copytree(image_folder, root)
+    file = root / "train" / "red" / "3.png"
+    file.write_bytes(file.read_bytes()[:600])
+    images = prepare(source(str(root)))[2][0]
+    with pytest.raises(RecipeError) as caught:
+        list(load(images, 0, [[i] for i in range(30)], workers))
+    assert str(caught.value).startswith(f"can't read the image {file}: ") and "Traceback" not in str(caught.value)
+    assert caught.value.one_process
+
+
+class Images(ImageList):
+    """What a person's own function might return."""
+
+    def __init__(self, labels, classes=("a", "b")):
+        super().__init__([Image.new("L", (10, 10), 9 * i) for i in range(len(labels))], labels, lambda image: image)
+        self.classes = classes
+
+
+def test_a_function_brings_its_own_images():
+    """A function's (train, validation) are used as they are, in any image mode, and its classes make the head."""
+    def mine():
+        return Images([0, 1, 1]), Images([1, 0])
+
+    net, _, images = prepare(source(mine))
+    assert net.fc.out_features == 2 and [int(images[0][0, i][1]) for i in range(3)] == [0, 1, 1]
+    assert images[0][0, 0][0].shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize("made,fault", [
+    (lambda: None, "must return (train, validation)"),
+    (lambda: (Images([0, 1]), Images([])), "gave 2 training and 0 validation images"),
+    (lambda: ([(torch.zeros(3, 8, 8), 0)], [1]), "the first with a list `classes`"),
+    (lambda: (Images([0], classes=("a",)), Images([0])), "of 1 classes"),
+])
+def test_a_function_that_returns_something_else(made, fault):
+    """A function that does not return two sets of labelled images is told what is wanted."""
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(made))
+    assert fault in str(caught.value)
+
+
+def test_a_label_out_of_range_is_named():
+    """A label that no class has names the image and the range."""
+    images = SeededImages(Images([0, 1, 5]), transforms(source("digits"), preprocessing(
+        source("digits"), outline(source("digits"))))[1], 0, ("a", "b"))
+    with pytest.raises(RecipeError, match="image 2 has label 5, but there are 2 classes, 0 to 1"):
+        list(load(images, 0, [[0, 1, 2]], 0))

@@ -1,0 +1,176 @@
+"""Rate, decay and optimizer of every parameter, on real architectures."""
+
+import pytest
+import timm
+import timm.optim
+import torch
+
+from conftest import ROOT, SmallNet, small_recipe
+from finetune.augment import transforms
+from finetune.backbone import outline, preprocessing
+from finetune.param_groups import build_optimizer, set_rates, split_parameters, table
+from finetune.recipe import SGD, AdamW, Group, LayerDecay, Optimizer, RecipeError
+from finetune.recipe_file import load_recipe
+
+ARCHITECTURES = ["resnet18", "resnet50", "vit_tiny_patch16_224", "convnext_atto", "tf_efficientnet_lite0",
+                 "mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"]
+
+
+def layered(name):
+    """(network on the meta device, its groups) with LayerDecay."""
+    recipe = small_recipe(backbone=name, head=None, groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01))
+    with torch.device("meta"):
+        net = timm.create_model(name, num_classes=10)
+    return net, split_parameters(recipe, net)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.py")), ids=lambda file: file.stem)
+def test_every_recipe_fits_its_real_architecture(file):
+    """Every shipped recipe's rows, optimizer and transforms fit the network it names, each parameter in one row."""
+    recipe, _ = load_recipe(str(file))
+    net = outline(recipe)
+    groups = split_parameters(recipe, net)
+    claimed = [name for group in groups for name in group.params]
+    assert sorted(claimed) == sorted(name for name, _ in net.named_parameters())
+    optimizer = build_optimizer(recipe, groups)
+    assert sum(p.numel() for row in optimizer.param_groups for p in row["params"]) == sum(p.numel() for p in net.parameters())
+    transforms(recipe, preprocessing(recipe, net))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layer_decay_covers_every_parameter_once_with_the_head_alone_on_top(name):
+    """LayerDecay: groups are disjoint, complete, ordered by rate; the head group is the classifier and nothing else."""
+    net, groups = layered(name)
+    claimed = [n for group in groups for n in group.params]
+    assert len(claimed) == len(set(claimed)) and set(claimed) == {n for n, _ in net.named_parameters()}
+    classifier = {id(p) for p in net.get_classifier().parameters()}
+    assert {id(p) for p in groups[0].params.values()} == classifier and groups[0].name == "head"
+    rates = [group.lr for group in groups]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
+    assert rates[-1] / rates[0] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
+def test_layer_decay_is_timms(name):
+    """Stated as an exponent, the same rates come out of timm's param_groups_layer_decay."""
+    net, groups = layered(name)
+    exponent = 0.01 ** (1 / (len(groups) - 1))
+    theirs = {id(p): row["lr_scale"] for row in timm.optim.param_groups_layer_decay(net, layer_decay=exponent)
+              for p in row["params"]}
+    for group in groups:
+        for p in group.params.values():
+            assert group.lr == pytest.approx(1e-3 * theirs[id(p)], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_decays_is_what_timm_decays(name):
+    """Decay spares just what timm's own optimizer factory spares."""
+    net, groups = layered(name)
+    theirs = timm.optim.create_optimizer_v2(net, "adamw", lr=1e-3, weight_decay=0.05)
+    decayed_there = {id(p) for row in theirs.param_groups for p in row["params"] if row["weight_decay"]}
+    ours = {n for group in groups for n in group.decayed}
+    theirs = {n for n, p in net.named_parameters() if id(p) in decayed_there}
+    assert ours == theirs and ours
+
+
+@pytest.mark.parametrize("name,spared", [
+    ("vit_tiny_patch16_224", ["cls_token", "pos_embed"]),
+    ("swin_tiny_patch4_window7_224", ["layers.0.blocks.0.attn.relative_position_bias_table"]),
+    ("fastvit_t8", ["stages.0.blocks.0.layer_scale.gamma", "stem.0.conv_kxk.0.bn.bias"]),  # a gamma of 4 axes
+])
+def test_tokens_tables_and_scales_never_decay(name, spared):
+    """Parameters of several axes that are no weights are spared."""
+    _, groups = layered(name)
+    undecayed = {n for group in groups for n in group.undecayed}
+    assert set(spared) <= undecayed
+
+
+def test_a_weight_of_one_output_decays():
+    """The [1, C] weight of a binary head is a weight, though it is a vector by shape."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Flatten(), torch.nn.Linear(5, 1))
+    groups = split_parameters(small_recipe(groups=(Group("all", ".", lr=1.0),)), net)
+    assert set(groups[0].decayed) == {"0.weight", "2.weight"}
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Optimizer("Adam"), Optimizer("lion")], ids=lambda o: o.name)
+def test_the_first_step_moves_each_group_by_its_rate(optimizer):
+    """The first step of Adam and of Lion is the rate itself, so each group must move by its own."""
+    recipe = small_recipe(optimizer=optimizer)
+    net = SmallNet()
+    groups = split_parameters(recipe, net)
+    opt = build_optimizer(recipe, groups)
+    set_rates(opt, 0.5)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.ones_like(p) + torch.rand_like(p)
+    opt.step()
+    for group in groups:
+        for n, p in group.params.items():
+            assert (before[n] - p).abs().max().item() == pytest.approx(0.5 * group.lr, rel=0.01)
+
+
+def test_decay_reaches_weights_only():
+    """With zero gradients AdamW shrinks the decayed parameters by rate x decay and leaves the others, bit for bit."""
+    recipe = small_recipe(optimizer=AdamW(weight_decay=0.1))
+    net = SmallNet()
+    groups = split_parameters(recipe, net)
+    opt = build_optimizer(recipe, groups)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    for group in groups:
+        for n, p in group.decayed.items():
+            torch.testing.assert_close(p.detach(), before[n] * (1 - group.lr * 0.1))
+        for n, p in group.undecayed.items():
+            assert torch.equal(p, before[n])
+    assert {n for group in groups for n in group.decayed} == {"stem.weight", "body.weight", "fc.weight"}
+
+
+def test_the_first_matching_row_claims():
+    """Rows are tried in order: an early narrow pattern wins over a later wide one."""
+    recipe = small_recipe(groups=(Group("bias", r"body\.bias", lr=1.0), Group("rest", ".", lr=2.0)))
+    groups = split_parameters(recipe, SmallNet())
+    assert list(groups[0].params) == ["body.bias"] and len(groups[1].params) == 7
+
+
+def test_rows_that_do_not_fit_are_all_named():
+    """Unused rows, shadowed rows and unclaimed parameters come in one message, with the model's own names."""
+    recipe = small_recipe(groups=(Group("head", "fc", lr=1.0), Group("again", r"fc\.b", lr=1.0), Group("top", "layer5", lr=1.0)))
+    with pytest.raises(RecipeError) as caught:
+        split_parameters(recipe, SmallNet())
+    for text in ("group 'again' (pattern 'fc\\.b') matches no parameter that an earlier row has not taken",
+                 "group 'top' (pattern 'layer5') matches no parameter\n",
+                 "no group matches 6 parameters, the first of them 'stem.weight'",
+                 "the model's top-level names are: stem, norm, body, fc"):
+        assert text in str(caught.value)
+
+
+def test_layer_decay_needs_a_model_that_knows_its_layers():
+    """For a network without group_matcher the remedy is named."""
+    with pytest.raises(RecipeError, match="write the groups as rows"):
+        split_parameters(small_recipe(groups=LayerDecay(head_lr=1.0, stem_ratio=0.1)), SmallNet())
+
+
+@pytest.mark.parametrize("optimizer,fault", [
+    (AdamW(betaz=1), "has no option 'betaz'. Did you mean betas?"),
+    (AdamW(betas=(2, 2)), "refuses its options: Invalid beta parameter"),
+    (SGD(momentum=0.0, nesterov=True), "refuses its options: Nesterov momentum requires"),
+    (Optimizer("AdmaW"), "no optimizer 'AdmaW'. Did you mean AdamW?"),
+    (Optimizer("Rprop", weight_decay=0.1), "knows no weight_decay"),
+    (Optimizer("SparseAdam"), "works on sparse gradients only"),
+])
+def test_wrong_optimizers_are_named(optimizer, fault):
+    """An optimizer that does not exist, or not with these options, is refused before training."""
+    with pytest.raises(RecipeError) as caught:
+        build_optimizer(small_recipe(optimizer=optimizer), split_parameters(small_recipe(), SmallNet()))
+    assert fault in str(caught.value)
+
+
+def test_the_table_counts_everything():
+    """The table's sums are the network's."""
+    recipe = load_recipe("resnet18_cifar")[0]
+    net = outline(recipe)
+    text = table(split_parameters(recipe, net), 0.05)
+    assert text.splitlines()[-1].split() == ["all", "62", f"{sum(p.numel() for p in net.parameters()):,}"]
+    assert len(text.splitlines()) == 6

@@ -197,7 +197,8 @@ def torchvision_model(recipe: Recipe, name: str, num_classes: int) -> nn.Module:
         load_strictly(net, weights.get_state_dict(check_hash=True, weights_only=True), weights.url)
     elif recipe.weights != "none":
         load_strictly(net, read_weights(Path(recipe.weights)), recipe.weights)
-    return replace_head(net, [n for n, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1], num_classes)
+    layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    return replace_head(net, layers[-1], num_classes)
 
 
 def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:

@@ -1,14 +1,18 @@
-"""What a recipe promises: the run record beside it, and whether it is about this very recipe."""
+"""What a recipe promises: the record of the runs behind its number, and whether it is about this very recipe."""
 
+import argparse
 import json
+import sys
 from pathlib import Path
+
+from finetune.recipe import RecipeError
 
 
 def promise(recipe_file: Path, resolved: dict) -> str:
-    """One sentence: the number measured with this recipe, its spread and its runs, or that there is none.
+    """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none.
 
-    A record lies in baselines/NAME.json beside the recipe. Its number is about the recipe as recorded, so any changed
-    field, but for the seed, makes it none of ours.
+    A record lies in baselines/NAME.json beside the recipe. It is about the recipe as recorded: any changed field, but for
+    the seed, makes its number no promise.
     """
     file = recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
     if not file.is_file():
@@ -16,13 +20,54 @@ def promise(recipe_file: Path, resolved: dict) -> str:
     record = json.loads(file.read_text())
     changed = [key for key in resolved if key != "seed" and resolved[key] != record["recipe"].get(key)]
     if changed:
-        return f"nothing: {', '.join(changed)} changed since its number was measured"
+        return f"nothing: {', '.join(changed)} differs from what was measured"
     return f"top-1 {summary(record)}"
 
 
 def summary(record: dict) -> str:
-    """'98.9 % (98.6 to 99.2, 3 seeds)'."""
+    """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
     scores = [100 * run["top1"] for run in record["runs"]]
-    mean = sum(scores) / len(scores)
-    return (f"{mean:.1f} % ({min(scores):.1f} to {max(scores):.1f}, {len(scores)} seeds)" if len(scores) > 1
-            else f"{mean:.1f} % (1 seed)")
+    spread = f"{min(scores):.1f} to {max(scores):.1f}, {len(scores)} seeds" if len(scores) > 1 else "1 seed"
+    return f"{sum(scores) / len(scores):.1f} % ({spread})"
+
+
+def record_runs(folders: list[Path]) -> dict:
+    """The record of finished runs of one recipe that differ in their seeds alone.
+
+    Raises:
+        RecipeError: if they differ in more, repeat a seed, or are not finished.
+    """
+    missing = [folder for folder in folders if not (folder / "result.json").is_file()]
+    if missing:
+        raise RecipeError(f"no finished run in {missing[0]}")
+    recipes = [json.loads((folder / "recipe.json").read_text()) for folder in folders]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    seeds = [recipe.pop("seed") for recipe in recipes]
+    if any(recipe != recipes[0] for recipe in recipes) or len(set(seeds)) < len(seeds):
+        raise RecipeError("the runs must be of one recipe with a seed each")
+    if any(result.get("smoke") for result in results):
+        raise RecipeError("a smoke run is no result")
+    keys = ("seed", "top1", "loss", "macro_f1", "best_top1", "seconds", "images_per_second", "peak_memory_gib")
+    return {"recipe": recipes[0], "runs": [{key: result[key] for key in keys} for result in results],
+            "versions": results[0]["versions"], "hardware": results[0]["hardware"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.baseline", description="Write the record behind a recipe's number from its finished runs.",
+        epilog="example: python -m finetune.baseline recipes/baselines/resnet18_cifar.json runs/resnet18_cifar-*")
+    parser.add_argument("record", type=Path, help="the file to write")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    args = parser.parse_args()
+    try:
+        record = record_runs(args.runs)
+    except RecipeError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 2
+    args.record.write_text(json.dumps(record, indent=1) + "\n")
+    print(summary(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -108,7 +108,7 @@ def split_list(items, labels, strata, val_share, classes, read) -> ImageData:
 
 
 def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str], val: list[str], names: str) -> ImageData:
-    """CIFAR in its binary form (rows of label bytes and 3 x 32 x 32 pixels): the Python form is a pickle, which can run code."""
+    """CIFAR in its binary form, rows of label bytes and 3 x 32 x 32 pixels: the Python form is a pickle and can run code."""
     root = Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
     folder = root / name
     if not (folder / val[0]).is_file():
@@ -121,7 +121,8 @@ def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str],
     def split(files):
         rows = np.concatenate([np.fromfile(folder / file, np.uint8) for file in files])
         rows = rows.reshape(-1, label_bytes + 3072)
-        return ImageList(rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, label_bytes - 1], read_array)
+        pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return ImageList(pixels, rows[:, label_bytes - 1], read_array)
 
     return ImageData(split(train), split(val), tuple((folder / names).read_text().split()))
 

@@ -20,7 +20,8 @@ def curves(run: Path) -> Path:
 
     figure, (loss, score, rate) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained",
                                                height_ratios=(3, 3, 4))
-    loss.plot(time, [row["loss"] for row in updates], color="0.75", linewidth=0.8, label="training, each update (as augmented and smoothed)")
+    loss.plot(time, [row["loss"] for row in updates], color="0.75", linewidth=0.8,
+              label="training, each update (as augmented and smoothed)")
     loss.plot(ends, [row["train_loss"] for row in epochs], "o-", markersize=3, color="C0", label="training, epoch mean")
     loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
@@ -32,7 +33,8 @@ def curves(run: Path) -> Path:
     names = list(updates[0]["lr"])
     colours = plt.get_cmap("viridis")
     for i, name in enumerate(names):
-        rate.plot(time, [row["lr"][name] or float("nan") for row in updates], color=colours(0.92 * i / max(1, len(names) - 1)), label=name)
+        shown = [row["lr"][name] or float("nan") for row in updates]  # frozen: no line
+        rate.plot(time, shown, color=colours(0.92 * i / max(1, len(names) - 1)), label=name)
     lowest = min(max(row["lr"][name] for row in updates) for name in names)  # a cosine's last dive to 0 hides all else
     rate.set(ylabel="learning rate", xlabel="epoch", yscale="log", xlim=(0, ends[-1]), ylim=(lowest / 100 or None, None))
     rate.legend(ncols=min(6, len(names)), fontsize="small")

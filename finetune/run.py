@@ -1,19 +1,18 @@
 """Launch one recipe: arguments, load, make the Accelerator, call train."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 # `accelerate launch finetune/run.py` puts finetune/ first on sys.path. The repository root instead makes a fresh clone work
 # without installing, and keeps every module under one name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.recipe import Data, Group, Recipe, RecipeError  # noqa: E402
+from finetune.recipe import Recipe, RecipeError  # noqa: E402
 from finetune.recipe_file import as_dict, load_recipe, override  # noqa: E402
+from finetune.run_folder import check_same_recipe, new_folder, unfinished_folder  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,35 +53,52 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def launch(args: argparse.Namespace) -> None:
+    """Everything that can be wrong without data, weights or a GPU is found here, the cheapest first."""
     recipe, file = load_recipe(args.recipe)
     flags = {"data.source": args.data, "weights": args.weights, "seed": args.seed}
     recipe = override(recipe, args.assignments + [f"{field}={value!r}" for field, value in flags.items() if value is not None])
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if not args.smoke and recipe.data.batch_size % (processes * args.accumulate):
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
+    if recipe.data.batch_size % parts and not args.smoke:
         raise RecipeError(f"batch_size={recipe.data.batch_size}, the images of one update over all processes, can't be divided "
-                          f"by {processes} processes x {args.accumulate} micro-batches")
-    folder = output_folder(args, file)
+                          f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches")
     check_launcher(recipe)
+    if args.resume is not None:
+        folder = unfinished_folder(file.stem, Path(args.resume) if args.resume else args.output)
+        check_same_recipe(folder, as_dict(recipe))
+    else:
+        folder = new_folder(file.stem, args.output)
 
-    # From here on torch is needed, and seconds pass.
+    from finetune import plan  # from here on torch is needed, and seconds pass
     from finetune.augment import transforms
-    from finetune.backbone import build_backbone, outline, preprocessing
-    from finetune.batches import SeededImages, seed_all
+    from finetune.backbone import outline, preprocessing
     from finetune.image_data import known_size, load_data
     from finetune.param_groups import build_optimizer, split_parameters, table
 
     if args.smoke:
-        recipe = smoke(recipe, processes * args.accumulate)
+        recipe = plan.smoke(recipe, parts)
     net = outline(recipe)
     groups = split_parameters(recipe, net)
     build_optimizer(recipe, groups)
     transforms(recipe, preprocessing(recipe, net))
-    resolved = as_dict(recipe)
-    group_table = table(groups, recipe.optimizer.weight_decay)
     if args.dry_run:
         size = known_size(recipe) or (len((data := load_data(recipe)).train), len(data.classes))
-        print(f"{file.stem}: {plan(recipe, *size)}\n\n{group_table}\n\n{rates(recipe, groups, size[0])}")
-        return
+        print(f"{file.stem}: {plan.in_one_line(recipe, *size)}\n\n{table(groups, recipe.optimizer.weight_decay)}\n\n"
+              f"{plan.rates(recipe, groups, size[0])}")
+    else:
+        fine_tune(args, recipe, file, folder)
+
+
+def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path) -> None:
+    """The run itself: data, weights, training, and what is left of it in `folder`."""
+    from finetune import plan, run_folder
+    from finetune.augment import transforms
+    from finetune.backbone import build_backbone, preprocessing
+    from finetune.batches import SeededImages, seed_all
+    from finetune.export import save_model
+    from finetune.image_data import load_data
+    from finetune.param_groups import split_parameters, table
+    from finetune.run_record import RunRecord
+    from finetune.train_loop import train
 
     accelerator = make_accelerator(recipe)
     data = first_on_main(accelerator, lambda: load_data(recipe))
@@ -93,118 +109,40 @@ def launch(args: argparse.Namespace) -> None:
                    for part, transform in zip((data.train, data.val), transforms(recipe, inputs), strict=True))
     groups = split_parameters(recipe, net)
     group_table = table(groups, recipe.optimizer.weight_decay)
-    train_and_report(args, recipe, file, folder, resolved, group_table, net, groups, images, inputs, accelerator)
 
-
-def train_and_report(args, recipe, file, folder, resolved, group_table, net, groups, images, inputs, accelerator) -> None:
-    """The run itself, between its folder's first file and its last."""
-    from finetune.baseline import promise
-    from finetune.export import save_model
-    from finetune.plots import curves
-    from finetune.run_record import RunRecord, create_folder
-    from finetune.train_loop import train
-
-    def save(path, network):
-        save_model(path, network, inputs, images[0].classes)
-
-    record = RunRecord(folder, accelerator, save)
-    if args.resume is not None:
-        check_same_recipe(folder, resolved)
-    elif accelerator.is_main_process:
-        create_folder(folder, file, resolved, group_table)
+    if args.resume is None and accelerator.is_main_process:
+        run_folder.begin(folder, file, as_dict(recipe), group_table)
     accelerator.wait_for_everyone()
+    record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes))
     if args.smoke:
         record.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
-    record.say(f"{file.stem}: {plan(recipe, len(images[0]), len(images[0].classes))}; {len(images[1])} validation images; "
-               f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n{group_table}\n")
+    record.say(f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
+               f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
+               f"{group_table}\n")
     train(recipe, net, groups, images, record, accelerator, args.accumulate, default_workers(args, accelerator))
     if accelerator.is_main_process:
-        result = {"recipe": file.stem, **record.result(recipe.seed)}
-        if args.smoke:
-            result["smoke"] = True
-        save(folder / "model", net)
-        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        curves(folder)
-        top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
-        record.say(f"\nreached   top-1 {result['top1']:.2%}{top5}, loss {result['loss']:.4f}, macro F1 {result['macro_f1']:.4f}; "
-                   f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB\n"
-                   f"promised  {'nothing: a smoke run' if args.smoke else promise(file, resolved)}\n"
-                   f"best      top-1 {result['best_top1']:.2%} in epoch {result['best_epoch']}: {folder / 'model-best'}\n"
-                   f"model     {folder / 'model'}\n"
-                   f"all else  {folder}: result.json, metrics.jsonl, curves.png, groups.txt, recipe.json")
+        report(record, file, recipe, net, args.smoke)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def plan(recipe: Recipe, num_images: int, num_classes: int) -> str:
-    """The run in one line."""
-    updates = -(-num_images // recipe.data.batch_size)
-    return (f"{as_dict(recipe.backbone)} on {as_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
-            f"{recipe.data.image_size} px; {recipe.epochs} epochs of {updates} updates of {recipe.data.batch_size} images")
+def report(record, file: Path, recipe: Recipe, net, smoke: bool) -> None:
+    """The finished run's last files and last words."""
+    from finetune.baseline import promise
+    from finetune.plots import curves
 
-
-def rates(recipe: Recipe, groups: list, num_images: int) -> str:
-    """For a dry run: every group's rate at the start of each epoch, '-' where it is frozen; scores taken as ever better."""
-    from finetune.unfreeze import trains
-
-    updates = -(-num_images // recipe.data.batch_size)
-    width = max(5, *(len(group.name) for group in groups))
-    lines = ["rate at the start of each epoch", "epoch".ljust(width) + "".join(f"{epoch:>9}" for epoch in range(recipe.epochs))]
-    for group in groups:
-        cells = [f"{group.lr * recipe.schedule.scale(epoch * updates, updates, recipe.epochs):9.1e}" if trains(group, epoch)
-                 else f"{'-':>9}" for epoch in range(recipe.epochs)]
-        lines.append(group.name.ljust(width) + "".join(cells))
-    return "\n".join(lines)
-
-
-def smoke(recipe: Recipe, parts: int) -> Recipe:
-    """The recipe cut down to seconds: every stage for one epoch, a batch that divides by `parts`, small generated images."""
-    from finetune.backbone import outline
-
-    layered = not isinstance(recipe.groups, tuple)
-    stages = sorted({0, recipe.groups.unfreeze_at} if layered else {group.unfreeze_at for group in recipe.groups})
-    if layered:
-        groups = dataclasses.replace(recipe.groups, unfreeze_at=stages.index(recipe.groups.unfreeze_at))
-    else:
-        groups = tuple(Group(g.name, g.pattern, g.lr, stages.index(g.unfreeze_at)) for g in recipe.groups)
-    schedule = dataclasses.replace(recipe.schedule, warmup_epochs=min(0.5, recipe.schedule.warmup_epochs))
-    small = dataclasses.replace(recipe, weights="none", groups=groups, schedule=schedule, epochs=len(stages) + 1,
-                                data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct))
-    try:
-        outline(small)
-    except RecipeError:  # a network for one size only
-        small = override(small, [f"data.image_size={recipe.data.image_size}"])
-    return small
-
-
-def output_folder(args: argparse.Namespace, file: Path) -> Path:
-    """Where the run is written, or goes on.
-
-    Raises:
-        RecipeError: if it would overwrite something, or there is no run to go on with.
-    """
-    if args.resume is None:
-        folder = args.output or Path("runs") / f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if not args.dry_run and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RecipeError(f"output folder {folder} already holds {'a run' if (folder / 'recipe.json').exists() else 'files'}; "
-                              "name another --output, or go on with the run in it: --resume")
-        return folder
-    folder = Path(args.resume) if args.resume else args.output
-    folder = folder or max((path.parent for path in Path("runs").glob(f"{file.stem}-*/recipe.json")), default=None,
-                           key=lambda path: path.stat().st_mtime)
-    if folder is None or not (folder / "recipe.json").is_file():
-        raise RecipeError(f"no run to resume in {folder or 'runs/'}; name its folder: --resume DIR")
-    if (folder / "result.json").is_file():
-        raise RecipeError(f"the run in {folder} is finished: nothing to resume")
-    return folder
-
-
-def check_same_recipe(folder: Path, resolved: dict) -> None:
-    """Raise RecipeError, with the fields that differ, unless the run in `folder` was started with this recipe."""
-    before, now = json.loads((folder / "recipe.json").read_text()), json.loads(json.dumps(resolved))
-    changed = [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in now if before.get(key) != now.get(key)]
-    if changed:
-        raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed]))
+    folder = record.folder
+    result = {"recipe": file.stem, **({"smoke": True} if smoke else {}), **record.result(recipe.seed)}
+    record.save_model(folder / "model", net)
+    curves(folder)
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
+    record.say(f"\nreached   top-1 {result['top1']:.2%}{top5}, loss {result['loss']:.4f}, macro F1 {result['macro_f1']:.4f}; "
+               f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB\n"
+               f"promised  {'nothing: a smoke run' if smoke else promise(file, as_dict(recipe))}\n"
+               f"best      top-1 {result['best_top1']:.2%} in epoch {result['best_epoch']}: {folder / 'model-best'}\n"
+               f"model     {folder / 'model'}\n"
+               f"all else  {folder}: result.json, metrics.jsonl, curves.png, groups.txt, recipe.json")
 
 
 def check_launcher(recipe: Recipe) -> None:
@@ -240,7 +178,7 @@ def make_accelerator(recipe: Recipe):
 
 
 def first_on_main(accelerator, make):
-    """make() on each machine's first process, so that one downloads, then on the others; a failure anywhere is raised by all."""
+    """make() on each machine's first process, so that one downloads, then on the others; a fault anywhere is raised by all."""
     from accelerate.utils import gather_object
 
     made = None

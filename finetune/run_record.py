@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -155,11 +154,3 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def create_folder(folder: Path, recipe_file: Path, resolved: dict, groups: str) -> None:
-    """Make a run's folder with the recipe as given, as resolved, and its group table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipe_file, folder / "recipe.py")
-    (folder / "recipe.json").write_text(json.dumps(resolved, indent=1) + "\n")
-    (folder / "groups.txt").write_text(groups + "\n")

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # processes side by side, spinning, slow each other down tenfold
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from finetune.backbone import build_backbone, preprocessing
 from finetune.augment import transforms
+from finetune.backbone import build_backbone, preprocessing
 from finetune.batches import SeededImages, seed_all
 from finetune.image_data import load_data
 from finetune.lr_schedule import Cosine

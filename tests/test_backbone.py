@@ -86,7 +86,8 @@ def test_preprocessing_belongs_to_the_weights():
     net = outline(recipe)
     assert preprocessing(recipe, net)["crop_pct"] == 0.95
     theirs = timm.data.resolve_model_data_config(timm.create_model("resnet18.a1_in1k"))
-    assert {key: theirs[key] for key in ("mean", "std", "interpolation", "crop_pct")}.items() <= preprocessing(recipe, net).items()
+    constants = {key: theirs[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    assert constants.items() <= preprocessing(recipe, net).items()
     recipe = small_recipe(backbone="torchvision/resnet18", head=None, data=Data("digits", 224, 8))
     preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
     ours = preprocessing(recipe, outline(recipe))

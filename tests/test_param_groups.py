@@ -136,7 +136,8 @@ def test_the_first_matching_row_claims():
 
 def test_rows_that_do_not_fit_are_all_named():
     """Unused rows, shadowed rows and unclaimed parameters come in one message, with the model's own names."""
-    recipe = small_recipe(groups=(Group("head", "fc", lr=1.0), Group("again", r"fc\.b", lr=1.0), Group("top", "layer5", lr=1.0)))
+    rows = (Group("head", "fc", lr=1.0), Group("again", r"fc\.b", lr=1.0), Group("top", "layer5", lr=1.0))
+    recipe = small_recipe(groups=rows)
     with pytest.raises(RecipeError) as caught:
         split_parameters(recipe, SmallNet())
     for text in ("group 'again' (pattern 'fc\\.b') matches no parameter that an earlier row has not taken",

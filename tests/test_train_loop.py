@@ -1,0 +1,203 @@
+"""The loop against a bare PyTorch loop, scikit-learn's metrics and an unbroken run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, top_k_accuracy_score
+from torch.nn.functional import cross_entropy
+
+from conftest import SmallNet, prepare, run_here, small_recipe
+from finetune import train_loop
+from finetune.batches import load, plan_epoch
+from finetune.checkpoint import newest_checkpoint
+from finetune.lr_schedule import Constant, Plateau
+from finetune.recipe import SGD, AdamW, Data, Group, RecipeError
+from finetune.train_loop import evaluate
+
+ALL = (Group("all", ".", lr=1e-2),)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
+    """Any accumulation, short last batch included, takes the steps of a bare loop over whole batches.
+
+    20 images in batches of 8 leave a last one of 4. The bound is float32 rounding through 9 updates.
+    """
+    recipe = small_recipe(groups=ALL, epochs=3, schedule=Constant(), clip_norm=clip_norm, label_smoothing=0.1,
+                          optimizer=SGD(momentum=0.9), data=Data("generated", 24, 8))
+    net, rows = run_here(recipe, tmp_path, accumulate)
+
+    reference, _, images = prepare(recipe)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=1e-2, momentum=0.9)
+    norms = []
+    for epoch in range(3):
+        for update in plan_epoch(20, 8, recipe.seed, epoch):
+            (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
+            optimizer.zero_grad()
+            cross_entropy(reference(batch), labels, label_smoothing=0.1).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm or float("inf")).item())
+            optimizer.step()
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    logged = [row["grad_norm"] for row in rows if "grad_norm" in row]
+    assert logged == pytest.approx(norms, rel=1e-4) and len(logged) == 9
+    if clip_norm:
+        assert min(norms) > clip_norm  # every update was clipped, once
+
+
+def test_metrics_are_scikit_learns():
+    """Loss, top-1, top-5, macro F1 and accuracy by class equal scikit-learn's on the same predictions."""
+    recipe = small_recipe(data=Data("digits", 24, 64))
+    net, _, images = prepare(recipe)
+    scores = evaluate(recipe, net, images[1], Accelerator(cpu=True))
+    with torch.no_grad():
+        logits = torch.cat([net(batch) for batch, _ in load(images[1], 0, [list(range(len(images[1])))], 0)])
+    labels, chances, guess = np.array(images[1].images.labels), logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
+    assert scores["top1"] == accuracy_score(labels, guess)
+    assert scores["top5"] == pytest.approx(top_k_accuracy_score(labels, chances, k=5))
+    assert scores["loss"] == pytest.approx(log_loss(labels, chances), rel=1e-6)
+    assert scores["macro_f1"] == pytest.approx(f1_score(labels, guess, average="macro", labels=range(10), zero_division=0))
+    assert scores["class_accuracy"] == pytest.approx(recall_score(labels, guess, average=None, labels=range(10)))
+    assert scores["val_images"] == len(images[1]) == 359 and len(set(guess)) > 1
+
+
+def test_every_rate_is_the_schedules(tmp_path):
+    """Each update's line has each group's peak times the schedule's multiplier, and 0 for what is frozen."""
+    recipe = small_recipe()
+    rows = [row for row in run_here(recipe, tmp_path)[1] if "grad_norm" in row]
+    assert [row["step"] for row in rows] == list(range(12))
+    for row in rows:
+        scale = recipe.schedule.scale(row["step"], 3, 4)
+        assert row["lr"] == {g.name: g.lr * scale * (row["epoch"] >= g.unfreeze_at) for g in recipe.groups}
+
+
+def test_plateau_follows_the_validation_score(tmp_path):
+    """The rate is what torch's ReduceLROnPlateau makes of the run's own validation losses."""
+    recipe = small_recipe(groups=ALL, epochs=6, schedule=Plateau(mode="min", patience=0, factor=0.5, threshold=0.5))
+    rows = run_here(recipe, tmp_path)[1]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min", patience=0, factor=0.5, threshold=0.5)
+    for epoch in range(6):
+        rate = {row["lr"]["all"] for row in rows if row["epoch"] == epoch and "grad_norm" in row}
+        assert rate == {optimizer.param_groups[0]["lr"]}
+        theirs.step(next(row["loss"] for row in rows if row["epoch"] == epoch and "top1" in row))
+    assert optimizer.param_groups[0]["lr"] < 1e-2
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, monkeypatch, epoch, workers):
+    """Cut in the middle of any epoch, stage boundaries among them, and gone on with: same parameters, same lines."""
+    recipe = small_recipe(backbone=DroppingNet, optimizer=AdamW(weight_decay=0.05))
+    net, rows = run_here(recipe, tmp_path / "whole")
+    whole = net.state_dict()
+
+    real = train_loop.set_rates
+    calls = []
+
+    def cutting(*args):
+        calls.append(args)
+        if len(calls) == 3 * epoch + 2:
+            raise Cut
+        return real(*args)
+
+    monkeypatch.setattr(train_loop, "set_rates", cutting)
+    with pytest.raises(Cut):
+        run_here(recipe, tmp_path / "cut")
+    monkeypatch.setattr(train_loop, "set_rates", real)
+    assert newest_checkpoint(tmp_path / "cut").name == f"step-{3 * epoch:08d}"
+    net, again = run_here(recipe, tmp_path / "cut", workers=workers)
+    assert same(net.state_dict(), whole)
+    assert again == rows
+
+
+class DroppingNet(SmallNet):
+    """With dropout: randomness in the forward pass must resume, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop.p = 0.5
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    """A damaged checkpoint, one that holds code, and one of another network each end in one message."""
+    recipe = small_recipe(epochs=3)
+    run_here(recipe, tmp_path / "run")
+    other = small_recipe(backbone=OtherNet, groups=ALL, epochs=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    with pytest.raises(RecipeError, match="is of another network"):
+        run_here(other, tmp_path / "other")
+    for number, spoil in enumerate((lambda file: file.write_bytes(file.read_bytes()[:100]),
+                                    lambda file: torch.save(Cut, file))):
+        shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        spoil(newest_checkpoint(tmp_path / str(number)) / "optimizer.pt")
+        with pytest.raises(RecipeError, match="can't be read"):
+            run_here(recipe, tmp_path / str(number))
+
+
+class OtherNet(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.more = torch.nn.Linear(1, 1)
+
+
+def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
+    """A process that dies while it writes a checkpoint leaves the one before, and the run goes on from that."""
+    recipe = small_recipe()
+    net, rows = run_here(recipe, tmp_path / "whole")
+    real, saves = torch.save, []
+
+    def dying(*args):
+        saves.append(args)
+        if len(saves) == 3:
+            raise Cut
+        real(*args)
+
+    monkeypatch.setattr(torch, "save", dying)
+    with pytest.raises(Cut):
+        run_here(recipe, tmp_path / "cut")
+    monkeypatch.setattr(torch, "save", real)
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-00000006"]
+    again, lines = run_here(recipe, tmp_path / "cut")
+    assert same(net.state_dict(), again.state_dict()) and lines == rows
+    left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert left == ["step-00000012"]  # older ones and what a death left aside are gone
+    assert json.loads((tmp_path / "cut" / "checkpoints" / left[0] / "state.json").read_text())["step"] == 12
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path):
+    """mixed_precision="bf16" reaches the layers, in training and evaluation; parameters stay float32 and move."""
+    seen = set()
+
+    class Watched(SmallNet):
+        def __init__(self):
+            super().__init__()
+            self.body.register_forward_hook(lambda module, inputs, output: seen.add((output.dtype, module.training)))
+
+    recipe = small_recipe(backbone=Watched, groups=ALL, epochs=1, mixed_precision="bf16")
+    before = prepare(recipe)[0].state_dict()
+    net, _ = run_here(recipe, tmp_path)
+    assert seen == {(torch.bfloat16, True), (torch.bfloat16, False)}
+    assert {t.dtype for t in net.state_dict().values()} == {torch.float32}
+    assert not same(before, net.state_dict())
+
+
+def test_the_best_epoch_is_kept(tmp_path):
+    """keep_best writes at each epoch whose top-1 is the highest so far, and only then."""
+    kept = []
+    _, rows = run_here(small_recipe(groups=ALL, epochs=6), tmp_path, save_model=lambda path, net: kept.append(path.name))
+    scores = [row["top1"] for row in rows if "top1" in row]
+    assert len(kept) == sum(score > max([-1.0, *scores[:i]]) for i, score in enumerate(scores)) and set(kept) == {"model-best"}

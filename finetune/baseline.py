@@ -5,10 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from finetune.recipe import RecipeError
+from finetune.recipe import Recipe, RecipeError
+from finetune.run_folder import changes
 
 
-def promise(recipe_file: Path, resolved: dict) -> str:
+def promise(recipe_file: Path, recipe: Recipe) -> str:
     """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none.
 
     A record lies in baselines/NAME.json beside the recipe. It is about the recipe as recorded: any changed field, but for
@@ -18,7 +19,7 @@ def promise(recipe_file: Path, resolved: dict) -> str:
     if not file.is_file():
         return "nothing: not measured"
     record = json.loads(file.read_text())
-    changed = [key for key in resolved if key != "seed" and resolved[key] != record["recipe"].get(key)]
+    changed = [change.partition(":")[0] for change in changes(record["recipe"] | {"seed": recipe.seed}, recipe)]
     if changed:
         return f"nothing: {', '.join(changed)} differs from what was measured"
     return f"top-1 {summary(record)}"

@@ -2,29 +2,37 @@
 
 import hashlib
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from finetune.recipe import RecipeError
 
+UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
+
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: `size` images over all processes, and this process's micro-batches of image indices.
+    """One optimizer update: the indices of its images over all processes, and this process's micro-batches of them.
 
     `positions` counts micro-batches over all processes, so 2 processes and 2 accumulated micro-batches are told apart from
     no other way of cutting the same batch in 4. `weight` is 0 where a last, short batch leaves this process without images:
     it then repeats one for nothing, because every process must take part in averaging the gradients.
     """
 
-    size: int
+    images: list[int]
     micro_batches: list[list[int]]
     positions: list[int]
     weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        return len(self.images)
 
 
 def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process: int = 0, processes: int = 1,
@@ -39,7 +47,7 @@ def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process:
                 if len(cuts[position])]
         weight = 1.0 if mine else 0.0
         mine = mine or [(process * accumulate, [int(batch[0])])]
-        updates.append(Update(len(batch), [cut for _, cut in mine], [position for position, _ in mine], weight))
+        updates.append(Update(batch.tolist(), [cut for _, cut in mine], [position for position, _ in mine], weight))
     return updates
 
 
@@ -59,8 +67,9 @@ def seed_all(*key: int) -> None:
 class SeededImages:
     """Transformed images [3, H, W] and labels, asked for by (epoch, index): random variation is a function of that alone."""
 
-    def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str]):
+    def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str], on_bad_image: str = "stop"):
         self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
+        self.on_bad_image = on_bad_image
 
     def __len__(self):
         return len(self.images)
@@ -68,7 +77,13 @@ class SeededImages:
     def __getitem__(self, key):
         epoch, index = key
         seed_all(self.seed, epoch, index)
-        image, label = self.images[index]
+        try:
+            image, label = self.images[index]
+        except (OSError, RecipeError) as error:
+            if self.on_bad_image == "stop":
+                raise
+            print(f"finetune: skipped: {error}", file=sys.stderr)
+            return self.transform(Image.new("RGB", (8, 8))), UNREADABLE
         if not 0 <= label < len(self.classes):
             fault = RecipeError(f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
                                 f"{len(self.classes) - 1}")

@@ -1,5 +1,6 @@
 """Complete-or-absent checkpoints, exact resume."""
 
+import io
 import json
 import os
 import shutil
@@ -56,14 +57,17 @@ def save_checkpoint(record: RunRecord, net: nn.Module, optimizer, groups: list[P
     Randomness needs no state: every draw is seeded by epoch, update and image. The schedule needs none: it is a function of
     the step and the scores. Optimizer state is kept under parameter names, so it can't be given to another parameter.
     """
+    record.flush()
     if accelerator.is_main_process:
         names = parameter_names(groups)
         moments = {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
 
         def write(folder: Path) -> None:
-            safetensors.torch.save_file(plain_state(net), folder / "model.safetensors")
-            torch.save(moments, folder / "optimizer.pt")
+            # Made in memory first: on a full disk the writers of torch and safetensors fail each in their own words.
+            (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+            torch.save(moments, optimizer_file := io.BytesIO())
+            (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
             (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler, **record.state()}))
 
         folder = record.folder / "checkpoints" / f"step-{step:08d}"

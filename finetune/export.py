@@ -24,7 +24,7 @@ def save_model(folder: Path, net: nn.Module, preprocessing: dict, classes: tuple
             timm.models.save_for_hf(plain, aside, model_config={"label_names": list(classes)}, safe_serialization=True,
                                     data_config=preprocessing)
         else:
-            safetensors.torch.save_file(plain_state(net), aside / "model.safetensors")
+            (aside / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
             config = {"label_names": list(classes), "preprocessing": preprocessing}
             (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 

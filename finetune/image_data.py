@@ -53,7 +53,7 @@ def load_data(recipe: Recipe) -> ImageData:
     if source in NAMED:
         return NAMED[source]()
     if Path(source).is_dir():
-        return from_folder(Path(source), recipe.seed)
+        return from_folder(Path(source), recipe.seed, check=recipe.data.on_bad_image == "stop")
     raise RecipeError(f"data: no data set or folder '{source}'.{nearest(source, NAMED)} Named sets: {', '.join(NAMED)}")
 
 
@@ -193,7 +193,7 @@ def from_function(source: Callable) -> ImageData:
     return ImageData(train, val, classes)
 
 
-def from_folder(root: Path, seed: int) -> ImageData:
+def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
     """train/ and val/ (or test/) with a folder for each class, or the class folders themselves: a fifth then validates.
 
     Raises:
@@ -203,14 +203,14 @@ def from_folder(root: Path, seed: int) -> ImageData:
         val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         if val is None:
             raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
-        parts = [class_folders(root / "train"), class_folders(val)]
+        parts = [class_folders(root / "train", check), class_folders(val, check)]
         if parts[0].classes != parts[1].classes:
             only = [sorted(set(a.classes) - set(b.classes)) for a, b in (parts, parts[::-1])]
             raise RecipeError(f"data: the classes of {root / 'train'} and {val} differ: only in train: "
                               f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}")
         lists = [ImageList([path for path, _ in part.samples], part.targets, read_image) for part in parts]
         return ImageData(*lists, tuple(parts[0].classes))
-    whole = class_folders(root)
+    whole = class_folders(root, check)
     split = stratified_split(whole.targets, 0.2, seed)
     lists = [ImageList([whole.samples[i][0] for i in part], [whole.targets[i] for i in part], read_image) for part in split]
     unseen = [name for label, name in enumerate(whole.classes) if label not in lists[1].labels]
@@ -220,8 +220,8 @@ def from_folder(root: Path, seed: int) -> ImageData:
     return ImageData(*lists, tuple(whole.classes))
 
 
-def class_folders(root: Path) -> ImageFolder:
-    """torchvision's reading of a folder of class folders, with its faults found before training."""
+def class_folders(root: Path, check: bool) -> ImageFolder:
+    """torchvision's reading of a folder of class folders, its faults found before training; `check` opens every image, too."""
     try:
         folder = ImageFolder(root, allow_empty=True)
     except FileNotFoundError:
@@ -233,7 +233,7 @@ def class_folders(root: Path) -> ImageFolder:
                           f"{', '.join(str(root / name) for name in empty)} (looked for {', '.join(IMG_EXTENSIONS)})")
     if len(folder.classes) < 2:
         raise RecipeError(f"data: {root} has one class, '{folder.classes[0]}'; there must be at least 2")
-    for path, _ in folder.samples:
+    for path, _ in folder.samples if check else ():
         try:
             Image.open(path).close()  # reads the header only
         except OSError as error:

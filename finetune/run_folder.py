@@ -1,11 +1,22 @@
 """Where a run is written: a folder of its own, or the one it goes on in; the first files in it."""
 
+import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
-from finetune.recipe import RecipeError
+from finetune.recipe import Recipe, RecipeError
+from finetune.recipe_file import as_dict
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are then not told apart
+    fcntl = None
+
+
+BEGINNINGS = {".lock", "recipe.py", "groups.txt", ".recipe.json"}  # all that a run which died before it began can have left
 
 
 def new_folder(name: str, output: Path | None) -> Path:
@@ -15,7 +26,7 @@ def new_folder(name: str, output: Path | None) -> Path:
         RecipeError: if there is something in it.
     """
     folder = output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEGINNINGS):
         what = "a run" if (folder / "recipe.json").exists() else "files"
         raise RecipeError(f"output folder {folder} already holds {what}; name another --output, or go on with the run in it: "
                           "--resume")
@@ -37,17 +48,60 @@ def unfinished_folder(name: str, folder: Path | None) -> Path:
     return folder
 
 
-def begin(folder: Path, recipe_file: Path, resolved: dict, groups: str) -> None:
-    """Make a run's folder, with the recipe as given and as resolved and its group table."""
+def lock(folder: Path):
+    """Keep other runs out of a folder for as long as the returned file is open, which ends with the process however it dies.
+
+    Raises:
+        RecipeError: if a run that is alive has it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  (stays open as long as the lock is held)
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip()
+        raise RecipeError(f"process {holder} is alive and writes its run to {folder}; name another --output") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def begin(folder: Path, recipe_file: Path, recipe: Recipe, groups: str) -> None:
+    """Write a run's first files: the recipe as given and resolved, and its groups. recipe.json, the last, makes it a run."""
     shutil.copyfile(recipe_file, folder / "recipe.py")
     (folder / "groups.txt").write_text(groups + "\n")
-    (folder / "recipe.json").write_text(json.dumps(resolved, indent=1) + "\n")
+    aside = folder / ".recipe.json"
+    aside.write_text(json.dumps(as_dict(recipe), indent=1) + "\n")
+    aside.rename(folder / "recipe.json")
 
 
-def check_same_recipe(folder: Path, resolved: dict) -> None:
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise RecipeError, with the fields that differ, unless the run in `folder` was started with this recipe."""
-    before, now = json.loads((folder / "recipe.json").read_text()), json.loads(json.dumps(resolved))
-    changed = [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in now if before.get(key) != now.get(key)]
+    changed = changes(json.loads((folder / "recipe.json").read_text()), recipe)
     if changed:
-        raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed]))
+        raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed,
+                                       "to go on with this one all the same: --resume-anyway"]))
+
+
+def changes(before: dict, recipe: Recipe) -> list[str]:
+    """'FIELD: VALUE before, VALUE now' for each field of a recipe that differs from one resolved earlier.
+
+    A field that did not exist then counts as having had its default.
+    """
+    before, now = with_defaults(before, recipe), json.loads(json.dumps(as_dict(recipe)))
+    return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
+
+
+def with_defaults(resolved: dict, part) -> dict:
+    """A part of a recipe as resolved earlier, with the fields added that `part` has and that have defaults."""
+    filled = dict(resolved)
+    for field in dataclasses.fields(part):
+        inner = getattr(part, field.name)
+        if field.name not in filled and field.default is not dataclasses.MISSING:
+            filled[field.name] = as_dict(field.default)
+        elif dataclasses.is_dataclass(inner) and isinstance(filled.get(field.name), dict):
+            filled[field.name] = with_defaults(filled[field.name], inner)
+    return filled

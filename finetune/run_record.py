@@ -1,6 +1,7 @@
 """The run folder and the terminal: resolved recipe, group table, metrics, result, the finished model."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -15,6 +16,9 @@ import torchvision
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from finetune.batches import Update
+from finetune.recipe import RecipeError
+
 FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
 
 
@@ -26,6 +30,7 @@ class RunRecord:
         self.folder, self.accelerator, self.save_model = folder, accelerator, save_model
         self.epochs: list[dict] = []  # a row of scores for each finished epoch
         self.losses: list[float] = []  # of the running epoch's updates
+        self.skipped = 0  # images that could not be read in the running epoch
         self.waiting: list[tuple] = []  # updates whose losses still lie on the device
         self.best_epoch, self.seconds, self.images, self.bar = None, 0.0, 0, None
 
@@ -42,7 +47,7 @@ class RunRecord:
     def go_on(self, state: dict) -> None:
         """Go on from a checkpoint's state; lines written after it are cut off, for these updates are done again."""
         self.epochs, self.best_epoch = state["epochs"], state["best_epoch"]
-        self.seconds, self.images = state["seconds"], state["images"]
+        self.seconds, self.images, self.skipped = state["seconds"], state["images"], state["skipped"]
         if self.accelerator.is_main_process:
             os.truncate(self.metrics, state["metrics_bytes"])
         lines = self.metrics.read_text().splitlines() if self.accelerator.is_main_process else []
@@ -52,8 +57,8 @@ class RunRecord:
         self.say(f"going on after update {state['step']}, {len(self.epochs)} epochs done")
 
     def state(self) -> dict:
-        """What `go_on` needs; asked for between updates, on the first process."""
-        return {"epochs": self.epochs, "best_epoch": self.best_epoch, "images": self.images,
+        """What `go_on` needs; asked for after a flush, on the first process."""
+        return {"epochs": self.epochs, "best_epoch": self.best_epoch, "images": self.images, "skipped": self.skipped,
                 "seconds": self.seconds + time.monotonic() - self.started, "metrics_bytes": self.metrics.stat().st_size}
 
     def progress(self, updates: Iterator, epoch: int, total: int) -> Iterator:
@@ -62,30 +67,44 @@ class RunRecord:
         self.bar = tqdm(total=total, desc=f"epoch {epoch}", unit=" updates", leave=False, disable=not shown)
         self.epoch_started, self.epoch_images = time.monotonic(), 0
         with self.bar:
-            for update in updates:
-                yield update
+            for update, batches in updates:
+                self.unreadable = update.weight * sum(int((labels < 0).sum()) for _, labels in batches)
+                yield update, batches
                 self.bar.update()
             self.flush()
         self.epoch_seconds = time.monotonic() - self.epoch_started
 
-    def log_update(self, step: int, epoch: int, size: int, loss: torch.Tensor, norm: torch.Tensor, rates: dict) -> None:
+    def log_update(self, step: int, epoch: int, update: Update, loss: torch.Tensor, norm: torch.Tensor, rates: dict) -> None:
         """A line for an update. `loss` is this process's share of the mean loss; it is added up over processes on flushing."""
-        self.waiting.append((step, epoch, loss, norm, rates))
-        self.images += size
-        self.epoch_images += size
+        self.waiting.append((step, epoch, update, torch.stack([loss, torch.full_like(loss, self.unreadable)]), norm, rates))
+        self.images += update.size
+        self.epoch_images += update.size
         if len(self.waiting) >= FLUSH_EVERY:
             self.flush()
 
     def flush(self) -> None:
-        """Fetch the waiting losses in one go and write their lines."""
+        """Fetch the waiting losses in one go and write their lines.
+
+        Raises:
+            RecipeError: on all processes, if a loss is no number: what came after it is worth nothing.
+        """
         if not self.waiting:
             return
-        losses = self.accelerator.reduce(torch.stack([row[2] for row in self.waiting]), "sum").tolist()
-        norms = torch.stack([row[3] for row in self.waiting]).tolist()
+        sums = self.accelerator.reduce(torch.stack([row[3] for row in self.waiting]), "sum")
+        losses, skipped = sums[:, 0].tolist(), int(sums[:, 1].sum())
+        norms = torch.stack([row[4] for row in self.waiting]).tolist()
         rows = [{"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": rates}
-                for (step, epoch, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)]
+                for (step, epoch, _, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)]
+        for row, (_, _, update, *_) in zip(rows, self.waiting, strict=True):
+            if not math.isfinite(row["loss"]):
+                rates = ", ".join(f"{name} {rate:.2e}" for name, rate in row["lr"].items())
+                where = f"the loss of update {row['step']} (epoch {row['epoch']})"
+                raise RecipeError(f"{where} is {row['loss']}, at rates {rates}\n"
+                                  f"  its images, by index: {', '.join(map(str, update.images))}\n"
+                                  f"  lower the rates, or clip_norm. The last good checkpoint is kept in {self.folder}")
         self.waiting = []
         self.losses += losses
+        self.skipped += skipped
         self.write(rows)
         rate = self.epoch_images / (time.monotonic() - self.epoch_started)
         self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{max(rows[-1]['lr'].values()):.1e}", images_s=f"{rate:.0f}")
@@ -93,7 +112,13 @@ class RunRecord:
     def log_epoch(self, step: int, epoch: int, scores: dict) -> None:
         """A line for an epoch, in the file and on the terminal."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **scores}
-        self.losses = []
+        if not math.isfinite(row["loss"]):
+            raise RecipeError(f"the validation loss after epoch {epoch} is {row['loss']}: lower the rates, or clip_norm. "
+                              f"The last good checkpoint is kept in {self.folder}")
+        if self.skipped:
+            row["skipped_images"] = self.skipped
+            self.say(f"epoch {epoch}: {self.skipped} training images could not be read and were skipped")
+        self.losses, self.skipped = [], 0
         self.epochs.append(row)
         self.write([row])
         self.say(f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "

@@ -1,11 +1,13 @@
 """Which groups train at a given epoch; what frozen means for gradients, for batch norm and for the DDP wrapper."""
 
+import timm.layers
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.param_groups import ParamGroup
+from finetune.recipe import RecipeError
 
 
 def trains(group: ParamGroup, epoch: int) -> bool:
@@ -30,10 +32,25 @@ def unfreeze(groups: list[ParamGroup], epoch: int) -> list[nn.Parameter]:
     return [parameter for group in groups if trains(group, epoch) for parameter in group.params.values()]
 
 
+def synchronise_norms(net: nn.Module, norm_stats: str, accelerator: Accelerator) -> nn.Module:
+    """With norm_stats="sync" on several processes, the network with torch's SyncBatchNorm in place of each batch norm.
+
+    Done once, before anything refers to a module; parameters stay the same objects under the same names.
+
+    Raises:
+        RecipeError: on CPUs, for which torch has no such layer.
+    """
+    if norm_stats != "sync" or accelerator.num_processes == 1:
+        return net
+    if accelerator.device.type == "cpu":
+        raise RecipeError("norm_stats='sync' on several processes needs GPUs; here: --set norm_stats=eval or train")
+    return timm.layers.convert_sync_batchnorm(net)
+
+
 def train_mode(net: nn.Module, norm_stats: str) -> None:
     """net.train(), except that norms whose statistics must not move stay in eval mode.
 
-    These are all of them with norm_stats="eval", otherwise those of frozen layers: where a norm has no parameters of its own,
+    These are all of them with norm_stats="eval", otherwise those of frozen layers. Where a norm has no parameters of its own,
     those of the nearest layer around it that has some decide.
     """
     net.train()

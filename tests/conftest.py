@@ -60,17 +60,19 @@ def prepare(recipe: Recipe):
     data = load_data(recipe)
     seed_all(recipe.seed)
     net = build_backbone(recipe, len(data.classes))
-    images = tuple(SeededImages(part, transform, recipe.seed, data.classes) for part, transform in
+    images = tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image) for part, transform in
                    zip((data.train, data.val), transforms(recipe, preprocessing(recipe, net)), strict=True))
     return net, split_parameters(recipe, net), images
 
 
-def run_here(recipe: Recipe, folder: Path, accumulate: int = 1, workers: int = 0, save_model=lambda path, net: None):
+def run_here(recipe: Recipe, folder: Path, accumulate: int = 1, workers: int = 0, save_model=lambda path, net: None,
+             checkpoint_every: int = 0):
     """train() in this process; returns the network and the metrics' rows."""
     folder.mkdir(parents=True, exist_ok=True)
     net, groups, images = prepare(recipe)
     accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-    train(recipe, net, groups, images, RunRecord(folder, accelerator, save_model), accelerator, accumulate, workers)
+    train(recipe, net, groups, images, RunRecord(folder, accelerator, save_model), accelerator, accumulate, workers,
+          checkpoint_every)
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -35,34 +39,40 @@ recipe = Recipe(backbone=Net, head="fc", data=Data("IMAGES", image_size=24, batc
 '''
 
 
-def launch(folder, images, output, *launcher, arguments=(), norm="GroupNorm(2, 8)"):
-    """Start the recipe; returns its result, metrics and weights."""
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+QUIET = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def several(count):
+    return [*ACCELERATE, "--multi_gpu", "--num_processes", str(count), *QUIET]
+
+
+def command(folder, images, output, launcher, arguments=(), norm="GroupNorm(2, 8)"):
+    """The recipe, written to `folder`, as a command line."""
     file = folder / "net.py"
     file.write_text(RECIPE.replace("{norm}", norm).replace("IMAGES", str(images)))
-    done = subprocess.run([*launcher, str(ROOT / "finetune" / "run.py"), "--recipe", str(file), "--output", str(output),
-                           *arguments], capture_output=True, text=True, cwd=folder,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [*launcher, str(ROOT / "finetune" / "run.py"), "--recipe", str(file), "--output", str(output), *arguments]
+
+
+def finish(line):
+    """Run a command line; returns what it printed, and fails unless a finished run is in its folder."""
+    output = Path(line[line.index("--output") + 1])
+    done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     # Tearing processes down can abort after everything is written: the result file decides.
     assert (output / "result.json").is_file(), done.stderr[-3000:]
-    result = json.loads((output / "result.json").read_text())
+    return done.stdout
+
+
+def contents(output):
+    """A finished run's result, metrics and weights."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return result, rows, safetensors.torch.load_file(output / "model" / "model.safetensors"), done.stdout
+    weights = safetensors.torch.load_file(output / "model" / "model.safetensors")
+    return json.loads((output / "result.json").read_text()), rows, weights
 
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-TWO = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-       "--dynamo_backend", "no", "--main_process_port", "0"]
-
-
-@pytest.mark.parametrize("arguments", [(), ("--accumulate", "2")], ids=["whole", "accumulated"])
-def test_two_processes_compute_what_one_does(tmp_path, image_folder, arguments):
-    """Through three stages and a short last batch (30 images, 8 an update): the same updates, rates, losses and weights.
-
-    20 updates of a network without batch statistics stay within 1e-6 in float32. One process speaks.
-    """
-    one, rows, weights, _ = launch(tmp_path, image_folder, tmp_path / "one", sys.executable)
-    two, others, same_weights, out = launch(tmp_path, image_folder, tmp_path / "two", *TWO, arguments=arguments)
-    assert (one["hardware"]["processes"], two["hardware"]["processes"]) == (1, 2)
+def assert_same_run(a, b):
+    """The same updates and rates exactly; losses and weights to float32 rounding."""
+    (one, rows, weights), (two, others, same_weights) = a, b
     assert one["updates"] == two["updates"] == 20 and one["val_images"] == two["val_images"] == 15
     assert one["top1"] == two["top1"] and one["loss"] == pytest.approx(two["loss"], abs=1e-6)
     for row, other in zip(rows, others, strict=True):
@@ -70,13 +80,80 @@ def test_two_processes_compute_what_one_does(tmp_path, image_folder, arguments):
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
     assert weights.keys() == same_weights.keys()
     assert max((weights[n] - same_weights[n]).abs().max().item() for n in weights) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, image_folder):
+    """One process, whole batches: 20 updates through three stages, the last of each epoch short (30 images, 8 an update)."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(command(folder, image_folder, folder / "out", [sys.executable]))
+    return contents(folder / "out")
+
+
+@pytest.mark.parametrize("count,accumulate", [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_any_number_of_processes_computes_the_same(tmp_path, image_folder, alone, count, accumulate):
+    """Processes and accumulation change no update, no rate and no count, and no weight by 1e-6. One process speaks."""
+    launcher = [sys.executable] if count == 1 else several(count)
+    out = finish(command(tmp_path, image_folder, tmp_path / "out", launcher, ["--accumulate", str(accumulate)]))
+    run = contents(tmp_path / "out")
+    assert run[0]["hardware"]["processes"] == count
+    assert_same_run(run, alone)
     assert len(re.findall("^epoch ", out, re.M)) == 5
+
+
+def test_three_processes_share_a_batch_of_twelve(tmp_path, image_folder):
+    """Three processes take the same updates at the same rates as one, with 30 images in batches of 12."""
+    runs = []
+    for count in (1, 3):
+        launcher = [sys.executable] if count == 1 else several(count)
+        finish(command(tmp_path, image_folder, tmp_path / str(count), launcher, ["--set", "data.batch_size=12"]))
+        runs.append(contents(tmp_path / str(count)))
+    assert runs[1][0]["hardware"]["processes"] == 3 and runs[0][0]["updates"] == 15
+    assert [row.get("lr") for row in runs[0][1]] == [row.get("lr") for row in runs[1][1]]
+    assert max((runs[0][2][n] - runs[1][2][n]).abs().max().item() for n in runs[0][2]) < 1e-6
+
+
+def test_two_machines_finish_with_the_result_of_one(tmp_path, image_folder, alone):
+    """Two launches that find each other on a loopback address are one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = []
+    for rank in ("0", "1"):
+        launcher = [*ACCELERATE, "--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", rank,
+                    "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--mixed_precision", "no",
+                    "--dynamo_backend", "no"]
+        machines.append(subprocess.Popen(command(tmp_path, image_folder, tmp_path / "out", launcher), stdout=subprocess.DEVNULL,
+                                         stderr=subprocess.PIPE, text=True))
+    errors = [machine.communicate(timeout=180)[1] for machine in machines]
+    assert (tmp_path / "out" / "result.json").is_file(), errors
+    assert_same_run(contents(tmp_path / "out"), alone)
+
+
+def test_a_killed_process_costs_nothing_but_time(tmp_path, image_folder):
+    """With --max_restarts and --resume auto the launcher starts again after a SIGKILL, and the run ends as if unharmed."""
+    longer = ["--set", "epochs=60", "--checkpoint-every", "1", "--resume", "auto"]
+    finish(command(tmp_path, image_folder, tmp_path / "unharmed", several(2), longer))
+    launcher = [*several(2), "--max_restarts", "2"]
+    launched = subprocess.Popen(command(tmp_path, image_folder, tmp_path / "out", launcher, longer), stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = [p for p in psutil.Process(launched.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    ranks[0].kill()
+    out = launched.communicate(timeout=180)[0]
+    assert (tmp_path / "out" / "result.json").is_file(), out[-3000:]
+    assert "going on after update" in out
+    harmed, unharmed = (contents(tmp_path / name) for name in ("out", "unharmed"))
+    assert harmed[1] == unharmed[1] and all(torch.equal(t, unharmed[2][n]) for n, t in harmed[2].items())
 
 
 def test_two_processes_with_batch_norm_share_one_models_statistics(tmp_path, image_folder):
     """The repository's configuration file starts them, too; statistics that move stay finite and move."""
     config = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", "2"]
-    result, _, weights, _ = launch(tmp_path, image_folder, tmp_path / "two", *config, norm="BatchNorm2d(8)")
+    finish(command(tmp_path, image_folder, tmp_path / "two", config, norm="BatchNorm2d(8)"))
+    result, _, weights = contents(tmp_path / "two")
     assert result["hardware"]["processes"] == 2
     assert torch.isfinite(weights["norm.running_var"]).all() and not torch.equal(weights["norm.running_mean"], torch.zeros(8))
     assert int(weights["norm.num_batches_tracked"]) == 12  # epochs 2, 3 and 4
@@ -85,12 +162,13 @@ def test_two_processes_with_batch_norm_share_one_models_statistics(tmp_path, ima
 def test_the_configuration_file_as_it_stands_starts_one_process(tmp_path, image_folder):
     """accelerate_config.yaml works unchanged on a machine without GPUs."""
     config = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml")]
-    assert launch(tmp_path, image_folder, tmp_path / "out", *config)[0]["hardware"]["processes"] == 1
+    finish(command(tmp_path, image_folder, tmp_path / "out", config))
+    assert contents(tmp_path / "out")[0]["hardware"]["processes"] == 1
 
 
 def test_an_error_is_said_once_by_two_processes(tmp_path):
     """What every process finds out, one says, and nothing hangs."""
-    done = subprocess.run([*TWO, str(ROOT / "finetune" / "run.py"), "--recipe", "efficientnet_lite0_digits", "--weights",
+    done = subprocess.run([*several(2), str(ROOT / "finetune" / "run.py"), "--recipe", "efficientnet_lite0_digits", "--weights",
                            "nowhere.pth", "--output", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and done.stderr.count("finetune: no weights file nowhere.pth") == 1
     assert not (tmp_path / "out").exists()
@@ -104,3 +182,33 @@ def test_processes_that_were_asked_for_and_not_started_are_missed(tmp_path):
                            "efficientnet_lite0_digits", "--output", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode != 0 and "finetune: accelerate launch was asked for several processes" in done.stderr
     assert "--multi_gpu" in done.stderr
+
+
+def drifting(answers):
+    """One of two processes, whose norm statistics are made to differ."""
+    from accelerate import Accelerator
+
+    from finetune.processes import check_agreement
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    accelerator = Accelerator(cpu=True)
+    for parameter in net.parameters():
+        torch.nn.init.ones_(parameter)
+    check_agreement(net, accelerator)
+    if accelerator.process_index:
+        net[1].running_mean[1] += 1e-7
+    try:
+        check_agreement(net, accelerator)
+        text = "agreed"
+    except RuntimeError as error:
+        text = str(error)
+    (Path(answers) / str(accelerator.process_index)).write_text(text)
+
+
+def test_processes_that_went_apart_are_found(tmp_path):
+    """A single number that differs between processes stops both, with the tensor's name."""
+    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n" \
+           f"import test_processes; test_processes.drifting({str(tmp_path)!r})"
+    (tmp_path / "drift.py").write_text(code)
+    subprocess.run([*several(2), str(tmp_path / "drift.py")], capture_output=True)
+    for rank in ("0", "1"):
+        assert "different values in 1 of 7 tensors, the first of them '1.running_mean'" in (tmp_path / rank).read_text()

@@ -28,7 +28,7 @@ def test_recipes_load_without_torch():
     ({"epochs": True}, "epochs must be a whole number, not True"),
     ({"clip_norm": -1.0}, "clip_norm must be above 0, or None, not -1.0"),
     ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
-    ({"norm_stats": "frozen"}, "norm_stats must be 'train' or 'eval', not 'frozen'"),
+    ({"norm_stats": "frozen"}, "norm_stats must be 'train' or 'eval' or 'sync', not 'frozen'"),
     ({"mixed_precision": "fp8"}, "mixed_precision must be 'no' or 'bf16' or 'fp16', not 'fp8'"),
     ({"seed": -1}, "seed must be 0 or more"),
     ({"data": Data("digits", image_size=0, batch_size=8)}, "data: image_size must be at least 1, not 0"),

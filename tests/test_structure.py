@@ -9,15 +9,15 @@ import pytest
 
 from conftest import ROOT
 from finetune.baseline import promise, summary
-from finetune.recipe_file import as_dict, load_recipe
+from finetune.recipe_file import load_recipe
 
 LIGHT = ("recipe", "lr_schedule", "recipe_file", "run_folder")  # what a recipe is read with
 MODULES = sorted((ROOT / "finetune").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-LAYERS = [{"lr_schedule"}, {"recipe"}, {"recipe_file", "run_folder", "baseline"},
+LAYERS = [{"lr_schedule"}, {"recipe"}, {"recipe_file"}, {"run_folder"}, {"baseline"},
           {"param_groups", "backbone", "image_data", "batches", "augment", "run_record", "plots", "unfreeze", "checkpoint",
-           "export", "plan"},
+           "export", "plan", "memory", "processes"},
           {"train_loop"}, {"run"}]
 
 
@@ -72,7 +72,7 @@ def test_a_recipe_is_a_contract(file):
     doc = ast.get_docstring(ast.parse(file.read_text()))
     assert f"accelerate launch finetune/run.py --recipe {file.stem}" in doc
     record = ROOT / "recipes" / "baselines" / f"{file.stem}.json"
-    said = promise(file, as_dict(load_recipe(str(file))[0]))
+    said = promise(file, load_recipe(str(file))[0])
     row = next(line for line in README.splitlines() if line.startswith(f"| `{file.stem}`"))
     if record.is_file() and not said.startswith("nothing"):
         number = summary(json.loads(record.read_text()))

@@ -11,11 +11,10 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, to
 from torch.nn.functional import cross_entropy
 
 from conftest import SmallNet, prepare, run_here, small_recipe
-from finetune import train_loop
 from finetune.batches import load, plan_epoch
 from finetune.checkpoint import newest_checkpoint
 from finetune.lr_schedule import Constant, Plateau
-from finetune.recipe import SGD, AdamW, Data, Group, RecipeError
+from finetune.recipe import SGD, Data, Group, RecipeError
 from finetune.train_loop import evaluate
 
 ALL = (Group("all", ".", lr=1e-2),)
@@ -95,41 +94,6 @@ def test_plateau_follows_the_validation_score(tmp_path):
 
 class Cut(Exception):
     pass
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, monkeypatch, epoch, workers):
-    """Cut in the middle of any epoch, stage boundaries among them, and gone on with: same parameters, same lines."""
-    recipe = small_recipe(backbone=DroppingNet, optimizer=AdamW(weight_decay=0.05))
-    net, rows = run_here(recipe, tmp_path / "whole")
-    whole = net.state_dict()
-
-    real = train_loop.set_rates
-    calls = []
-
-    def cutting(*args):
-        calls.append(args)
-        if len(calls) == 3 * epoch + 2:
-            raise Cut
-        return real(*args)
-
-    monkeypatch.setattr(train_loop, "set_rates", cutting)
-    with pytest.raises(Cut):
-        run_here(recipe, tmp_path / "cut")
-    monkeypatch.setattr(train_loop, "set_rates", real)
-    assert newest_checkpoint(tmp_path / "cut").name == f"step-{3 * epoch:08d}"
-    net, again = run_here(recipe, tmp_path / "cut", workers=workers)
-    assert same(net.state_dict(), whole)
-    assert again == rows
-
-
-class DroppingNet(SmallNet):
-    """With dropout: randomness in the forward pass must resume, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop.p = 0.5
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):

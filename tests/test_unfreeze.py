@@ -1,6 +1,7 @@
 """Frozen means still: no gradient, no decay, no momentum, no statistics, bit for bit."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from torch import nn
 
 from conftest import prepare, run_here, small_recipe
 from finetune import train_loop
-from finetune.recipe import SGD, AdamW, Group
-from finetune.unfreeze import begins_stage, train_mode, unfreeze
+from finetune.recipe import SGD, AdamW, Group, RecipeError
+from finetune.unfreeze import begins_stage, synchronise_norms, train_mode, unfreeze
 
 ROWS = (Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1),
         Group("early", r"conv1|bn1|layer[12]", lr=1e-2, unfreeze_at=2))
@@ -78,6 +79,20 @@ def test_a_norm_without_parameters_follows_what_surrounds_it():
     net["a"].requires_grad_(True)
     train_mode(net, "train")
     assert net["a"][1].training
+
+
+def test_synchronised_norms_keep_their_parameters(monkeypatch):
+    """norm_stats="sync" swaps norms once, keeping parameters and names; on CPUs it is refused, on one process it is "train"."""
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
+    net, _, _ = prepare(residual_recipe(norm_stats="sync"))
+    before = dict(net.named_parameters())
+    kinds = {type(module).__name__ for module in synchronise_norms(net, "sync", accelerator).modules()}
+    assert "SyncBatchNorm" in " ".join(kinds) and "BatchNorm2d" not in kinds
+    assert all(parameter is before[name] for name, parameter in net.named_parameters()) and len(before) > 20
+    for changed in ({"num_processes": 1}, {"num_processes": 1, "device": torch.device("cpu")}):
+        assert synchronise_norms(net, "sync", SimpleNamespace(**{**vars(accelerator), **changed})) is net
+    with pytest.raises(RecipeError, match="needs GPUs"):
+        synchronise_norms(net, "sync", SimpleNamespace(num_processes=2, device=torch.device("cpu")))
 
 
 def test_no_module_is_swapped():

@@ -1,0 +1,59 @@
+"""What happens when memory runs out: smaller micro-batches, the same update."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune.backbone import memory_format
+from finetune.recipe import Recipe, RecipeError
+
+
+def fitting_accumulation(recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumulate: int,
+                         say: Callable[[str], None]) -> int:
+    """`accumulate`, doubled until forward and backward of one micro-batch fit into every process's memory.
+
+    Tried before a stage is wrapped for several processes: in the middle of an update, one process that runs out of memory
+    would leave the others waiting. The update is the same with any accumulation, so only time changes.
+
+    Raises:
+        RecipeError: if not even one image fits.
+    """
+    share = recipe.data.batch_size // accelerator.num_processes
+    while True:
+        size = share // accumulate
+        try:
+            try_micro_batch(recipe, net, accelerator, size)
+            short = 0
+        except torch.OutOfMemoryError:
+            short = 1
+        finally:
+            for parameter in net.parameters():
+                parameter.grad = None
+        if not accelerator.reduce(torch.tensor(short, device=accelerator.device), "sum").item():
+            return accumulate
+        if size % 2:
+            raise RecipeError(f"out of memory with {size} images of {recipe.data.image_size} px at once, an odd number that "
+                              "can't be halved; try a smaller data.image_size or a data.batch_size with more factors of 2")
+        accumulate *= 2
+        say(f"out of memory with {size} images at once: now {size // 2}, {accumulate} times an update; the batch stays "
+            f"{recipe.data.batch_size}")
+
+
+def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, size: int) -> None:
+    """One forward and backward pass that leaves no trace but gradients, with room kept for what comes later."""
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    # An Adam's two moments and the buckets in which processes exchange gradients are not there yet at the first try.
+    room = torch.empty(3 * sum(parameter.numel() for parameter in trained), device=accelerator.device)
+    shape = (size, 3, recipe.data.image_size, recipe.data.image_size)
+    images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=memory_format(recipe))
+    try:
+        with accelerator.autocast():
+            logits = net(images)
+        logits.float().sum().backward()
+    finally:
+        del room
+        for name, buffer in net.named_buffers():
+            buffer.copy_(buffers[name])  # norm statistics that moved

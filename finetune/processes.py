@@ -1,0 +1,88 @@
+"""What processes settle among themselves: who goes first, whether they still agree, whether to stop."""
+
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from finetune.recipe import RecipeError
+
+
+def first_on_main(accelerator: Accelerator, make: Callable):
+    """make() on each machine's first process, so that one downloads, then on the others; a fault anywhere is raised by all."""
+    made = None
+    for first in (True, False):
+        fault = ""
+        if first == accelerator.is_local_main_process:
+            try:
+                made = make()
+            except RecipeError as error:
+                fault = str(error)
+        faults = [text for text in gather_object([fault]) if text]
+        if faults:
+            raise RecipeError(faults[0])
+    return made
+
+
+def check_agreement(net: nn.Module, accelerator: Accelerator) -> None:
+    """Raise RuntimeError, with the first tensor that differs, unless all processes hold the same bits.
+
+    Compared are sums of each tensor's bits read as whole numbers: one number a tensor, whatever its size.
+    """
+    if accelerator.num_processes == 1:
+        return
+    state = net.state_dict()
+    sums = torch.stack([bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
+    others = accelerator.gather(sums[None])
+    differing = (others != others[0]).any(0).nonzero().flatten().tolist()
+    if differing:
+        raise RuntimeError(f"processes hold different values in {len(differing)} of {len(state)} tensors, the first of them "
+                           f"'{list(state)[differing[0]]}'; training went apart, and this run's numbers mean nothing")
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's memory as whole numbers."""
+    kind = torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8
+    return tensor.detach().contiguous().view(-1).view(kind)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has: everything it did is in its checkpoint."""
+
+
+class StopRequest:
+    """SIGTERM (a machine being taken away) or Ctrl-C, kept until the running update is finished; a second one stops at once.
+
+    Used as a context: the handlers from before come back afterwards.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.asked_at = None
+        # On the CPU's own channel: asking after each update must not make a GPU wait.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def remember(self, number, frame) -> None:
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+        elif time.monotonic() - self.asked_at > 1:  # sooner, it is the launcher passing the same Ctrl-C on
+            raise KeyboardInterrupt
+
+    def agreed(self) -> bool:
+        """Whether any process was asked; the same answer on all of them."""
+        if self.group is None:
+            return self.asked_at is not None
+        asked = torch.tensor(int(self.asked_at is not None))
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(asked)

@@ -1,0 +1,282 @@
+"""Whatever happens to the machine, what was good stays, and the run goes on to the same end."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
+from finetune import checkpoint, train_loop
+from finetune.batches import plan_epoch
+from finetune.checkpoint import newest_checkpoint
+from finetune.memory import fitting_accumulation
+from finetune.processes import Stopped
+from finetune.recipe import SGD, AdamW, Data, Group, RecipeError
+from finetune.run_folder import changes, check_same_recipe, lock, new_folder
+from finetune.recipe_file import as_dict
+from finetune.run import STOPPED, main
+
+ALL = (Group("all", ".", lr=1e-2),)
+
+
+class DroppingNet(SmallNet):
+    """With dropout and batch norm: random numbers and running statistics must go on, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop.p = 0.5
+        self.norm = nn.BatchNorm2d(8)
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_before(monkeypatch, function, call):
+    """Let train() die as it calls one of its functions for the call-th time."""
+    real, calls = getattr(train_loop, function), []
+
+    def cutting(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise Cut
+        return real(*args)
+
+    monkeypatch.setattr(train_loop, function, cutting)
+
+
+def everything(folder):
+    """All that a run's last checkpoint holds, and its metrics."""
+    last = newest_checkpoint(folder)
+    moments = torch.load(last / "optimizer.pt", weights_only=True)
+    return (safetensors.torch.load_file(last / "model.safetensors"),
+            {f"{name} {key}": torch.as_tensor(value) for name, state in moments.items() for key, value in state.items()},
+            (folder / "metrics.jsonl").read_text())
+
+
+def assert_same_bits(a, b):
+    for ours, theirs in zip(a[:2], b[:2], strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert a[2] == b[2]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Everything after an unbroken run, for 1 and 2 micro-batches an update."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    found = {}
+    for accumulate in (1, 2):
+        run_here(interrupted_recipe(), folder / str(accumulate), accumulate)
+        found[accumulate] = everything(folder / str(accumulate))
+    return found
+
+
+def interrupted_recipe():
+    return small_recipe(backbone=DroppingNet, norm_stats="train", optimizer=AdamW(weight_decay=0.05))
+
+
+@pytest.mark.parametrize("before,call,accumulate,every,workers", [
+    ("set_rates", 5, 1, 0, (0, 0)),        # in an epoch, with the checkpoint at its start
+    ("set_rates", 6, 1, 1, (0, 2)),        # in an epoch, with a checkpoint after each update
+    ("set_rates", 6, 2, 2, (2, 0)),        # with fewer workers than before
+    ("seed_all", 9, 2, 1, (0, 0)),         # in the middle of an accumulation
+    ("unfreeze", 2, 1, 1, (2, 2)),         # at an unfreezing boundary
+    ("evaluate", 3, 1, 1, (0, 0)),         # after an epoch's last update, before its scores
+    ("save_checkpoint", 7, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
+])
+def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, before, call, accumulate, every, workers):
+    """Parameters, buffers, optimizer state and the metrics file are the same, to the bit, wherever the run was cut."""
+    with monkeypatch.context() as patched:
+        cut_before(patched, before, call)
+        with pytest.raises(Cut):
+            run_here(interrupted_recipe(), tmp_path, accumulate, workers[0], checkpoint_every=every)
+    run_here(interrupted_recipe(), tmp_path, accumulate, workers[1], checkpoint_every=every)
+    assert_same_bits(everything(tmp_path), unbroken[accumulate])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypatch, unbroken, number):
+    """SIGTERM and Ctrl-C stop after the running update with a checkpoint of it; handlers come back; resuming is exact."""
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    real = train_loop.backward
+
+    def signalled(recipe, model, update, batches, step, accelerator):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return real(recipe, model, update, batches, step, accelerator)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_loop, "backward", signalled)
+        with pytest.raises(Stopped, match="after update 4"):
+            run_here(interrupted_recipe(), tmp_path)
+    assert newest_checkpoint(tmp_path).name == "step-00000005"
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    run_here(interrupted_recipe(), tmp_path)
+    assert_same_bits(everything(tmp_path), unbroken[1])
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    """Pressed again a while later, Ctrl-C does not wait for the update."""
+    def stuck(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the launcher passing the same one on
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(train_loop, "backward", stuck)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_here(small_recipe(), tmp_path)
+    assert time.monotonic() - started < 4
+
+
+def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
+    """A scheduler's SIGTERM ends the command with exit code 75 and the line that goes on; --resume auto then finishes."""
+    command = [sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data", str(image_folder),
+               "--weights", "none", "--set", "data.image_size=32", "--set", "data.batch_size=4", "--set", "epochs=40",
+               "--output", str(tmp_path / "out"), "--resume", "auto"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    refused = subprocess.run([*command[:-1], str(tmp_path / "out")], capture_output=True, text=True)
+    assert refused.returncode == 2 and f"process {process.pid} is alive and writes its run to" in refused.stderr
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == STOPPED == 75, out
+    assert f"to go on: the same command with --resume {tmp_path / 'out'}" in out
+    assert not (tmp_path / "out" / "result.json").exists()
+    command[command.index("epochs=40")] = "epochs=41"
+    assert main(command[2:]) == 2  # another recipe
+    command[command.index("epochs=41")] = "epochs=40"
+    assert main(command[2:]) == 0 and main(command[2:]) == 0  # finished, and nothing left to do
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["epochs"] == 40
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    """The message has the update, its images and its rates; the last good checkpoint stays, and nothing bad is saved."""
+    real = train_loop.backward
+
+    def spoilt(recipe, model, update, batches, step, accelerator):
+        return real(recipe, model, update, batches, step, accelerator) * (float("nan") if step == 7 else 1.0)
+
+    monkeypatch.setattr(train_loop, "backward", spoilt)
+    recipe = small_recipe()
+    with pytest.raises(RecipeError) as caught:
+        run_here(recipe, tmp_path)
+    images = plan_epoch(20, 8, recipe.seed, 2)[1].images
+    assert "the loss of update 7 (epoch 2) is nan, at rates head " in str(caught.value)
+    assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert newest_checkpoint(tmp_path).name == "step-00000006"
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_folder, capsys, fault):
+    """A write that fails ends in one message; the checkpoint before it is whole, and the run goes on from it."""
+    arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--set",
+                 "data.image_size=32", "--set", "data.batch_size=8", "--set", "epochs=4", "--output", str(tmp_path / "out")]
+    real, calls = checkpoint.write_folder, []
+
+    def full(folder, write):
+        if folder.name.startswith("step-"):
+            calls.append(folder)
+            if len(calls) == 3:
+                folder.with_name(f".{folder.name}.tmp").mkdir()
+                (folder.with_name(f".{folder.name}.tmp") / "model.safetensors").write_bytes(b"half")
+                raise OSError(fault, os.strerror(fault), str(folder))
+        real(folder, write)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_folder", full)
+        assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert f"finetune: can't write {calls[-1]}: {os.strerror(fault)}" in err and "--resume" in err and "Traceback" not in err
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000008"]
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
+    """Resuming names every changed field; fields younger than the run count as having had their defaults."""
+    recipe = small_recipe()
+    resolved = as_dict(recipe)
+    (tmp_path / "recipe.json").write_text(json.dumps(resolved))
+    check_same_recipe(tmp_path, recipe)
+    with pytest.raises(RecipeError) as caught:
+        check_same_recipe(tmp_path, small_recipe(epochs=5, seed=1))
+    assert "epochs: 4 before, 5 now" in str(caught.value) and "seed: 0 before, 1 now" in str(caught.value)
+    assert "--resume-anyway" in str(caught.value)
+    del resolved["data"]["on_bad_image"], resolved["label_smoothing"]
+    assert changes(resolved, recipe) == []
+    assert len(changes(resolved, small_recipe(label_smoothing=0.1, data=Data("generated", 24, 8, on_bad_image="skip")))) == 2
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """A folder is locked while a run in it is alive, and only then."""
+    held = lock(tmp_path)
+    with pytest.raises(RecipeError, match=f"process {os.getpid()} is alive"):
+        lock(tmp_path)
+    held.close()
+    lock(tmp_path).close()
+    assert new_folder("x", tmp_path) == tmp_path  # a lock alone is no run
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_can_be_skipped(tmp_path, image_folder, capfd, workers):
+    """With on_bad_image="skip" they are named and counted, in training and validation, and all others count once."""
+    root = tmp_path / "images"
+    shutil.copytree(image_folder, root)
+    bad = [root / "train" / "red" / "3.png", root / "train" / "blue" / "0.png", root / "val" / "red" / "1.png"]
+    for file in bad:
+        file.write_bytes(b"no image")
+    recipe = small_recipe(epochs=3, data=Data(str(root), 24, 8, on_bad_image="skip"))
+    _, rows = run_here(recipe, tmp_path / "out", workers=workers)
+    epochs = [row for row in rows if "top1" in row]
+    assert [(row["skipped_images"], row["val_images"]) for row in epochs] == [(2, 14)] * 3
+    err = capfd.readouterr().err
+    assert all(f"finetune: skipped: can't read the image {file}" in err for file in bad)
+
+
+class Hungry(SmallNet):
+    """Runs out of memory with more than 3 images at once."""
+
+    def forward(self, images):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return super().forward(images)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(tmp_path, capsys, monkeypatch):
+    """The batch stays, one line says what is done, and the weights are those of a run with memory enough."""
+    recipe = small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9), backbone=Hungry)
+    monkeypatch.setattr(train_loop, "evaluate", lambda *args: {"top1": 0.0, "loss": 0.0})
+    net, _ = run_here(recipe, tmp_path / "hungry")
+    out = capsys.readouterr().out
+    assert out.count("out of memory with 8 images at once: now 4, 2 times an update; the batch stays 8") == 1
+    assert out.count("now 2, 4 times an update") == 1
+    other, _ = run_here(small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9)), tmp_path / "plenty")
+    for name, tensor in other.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_try_for_memory_leaves_no_trace():
+    """Trying a micro-batch changes no parameter, gradient or statistic; one image too many is refused."""
+    from accelerate import Accelerator
+    net, groups, _ = prepare(small_recipe(backbone=DroppingNet, norm_stats="train"))
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    net.train()
+    assert fitting_accumulation(small_recipe(), net, Accelerator(cpu=True), 1, print) == 1
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    net.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    with pytest.raises(RecipeError, match="out of memory with 1 images of 24 px"):
+        fitting_accumulation(small_recipe(), net, Accelerator(cpu=True), 1, print)

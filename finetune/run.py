@@ -117,13 +117,13 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     from finetune.export import save_model
     from finetune.image_data import load_data
     from finetune.param_groups import split_parameters, table
-    from finetune.processes import Stopped, first_on_main
+    from finetune.processes import Stopped, first_on_main, join_after_restart
     from finetune.run_record import RunRecord
     from finetune.train_loop import train
     from finetune.unfreeze import synchronise_norms
 
+    join_after_restart()
     accelerator = make_accelerator(recipe)
-    held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)
     data = first_on_main(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
     net = first_on_main(accelerator, lambda: build_backbone(recipe, len(data.classes)))
@@ -134,6 +134,7 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     groups = split_parameters(recipe, net)
     group_table = table(groups, recipe.optimizer.weight_decay)
 
+    held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()

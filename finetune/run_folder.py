@@ -49,7 +49,7 @@ def unfinished_folder(name: str, folder: Path | None) -> Path:
 
 
 def lock(folder: Path):
-    """Keep other runs out of a folder for as long as the returned file is open, which ends with the process however it dies.
+    """Keep other processes' runs out of a folder while the returned file is open, which ends with this process however it dies.
 
     Raises:
         RecipeError: if a run that is alive has it.
@@ -58,7 +58,7 @@ def lock(folder: Path):
     file = open(folder / ".lock", "a+")  # noqa: SIM115  (stays open as long as the lock is held)
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a loader's orphaned workers would go on holding it
     except OSError:
         file.seek(0)
         holder = file.read().strip()

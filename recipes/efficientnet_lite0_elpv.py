@@ -2,6 +2,10 @@
 
     pip install -e ".[quickstart,elpv]"
     accelerate launch finetune/run.py --recipe efficientnet_lite0_elpv
+
+Top-1 89.5 % (1 seed) on the fixed quarter of 655 cells, of which 68.7 % are functional; 28 minutes on 2 shared CPU cores.
+Weights: Apache-2.0. Data: ELPV, CC BY-NC-SA 4.0, not for commercial use. A cell counts as defective from a stated defect
+probability of 0.5.
 """
 from finetune.lr_schedule import Cosine
 from finetune.recipe import AdamW, Augment, Data, Group, Recipe

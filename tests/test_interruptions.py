@@ -143,7 +143,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
     """A scheduler's SIGTERM ends the command with exit code 75 and the line that goes on; --resume auto then finishes."""
     command = [sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data", str(image_folder),
-               "--weights", "none", "--set", "data.image_size=32", "--set", "data.batch_size=4", "--set", "epochs=40",
+               "--weights", "none", "--set", "backbone=test_resnet", "--set", "data.image_size=32", "--set", "data.batch_size=4",
+               "--set", "epochs=40",
                "--output", str(tmp_path / "out"), "--resume", "auto"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
@@ -184,7 +185,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_folder, capsys, fault):
     """A write that fails ends in one message; the checkpoint before it is whole, and the run goes on from it."""
     arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--set",
-                 "data.image_size=32", "--set", "data.batch_size=8", "--set", "epochs=4", "--output", str(tmp_path / "out")]
+                 "backbone=test_resnet", "--set", "data.image_size=32", "--set", "data.batch_size=8", "--set", "epochs=4",
+                 "--output", str(tmp_path / "out")]
     real, calls = checkpoint.write_folder, []
 
     def full(folder, write):
@@ -221,12 +223,19 @@ def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    """A folder is locked while a run in it is alive, and only then."""
-    held = lock(tmp_path)
-    with pytest.raises(RecipeError, match=f"process {os.getpid()} is alive"):
+    """A folder is locked while a run in it is alive, and only then: a loader's worker that outlives its run holds nothing."""
+    code = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+            f"from finetune.run_folder import lock; held = lock(Path({str(tmp_path)!r})); "
+            "worker = os.fork() or time.sleep(60); print(worker, flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(holder.stdout.readline())
+    with pytest.raises(RecipeError, match=f"process {holder.pid} is alive"):
         lock(tmp_path)
-    held.close()
+    holder.kill()
+    holder.wait()
+    os.kill(worker, 0)  # the worker lives on
     lock(tmp_path).close()
+    os.kill(worker, signal.SIGKILL)
     assert new_folder("x", tmp_path) == tmp_path  # a lock alone is no run
 
 

@@ -145,9 +145,8 @@ def generated() -> ImageData:
         noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
         return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
 
-    numbers = list(range(30))
-    return ImageData(ImageList(numbers[:20], [n % 10 for n in numbers[:20]], patch),
-                     ImageList(numbers[20:], [n % 10 for n in numbers[20:]], patch), tuple(f"patch {i}" for i in range(10)))
+    parts = [ImageList(numbers, [number % 10 for number in numbers], patch) for numbers in (range(22), range(22, 32))]
+    return ImageData(*parts, tuple(f"patch {i}" for i in range(10)))
 
 
 NAMED = {"digits": digits, "elpv": elpv, "cifar10": cifar10, "cifar100": cifar100, "generated": generated}

@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
-        print(f"finetune: can't write {error.filename or 'the run folder'}: {error.strerror}. What was written before is "
-              "whole: mend that, then go on with --resume", file=sys.stderr)
+        print(f"finetune: {error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
+              "then go on with --resume", file=sys.stderr)
     return 2
 
 
@@ -86,7 +86,7 @@ def launch(args: argparse.Namespace) -> int:
         if not args.resume_anyway:
             check_same_recipe(folder, recipe)
     else:
-        folder = new_folder(file.stem, args.output)
+        folder = None if args.dry_run else new_folder(file.stem, args.output)
 
     from finetune import plan  # from here on torch is needed, and seconds pass
     from finetune.augment import transforms

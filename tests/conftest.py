@@ -66,11 +66,11 @@ def prepare(recipe: Recipe):
 
 
 def run_here(recipe: Recipe, folder: Path, accumulate: int = 1, workers: int = 0, save_model=lambda path, net: None,
-             checkpoint_every: int = 0):
+             checkpoint_every: int = 0, accelerator: Accelerator | None = None):
     """train() in this process; returns the network and the metrics' rows."""
     folder.mkdir(parents=True, exist_ok=True)
     net, groups, images = prepare(recipe)
-    accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
+    accelerator = accelerator or Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
     train(recipe, net, groups, images, RunRecord(folder, accelerator, save_model), accelerator, accumulate, workers,
           checkpoint_every)
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,18 +13,19 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
-from finetune import checkpoint, train_loop
+from finetune import checkpoint, run_record, train_loop
 from finetune.batches import plan_epoch
 from finetune.checkpoint import newest_checkpoint
 from finetune.memory import fitting_accumulation
 from finetune.processes import Stopped
 from finetune.recipe import SGD, AdamW, Data, Group, RecipeError
-from finetune.run_folder import changes, check_same_recipe, lock, new_folder
 from finetune.recipe_file import as_dict
 from finetune.run import STOPPED, main
+from finetune.run_folder import changes, check_same_recipe, lock, new_folder
 
 ALL = (Group("all", ".", lr=1e-2),)
 
@@ -91,16 +93,46 @@ def interrupted_recipe():
     ("seed_all", 9, 2, 1, (0, 0)),         # in the middle of an accumulation
     ("unfreeze", 2, 1, 1, (2, 2)),         # at an unfreezing boundary
     ("evaluate", 3, 1, 1, (0, 0)),         # after an epoch's last update, before its scores
-    ("save_checkpoint", 7, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
+    ("save_checkpoint", 8, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
 ])
 def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, before, call, accumulate, every, workers):
     """Parameters, buffers, optimizer state and the metrics file are the same, to the bit, wherever the run was cut."""
+    monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
     with monkeypatch.context() as patched:
         cut_before(patched, before, call)
         with pytest.raises(Cut):
             run_here(interrupted_recipe(), tmp_path, accumulate, workers[0], checkpoint_every=every)
     run_here(interrupted_recipe(), tmp_path, accumulate, workers[1], checkpoint_every=every)
     assert_same_bits(everything(tmp_path), unbroken[accumulate])
+
+
+def scaling_accelerator():
+    """An Accelerator that scales losses as for fp16, by so much that the first gradients overflow.
+
+    Accelerate gives a CPU neither scaler nor fp16, so torch's own for the CPU are put in.
+    """
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    accelerator.autocast = lambda: torch.autocast("cpu", torch.float16)
+    return accelerator
+
+
+def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch):
+    """Updates that overflow change no weight and no rate; the scaler's state goes on through a resumed run, to the bit."""
+    recipe = small_recipe(groups=ALL)
+    plain = [row["lr"] for row in run_here(recipe, tmp_path / "plain")[1] if "lr" in row]
+    net, rows = run_here(recipe, tmp_path / "scaled", accelerator=scaling_accelerator())
+    updates = [row for row in rows if "lr" in row]
+    assert [row["lr"] for row in updates] == plain
+    skipped = [row["step"] for row in updates if not math.isfinite(row["grad_norm"])]
+    assert skipped and len(skipped) < len(updates) and all(math.isfinite(row["loss"]) for row in updates)
+    with monkeypatch.context() as patched:
+        cut_before(patched, "set_rates", 6)
+        with pytest.raises(Cut):
+            run_here(recipe, tmp_path / "cut", checkpoint_every=1, accelerator=scaling_accelerator())
+    run_here(recipe, tmp_path / "cut", accelerator=scaling_accelerator())
+    assert_same_bits(everything(tmp_path / "cut"), everything(tmp_path / "scaled"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -143,8 +175,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
     """A scheduler's SIGTERM ends the command with exit code 75 and the line that goes on; --resume auto then finishes."""
     command = [sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data", str(image_folder),
-               "--weights", "none", "--set", "backbone=test_resnet", "--set", "data.image_size=32", "--set", "data.batch_size=4",
-               "--set", "epochs=40",
+               "--weights", "none", "--set", "backbone=test_resnet", "--set", "mixed_precision=no",
+               "--set", "data.image_size=32", "--set", "data.batch_size=4", "--set", "epochs=40",
                "--output", str(tmp_path / "out"), "--resume", "auto"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
@@ -175,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     recipe = small_recipe()
     with pytest.raises(RecipeError) as caught:
         run_here(recipe, tmp_path)
-    images = plan_epoch(20, 8, recipe.seed, 2)[1].images
+    images = plan_epoch(22, 8, recipe.seed, 2)[1].images
     assert "the loss of update 7 (epoch 2) is nan, at rates head " in str(caught.value)
     assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
     assert newest_checkpoint(tmp_path).name == "step-00000006"
@@ -202,7 +234,7 @@ def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_fol
         patched.setattr(checkpoint, "write_folder", full)
         assert main(arguments) == 2
     err = capsys.readouterr().err
-    assert f"finetune: can't write {calls[-1]}: {os.strerror(fault)}" in err and "--resume" in err and "Traceback" not in err
+    assert f"finetune: {calls[-1]}: {os.strerror(fault)}" in err and "--resume" in err and "Traceback" not in err
     assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000008"]
     assert main([*arguments, "--resume"]) == 0
 
@@ -279,7 +311,6 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(tmp_path, cap
 
 def test_a_try_for_memory_leaves_no_trace():
     """Trying a micro-batch changes no parameter, gradient or statistic; one image too many is refused."""
-    from accelerate import Accelerator
     net, groups, _ = prepare(small_recipe(backbone=DroppingNet, norm_stats="train"))
     before = {n: t.clone() for n, t in net.state_dict().items()}
     net.train()

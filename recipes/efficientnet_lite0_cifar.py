@@ -3,7 +3,8 @@
     pip install -e ".[quickstart]"
     accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar
 
-Not measured in full.
+Not measured in full. Trained on a fifth of the images (the first 1,000 of each class, of a copy re-encoded as JPEG) it
+reached top-1 88.9 % (1 seed) on that copy's 10,000 test images.
 Weights: Apache-2.0. Data: CIFAR-10 (Krizhevsky 2009), downloaded on first use.
 """
 from finetune.lr_schedule import Cosine

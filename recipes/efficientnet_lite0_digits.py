@@ -3,7 +3,8 @@
     pip install -e ".[quickstart]"
     accelerate launch finetune/run.py --recipe efficientnet_lite0_digits
 
-Top-1 98.9 % (98.9 to 98.9, 3 seeds) on the fixed fifth of 359 images; 1.5 minutes on 2 CPU cores.
+Top-1 98.9 % (98.9 to 98.9, 3 seeds) on the fixed fifth of 359 images, on which its rates were chosen, too;
+1.5 minutes on 2 CPU cores.
 Weights: Apache-2.0. Data: scikit-learn's load_digits (UCI, CC BY 4.0).
 """
 from finetune.lr_schedule import Cosine

@@ -150,6 +150,7 @@ def generated() -> ImageData:
 
 
 NAMED = {"digits": digits, "elpv": elpv, "cifar10": cifar10, "cifar100": cifar100, "generated": generated}
+DOWNLOADED = ("cifar10", "cifar100")  # the others come with packages
 
 
 def require_package(module: str, package: str) -> None:

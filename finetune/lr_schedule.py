@@ -1,14 +1,23 @@
 """Learning-rate schedules as pure functions: a multiplier of each group's peak rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Time(NamedTuple):
+    """Where a run is: updates done, the epoch as a fraction, and the share of the updates after warmup that is done."""
+
+    step: int
+    epoch: float
+    progress: float
+    steps: int  # after warmup, in all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A linear warmup, then `shape`. Nothing is remembered, so nothing can drift, be stepped twice or be lost on resume.
+    """A linear warmup, times `shape`. Nothing is remembered, so nothing can drift, be stepped twice or be lost on resume.
 
     `warmup_epochs` may be a fraction; `warmup_start` is the multiplier of the very first update (torch's LinearLR calls it
     `start_factor`). `monitor` names the validation score whose history is handed to `scale`.
@@ -23,47 +32,182 @@ class Schedule:
         """The multiplier of every peak rate for update `step` (from 0), given one validation score per finished epoch."""
         warmup = round(self.warmup_epochs * steps_per_epoch)
         ramp = 1.0 if step >= warmup else self.warmup_start + (1 - self.warmup_start) * step / warmup
-        decay_steps = max(1, epochs * steps_per_epoch - warmup)
-        return ramp * self.shape(min(max(step - warmup, 0) / decay_steps, 1.0), scores)
+        steps = max(1, epochs * steps_per_epoch - warmup)
+        time = Time(step, step / steps_per_epoch, min(max(step - warmup, 0) / steps, 1.0), steps)
+        return ramp * self.shape(time, scores)
 
-    def shape(self, progress: float, scores: Sequence[float]) -> float:
-        """The multiplier after warmup; `progress` runs from 0 (warmup over) to 1 (the run's end)."""
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
+        """The multiplier, warmup aside."""
         raise NotImplementedError
 
     def faults(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
-        faults = []
-        if not self.warmup_epochs >= 0:
-            faults.append(f"schedule: warmup_epochs must be 0 or more, not {self.warmup_epochs}")
-        if not 0 < self.warmup_start <= 1:
-            faults.append(f"schedule: warmup_start must be above 0 and at most 1, not {self.warmup_start}")
-        return faults
+        rules = {f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0,
+                 f"warmup_start must be above 0 and at most 1, not {self.warmup_start}": 0 < self.warmup_start <= 1,
+                 **self.rules()}
+        return [f"schedule: {rule}" for rule, kept in rules.items() if not kept]
+
+    def rules(self) -> dict[str, bool]:
+        """What the values of this kind of schedule must be, and whether they are."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     """The peak rate throughout."""
 
-    def shape(self, progress, scores):
+    def shape(self, time, scores):
         return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """Half a cosine from the peak to `floor`, a fraction of the peak (Loshchilov & Hutter 2017, arXiv 1608.03983).
+    """Half a cosine from the peak, where warmup ends, to `floor`, a fraction of it (Loshchilov & Hutter, arXiv 1608.03983).
 
-    Equals torch's CosineAnnealingLR with eta_min = floor * peak. The floor is a fraction because an absolute one would lift
-    slow groups above their own peak.
+    torch's CosineAnnealingLR with eta_min = floor * peak. The floor is a fraction because an absolute one would lift slow
+    groups above their own peak.
     """
 
     floor: float = 0.0
 
-    def shape(self, progress, scores):
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
+    def shape(self, time, scores):
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * time.progress)) / 2
 
-    def faults(self):
-        bad = not 0 <= self.floor < 1
-        return super().faults() + bad * [f"schedule: floor is a fraction of the peak, at least 0 and below 1, not {self.floor}"]
+    def rules(self):
+        return {f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}": 0 <= self.floor < 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polynomial(Schedule):
+    """From the peak, where warmup ends, to 0 as (1 - progress) ** power: torch's PolynomialLR; power 1 is a straight line."""
+
+    power: float = 1.0
+
+    def shape(self, time, scores):
+        return (1 - time.progress) ** self.power
+
+    def rules(self):
+        return {f"power must be above 0, not {self.power}": self.power > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Schedule):
+    """A straight line from the peak, where warmup ends, to `end`, a fraction of it: torch's LinearLR."""
+
+    end: float = 0.0
+
+    def shape(self, time, scores):
+        return 1 + (self.end - 1) * time.progress
+
+    def rules(self):
+        return {f"end is a fraction of the peak, at least 0 and at most 1, not {self.end}": 0 <= self.end <= 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Schedule):
+    """Times `factor` every `every` epochs (a fraction may be given), counted from the run's start: torch's StepLR."""
+
+    every: float
+    factor: float = 0.1
+
+    def shape(self, time, scores):
+        return self.factor ** math.floor(time.epoch / self.every + 1e-9)  # 3 x 0.1 epochs are 0.3 epochs, rounding or not
+
+    def rules(self):
+        return {f"every must be above 0, not {self.every}": self.every > 0,
+                f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStep(Schedule):
+    """Times `factor` at each of the epochs `at` (fractions may be given), counted from the run's start: torch's MultiStepLR."""
+
+    at: tuple[float, ...]
+    factor: float = 0.1
+
+    def shape(self, time, scores):
+        return self.factor ** sum(time.epoch + 1e-9 >= epoch for epoch in self.at)
+
+    def rules(self):
+        rising = all(a < b for a, b in zip((0, *self.at), self.at, strict=False))
+        return {f"at must be rising epochs above 0, not {self.at}": rising and len(self.at) > 0,
+                f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential(Schedule):
+    """Times `factor` each epoch, a little with each update: torch's ExponentialLR with factor ** (1 / updates an epoch)."""
+
+    factor: float
+
+    def shape(self, time, scores):
+        return self.factor ** time.epoch
+
+    def rules(self):
+        return {f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineRestarts(Schedule):
+    """Cosines from the peak to `floor`, the first `period` epochs long, each `stretch` times the one before (arXiv 1608.03983).
+
+    Counted from the run's start: torch's CosineAnnealingWarmRestarts with T_0 = period and T_mult = stretch.
+    """
+
+    period: float
+    stretch: int = 1
+    floor: float = 0.0
+
+    def shape(self, time, scores):
+        begun, length = 0.0, self.period
+        while time.epoch + 1e-9 >= begun + length:
+            begun, length = begun + length, length * self.stretch
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * max(0.0, time.epoch - begun) / length)) / 2
+
+    def rules(self):
+        return {f"period must be above 0, not {self.period}": self.period > 0,
+                f"stretch must be 1 or more, not {self.stretch}": self.stretch >= 1,
+                f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}": 0 <= self.floor < 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCycle(Schedule):
+    """Up from 1 / `start_div` of the peak over the first `rise` of the run, down to 1 / `end_div` of that start, by cosines.
+
+    Smith & Topin, arXiv 1708.07120; torch's OneCycleLR with div_factor and final_div_factor. It is its own warmup.
+    """
+
+    rise: float = 0.3
+    start_div: float = 25.0
+    end_div: float = 1e4
+
+    def shape(self, time, scores):
+        top, last = self.rise * time.steps - 1, time.steps - 1
+        start = 1 / self.start_div
+        if time.step < top:
+            return cosine_between(start, 1.0, time.step / top)
+        return cosine_between(1.0, start / self.end_div, min(1.0, (time.step - top) / (last - top)))
+
+    def rules(self):
+        return {f"rise must be above 0 and below 1, not {self.rise}": 0 < self.rise < 1,
+                f"start_div must be at least 1, not {self.start_div}": self.start_div >= 1,
+                f"end_div must be at least 1, not {self.end_div}": self.end_div >= 1,
+                "a OneCycle is its own warmup: leave out warmup_epochs": self.warmup_epochs == 0}
+
+
+def cosine_between(start: float, end: float, share: float) -> float:
+    """From `start` to `end` along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lambda(Schedule):
+    """Any function of the epoch (a fraction, from 0) that returns the multiplier: torch's LambdaLR."""
+
+    function: Callable
+
+    def shape(self, time, scores):
+        return self.function(time.epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +230,7 @@ class Plateau(Schedule):
     def monitor(self):
         return "top1" if self.mode == "max" else "loss"
 
-    def shape(self, progress, scores):
+    def shape(self, time, scores):
         scale, bad_epochs, cooling = 1.0, 0, 0
         best = -math.inf if self.mode == "max" else math.inf
         for score in scores:
@@ -106,12 +250,9 @@ class Plateau(Schedule):
         margin = best * (1 + sign * self.threshold) if self.threshold_mode == "rel" else best + sign * self.threshold
         return sign * score > sign * margin
 
-    def faults(self):
-        rules = {
-            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
-            f"patience must be 0 or more, not {self.patience}": self.patience >= 0,
-            f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
-            f"cooldown must be 0 or more, not {self.cooldown}": self.cooldown >= 0,
-            f"min_scale must be at least 0 and below 1, not {self.min_scale}": 0 <= self.min_scale < 1,
-        }
-        return super().faults() + [f"schedule: {rule}" for rule, kept in rules.items() if not kept]
+    def rules(self):
+        return {f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
+                f"patience must be 0 or more, not {self.patience}": self.patience >= 0,
+                f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
+                f"cooldown must be 0 or more, not {self.cooldown}": self.cooldown >= 0,
+                f"min_scale must be at least 0 and below 1, not {self.min_scale}": 0 <= self.min_scale < 1}

@@ -116,7 +116,7 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     from finetune.backbone import build_backbone, preprocessing, pretrained_state
     from finetune.batches import SeededImages, seed_all
     from finetune.export import save_model
-    from finetune.image_data import load_data
+    from finetune.image_data import DOWNLOADED, load_data
     from finetune.param_groups import split_parameters, table
     from finetune.processes import Stopped, first_on_main, join_after_restart
     from finetune.run_record import RunRecord
@@ -125,8 +125,10 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
 
     join_after_restart()
     accelerator = make_accelerator(recipe)
+    # What lies here is checked first, then come weights over the network, then data.
+    data = None if recipe.data.source in DOWNLOADED else first_on_main(accelerator, lambda: load_data(recipe))
     state = first_on_main(accelerator, lambda: pretrained_state(recipe))
-    data = first_on_main(accelerator, lambda: load_data(recipe))
+    data = data or first_on_main(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
     net = synchronise_norms(build_backbone(recipe, len(data.classes), state), recipe.norm_stats, accelerator)
     inputs = preprocessing(recipe, net)

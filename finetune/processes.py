@@ -43,6 +43,13 @@ def first_on_main(accelerator: Accelerator, make: Callable):
     return made
 
 
+def share_buffers(net: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the first one's buffers: norm statistics, which each has gathered from its own share of the images."""
+    if accelerator.num_processes > 1:
+        for buffer in net.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def check_agreement(net: nn.Module, accelerator: Accelerator) -> None:
     """Raise RuntimeError, with the first tensor that differs, unless all processes hold the same bits.
 

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from timm.utils import distribute_bn
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -14,7 +13,7 @@ from finetune.batches import SeededImages, Update, load, load_updates, plan_epoc
 from finetune.checkpoint import restore, save_checkpoint
 from finetune.memory import fitting_accumulation
 from finetune.param_groups import ParamGroup, build_optimizer, set_rates
-from finetune.processes import Stopped, StopRequest, check_agreement
+from finetune.processes import Stopped, StopRequest, check_agreement, share_buffers
 from finetune.recipe import Recipe
 from finetune.run_record import RunRecord
 from finetune.unfreeze import begins_stage, train_mode, unfreeze, wrap
@@ -63,8 +62,7 @@ def train(recipe: Recipe, net: nn.Module, groups: list[ParamGroup], images: tupl
                     save_checkpoint(record, net, optimizer, groups, accelerator, step)
                 if stopping:
                     raise Stopped(f"after update {step - 1}")
-            if accelerator.num_processes > 1:
-                distribute_bn(net, accelerator.num_processes)  # norm statistics: the first process's, for all
+            share_buffers(net, accelerator)
             check_agreement(net, accelerator)
             record.log_epoch(step, epoch, evaluate(recipe, net, val_images, accelerator, accumulate, workers))
             record.keep_best(net)
@@ -106,8 +104,9 @@ def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: 
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
     num_classes, device = len(images.classes), accelerator.device
-    counts = torch.zeros(3, num_classes, dtype=torch.float64, device=device)  # right, predicted, there
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, readable ones, loss, right within the top 5
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    counts = torch.zeros(3, num_classes, dtype=exact, device=device)  # right, predicted, there
+    totals = torch.zeros(4, dtype=exact, device=device)  # images, readable ones, loss, right within the top 5
     for batch, labels in load(images, 0, [mine[i:i + size] for i in range(0, len(mine), size)], workers):
         batch = batch.to(device, non_blocking=True, memory_format=memory_format(recipe))
         labels = labels.to(device, non_blocking=True)
@@ -119,7 +118,7 @@ def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: 
         right = top == labels[:, None]
         counts += torch.stack([torch.bincount(kind, minlength=num_classes)
                                for kind in (labels[right[:, 0]], top[:, 0], labels)])
-        loss = cross_entropy(logits.double(), labels, reduction="sum")
+        loss = cross_entropy(logits.to(exact), labels, reduction="sum")
         totals += torch.stack([torch.tensor(len(readable), device=device), readable.sum(), loss, right.any(1).sum()])
     (right, predicted, there), (loaded, seen, loss, top5) = accelerator.reduce([counts, totals], "sum")
     assert loaded == len(images)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -145,33 +146,62 @@ def test_two_machines_finish_with_the_result_of_one(tmp_path, image_folder, alon
     assert_same_run(contents(tmp_path / "out"), alone)
 
 
-def test_a_killed_process_costs_nothing_but_time(tmp_path, image_folder):
-    """With --max_restarts and --resume auto the launcher starts again after a SIGKILL, and the run ends as if unharmed."""
-    longer = ["--set", "epochs=30", "--checkpoint-every", "1", "--resume", "auto"]
-    finish(command(tmp_path, image_folder, tmp_path / "unharmed", several(2), longer))
-    launcher = [*several(2), "--max_restarts", "2"]
-    launched = subprocess.Popen(command(tmp_path, image_folder, tmp_path / "out", launcher, longer), stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+LONGER = ["--set", "epochs=30", "--checkpoint-every", "1", "--resume", "auto"]
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory, image_folder):
+    """A longer run of two processes to which nothing happens."""
+    folder = tmp_path_factory.mktemp("unharmed")
+    finish(command(folder, image_folder, folder / "out", several(2), LONGER))
+    return contents(folder / "out")
+
+
+def launched(folder, images, launcher):
+    """The same run, started and well on its way."""
+    started = subprocess.Popen(command(folder, images, folder / "out", launcher, LONGER), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+    while not list((folder / "out" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    ranks = [p for p in psutil.Process(launched.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    return started
+
+
+def assert_same_bits(a, b):
+    assert a[1] == b[1] and all(torch.equal(tensor, b[2][name]) for name, tensor in a[2].items())
+
+
+def test_a_killed_process_costs_nothing_but_time(tmp_path, image_folder, unharmed):
+    """With --max_restarts and --resume auto the launcher starts again after a SIGKILL, and the run ends as if unharmed."""
+    run = launched(tmp_path, image_folder, [*several(2), "--max_restarts", "2"])
+    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     ranks[0].kill()
-    out = launched.communicate(timeout=120)[0]
+    out = run.communicate(timeout=120)[0]
     assert (tmp_path / "out" / "result.json").is_file(), out[-3000:]
     assert "going on after update" in out
-    harmed, unharmed = (contents(tmp_path / name) for name in ("out", "unharmed"))
-    assert harmed[1] == unharmed[1] and all(torch.equal(t, unharmed[2][n]) for n, t in harmed[2].items())
+    assert_same_bits(contents(tmp_path / "out"), unharmed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_stop_after_the_same_update(tmp_path, image_folder, unharmed, number):
+    """A signal to the launcher, or to one process alone, stops both with one checkpoint, and the run then ends as unharmed."""
+    run = launched(tmp_path, image_folder, several(2))
+    ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    (run if number == signal.SIGTERM else ranks[0]).send_signal(number)
+    out = run.communicate(timeout=60)[0]
+    assert len(re.findall("^stopped after update", out, re.M)) == 1 and not (tmp_path / "out" / "result.json").exists(), out
+    finish(command(tmp_path, image_folder, tmp_path / "out", several(2), LONGER))
+    assert_same_bits(contents(tmp_path / "out"), unharmed)
 
 
 def test_two_processes_with_batch_norm_share_one_models_statistics(tmp_path, image_folder):
     """The repository's configuration file starts them, too; statistics that move stay finite and move."""
     config = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", "2"]
-    finish(command(tmp_path, image_folder, tmp_path / "two", config, norm="BatchNorm2d(8)"))
+    finish(command(tmp_path, image_folder, tmp_path / "two", config, ["--accumulate", "4"], norm="BatchNorm2d(8)"))
     result, _, weights = contents(tmp_path / "two")
     assert result["hardware"]["processes"] == 2
     assert torch.isfinite(weights["norm.running_var"]).all() and not torch.equal(weights["norm.running_mean"], torch.zeros(8))
-    assert int(weights["norm.num_batches_tracked"]) == 12  # epochs 2, 3 and 4
+    assert int(weights["norm.num_batches_tracked"]) == 48  # the first process's in epochs 2, 3 and 4; the second had fewer
 
 
 def test_the_configuration_file_as_it_stands_starts_one_process(tmp_path, image_folder):

@@ -51,12 +51,12 @@ def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process:
     return updates
 
 
-def keyed_seed(*key: int) -> int:
-    """A 32-bit seed from whole numbers: what is drawn for an image or an update never depends on what was drawn before."""
+def keyed_seed(*key: int | str) -> int:
+    """A 32-bit seed from a key: what is drawn for an image or an update never depends on what was drawn before."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
-def seed_all(*key: int) -> None:
+def seed_all(*key: int | str) -> None:
     """Seed Python's, numpy's and torch's generators with the key; nothing here relies on what they held before."""
     number = keyed_seed(*key)
     random.seed(number)

@@ -78,7 +78,7 @@ def backward(recipe: Recipe, model: nn.Module, update: Update, batches: list, st
     """
     loss = torch.zeros((), device=accelerator.device)
     for i, (images, labels) in enumerate(batches):
-        seed_all(recipe.seed, step, update.positions[i])  # dropout and its like
+        seed_all("forward", recipe.seed, step, update.positions[i])  # dropout and its like
         images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format(recipe))
         labels = labels.to(accelerator.device, non_blocking=True)
         # Processes exchange gradients once an update, with the last micro-batch.

@@ -22,7 +22,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write(aside)
+    try:
+        write(aside)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)  # half a folder on a full disk only fills it
+        error.filename = error.filename or str(folder)
+        raise
     for path in [*aside.iterdir(), aside]:
         flush(path)
     if folder.exists():  # a rename can't replace a folder that holds files

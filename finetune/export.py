@@ -1,6 +1,7 @@
 """The fine-tuned model in the formats other programs load."""
 
 import copy
+import errno
 import json
 from pathlib import Path
 
@@ -21,8 +22,11 @@ def save_model(folder: Path, net: nn.Module, preprocessing: dict, classes: tuple
     def write(aside: Path) -> None:
         if hasattr(net, "pretrained_cfg"):
             plain = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
-            timm.models.save_for_hf(plain, aside, model_config={"label_names": list(classes)}, safe_serialization=True,
-                                    data_config=preprocessing)
+            try:
+                timm.models.save_for_hf(plain, aside, model_config={"label_names": list(classes)}, safe_serialization=True,
+                                        data_config=preprocessing)
+            except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
+                raise OSError(errno.EIO, str(error)) from error
         else:
             (aside / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
             config = {"label_names": list(classes), "preprocessing": preprocessing}

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.one_process or int(os.environ.get("RANK", 0)) == 0:
             print(f"finetune: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO):
             raise
         print(f"finetune: {error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
               "then go on with --resume", file=sys.stderr)

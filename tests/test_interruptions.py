@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
-from finetune import checkpoint, run_record, train_loop
+from finetune import run_record, train_loop
 from finetune.batches import plan_epoch
 from finetune.checkpoint import newest_checkpoint
 from finetune.memory import fitting_accumulation
@@ -219,23 +220,23 @@ def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_fol
     arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--set",
                  "backbone=test_resnet", "--set", "data.image_size=32", "--set", "data.batch_size=8", "--set", "epochs=4",
                  "--output", str(tmp_path / "out")]
-    real, calls = checkpoint.write_folder, []
+    real, calls = Path.write_bytes, []
 
-    def full(folder, write):
-        if folder.name.startswith("step-"):
-            calls.append(folder)
+    def full(path, data):
+        if path.name == "optimizer.pt":
+            calls.append(path)
             if len(calls) == 3:
-                folder.with_name(f".{folder.name}.tmp").mkdir()
-                (folder.with_name(f".{folder.name}.tmp") / "model.safetensors").write_bytes(b"half")
-                raise OSError(fault, os.strerror(fault), str(folder))
-        real(folder, write)
+                real(path, b"half")
+                raise OSError(fault, os.strerror(fault))
+        return real(path, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "write_folder", full)
+        patched.setattr(Path, "write_bytes", full)
         assert main(arguments) == 2
     err = capsys.readouterr().err
-    assert f"finetune: {calls[-1]}: {os.strerror(fault)}" in err and "--resume" in err and "Traceback" not in err
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000008"]
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert f"finetune: {checkpoints / 'step-00000012'}: {os.strerror(fault)}" in err and "Traceback" not in err
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000008"]
     assert main([*arguments, "--resume"]) == 0
 
 

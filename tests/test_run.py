@@ -30,7 +30,8 @@ def finished(tmp_path_factory, image_folder):
     output = tmp_path_factory.mktemp("run") / "out"
     done = subprocess.run([sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data",
                            str(image_folder), "--weights", "none", "--set", "data.image_size=32", "--set", "data.batch_size=8",
-                           "--set", "epochs=4", "--seed", "3", "--output", str(output)], capture_output=True, text=True)
+                           "--set", "mixed_precision=no", "--set", "epochs=4", "--seed", "3", "--output", str(output)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output, done.stdout, done.stderr
 
@@ -146,7 +147,7 @@ def test_resume_goes_on_and_refuses_another_recipe(finished, image_folder, tmp_p
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99}\n')  # a line written after the checkpoint
     arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--set", "data.image_size=32",
-                 "--set", "data.batch_size=8", "--seed", "3", "--resume", str(folder)]
+                 "--set", "data.batch_size=8", "--set", "mixed_precision=no", "--seed", "3", "--resume", str(folder)]
     assert main([*arguments, "--set", "epochs=5"]) == 2
     assert "was started with another recipe:\n  epochs: 4 before, 5 now" in capsys.readouterr().err
     assert main([*arguments, "--set", "epochs=4"]) == 0

@@ -18,7 +18,10 @@ from finetune.run_record import RunRecord
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process leaves the old one or the new."""
+    """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process never leaves half of one.
+
+    A folder that is there already is moved away first, and for that moment there is none.
+    """
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -57,7 +60,7 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(record: RunRecord, net: nn.Module, optimizer, groups: list[ParamGroup], accelerator: Accelerator,
                     step: int) -> None:
-    """Write checkpoints/step-N, after which N updates are done, and remove older ones.
+    """Write checkpoints/step-N-epochs-M, after which N updates are done and M epochs scored, and then remove older ones.
 
     Randomness needs no state: every draw is seeded by epoch, update and image. The schedule needs none: it is a function of
     the step and the scores. Optimizer state is kept under parameter names, so it can't be given to another parameter.
@@ -75,7 +78,9 @@ def save_checkpoint(record: RunRecord, net: nn.Module, optimizer, groups: list[P
             (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
             (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler, **record.state()}))
 
-        folder = record.folder / "checkpoints" / f"step-{step:08d}"
+        # With the scored epochs in it no name comes twice, so none is ever replaced: after an epoch's last update there may be
+        # one without its scores and one with them.
+        folder = record.folder / "checkpoints" / f"step-{step:08d}-epochs-{len(record.epochs):05d}"
         write_folder(folder, write)
         for other in folder.parent.iterdir():
             if other != folder:

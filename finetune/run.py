@@ -137,7 +137,7 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     groups = split_parameters(recipe, net)
     group_table = table(groups, recipe.optimizer.weight_decay)
 
-    held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)
+    held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()

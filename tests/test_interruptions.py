@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
-from finetune import run_record, train_loop
+from finetune import checkpoint, run_record, train_loop
 from finetune.batches import plan_epoch
 from finetune.checkpoint import newest_checkpoint
 from finetune.memory import fitting_accumulation
-from finetune.processes import Stopped
+from finetune.processes import Stopped, StopRequest
 from finetune.recipe import SGD, AdamW, Data, Group, RecipeError
 from finetune.recipe_file import as_dict
 from finetune.run import STOPPED, main
@@ -151,7 +151,7 @@ def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypa
         patched.setattr(train_loop, "backward", signalled)
         with pytest.raises(Stopped, match="after update 4"):
             run_here(interrupted_recipe(), tmp_path)
-    assert newest_checkpoint(tmp_path).name == "step-00000005"
+    assert newest_checkpoint(tmp_path).name == "step-00000005-epochs-00001"
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     run_here(interrupted_recipe(), tmp_path)
     assert_same_bits(everything(tmp_path), unbroken[1])
@@ -211,7 +211,27 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     images = plan_epoch(22, 8, recipe.seed, 2)[1].images
     assert "the loss of update 7 (epoch 2) is nan, at rates head " in str(caught.value)
     assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert newest_checkpoint(tmp_path).name == "step-00000006"
+    assert newest_checkpoint(tmp_path).name == "step-00000006-epochs-00002"
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_no_checkpoint_is_taken_away_before_the_next_is_there(tmp_path, monkeypatch, stop):
+    """At an epoch's last update a checkpoint may come before the scores and one after: neither replaces the other in place."""
+    real, replaced = checkpoint.write_folder, []
+
+    def watched(folder, write):
+        replaced.append(folder.exists())
+        real(folder, write)
+
+    monkeypatch.setattr(checkpoint, "write_folder", watched)
+    if stop:  # after the third of an epoch's three updates
+        with monkeypatch.context() as patched:
+            calls = []
+            patched.setattr(StopRequest, "agreed", lambda self: calls.append(1) or len(calls) == 3)
+            with pytest.raises(Stopped, match="after update 2"):
+                run_here(small_recipe(), tmp_path)
+    run_here(small_recipe(), tmp_path, checkpoint_every=3)
+    assert len(replaced) >= 7 and not any(replaced)
 
 
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
@@ -235,8 +255,8 @@ def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_fol
         assert main(arguments) == 2
     err = capsys.readouterr().err
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert f"finetune: {checkpoints / 'step-00000012'}: {os.strerror(fault)}" in err and "Traceback" not in err
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000008"]
+    assert f"finetune: {checkpoints / 'step-00000012-epochs-00003'}: {os.strerror(fault)}" in err and "Traceback" not in err
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000008-epochs-00002"]
     assert main([*arguments, "--resume"]) == 0
 
 

@@ -135,11 +135,11 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     with pytest.raises(Cut):
         run_here(recipe, tmp_path / "cut")
     monkeypatch.setattr(torch, "save", real)
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-00000006"]
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-00000006-epochs-00002"]
     again, lines = run_here(recipe, tmp_path / "cut")
     assert same(net.state_dict(), again.state_dict()) and lines == rows
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
-    assert left == ["step-00000012"]  # older ones and what a death left aside are gone
+    assert left == ["step-00000012-epochs-00004"]  # older ones and what a death left aside are gone
     assert json.loads((tmp_path / "cut" / "checkpoints" / left[0] / "state.json").read_text())["step"] == 12
 
 

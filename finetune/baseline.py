@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from finetune.recipe import Recipe, RecipeError
+from finetune.recipe import SCORES, Recipe, RecipeError
 from finetune.run_folder import changes
 
 
@@ -22,12 +22,13 @@ def promise(recipe_file: Path, recipe: Recipe) -> str:
     changed = [change.partition(":")[0] for change in changes(record["recipe"] | {"seed": recipe.seed}, recipe)]
     if changed:
         return f"nothing: {', '.join(changed)} differs from what was measured"
-    return f"top-1 {summary(record)}"
+    return f"{SCORES[recipe.score]} {summary(record)}"
 
 
 def summary(record: dict) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
-    scores = [100 * run["top1"] for run in record["runs"]]
+    score = record["recipe"].get("score", "top1")
+    scores = [100 * run[score] for run in record["runs"]]
     spread = f"{min(scores):.1f} to {max(scores):.1f}, {len(scores)} seeds" if len(scores) > 1 else "1 seed"
     return f"{sum(scores) / len(scores):.1f} % ({spread})"
 
@@ -48,8 +49,8 @@ def record_runs(folders: list[Path]) -> dict:
         raise RecipeError("the runs must be of one recipe with a seed each")
     if any(result.get("smoke") for result in results):
         raise RecipeError("a smoke run is no result")
-    keys = ("seed", "top1", "loss", "macro_f1", "best_top1", "seconds", "images_per_second", "peak_memory_gib")
-    return {"recipe": recipes[0], "runs": [{key: result[key] for key in keys} for result in results],
+    keys = ("seed", *SCORES, "loss", *(f"best_{score}" for score in SCORES), "seconds", "images_per_second", "peak_memory_gib")
+    return {"recipe": recipes[0], "runs": [{key: result[key] for key in keys if key in result} for result in results],
             "versions": results[0]["versions"], "hardware": results[0]["hardware"]}
 
 

@@ -36,13 +36,21 @@ class Update:
 
 
 def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process: int = 0, processes: int = 1,
-               accumulate: int = 1) -> list[Update]:
-    """The updates of an epoch: every image once, in an order that depends on seed and epoch alone."""
-    order = np.random.RandomState(keyed_seed(seed, epoch)).permutation(num_images)
+               accumulate: int = 1, chances: np.ndarray | None = None, pairs: bool = False) -> list[Update]:
+    """The updates of an epoch: every image once, in an order that depends on seed and epoch alone.
+
+    With `chances`, one for each image, as many images drawn with replacement. With `pairs`, the images 0 and 1 of each update,
+    2 and 3, and so on, stay together in one micro-batch.
+    """
+    random = np.random.RandomState(keyed_seed(seed, epoch))
+    order = random.permutation(num_images) if chances is None else random.choice(num_images, num_images, p=chances)
     updates = []
     for start in range(0, num_images, batch_size):
         batch = order[start:start + batch_size]
         cuts = np.array_split(batch, processes * accumulate)
+        if pairs:  # a cut never parts two neighbours
+            cuts = [batch[2 * cut[0]:2 * cut[-1] + 2] if len(cut) else cut
+                    for cut in np.array_split(np.arange((len(batch) + 1) // 2), processes * accumulate)]
         mine = [(position, cuts[position].tolist()) for position in range(process * accumulate, (process + 1) * accumulate)
                 if len(cuts[position])]
         weight = 1.0 if mine else 0.0
@@ -67,9 +75,10 @@ def seed_all(*key: int | str) -> None:
 class SeededImages:
     """Transformed images [3, H, W] and labels, asked for by (epoch, index): random variation is a function of that alone."""
 
-    def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str], on_bad_image: str = "stop"):
+    def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str], on_bad_image: str = "stop",
+                 multi_label: bool = False):
         self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
-        self.on_bad_image = on_bad_image
+        self.on_bad_image, self.multi_label = on_bad_image, multi_label
 
     def __len__(self):
         return len(self.images)
@@ -83,13 +92,44 @@ class SeededImages:
             if self.on_bad_image == "stop":
                 raise
             print(f"finetune: skipped: {error}", file=sys.stderr)
-            return self.transform(Image.new("RGB", (8, 8))), UNREADABLE
+            return self.transform(Image.new("RGB", (8, 8))), self.target(UNREADABLE)
+        return self.transform(image.convert("RGB")), self.target(label, index)
+
+    def target(self, label, index: int = 0) -> int | torch.Tensor:
+        """A label as the loss takes it: a number, or of several labels a float vector [classes] of 0 and 1."""
+        if self.multi_label:
+            return torch.as_tensor(label, dtype=torch.float32).expand(len(self.classes))
+        if label == UNREADABLE:
+            return label
         if not 0 <= label < len(self.classes):
             fault = RecipeError(f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
                                 f"{len(self.classes) - 1}")
             fault.one_process = True
             raise fault
-        return self.transform(image.convert("RGB")), int(label)
+        return int(label)
+
+    def labels(self) -> np.ndarray:
+        """The label of every image, without reading one.
+
+        Raises:
+            RecipeError: if the data set has no such list.
+        """
+        for name in ("labels", "targets"):  # ours, torchvision's
+            if len(there := getattr(self.images, name, ())) == len(self):
+                return np.asarray(there)
+        raise RecipeError("balanced sampling and class weights need to know every label: give the data set that the recipe's "
+                          "function returns a list `targets`")
+
+
+def unreadable(labels: torch.Tensor) -> torch.Tensor:
+    """Which of the loaded labels [n] or [n, classes] stand for an image that could not be read: bool [n]."""
+    return labels.reshape(len(labels), -1)[:, 0] == UNREADABLE
+
+
+def balanced_chances(labels: np.ndarray) -> np.ndarray:
+    """Chances [n] by which every class is drawn equally often."""
+    chances = 1 / np.bincount(labels)[labels]
+    return chances / chances.sum()
 
 
 def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int) -> Iterator:

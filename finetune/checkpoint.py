@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.param_groups import ParamGroup
 from finetune.recipe import RecipeError
 from finetune.run_record import RunRecord
 
@@ -58,22 +57,25 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
 
 
-def save_checkpoint(record: RunRecord, net: nn.Module, optimizer, groups: list[ParamGroup], accelerator: Accelerator,
+def save_checkpoint(record: RunRecord, net: nn.Module, scored: nn.Module, optimizer, accelerator: Accelerator,
                     step: int) -> None:
     """Write checkpoints/step-N-epochs-M, after which N updates are done and M epochs scored, and then remove older ones.
 
     Randomness needs no state: every draw is seeded by epoch, update and image. The schedule needs none: it is a function of
-    the step and the scores. Optimizer state is kept under parameter names, so it can't be given to another parameter.
+    the step and the scores. Optimizer state is kept under parameter names, so it can't be given to another parameter. `scored`
+    is kept where it is another network than `net`: its moving average.
     """
     record.flush()
     if accelerator.is_main_process:
-        names = parameter_names(groups)
+        names = parameter_names(net, optimizer)
         moments = {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
 
         def write(folder: Path) -> None:
             # Made in memory first: on a full disk the writers of torch and safetensors fail each in their own words.
             (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+            if scored is not net:
+                (folder / "average.safetensors").write_bytes(safetensors.torch.save(plain_state(scored)))
             torch.save(moments, optimizer_file := io.BytesIO())
             (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
             (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler, **record.state()}))
@@ -93,35 +95,53 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max((run / "checkpoints").glob("step-*"), default=None)
 
 
-def restore(record: RunRecord, net: nn.Module, optimizer, groups: list[ParamGroup], accelerator: Accelerator) -> int:
-    """Put everything back as the run's newest checkpoint has it; returns the updates done, 0 for a run without one.
+def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: Accelerator) -> int:
+    """Put all but the optimizer back as the run's newest checkpoint has it; returns the updates done, 0 without one.
 
     Raises:
-        RecipeError: if a file is damaged or is of another network or another table of groups.
+        RecipeError: if a file is damaged or is of another network.
     """
     folder = newest_checkpoint(record.folder)
     if folder is None:
         record.begin()
         return 0
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # cut, foreign, or holding code
-        raise RecipeError(f"checkpoint {folder} can't be read: {str(error).partition(chr(10))[0]}; to start again from the "
-                          "pretrained weights, name another --output") from error
-    ids = {name: i for i, name in enumerate(parameter_names(groups))}
-    if weights.keys() != net.state_dict().keys() or not moments.keys() <= ids.keys():
-        raise RecipeError(f"checkpoint {folder} is of another network than this recipe's")
-    net.load_state_dict(weights)
-    optimizer.load_state_dict({"state": {ids[name]: moment for name, moment in moments.items()},
-                               "param_groups": optimizer.state_dict()["param_groups"]})
+    state = read(folder / "state.json", lambda file: json.loads(file.read_text()))
+    for network, name in ((net, "model"), (scored, "average"))[:1 if scored is net else 2]:
+        weights = read(folder / f"{name}.safetensors", safetensors.torch.load_file)
+        if weights.keys() != network.state_dict().keys():
+            raise RecipeError(f"checkpoint {folder} is of another network than this recipe's")
+        network.load_state_dict(weights)
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     record.go_on(state)
     return state["step"]
 
 
-def parameter_names(groups: list[ParamGroup]) -> list[str]:
+def restore_optimizer(record: RunRecord, net: nn.Module, optimizer) -> None:
+    """Give an optimizer the state that the run's newest checkpoint has for each parameter.
+
+    Raises:
+        RecipeError: if the file is damaged or is of another table of groups.
+    """
+    folder = newest_checkpoint(record.folder)
+    moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
+    ids = {name: i for i, name in enumerate(parameter_names(net, optimizer))}
+    if not moments.keys() <= ids.keys():
+        raise RecipeError(f"checkpoint {folder} is of another network, or another table of groups, than this recipe's")
+    optimizer.load_state_dict({"state": {ids[name]: moment for name, moment in moments.items()},
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read(file: Path, reader: Callable):
+    """reader(file), or one message if the file is cut, foreign, or holding code."""
+    try:
+        return reader(file)
+    except Exception as error:
+        raise RecipeError(f"checkpoint {file.parent} can't be read: {file.name}: {str(error).partition(chr(10))[0]}; to start "
+                          "again from the pretrained weights, name another --output") from error
+
+
+def parameter_names(net: nn.Module, optimizer) -> list[str]:
     """Every parameter's name in the optimizer's order."""
-    return [name for group in groups for part in (group.decayed, group.undecayed) for name in part]
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    return [names[id(parameter)] for row in optimizer.param_groups for parameter in row["params"]]

@@ -19,26 +19,26 @@ class Time(NamedTuple):
 class Schedule:
     """A linear warmup, times `shape`. Nothing is remembered, so nothing can drift, be stepped twice or be lost on resume.
 
-    `warmup_epochs` may be a fraction; `warmup_start` is the multiplier of the very first update (torch's LinearLR calls it
-    `start_factor`). `monitor` names the validation score whose history is handed to `scale`.
+    `warmup_epochs` may be a fraction; `warmup_start` is the very first update's multiplier (LinearLR's start_factor).
     """
 
     warmup_epochs: float = 0.0
     warmup_start: float = 0.01
 
-    monitor = "top1"
-
     def scale(self, step: int, steps_per_epoch: int, epochs: int, scores: Sequence[float] = ()) -> float:
         """The multiplier of every peak rate for update `step` (from 0), given one validation score per finished epoch."""
         warmup = round(self.warmup_epochs * steps_per_epoch)
-        ramp = 1.0 if step >= warmup else self.warmup_start + (1 - self.warmup_start) * step / warmup
         steps = max(1, epochs * steps_per_epoch - warmup)
         time = Time(step, step / steps_per_epoch, min(max(step - warmup, 0) / steps, 1.0), steps)
-        return ramp * self.shape(time, scores)
+        return ramp(step, warmup, self.warmup_start) * self.shape(time, scores)
 
     def shape(self, time: Time, scores: Sequence[float]) -> float:
         """The multiplier, warmup aside."""
         raise NotImplementedError
+
+    def watches(self, score: str) -> str:
+        """The name of the validation score to hand to `scale`, where the recipe's is `score`."""
+        return score
 
     def faults(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
@@ -50,6 +50,11 @@ class Schedule:
     def rules(self) -> dict[str, bool]:
         """What the values of this kind of schedule must be, and whether they are."""
         return {}
+
+
+def ramp(step: int, steps: int, start: float) -> float:
+    """A straight line from `start` at step 0 to 1 at step `steps`, and 1 from there on: torch's LinearLR."""
+    return 1.0 if step >= steps else start + (1 - start) * step / steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +69,7 @@ class Constant(Schedule):
 class Cosine(Schedule):
     """Half a cosine from the peak, where warmup ends, to `floor`, a fraction of it (Loshchilov & Hutter, arXiv 1608.03983).
 
-    torch's CosineAnnealingLR with eta_min = floor * peak. The floor is a fraction because an absolute one would lift slow
-    groups above their own peak.
+    torch's CosineAnnealingLR with eta_min = floor * peak. An absolute floor would lift slow groups above their own peak.
     """
 
     floor: float = 0.0
@@ -151,7 +155,7 @@ class Exponential(Schedule):
 class CosineRestarts(Schedule):
     """Cosines from the peak to `floor`, the first `period` epochs long, each `stretch` times the one before (arXiv 1608.03983).
 
-    Counted from the run's start: torch's CosineAnnealingWarmRestarts with T_0 = period and T_mult = stretch.
+    From the run's start: torch's CosineAnnealingWarmRestarts with T_0 = period and T_mult = stretch.
     """
 
     period: float
@@ -182,8 +186,7 @@ class OneCycle(Schedule):
     end_div: float = 1e4
 
     def shape(self, time, scores):
-        top, last = self.rise * time.steps - 1, time.steps - 1
-        start = 1 / self.start_div
+        top, last, start = self.rise * time.steps - 1, time.steps - 1, 1 / self.start_div
         if time.step < top:
             return cosine_between(start, 1.0, time.step / top)
         return cosine_between(1.0, start / self.end_div, min(1.0, (time.step - top) / (last - top)))
@@ -214,7 +217,7 @@ class Lambda(Schedule):
 class Plateau(Schedule):
     """Multiply by `factor` when the validation score has not improved for more than `patience` epochs.
 
-    Replays torch's ReduceLROnPlateau over the scores of the finished epochs: mode "max" watches top-1, "min" the loss;
+    Replays torch's ReduceLROnPlateau over the finished epochs: mode "max" watches the recipe's `score`, "min" the loss;
     `threshold` is relative or absolute by `threshold_mode`; `min_scale` is the lowest multiplier.
     """
 
@@ -226,9 +229,8 @@ class Plateau(Schedule):
     cooldown: int = 0
     min_scale: float = 0.0
 
-    @property
-    def monitor(self):
-        return "top1" if self.mode == "max" else "loss"
+    def watches(self, score):
+        return score if self.mode == "max" else "loss"
 
     def shape(self, time, scores):
         scale, bad_epochs, cooling = 1.0, 0, 0

@@ -1,25 +1,35 @@
 """Where every parameter's rate, decay and optimizer are decided; the table that is shown and logged."""
 
-import inspect
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import timm
-import timm.optim
 import torch
 from torch import nn
 
-from finetune.recipe import Group, LayerDecay, Recipe, RecipeError
-from finetune.recipe_file import nearest
+from finetune.backbone import classifier_parameters
+from finetune.lr_schedule import Schedule, ramp
+from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """A row of the recipe's table with the parameters it claims: those that decay and those that never do, by name."""
+    """A row of the recipe's table with every column filled in, and the parameters it claims, by name.
+
+    `weight_decay` is for the parameters `decayed` alone. `unfreeze_at` is infinite for a row that stays frozen. `watches` names
+    the validation score that the schedule is handed.
+    """
 
     name: str
     lr: float
-    unfreeze_at: int
+    unfreeze_at: float
+    weight_decay: float
+    schedule: Schedule
+    watches: str
+    warmup_epochs: float
+    optimizer: Optimizer
     decayed: dict[str, nn.Parameter]
     undecayed: dict[str, nn.Parameter]
 
@@ -27,22 +37,46 @@ class ParamGroup:
     def params(self) -> dict[str, nn.Parameter]:
         return self.decayed | self.undecayed
 
+    def trains(self, epoch: int) -> bool:
+        """Whether the group trains in that epoch. Asked anew each time, so a resumed run can't remember it wrongly."""
+        return epoch >= self.unfreeze_at
 
-def split_parameters(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
+    def rate(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict] = ()) -> float:
+        """The learning rate of update `step`, 0 while frozen; `scored` has a row of scores for each finished epoch."""
+        if not self.trains(step // steps_per_epoch):
+            return 0.0
+        scale = self.schedule.scale(step, steps_per_epoch, epochs, [row[self.watches] for row in scored])
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        return self.lr * scale * ramp(step - self.unfreeze_at * steps_per_epoch, warmup, start=0.01)
+
+
+def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[ParamGroup]:
     """Every parameter of `net` in exactly one group, in the order of the recipe's rows (LayerDecay: from the head down).
+
+    The groups are those of the recipe as it holds in `epoch`.
 
     Raises:
         RecipeError: naming every row without a parameter and the parameters without a row.
     """
+    recipe = recipe.at(epoch)
     rows, owner = layer_rows(recipe, net) if isinstance(recipe.groups, LayerDecay) else matched_rows(recipe, net)
     exempt = {name for name, parameter in net.named_parameters() if is_exempt(name, parameter, net)}
     groups = []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
-        groups.append(ParamGroup(row.name, row.lr, row.unfreeze_at,
-                                 decayed={name: own[name] for name in own if name not in exempt},
-                                 undecayed={name: own[name] for name in own if name in exempt}))
+        groups.append(fill_in(row, recipe, decayed={name: own[name] for name in own if name not in exempt},
+                              undecayed={name: own[name] for name in own if name in exempt}))
     return groups
+
+
+def fill_in(row: Group | Frozen, recipe: Recipe, decayed: dict, undecayed: dict) -> ParamGroup:
+    """A row with the recipe's values in the columns that it leaves open."""
+    if isinstance(row, Frozen):
+        row = Group(row.name, row.pattern, lr=math.inf, unfreeze_at=math.inf)
+    optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
+    decay = optimizer.weight_decay if row.weight_decay is None else row.weight_decay
+    return ParamGroup(row.name, row.lr, row.unfreeze_at, decay, schedule, schedule.watches(recipe.score), row.warmup_epochs,
+                      optimizer, decayed, undecayed)
 
 
 def is_exempt(name: str, parameter: nn.Parameter, net: nn.Module) -> bool:
@@ -77,81 +111,45 @@ def layer_rows(recipe: Recipe, net: nn.Module) -> tuple[list[Group], dict[str, s
     decay = recipe.groups
     try:
         layers = timm.models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
-        heads = net.get_classifier()
+        head = classifier_parameters(net)
     except AttributeError:
         raise RecipeError(f"LayerDecay: {recipe.backbone} does not state its layers (timm's group_matcher); "
                           "write the groups as rows, Group(name, pattern, lr=...)") from None
-    # By identity: some models' last layer holds pretrained norms beside the classifier, and these are no new head.
-    head = {id(p) for module in (heads if isinstance(heads, tuple) else [heads]) for p in module.parameters()}
-    names = {name: id(parameter) in head for name, parameter in net.named_parameters()}
-    ids = sorted({layers[name] for name in names if not names[name]})
+    ids = sorted({layers[name] for name, _ in net.named_parameters() if name not in head})
     rank = {layer: position for position, layer in enumerate(ids)}
     rows = [Group("head", "", decay.head_lr, 0)]
     for layer in reversed(ids):
         ratio = decay.stem_ratio ** ((len(ids) - rank[layer]) / len(ids))
         rows.append(Group(f"layer{rank[layer]:02d}", "", decay.head_lr * ratio, decay.unfreeze_at))
-    return rows, {name: "head" if names[name] else f"layer{rank[layers[name]]:02d}" for name in names}
+    return rows, {name: "head" if name in head else f"layer{rank[layers[name]]:02d}" for name, _ in net.named_parameters()}
 
 
-def build_optimizer(recipe: Recipe, groups: list[ParamGroup]) -> torch.optim.Optimizer:
-    """One optimizer over all groups, frozen ones too; each group's `peak_lr` and decay are set here and nowhere else.
+def set_rates(optimizer: torch.optim.Optimizer, groups: list[ParamGroup], step: int, steps_per_epoch: int, epochs: int,
+              scored: Sequence[dict]) -> dict[str, float]:
+    """Give every group its rate for update `step`; returns the rates by group name, 0 for what is frozen."""
+    rates = {group.name: group.rate(step, steps_per_epoch, epochs, scored) for group in groups}
+    for row in optimizer.param_groups:
+        row["lr"] = rates[row["name"]]
+    return rates
 
-    Raises:
-        RecipeError: for an unknown optimizer or an option that it does not have.
-    """
-    kind = optimizer_class(recipe.optimizer.name)
-    accepted = inspect.signature(kind).parameters
-    # Some of timm's are torch's with defaults bound: their own names are listed by the class behind.
-    known = [name for name in accepted if name not in ("params", "lr", "args", "kwargs")]
-    unknown = [name for name in recipe.optimizer.options if name not in known]
-    if unknown:
-        raise RecipeError(f"optimizer {recipe.optimizer.name} has no option '{unknown[0]}'.{nearest(unknown[0], known)} "
-                          f"Its options: {', '.join(known)}")
-    if recipe.optimizer.weight_decay and "weight_decay" not in accepted:
-        raise RecipeError(f"optimizer {recipe.optimizer.name} knows no weight_decay; leave it out")
+
+def table(groups: list[ParamGroup]) -> str:
+    """The groups as lines of text: tensors, parameters, peak rate, decay (and how many tensors are spared), first epoch."""
+    head = ("group", "tensors", "parameters", "peak lr", "decay", "not decayed", "optimizer", "from epoch")
     rows = []
     for group in groups:
-        for params, decay in ((group.decayed, recipe.optimizer.weight_decay), (group.undecayed, 0.0)):
-            if params:
-                row = {"name": group.name, "params": list(params.values()), "lr": group.lr, "peak_lr": group.lr}
-                rows.append(row | ({"weight_decay": decay} if "weight_decay" in accepted else {}))
-    try:
-        return kind(rows, lr=rows[0]["lr"], **recipe.optimizer.options)
-    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
-        raise RecipeError(f"optimizer {recipe.optimizer.name} refuses its options: {error}") from error
-
-
-def optimizer_class(name: str):
-    """torch.optim's class of that exact name, or timm's of that registered name."""
-    kinds = {n: kind for n, kind in vars(torch.optim).items()
-             if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer}
-    if name in ("LBFGS", "SparseAdam"):
-        reason = "evaluates the loss several times an update" if name == "LBFGS" else "works on sparse gradients only"
-        raise RecipeError(f"optimizer {name} {reason}, which this training loop does not offer")
-    if name in kinds:
-        return kinds[name]
-    timm_names = timm.optim.list_optimizers()
-    if name not in timm_names:
-        raise RecipeError(f"no optimizer '{name}'.{nearest(name, [*kinds, *timm_names])} torch.optim has "
-                          f"{', '.join(kinds)}; timm has {', '.join(timm_names)}")
-    return timm.optim.get_optimizer_class(name)
-
-
-def set_rates(optimizer: torch.optim.Optimizer, scale: float) -> dict[str, float]:
-    """Give every group its rate for this update; returns the rates by group name, 0 for what is frozen."""
-    for row in optimizer.param_groups:
-        row["lr"] = row["peak_lr"] * scale
-    return {row["name"]: row["lr"] * row["params"][0].requires_grad for row in optimizer.param_groups}
-
-
-def table(groups: list[ParamGroup], weight_decay: float) -> str:
-    """The groups as lines of text: tensors, parameters, peak rate, decay (and how many tensors are spared), first epoch."""
-    head = ("group", "tensors", "parameters", "peak lr", "decay", "not decayed", "from epoch")
-    rows = [(g.name, f"{len(g.params)}", f"{sum(p.numel() for p in g.params.values()):,}", f"{g.lr:.3g}", f"{weight_decay:g}",
-             f"{len(g.undecayed)} of {len(g.params)}", f"{g.unfreeze_at}") for g in groups]
+        columns = (f"{group.lr:.3g}", f"{group.weight_decay:g}", f"{len(group.undecayed)} of {len(group.params)}",
+                   group.optimizer.name, f"{group.unfreeze_at}")
+        rows.append((group.name, f"{len(group.params)}", f"{sum(p.numel() for p in group.params.values()):,}",
+                     *(columns if group.trains(math.inf) else ("frozen", "", "", "", "never"))))
     total = sum(p.numel() for g in groups for p in g.params.values())
-    rows.append(("all", f"{sum(len(g.params) for g in groups)}", f"{total:,}", "", "", "", ""))
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    rows.append(("all", f"{sum(len(g.params) for g in groups)}", f"{total:,}", "", "", "", "", ""))
+    return aligned([head, *rows])
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as lines of text, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in [head, *rows]]
+             for row in rows]
     return "\n".join(line.rstrip() for line in lines)

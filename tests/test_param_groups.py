@@ -8,7 +8,9 @@ import torch
 from conftest import ROOT, SmallNet, small_recipe
 from finetune.augment import transforms
 from finetune.backbone import outline, preprocessing
-from finetune.param_groups import build_optimizer, set_rates, split_parameters, table
+from finetune.optimizers import build_optimizer
+from finetune.param_groups import set_rates, split_parameters, table
+from finetune.lr_schedule import Constant
 from finetune.recipe import SGD, AdamW, Group, LayerDecay, Optimizer, RecipeError
 from finetune.recipe_file import load_recipe
 
@@ -32,7 +34,7 @@ def test_every_recipe_fits_its_real_architecture(file):
     groups = split_parameters(recipe, net)
     claimed = [name for group in groups for name in group.params]
     assert sorted(claimed) == sorted(name for name, _ in net.named_parameters())
-    optimizer = build_optimizer(recipe, groups)
+    optimizer = build_optimizer(groups)
     assert sum(p.numel() for row in optimizer.param_groups for p in row["params"]) == sum(p.numel() for p in net.parameters())
     transforms(recipe, preprocessing(recipe, net))
 
@@ -95,11 +97,11 @@ def test_a_weight_of_one_output_decays():
 @pytest.mark.parametrize("optimizer", [AdamW(), Optimizer("Adam"), Optimizer("lion")], ids=lambda o: o.name)
 def test_the_first_step_moves_each_group_by_its_rate(optimizer):
     """The first step of Adam and of Lion is the rate itself, so each group must move by its own."""
-    recipe = small_recipe(optimizer=optimizer)
+    recipe = small_recipe(optimizer=optimizer, schedule=Constant(warmup_epochs=5.0, warmup_start=1e-9), epochs=6)
     net = SmallNet()
     groups = split_parameters(recipe, net)
-    opt = build_optimizer(recipe, groups)
-    set_rates(opt, 0.5)
+    opt = build_optimizer(groups)
+    set_rates(opt, groups, 25, 10, 4, ())  # the middle of the third epoch
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.ones_like(p) + torch.rand_like(p)
@@ -114,7 +116,7 @@ def test_decay_reaches_weights_only():
     recipe = small_recipe(optimizer=AdamW(weight_decay=0.1))
     net = SmallNet()
     groups = split_parameters(recipe, net)
-    opt = build_optimizer(recipe, groups)
+    opt = build_optimizer(groups)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -164,7 +166,7 @@ def test_layer_decay_needs_a_model_that_knows_its_layers():
 def test_wrong_optimizers_are_named(optimizer, fault):
     """An optimizer that does not exist, or not with these options, is refused before training."""
     with pytest.raises(RecipeError) as caught:
-        build_optimizer(small_recipe(optimizer=optimizer), split_parameters(small_recipe(), SmallNet()))
+        build_optimizer(split_parameters(small_recipe(optimizer=optimizer), SmallNet()))
     assert fault in str(caught.value)
 
 
@@ -172,6 +174,6 @@ def test_the_table_counts_everything():
     """The table's sums are the network's."""
     recipe = load_recipe("resnet18_cifar")[0]
     net = outline(recipe)
-    text = table(split_parameters(recipe, net), 0.05)
+    text = table(split_parameters(recipe, net))
     assert text.splitlines()[-1].split() == ["all", "62", f"{sum(p.numel() for p in net.parameters()):,}"]
     assert len(text.splitlines()) == 6

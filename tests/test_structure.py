@@ -11,14 +11,14 @@ from conftest import ROOT
 from finetune.baseline import promise, summary
 from finetune.recipe_file import load_recipe
 
-LIGHT = ("recipe", "lr_schedule", "recipe_file", "run_folder")  # what a recipe is read with
+LIGHT = ("recipe", "recipe_checks", "recipe_table", "lr_schedule", "recipe_file", "run_folder")  # what a recipe is read with
 MODULES = sorted((ROOT / "finetune").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-LAYERS = [{"lr_schedule"}, {"recipe"}, {"recipe_file"}, {"run_folder"}, {"baseline"},
-          {"param_groups", "backbone", "image_data", "batches", "augment", "run_record", "plots", "unfreeze", "checkpoint",
-           "export", "plan", "memory", "processes"},
-          {"train_loop"}, {"run"}]
+LAYERS = [{"lr_schedule", "recipe_checks"}, {"recipe_table"}, {"recipe"}, {"recipe_file"}, {"run_folder"}, {"baseline"},
+          {"param_groups", "backbone", "weights", "image_data", "batches", "augment", "optimizers", "objective", "scores",
+           "run_record", "plots", "unfreeze", "checkpoint", "export", "plan", "memory", "processes"},
+          {"train_loop", "report"}, {"run"}]
 
 
 def imports(file):
@@ -99,7 +99,7 @@ def test_ci_runs_the_readmes_commands():
 
 def test_each_thing_is_decided_in_one_place():
     """Learning rates, requires_grad and norms' modes are each written in one module."""
-    places = {r'\["lr"\] = ': "param_groups", r"requires_grad_\(": "unfreeze", r'"weight_decay": decay': "param_groups",
+    places = {r'\["lr"\] = ': "param_groups", r"requires_grad_\(": "unfreeze", r'"weight_decay": decay': "optimizers",
               r"module\.eval\(\)": "unfreeze"}
     for pattern, place in places.items():
         assert [file.stem for file in MODULES if re.search(pattern, file.read_text())] == [place], pattern

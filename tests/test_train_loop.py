@@ -15,6 +15,7 @@ from finetune.batches import load, plan_epoch
 from finetune.checkpoint import newest_checkpoint
 from finetune.lr_schedule import Constant, Plateau
 from finetune.recipe import SGD, Data, Group, RecipeError
+from finetune.scores import scores as count
 from finetune.train_loop import evaluate
 
 ALL = (Group("all", ".", lr=1e-2),)
@@ -58,7 +59,7 @@ def test_metrics_are_scikit_learns():
     """Loss, top-1, top-5, macro F1 and accuracy by class equal scikit-learn's on the same predictions."""
     recipe = small_recipe(data=Data("digits", 24, 64))
     net, _, images = prepare(recipe)
-    scores = evaluate(recipe, net, images[1], Accelerator(cpu=True))
+    scores = count(recipe, *evaluate(recipe, net, images[1], Accelerator(cpu=True)))
     with torch.no_grad():
         logits = torch.cat([net(batch) for batch, _ in load(images[1], 0, [list(range(len(images[1])))], 0)])
     labels, chances, guess = np.array(images[1].images.labels), logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
@@ -110,7 +111,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         shutil.copytree(tmp_path / "run", tmp_path / str(number))
         spoil(newest_checkpoint(tmp_path / str(number)) / "optimizer.pt")
         with pytest.raises(RecipeError, match="can't be read"):
-            run_here(recipe, tmp_path / str(number))
+            run_here(small_recipe(epochs=4), tmp_path / str(number))
 
 
 class OtherNet(SmallNet):

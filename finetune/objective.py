@@ -1,0 +1,81 @@
+"""What is minimised: the loss of the recipe, mixed images and their targets, the pull toward the pretrained weights."""
+
+import numpy as np
+import timm.utils
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+
+from finetune.augment import make_mixup, mix_neighbours
+from finetune.backbone import head_parameters
+from finetune.batches import SeededImages, unreadable
+from finetune.param_groups import is_exempt
+from finetune.recipe import Recipe, RecipeError
+
+
+class Objective:
+    """The recipe's objective for one network and one training set; made before the network's weights move."""
+
+    def __init__(self, recipe: Recipe, net: nn.Module, images: SeededImages, device: torch.device):
+        self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
+        self.class_weights = class_weights(recipe, images, device)
+        new = head_parameters(recipe, net)
+        self.start = {parameter: parameter.detach().clone() for name, parameter in net.named_parameters()
+                      if recipe.l2_sp and name not in new and not is_exempt(name, parameter, net)}
+
+    def mix(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A micro-batch as update `step` sees it: as it is, or with mixup or cutmix."""
+        return mix_neighbours(self.mixup, images, labels, (self.recipe.seed, step)) if self.mixup else (images, labels)
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The sum over images of the loss of `logits` [n, classes]; targets are labels [n], or values [n, classes] in 0..1.
+
+        Smoothing takes this share of each target away and spreads it evenly: over the classes, or with several labels an image
+        over yes and no.
+        """
+        if self.recipe.loss == "cross_entropy":
+            return cross_entropy(logits, targets, self.class_weights, reduction="sum",
+                                 label_smoothing=self.recipe.label_smoothing)
+        return binary_loss(logits, targets, self.recipe.label_smoothing, self.recipe.loss == "multi_label")
+
+    def pull(self) -> torch.Tensor | float:
+        """L2-SP (Li et al. 2018, arXiv 1802.01483): l2_sp / 2 times the squared distance of what trains from where it began."""
+        distances = [(parameter - start).square().sum() for parameter, start in self.start.items() if parameter.requires_grad]
+        return self.recipe.l2_sp / 2 * sum(distances)
+
+
+def binary_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, multi_label: bool) -> torch.Tensor:
+    """The sum over images of the mean over classes of each class's binary cross-entropy."""
+    seen = ~unreadable(targets)
+    logits, targets = logits[seen], targets[seen]
+    if targets.ndim == 1:
+        targets = one_hot(targets, logits.shape[1])
+    targets = targets * (1 - smoothing) + smoothing / (2 if multi_label else logits.shape[1])
+    return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1).sum()
+
+
+def class_weights(recipe: Recipe, images: SeededImages, device: torch.device) -> torch.Tensor | None:
+    """The factor of each class's images in the loss [classes]; "balanced" is scikit-learn's formula.
+
+    Raises:
+        RecipeError: if there is not one for each class, or a class has no image.
+    """
+    weights, num_classes = recipe.class_weights, len(images.classes)
+    if weights == "balanced":
+        counts = np.bincount(images.labels(), minlength=num_classes)
+        if not counts.all():
+            raise RecipeError(f"class_weights: class '{images.classes[counts.argmin()]}' has no training image")
+        weights = len(images) / (num_classes * counts)
+    elif weights is not None and len(weights) != num_classes:
+        raise RecipeError(f"class_weights: {len(weights)} for {num_classes} classes: {', '.join(images.classes)}")
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+def clip(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Clip the gradients as the recipe says: by norm, then by value, then unit by unit; returns the norm from before."""
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"), recipe.clip_norm_type)
+    if recipe.clip_value:
+        nn.utils.clip_grad_value_(parameters, recipe.clip_value)
+    if recipe.clip_adaptive:
+        timm.utils.adaptive_clip_grad(parameters, recipe.clip_adaptive)
+    return norm

@@ -1,0 +1,102 @@
+"""Optimizers of torch and timm by name, and several of them as one."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import timm.optim
+import torch
+
+from finetune.param_groups import ParamGroup
+from finetune.recipe import Optimizer, RecipeError
+from finetune.recipe_file import nearest
+
+
+def build_optimizer(groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+    """An optimizer over all groups that ever train, those still frozen too; where groups name several, these as one.
+
+    Raises:
+        RecipeError: for an unknown optimizer or an option that it does not have.
+    """
+    named: dict[str, list[ParamGroup]] = {}
+    for group in groups:
+        if group.trains(float("inf")):
+            named.setdefault(repr((group.optimizer.name, group.optimizer.options)), []).append(group)
+    optimizers = [one_optimizer(members[0].optimizer, members) for members in named.values()]
+    return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
+
+
+def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+    """One optimizer over these groups; each one's decay is set here and nowhere else, its rate with each update."""
+    kind = optimizer_class(wanted.name)
+    accepted = inspect.signature(kind).parameters
+    # Some of timm's are torch's with defaults bound: their own names are listed by the class behind.
+    known = [name for name in accepted if name not in ("params", "lr", "args", "kwargs")]
+    unknown = [name for name in wanted.options if name not in known]
+    if unknown:
+        raise RecipeError(f"optimizer {wanted.name} has no option '{unknown[0]}'.{nearest(unknown[0], known)} "
+                          f"Its options: {', '.join(known)}")
+    decays = "weight_decay" in accepted
+    if not decays and any(group.weight_decay for group in groups):
+        raise RecipeError(f"optimizer {wanted.name} knows no weight_decay; leave it out")
+    if wanted.name == "LBFGS" and len(groups) > 1:
+        raise RecipeError(f"optimizer LBFGS takes one group, not {', '.join(group.name for group in groups)}: give the others "
+                          "an optimizer of their own, or keep them with Frozen(name, pattern)")
+    rows = []
+    for group in groups:
+        parts = ((group.decayed, group.weight_decay), (group.undecayed, 0.0)) if decays else ((group.params, 0.0),)
+        for params, decay in parts:
+            if params:
+                row = {"name": group.name, "params": list(params.values()), "lr": group.lr}
+                rows.append(row | ({"weight_decay": decay} if decays else {}))
+    try:
+        return kind(rows, lr=rows[0]["lr"], **wanted.options)
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"optimizer {wanted.name} refuses its options: {error}") from error
+
+
+def optimizer_class(name: str):
+    """torch.optim's class of that exact name, or timm's of that registered name."""
+    kinds = {n: kind for n, kind in vars(torch.optim).items()
+             if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer}
+    if name == "SparseAdam":
+        raise RecipeError("optimizer SparseAdam works on sparse gradients only, and images give none")
+    if name in kinds:
+        return kinds[name]
+    timm_names = timm.optim.list_optimizers()
+    if name not in timm_names:
+        raise RecipeError(f"no optimizer '{name}'.{nearest(name, [*kinds, *timm_names])} torch.optim has "
+                          f"{', '.join(kinds)}; timm has {', '.join(timm_names)}")
+    return timm.optim.get_optimizer_class(name)
+
+
+def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step evaluates the loss itself, several times."""
+    return any(isinstance(one, torch.optim.LBFGS) for one in getattr(optimizer, "optimizers", [optimizer]))
+
+
+class SeveralOptimizers(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: stepped, zeroed, unscaled, saved and loaded together.
+
+    The rows of `param_groups` and the `state` are those of the optimizers within, not copies of them.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        self.optimizers = list(optimizers)
+        super().__init__([row for optimizer in self.optimizers for row in optimizer.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """Have the optimizers within use this one's rows and state."""
+        rows = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(rows) for _ in optimizer.param_groups]
+            optimizer.state = self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # makes new rows and a new state
+        self.share()
+
+    def step(self, closure: Callable | None = None) -> None:
+        """One step of each, those that take `closure` last: its evaluations replace the gradients the others step by."""
+        for optimizer in sorted(self.optimizers, key=wants_closure):
+            optimizer.step(closure if wants_closure(optimizer) else None)

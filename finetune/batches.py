@@ -96,16 +96,18 @@ class SeededImages:
         return self.transform(image.convert("RGB")), self.target(label, index)
 
     def target(self, label, index: int = 0) -> int | torch.Tensor:
-        """A label as the loss takes it: a number, or of several labels a float vector [classes] of 0 and 1."""
-        if self.multi_label:
-            return torch.as_tensor(label, dtype=torch.float32).expand(len(self.classes))
+        """A label as the loss takes it: a number, or where images have several a float vector [classes] of 0 and 1."""
+        if np.ndim(label) == 1:
+            return torch.as_tensor(label, dtype=torch.float32)
         if label == UNREADABLE:
-            return label
+            return torch.full((len(self.classes),), float(label)) if self.multi_label else label
         if not 0 <= label < len(self.classes):
             fault = RecipeError(f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
                                 f"{len(self.classes) - 1}")
             fault.one_process = True
             raise fault
+        if self.multi_label:  # one label where there could be several
+            return torch.nn.functional.one_hot(torch.tensor(int(label)), len(self.classes)).float()
         return int(label)
 
     def labels(self) -> np.ndarray:

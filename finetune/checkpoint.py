@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.recipe import RecipeError
+from finetune.run_folder import newest_checkpoint
 from finetune.run_record import RunRecord
 
 
@@ -88,11 +89,6 @@ def save_checkpoint(record: RunRecord, net: nn.Module, scored: nn.Module, optimi
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
     accelerator.wait_for_everyone()
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
-    return max((run / "checkpoints").glob("step-*"), default=None)
 
 
 def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: Accelerator) -> int:

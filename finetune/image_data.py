@@ -49,7 +49,7 @@ def load_data(recipe: Recipe) -> ImageData:
     """
     source = recipe.data.source
     if callable(source):
-        return from_function(source)
+        return from_function(source, recipe.loss == "multi_label")
     if source in NAMED:
         return NAMED[source]()
     if Path(source).is_dir():
@@ -61,6 +61,14 @@ def known_size(recipe: Recipe) -> tuple[int, int] | None:
     """Training images and classes of a named set, as far as they are known without having it."""
     known = {"digits": (1438, 10), "elpv": (1969, 2), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
     return None if callable(recipe.data.source) else known.get(recipe.data.source)
+
+
+def data_size(recipe: Recipe) -> tuple[int, int]:
+    """Training images and classes, without having a named set that is still to be downloaded."""
+    if known := known_size(recipe):
+        return known
+    data = load_data(recipe)
+    return len(data.train), len(data.classes)
 
 
 def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -178,12 +186,16 @@ def unreadable(path, error: Exception) -> RecipeError:
     return fault
 
 
-def from_function(source: Callable) -> ImageData:
+def from_function(source: Callable, multi_label: bool) -> ImageData:
     """What a function of the recipe file returns, checked."""
     try:
         train, val = source()
         classes, sizes = tuple(train.classes), (len(train), len(val))
-        train[0][0].convert, int(train[0][1])  # each item is (PIL image, label)
+        image, label = train[0]
+        image.convert, np.asarray(label, dtype=float)
+        if np.shape(label) not in (((), (len(classes),)) if multi_label else ((),)):
+            raise ValueError(f"a label has the shape {np.shape(label)}" + (
+                f", not that of the {len(classes)} classes" if multi_label else "; several labels an image: loss='multi_label'"))
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise RecipeError(f"data: function {source.__name__} must return (train, validation), two data sets of (PIL "
                           f"image, label) with a length, the first with a list `classes`: {error}") from error

@@ -19,7 +19,7 @@ def build_optimizer(groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
     """
     named: dict[str, list[ParamGroup]] = {}
     for group in groups:
-        if group.trains(float("inf")):
+        if group.ever_trains:
             named.setdefault(repr((group.optimizer.name, group.optimizer.options)), []).append(group)
     optimizers = [one_optimizer(members[0].optimizer, members) for members in named.values()]
     return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)

@@ -37,6 +37,10 @@ class ParamGroup:
     def params(self) -> dict[str, nn.Parameter]:
         return self.decayed | self.undecayed
 
+    @property
+    def ever_trains(self) -> bool:
+        return self.unfreeze_at < math.inf
+
     def trains(self, epoch: int) -> bool:
         """Whether the group trains in that epoch. Asked anew each time, so a resumed run can't remember it wrongly."""
         return epoch >= self.unfreeze_at
@@ -133,18 +137,20 @@ def set_rates(optimizer: torch.optim.Optimizer, groups: list[ParamGroup], step: 
     return rates
 
 
-def table(groups: list[ParamGroup]) -> str:
-    """The groups as lines of text: tensors, parameters, peak rate, decay (and how many tensors are spared), first epoch."""
-    head = ("group", "tensors", "parameters", "peak lr", "decay", "not decayed", "optimizer", "from epoch")
-    rows = []
+def table(groups: list[ParamGroup], rates: dict[str, Sequence[float]]) -> str:
+    """The groups as lines of text, with the first, the highest and the last of each one's `rates`, which are all above 0."""
+    rows = [("group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer",
+             "from epoch")]
     for group in groups:
-        columns = (f"{group.lr:.3g}", f"{group.weight_decay:g}", f"{len(group.undecayed)} of {len(group.params)}",
-                   group.optimizer.name, f"{group.unfreeze_at}")
-        rows.append((group.name, f"{len(group.params)}", f"{sum(p.numel() for p in group.params.values()):,}",
-                     *(columns if group.trains(math.inf) else ("frozen", "", "", "", "never"))))
-    total = sum(p.numel() for g in groups for p in g.params.values())
-    rows.append(("all", f"{sum(len(g.params) for g in groups)}", f"{total:,}", "", "", "", "", ""))
-    return aligned([head, *rows])
+        size = (group.name, f"{len(group.params)}", f"{sum(p.numel() for p in group.params.values()):,}")
+        if reached := rates[group.name]:
+            rows.append((*size, *(f"{rate:.2g}" for rate in (reached[0], max(reached), reached[-1])), f"{group.weight_decay:g}",
+                         f"{len(group.undecayed)} of {len(group.params)}", group.optimizer.name, f"{group.unfreeze_at}"))
+        else:
+            rows.append((*size, *["-"] * 5, "frozen", "never"))
+    everything = [p.numel() for group in groups for p in group.params.values()]
+    rows.append(("all", f"{len(everything)}", f"{sum(everything):,}", *[""] * 7))
+    return aligned(rows)
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:

@@ -1,14 +1,25 @@
 """What a run will do, before it does it: the plan in text, and any recipe cut down to a smoke run."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
-from finetune.backbone import outline
+from finetune.augment import transforms
+from finetune.backbone import outline, preprocessing
+from finetune.memory_plan import layers, memory_table
+from finetune.optimizers import build_optimizer
 from finetune.param_groups import aligned, split_parameters, table
 from finetune.recipe import Data, Frozen, LayerDecay, Recipe, RecipeError
 from finetune.recipe_file import as_dict, override
+
+
+def check(recipe: Recipe, net: nn.Module) -> None:
+    """Raise RecipeError for whatever is wrong with the recipe's groups, optimizers or transforms on this network."""
+    for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
+        build_optimizer(split_parameters(recipe, net, epoch))
+    transforms(recipe, preprocessing(recipe, net))
 
 
 def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:
@@ -18,11 +29,28 @@ def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:
             f"{recipe.data.image_size} px; {recipe.epochs} epochs of {updates} updates of {recipe.data.batch_size} images")
 
 
-def group_tables(recipe: Recipe, net: nn.Module) -> str:
+def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> str:
+    """The whole plan: groups, rates, stages with their memory, layers. `net` may lie on the meta device."""
+    epochs, updates = range(recipe.epochs), updates_per_epoch(recipe, num_images)
+    planned = planned_rates(recipe, net, [epoch * updates for epoch in epochs], updates)
+    by_epoch = [("group", *map(str, epochs))]
+    by_epoch += [(name, *(f"{rate:.1e}" if rate else "-" for rate in row)) for name, row in planned.items()]
+    return "\n\n".join([in_one_line(recipe, num_images, num_classes), group_tables(recipe, net, num_images),
+                        f"rate at the start of each epoch\n{aligned(by_epoch)}",
+                        f"stages\n{memory_table(recipe, net, recipe.data.batch_size)}",
+                        f"layers, for one image\n{layers(recipe, net)}"])
+
+
+def group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
     """The table of groups, and the one after a switch of optimizers."""
-    texts = [table(split_parameters(recipe, net))]
-    if recipe.switch:
-        texts.append(f"from epoch {recipe.switch.at}:\n{table(split_parameters(recipe, net, recipe.switch.at))}")
+    begun = sorted({0, recipe.optimizer_begins(recipe.epochs)})
+    updates = updates_per_epoch(recipe, num_images)
+    texts = []
+    for start, stop in zip(begun, [*begun[1:], recipe.epochs], strict=True):
+        groups = split_parameters(recipe, net, start)
+        steps = sorted({*shown_steps(start * updates, stop * updates), stop * updates - 1})
+        rates = {group.name: [rate for step in steps if (rate := group.rate(step, updates, recipe.epochs))] for group in groups}
+        texts.append((f"from epoch {start}:\n" if start else "") + table(groups, rates))
     return "\n\n".join(texts)
 
 
@@ -36,13 +64,9 @@ def planned_rates(recipe: Recipe, net: nn.Module, steps: Sequence[int], steps_pe
     return found
 
 
-def rates(recipe: Recipe, net: nn.Module, num_images: int) -> str:
-    """The table of groups, and every group's rate at the start of each epoch, '-' while it is frozen."""
-    updates, epochs = updates_per_epoch(recipe, num_images), range(recipe.epochs)
-    planned = planned_rates(recipe, net, [epoch * updates for epoch in epochs], updates)
-    rows = [("epoch", *map(str, epochs))]
-    rows += [(name, *(f"{rate:.1e}" if rate else "-" for rate in row)) for name, row in planned.items()]
-    return f"{group_tables(recipe, net)}\n\nrate at the start of each epoch\n{aligned(rows)}"
+def shown_steps(start: int, stop: int, most: int = 2000) -> range:
+    """The updates whose rates are looked at or drawn: all of a short run, evenly spaced ones of a long one."""
+    return range(start, stop, math.ceil((stop - start) / most))
 
 
 def updates_per_epoch(recipe: Recipe, num_images: int) -> int:

@@ -7,21 +7,16 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.batches import SeededImages, unreadable
-from finetune.recipe import SCORES
+from finetune.plan import planned_rates, shown_steps, updates_per_epoch
+from finetune.recipe import SCORES, Recipe
 from finetune.scores import confusion_matrix
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
-
-SHOWN = 2000  # points of a curve: more than a picture has pixels
-
-
-def shown_steps(updates: int) -> range:
-    """The updates whose rates are drawn: all of a short run, evenly spaced ones of a long one."""
-    return range(0, updates, math.ceil(updates / SHOWN))
 
 
 def draw_rates(axes, rates: dict[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
@@ -37,8 +32,8 @@ def draw_rates(axes, rates: dict[str, Sequence[float]], steps: Sequence[int], st
     for at, names in starts.items():
         if at > 0:
             axes.axvline(at, color="0.6", linestyle=":", linewidth=1)
-            axes.annotate(f" {names[0]}" if len(names) == 1 else f" {names[0]} .. {names[-1]}", (at, 1), fontsize="x-small",
-                          xycoords=("data", "axes fraction"), va="bottom", rotation=30, color="0.3")
+            axes.annotate(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", (at, 0.02), rotation=90, ha="right",
+                          va="bottom", xycoords=("data", "axes fraction"), fontsize="x-small", color="0.3")
     lowest = min(max(values) for values in trained.values())  # a cosine's last dive to 0 hides all else
     axes.set(ylabel="learning rate", xlabel="epoch", yscale="log", ylim=(lowest / 100, None))
     axes.legend(ncols=min(6, len(trained)), fontsize="small")
@@ -54,13 +49,13 @@ def tidy(figure, axes: Sequence, file: Path) -> Path:
     return file
 
 
-def plan_picture(file: Path, rates: dict[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: int, epochs: int,
-                 title: str) -> Path:
+def planned(file: Path, recipe: Recipe, net: nn.Module, num_images: int) -> Path:
     """The rates of a run that is still to come."""
+    updates = updates_per_epoch(recipe, num_images)
+    steps = shown_steps(0, recipe.epochs * updates)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    draw_rates(axes, rates, steps, steps_per_epoch)
-    axes.set_xlim(0, epochs)
-    figure.suptitle(title, fontsize="medium")
+    draw_rates(axes, planned_rates(recipe, net, steps, updates), steps, updates)
+    axes.set_xlim(0, recipe.epochs)
     return tidy(figure, [axes], file)
 
 
@@ -87,7 +82,7 @@ def curves(run: Path, score: str) -> Path:
     scored.set(ylabel=f"validation {SCORES[score]}, %")
     norm.plot(time, [row["grad_norm"] for row in updates], color="0.4", linewidth=0.8)
     norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
-    steps = shown_steps(len(updates))
+    steps = shown_steps(0, len(updates))
     draw_rates(rate, {name: [updates[step]["lr"][name] for step in steps] for name in updates[0]["lr"]}, steps, per_epoch)
     rate.set_xlim(0, ends[-1])
     return tidy(figure, (loss, scored, norm, rate), run / "curves.png")

@@ -118,7 +118,7 @@ class Recipe:
     head and `drop_path` (arXiv 1603.09382) are timm's rates.
 
     The loss. "binary" asks one yes or no of each class (arXiv 2110.00476), "multi_label" the same of labels that are vectors
-    of 0 and 1. `class_weights`: a factor for each class, or "balanced": images / (classes x images of the class), 1 on the
+    of 0 and 1 (from a function of the recipe). `class_weights`: a factor for each class, or "balanced": images / (classes x images of the class), 1 on the
     average image. `l2_sp` pulls the backbone's decaying parameters to their pretrained values: half of it times their squared
     distance is added to the loss (arXiv 1802.01483).
 

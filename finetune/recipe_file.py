@@ -1,5 +1,6 @@
 """Reading recipes: by name or path, --set overrides, the resolved recipe as plain data."""
 
+import argparse
 import dataclasses
 import difflib
 import importlib.util
@@ -44,6 +45,23 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path} is no recipe: it needs a line 'recipe = Recipe(...)'")
     return recipe, path.resolve()
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that change a recipe, wherever one is named."""
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+                        help="change a field of the recipe; may be given again")
+    parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
+    parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
+    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
+
+
+def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
+    """The recipe named on the command line, changed as asked there, and its file."""
+    recipe, file = load_recipe(args.recipe)
+    flags = {"data.source": args.data, "weights": args.weights, "seed": args.seed}
+    given = [f"{field}={value!r}" for field, value in flags.items() if value is not None]
+    return override(recipe, args.assignments + given), file
 
 
 def line_of(error: Exception, path: Path) -> str:

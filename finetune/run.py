@@ -12,7 +12,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe, RecipeError  # noqa: E402
-from finetune.recipe_file import load_recipe, override  # noqa: E402
+from finetune.recipe_file import add_recipe_arguments, chosen_recipe  # noqa: E402
 from finetune.run_folder import begin, check_same_recipe, lock, new_folder, unfinished_folder  # noqa: E402
 
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
@@ -23,11 +23,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="run.py", description="Fine-tune a pretrained vision backbone as a recipe says.",
         epilog="example: accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar --set groups.head.lr=5e-3")
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
-                        help="change a field of the recipe; may be given again")
-    parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
-    parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
-    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
+    add_recipe_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR|auto",
                         help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/); "
@@ -39,6 +35,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, metavar="N",
                         help="cut each process's share of the batch in N, for less memory; the result stays")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, for each training process")
+    parser.add_argument("--track", action="append", default=[], metavar="tensorboard|wandb|...",
+                        help="log to a tracker that Accelerate knows, too; may be given again")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but the last words and what went wrong")
     args = parser.parse_args(argv)
     if args.smoke and (args.data or args.weights or args.resume is not None):
         parser.error("--smoke brings its own images and weights: leave out --data, --weights and --resume")
@@ -67,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Everything that can be wrong without data, weights or a GPU is found here, the cheapest first; then the run."""
-    recipe, file = load_recipe(args.recipe)
-    flags = {"data.source": args.data, "weights": args.weights, "seed": args.seed}
-    recipe = override(recipe, args.assignments + [f"{field}={value!r}" for field, value in flags.items() if value is not None])
+    recipe, file = chosen_recipe(args)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
         raise RecipeError(f"batch_size={recipe.data.batch_size}, the images of one update over all processes, can't be divided "
@@ -89,21 +86,15 @@ def launch(args: argparse.Namespace) -> int:
         folder = None if args.dry_run else new_folder(file.stem, args.output)
 
     from finetune import plan  # from here on torch is needed, and seconds pass
-    from finetune.augment import transforms
-    from finetune.backbone import outline, preprocessing
-    from finetune.image_data import known_size, load_data
-    from finetune.optimizers import build_optimizer
-    from finetune.param_groups import split_parameters
+    from finetune.backbone import outline
+    from finetune.image_data import data_size
 
     if args.smoke:
         recipe = plan.smoke(recipe, parts)
     net = outline(recipe)
-    for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
-        build_optimizer(split_parameters(recipe, net, epoch))
-    transforms(recipe, preprocessing(recipe, net))
+    plan.check(recipe, net)
     if args.dry_run:
-        size = known_size(recipe) or (len((data := load_data(recipe)).train), len(data.classes))
-        print(f"{file.stem}: {plan.in_one_line(recipe, *size)}\n\n{plan.rates(recipe, net, size[0])}")
+        print(f"{file.stem}: {plan.text(recipe, net, *data_size(recipe))}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 
@@ -111,35 +102,26 @@ def launch(args: argparse.Namespace) -> int:
 def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
     from finetune import plan
-    from finetune.augment import image_sets
-    from finetune.backbone import build_backbone, preprocessing
-    from finetune.batches import seed_all
+    from finetune.assemble import assemble, make_accelerator
     from finetune.export import save_model
-    from finetune.image_data import DOWNLOADED, load_data
     from finetune.processes import Stopped, first_on_main, join_after_restart
     from finetune.report import report
     from finetune.run_record import RunRecord
+    from finetune.trackers import start_trackers
     from finetune.train_loop import train
-    from finetune.unfreeze import synchronise_norms
-    from finetune.weights import pretrained_state
 
     join_after_restart()
-    accelerator = make_accelerator(recipe)
-    # What lies here is checked first, then come weights over the network, then data.
-    data = None if recipe.data.source in DOWNLOADED else first_on_main(accelerator, lambda: load_data(recipe))
-    state = first_on_main(accelerator, lambda: pretrained_state(recipe))
-    data = data or first_on_main(accelerator, lambda: load_data(recipe))
-    seed_all(recipe.seed)  # the new head's first values
-    net = synchronise_norms(build_backbone(recipe, len(data.classes), state), recipe.norm_stats, accelerator)
-    inputs = preprocessing(recipe, net)
-    images = image_sets(recipe, data, inputs)
-    group_table = plan.group_tables(recipe, net)
+    accelerator = make_accelerator(recipe, args.track, folder)
+    data, net, inputs, images = assemble(recipe, accelerator)
+    group_table = plan.group_tables(recipe, net, len(data.train))
 
     held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
-    record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.score)
+    start_trackers(accelerator, folder, recipe)
+    record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.score,
+                       args.quiet)
     if args.smoke:
         record.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
     record.say(f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
@@ -174,23 +156,6 @@ def check_launcher(recipe: Recipe) -> None:
         raise RecipeError("accelerate launch was asked for several processes, but without several GPUs it starts one; "
                           "give it --multi_gpu as well (it then starts them on the CPU, too), or "
                           "--config_file accelerate_config.yaml, which says so")
-
-
-def make_accelerator(recipe: Recipe):
-    """The Accelerator; on a machine without GPUs its processes use the CPU, with all cores if there is one process.
-
-    Raises:
-        RecipeError: for fp16 on a CPU, which Accelerate would quietly compute in float32.
-    """
-    import torch
-    from accelerate import Accelerator
-
-    cpu = not torch.accelerator.is_available()
-    if recipe.mixed_precision == "fp16" and cpu:
-        raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
-    if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision)
 
 
 def default_workers(args: argparse.Namespace, accelerator) -> int:

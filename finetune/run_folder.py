@@ -48,6 +48,11 @@ def unfinished_folder(name: str, folder: Path | None) -> Path:
     return folder
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    return max((run / "checkpoints").glob("step-*"), default=None)
+
+
 def lock(folder: Path):
     """Keep other processes' runs out of a folder while the returned file is open, which ends with this process however it dies.
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from finetune.batches import Update
 from finetune.recipe import SCORES, RecipeError
+from finetune.trackers import as_scalars
 
 FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
 
@@ -26,9 +27,10 @@ FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a G
 class RunRecord:
     """What a run writes. Every process has one and calls it alike; the first process alone writes and speaks."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, save_model, score: str = "top1"):
+    def __init__(self, folder: Path, accelerator: Accelerator, save_model, score: str = "top1", quiet: bool = False):
         """`save_model(folder, net)` writes a network, for keeping the best by `score`."""
         self.folder, self.accelerator, self.save_model, self.score = folder, accelerator, save_model, score
+        self.quiet = quiet
         self.epochs: list[dict] = []  # a row of scores for each finished epoch
         self.losses: list[float] = []  # of the running epoch's updates
         self.skipped = 0  # images that could not be read in the running epoch
@@ -64,7 +66,7 @@ class RunRecord:
 
     def progress(self, updates: Iterator, epoch: int, total: int) -> Iterator:
         """The updates, with a bar on a terminal."""
-        shown = self.accelerator.is_main_process and sys.stderr.isatty()
+        shown = self.accelerator.is_main_process and sys.stderr.isatty() and not self.quiet
         self.bar = tqdm(total=total, desc=f"epoch {epoch}", unit=" updates", leave=False, disable=not shown)
         self.epoch_started, self.epoch_images = time.monotonic(), 0
         with self.bar:
@@ -138,9 +140,11 @@ class RunRecord:
         if self.accelerator.is_main_process:
             with open(self.metrics, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            self.accelerator.log(as_scalars(row), step=row["step"])
 
-    def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
+    def say(self, text: str, even_if_quiet: bool = False) -> None:
+        if self.accelerator.is_main_process and (even_if_quiet or not self.quiet):
             tqdm.write(text)
             sys.stdout.flush()
 

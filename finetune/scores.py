@@ -2,7 +2,6 @@
 
 import torch
 from torch.nn.functional import cross_entropy
-from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
 from finetune.batches import unreadable
 from finetune.objective import binary_loss
@@ -45,6 +44,8 @@ def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 def of_several_labels(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """By torchmetrics; a class that no image has counts as 0."""
+    from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score  # takes a second
+
     chances, labels, num_classes = logits.sigmoid(), labels.long(), logits.shape[1]
     precisions = multilabel_average_precision(chances, labels, num_classes, average=None).nan_to_num(0.0)
     f1 = multilabel_f1_score(chances, labels, num_classes)

@@ -20,13 +20,13 @@ from torch import nn
 from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
 from finetune import checkpoint, run_record, train_loop
 from finetune.batches import plan_epoch
-from finetune.checkpoint import newest_checkpoint
+from finetune.lr_schedule import Plateau
 from finetune.memory import fitting_accumulation
 from finetune.processes import Stopped, StopRequest
-from finetune.recipe import SGD, AdamW, Data, Group, RecipeError
+from finetune.recipe import SGD, AdamW, Augment, Data, Frozen, Group, Optimizer, RecipeError, Switch
 from finetune.recipe_file import as_dict
 from finetune.run import STOPPED, main
-from finetune.run_folder import changes, check_same_recipe, lock, new_folder
+from finetune.run_folder import changes, check_same_recipe, lock, new_folder, newest_checkpoint
 
 ALL = (Group("all", ".", lr=1e-2),)
 
@@ -61,9 +61,12 @@ def everything(folder):
     """All that a run's last checkpoint holds, and its metrics."""
     last = newest_checkpoint(folder)
     moments = torch.load(last / "optimizer.pt", weights_only=True)
-    return (safetensors.torch.load_file(last / "model.safetensors"),
-            {f"{name} {key}": torch.as_tensor(value) for name, state in moments.items() for key, value in state.items()},
-            (folder / "metrics.jsonl").read_text())
+    flat = {f"{name} {key} {i}": torch.as_tensor(item) for name, state in moments.items() for key, value in state.items()
+            for i, item in enumerate(value if isinstance(value, list) else [value]) if item is not None}
+    average = last / "average.safetensors"
+    weights = safetensors.torch.load_file(last / "model.safetensors")
+    weights |= {f"average {name}": t for name, t in (safetensors.torch.load_file(average) if average.exists() else {}).items()}
+    return weights, flat, (folder / "metrics.jsonl").read_text()
 
 
 def assert_same_bits(a, b):
@@ -107,6 +110,34 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, befor
     assert_same_bits(everything(tmp_path), unbroken[accumulate])
 
 
+HEAD, REST = Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=2)
+LEVERS = {
+    "average": {"ema_decay": 0.6},
+    "several optimizers": {"groups": (HEAD, Group("rest", ".", lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=1))},
+    "switch": {"groups": (HEAD, REST), "switch": Switch(at=2, optimizer=SGD(momentum=0.9), lr_factor=3.0)},
+    "lbfgs": {"groups": (HEAD, Frozen("rest", ".")), "optimizer": Optimizer("LBFGS", max_iter=3)},
+    "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
+    "own columns": {"groups": (Group("head", "fc", lr=1e-2, schedule=Plateau(patience=0)), Group(
+        "rest", ".", lr=1e-3, unfreeze_at=1, warmup_epochs=1.0, weight_decay=0.3))},
+}
+
+
+@pytest.mark.parametrize("call", [4, 6, 7, 9])
+@pytest.mark.parametrize("lever", LEVERS)
+def test_every_lever_survives_a_cut(tmp_path, monkeypatch, lever, call):
+    """With any lever a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a change of optimizer."""
+    recipe = small_recipe(**{"backbone": DroppingNet, "norm_stats": "train", **LEVERS[lever]})
+    run_here(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        cut_before(patched, "set_rates", call)
+        with pytest.raises(Cut):
+            run_here(recipe, tmp_path / "cut", checkpoint_every=1)
+    run_here(recipe, tmp_path / "cut")
+    whole = everything(tmp_path / "whole")
+    assert_same_bits(everything(tmp_path / "cut"), whole)
+    assert len(whole[1]) > 1 and any(name.startswith("average") for name in whole[0]) == (lever == "average")
+
+
 def scaling_accelerator():
     """An Accelerator that scales losses as for fp16, by so much that the first gradients overflow.
 
@@ -142,10 +173,10 @@ def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypa
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     real = train_loop.backward
 
-    def signalled(recipe, model, update, batches, step, accelerator):
+    def signalled(recipe, objective, model, update, batches, step, accelerator):
         if step == 4:
             os.kill(os.getpid(), number)
-        return real(recipe, model, update, batches, step, accelerator)
+        return real(recipe, objective, model, update, batches, step, accelerator)
 
     with monkeypatch.context() as patched:
         patched.setattr(train_loop, "backward", signalled)
@@ -201,8 +232,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     """The message has the update, its images and its rates; the last good checkpoint stays, and nothing bad is saved."""
     real = train_loop.backward
 
-    def spoilt(recipe, model, update, batches, step, accelerator):
-        return real(recipe, model, update, batches, step, accelerator) * (float("nan") if step == 7 else 1.0)
+    def spoilt(recipe, objective, model, update, batches, step, accelerator):
+        return real(recipe, objective, model, update, batches, step, accelerator) * (float("nan") if step == 7 else 1.0)
 
     monkeypatch.setattr(train_loop, "backward", spoilt)
     recipe = small_recipe()

@@ -102,6 +102,30 @@ def test_any_number_of_processes_computes_the_same(tmp_path, image_folder, alone
     assert len(re.findall("^epoch ", out, re.M)) == 5
 
 
+SET = ("augment.mixup=0.4", "augment.cutmix=1.0", "data.sampling=balanced", "ema_decay=0.6", "l2_sp=0.1", "flip_test=True",
+       "class_weights=balanced", "clip_value=0.1")
+
+
+@pytest.mark.parametrize("fields,head,stem", [
+    (SET, 'lr=1e-2', 'lr=1e-3, optimizer=SGD(momentum=0.9)'),
+    (("clip_norm=None",), 'lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)', 'lr=1e-3'),
+], ids=["mixing, averaging, two optimizers", "LBFGS"])
+def test_two_processes_pull_every_lever_alike(tmp_path, image_folder, fields, head, stem):
+    """Whatever lever is pulled, two processes take the updates of one, and their weights are the same to rounding."""
+    runs = []
+    for name, launcher in (("one", [sys.executable]), ("two", several(2))):
+        (tmp_path / name).mkdir()
+        line = command(tmp_path / name, image_folder, tmp_path / name / "out", launcher,
+                       [word for field in fields for word in ("--set", field)])
+        recipe = Path(line[line.index("--recipe") + 1])
+        text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Optimizer,")
+        recipe.write_text(text.replace('"fc", lr=1e-2', f'"fc", {head}').replace("lr=1e-3, unfreeze_at=2", f"{stem}, unfreeze_at=2"))
+        finish(line)
+        runs.append(contents(tmp_path / name / "out"))
+    assert [run[0]["hardware"]["processes"] for run in runs] == [1, 2]
+    assert_same_run(*runs)
+
+
 def test_three_processes_share_a_batch_of_twelve(tmp_path, image_folder):
     """Three processes take the same updates at the same rates as one, with 30 images in batches of 12."""
     runs = []

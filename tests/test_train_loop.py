@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from conftest import SmallNet, prepare, run_here, small_recipe
 from finetune.batches import load, plan_epoch
-from finetune.checkpoint import newest_checkpoint
 from finetune.lr_schedule import Constant, Plateau
 from finetune.recipe import SGD, Data, Group, RecipeError
+from finetune.run_folder import newest_checkpoint
 from finetune.scores import scores as count
 from finetune.train_loop import evaluate
 

@@ -1,0 +1,40 @@
+"""What trackers (TensorBoard, Weights & Biases, ...) are told, through Accelerate."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from finetune.recipe import Recipe
+from finetune.recipe_file import as_dict
+from finetune.run_folder import newest_checkpoint
+
+
+def as_scalars(row: dict) -> dict[str, float]:
+    """A line of the metrics under the names a tracker sorts into panels."""
+    panel = "train" if "grad_norm" in row else "val"
+    values = {f"{panel}/{key}": value for key, value in row.items() if isinstance(value, float | int) and key != "step"}
+    return values | {f"lr/{name}": rate for name, rate in row.get("lr", {}).items()}
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, recipe: Recipe) -> None:
+    """Begin what --track asked for, with the recipe as its configuration.
+
+    A resumed run goes on in the same one, and TensorBoard forgets what was logged after the checkpoint.
+    """
+    checkpoint = newest_checkpoint(folder)
+    step = checkpoint and int(checkpoint.name.split("-")[1])
+    config = {}
+
+    def flatten(part, key: str = "") -> None:
+        if isinstance(part, dict):
+            for name, value in part.items():
+                flatten(value, f"{key}.{name}" if key else name)
+        elif isinstance(part, list):
+            for number, value in enumerate(part):
+                flatten(value, f"{key}.{number}")
+        else:
+            config[key] = part if isinstance(part, int | float | str | bool) else str(part)
+
+    flatten(as_dict(recipe))
+    accelerator.init_trackers("finetune", config, init_kwargs={
+        "tensorboard": {"purge_step": step}, "wandb": {"id": folder.name, "resume": "allow", "dir": str(folder)}})

@@ -1,0 +1,223 @@
+"""The range test: what it computes is torch's, and it leaves no trace."""
+
+import dataclasses
+import math
+import random
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from conftest import SmallNet, prepare, small_recipe
+from finetune import lr_finder
+from finetune.batches import load, plan_epoch
+from finetune.lr_finder import line_to_paste, picture, range_test, smooth, suggestions
+from finetune.lr_schedule import Step
+from finetune.recipe import SGD, Frozen, Group, LayerDecay, RecipeError
+from finetune.recipe_file import override
+from finetune.run_record import RunRecord
+from finetune.train_loop import train
+
+
+class DropNet(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+
+RECIPES = {
+    "dropout": small_recipe(backbone=DropNet),
+    "norms": small_recipe(backbone="test_resnet", head=None, norm_stats="train", groups=(
+        Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1), Frozen("early", ".")))}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def state(net):
+    """All but tensors that a range test might leave behind."""
+    return {"flags": [parameter.requires_grad for parameter in net.parameters()],
+            "modes": [module.training for module in net.modules()],
+            "gradients": [parameter.grad for parameter in net.parameters()],
+            "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_it_leaves_no_trace(recipe):
+    """Tensors, flags, modes, gradients, random states and the accelerator's own optimizer are, bit for bit, what they were."""
+    net, _, images = prepare(recipe)
+    next(net.parameters()).requires_grad_(False)
+    list(net.children())[1].eval()
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=1.0))
+    tensors, before = {name: tensor.clone() for name, tensor in net.state_dict().items()}, state(net)
+    assert len(range_test(recipe, net, images[0], accelerator, num_updates=10)[0]) == 10
+    assert same(net.state_dict(), tensors) and state(net) == before
+    assert accelerator._optimizers == [optimizer] and optimizer.param_groups[0]["lr"] == 1.0
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
+    """Training ends with the same bits, and writes the same metrics, whether or not a range test came first."""
+    ends = []
+    for tested in (True, False):
+        net, _, images = prepare(recipe)
+        accelerator = Accelerator(cpu=True)
+        if tested:
+            range_test(recipe, net, images[0], accelerator, num_updates=10)
+        (folder := tmp_path / str(tested)).mkdir()
+        net = train(recipe, net, images, RunRecord(folder, accelerator, lambda path, net: None, recipe.score), accelerator)
+        ends.append((net.state_dict(), (folder / "metrics.jsonl").read_text()))
+    assert same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+
+
+def test_every_rate_rises_by_the_same_progression(monkeypatch):
+    """In each update each group's rate is its peak times numpy's geomspace, whatever else its row says; a frozen row's is 0."""
+    recipe = small_recipe(groups=(
+        Group("head", "fc", lr=1e-2, optimizer=SGD(momentum=0.9)),
+        Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5, schedule=Step(every=1, factor=0.5)),
+        Frozen("stem", "stem|norm")))
+    net, _, images = prepare(recipe)
+    seen, networks, step = [], [], lr_finder.take_step
+
+    def watched(recipe, objective, model, trained, optimizer, *rest):
+        seen.append({row["name"]: row["lr"] for row in optimizer.param_groups})
+        networks.append(model)
+        return step(recipe, objective, model, trained, optimizer, *rest)
+
+    monkeypatch.setattr(lr_finder, "take_step", watched)
+    multipliers, _ = range_test(recipe, net, images[0], Accelerator(cpu=True), 1e-2, 1e1, num_updates=12)
+    assert multipliers == pytest.approx(np.geomspace(1e-2, 1e1, 12), rel=1e-12) and len(seen) == 12
+    for row, multiplier in zip(seen, np.geomspace(1e-2, 1e1, 12), strict=True):
+        assert row.pop("stem", 0.0) == 0.0  # where the optimizer has it at all
+        assert row == pytest.approx({"head": 1e-2 * multiplier, "body": 3e-3 * multiplier})
+    moved = {n for n, t in networks[0].state_dict().items() if not torch.equal(t, net.state_dict()[n])}
+    assert moved == {"body.weight", "body.bias", "fc.weight", "fc.bias"}
+
+
+def test_losses_are_those_of_a_bare_loop():
+    """The losses are those of torch's SGD and ExponentialLR over the run's own batches, epoch after epoch.
+
+    The bound is float32 rounding through 15 updates, of which the last have rates at which differences grow.
+    """
+    recipe = small_recipe(groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), clip_norm=None,
+                          label_smoothing=0.1)
+    net, _, images = prepare(recipe)
+    multipliers, losses = range_test(recipe, net, images[0], Accelerator(cpu=True), 1e-2, 1e2, num_updates=15)
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1e4 ** (1 / 14))
+    expected = []
+    for epoch in range(5):
+        for update in plan_epoch(22, 8, recipe.seed, epoch):
+            (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
+            optimizer.zero_grad()
+            loss = cross_entropy(net(batch), labels, label_smoothing=0.1)
+            loss.backward()
+            expected.append(loss.item())
+            optimizer.step()
+            schedule.step()
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 15
+    assert max(losses) - min(losses) > 0.1  # there was something to get wrong
+
+
+def test_smoothing_is_a_weighted_mean():
+    """Each smoothed loss is numpy's average of all up to it, with weights that fall by beta from each to the one before."""
+    losses = np.random.RandomState(0).rand(30)
+    expected = [np.average(losses[:i + 1], weights=0.8 ** np.arange(i, -1, -1)) for i in range(30)]
+    assert smooth(losses, 0.8) == pytest.approx(expected, rel=1e-12)
+
+
+def roughened(smoothed, beta=0.9):
+    """Losses whose moving average this is."""
+    totals = np.asarray(smoothed) * (1 - beta ** np.arange(1, len(smoothed) + 1)) / (1 - beta)
+    return (totals - beta * np.insert(totals[:-1], 0, 0.0)).tolist()
+
+
+def test_suggestions_are_where_the_curve_was_made_to_have_them():
+    """A logistic fall is steepest at its centre; the valley's point of a straight fall between two rises is the middle one.
+
+    Steeper falls within the first 10 points and the last 5 are there to be left alone.
+    """
+    multipliers = np.geomspace(1e-3, 1e3, 81)
+    traps = np.concatenate([np.linspace(9, 0, 8), np.zeros(70), [0, -5, -5]])
+    logistic = 3 - 2 / (1 + np.exp(-3 * np.log10(multipliers / multipliers[44])))
+    assert suggestions(multipliers, roughened(logistic + traps))["steepest"] == multipliers[44]
+    straight = np.interp(np.arange(81), [0, 30, 50, 80], [2.8, 3, 1, 1.5])
+    valley = suggestions(multipliers, roughened(straight + traps))["valley"]
+    assert multipliers[39] <= valley <= multipliers[41]
+
+
+NOISE = 0.3 * np.random.RandomState(0).randn(100)
+
+
+@pytest.mark.parametrize("losses", [[2.0] * 40, np.linspace(1, 3, 40), 2 + NOISE, np.linspace(2, 3, 100) + NOISE, [2, 1] * 4])
+def test_a_loss_that_never_falls_suggests_nothing(losses):
+    """A level, a rising, a merely noisy and a very short curve are refused with what to do about it."""
+    with pytest.raises(RecipeError, match="start .*lower"):
+        suggestions(np.geomspace(1e-3, 1, len(losses)), list(losses))
+
+
+@pytest.mark.parametrize("last, kept", [(math.nan, 12), (math.inf, 12), (1e3, 13), (1.0, 20)])
+def test_it_ends_when_the_loss_explodes(monkeypatch, last, kept):
+    """No loss is asked for after one that is no number, which is not kept, or after the smoothed one is 4 times its lowest."""
+    net, _, images = prepare(small_recipe())
+    made = iter([2.0] * 12 + [last] + [2.0] * 7)
+    monkeypatch.setattr(lr_finder, "take_step", lambda *_: (torch.tensor(next(made)), None))
+    multipliers, losses = range_test(small_recipe(), net, images[0], Accelerator(cpu=True), num_updates=20)
+    assert len(losses) == kept and len(list(made)) == (0 if last == 1.0 else 7)
+    assert multipliers == pytest.approx(np.geomspace(1e-3, 1e3, 20)[:kept])
+
+
+def test_a_real_explosion_ends_it():
+    """At rates that ruin the network the test is over before its range is, with finite losses."""
+    recipe = small_recipe(optimizer=SGD(), clip_norm=None)
+    net, _, images = prepare(recipe)
+    _, losses = range_test(recipe, net, images[0], Accelerator(cpu=True), 1e-2, 1e9, num_updates=40)
+    assert 10 < len(losses) < 40 and np.isfinite(losses).all()
+
+
+def test_what_can_not_be_tested_is_said():
+    """Several processes, a range that does not rise and too few updates are refused before anything is computed."""
+    with pytest.raises(RecipeError, match="find-lr runs on one process"):
+        range_test(small_recipe(), None, None, SimpleNamespace(num_processes=2))
+    for wrong in ({"low": 1.0, "high": 1.0}, {"low": 0.0}, {"num_updates": 9}):
+        with pytest.raises(RecipeError, match="find-lr needs"):
+            range_test(small_recipe(), None, None, Accelerator(cpu=True), **wrong)
+
+
+def test_the_line_is_read_back():
+    """What is to be pasted sets every rate to its peak times the multiplier, to two digits, and nothing else."""
+    rows = small_recipe(groups=(Group("head", "fc", lr=1e-2), Group("my-body", "body", lr=3e-3), Frozen("stem", ".")))
+    layers = small_recipe(backbone="test_resnet", head=None, groups=LayerDecay(head_lr=2e-3, stem_ratio=0.1))
+    assert line_to_paste(rows, 0.317) == "--set groups.head.lr=3.2e-03 --set groups.my-body.lr=9.5e-04"
+    for recipe in (rows, layers):
+        flags, assignments = (line_to_paste(recipe, 0.317).split()[i::2] for i in (0, 1))
+        assert set(flags) == {"--set"}
+        changed = override(recipe, assignments)
+        if recipe is layers:
+            expected = dataclasses.replace(layers.groups, head_lr=6.3e-4)
+        else:
+            expected = (dataclasses.replace(rows.groups[0], lr=3.2e-3), dataclasses.replace(rows.groups[1], lr=9.5e-4),
+                        rows.groups[2])
+        assert changed == dataclasses.replace(recipe, groups=expected)
+
+
+def test_the_picture_shows_the_suggestions(tmp_path, monkeypatch):
+    """The file is a picture whose legend has both suggestions, and whose axis holds the valley but not the explosion."""
+    shown, tidy = [], lr_finder.tidy
+    monkeypatch.setattr(lr_finder, "tidy", lambda figure, axes, file: shown.extend(axes) or tidy(figure, axes, file))
+    losses = [3.0] * 15 + np.linspace(3, 1, 25).tolist() + np.geomspace(1, 1e4, 10).tolist()
+    file = picture(tmp_path / "find_lr.png", np.geomspace(1e-3, 1e3, 50), losses, {"steepest": 0.234, "valley": 0.0678},
+                   {"head": 1e-2, "body": 3e-3})
+    assert file == tmp_path / "find_lr.png" and matplotlib.image.imread(file).std() > 0
+    legend = {text.get_text() for text in shown[0].get_legend().get_texts()}
+    assert {"steepest: 0.23", "valley: 0.068"} <= legend
+    bottom, top = shown[0].get_ylim()
+    assert bottom < 1 and 3 < top < 10 and shown[0].get_xlabel() == "multiplier of every group's peak rate"

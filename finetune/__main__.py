@@ -57,6 +57,7 @@ def find_lr(args: argparse.Namespace) -> None:
 
     from finetune import lr_finder
     from finetune.assemble import assemble, make_accelerator
+    from finetune.param_groups import split_parameters
 
     accelerator = make_accelerator(recipe)
     _, net, _, images = assemble(recipe, accelerator)
@@ -66,7 +67,9 @@ def find_lr(args: argparse.Namespace) -> None:
         print(f"{name:8}  {multiplier:.2g} times the recipe's rates: {lr_finder.line_to_paste(recipe, multiplier)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        print(f"picture   {lr_finder.picture(args.output / f'{file.stem}-lr.png', multipliers, losses, suggested)}")
+        rates = {group.name: group.lr for group in split_parameters(recipe, net) if group.ever_trains}
+        picture = args.output / f"{file.stem}-lr.png"
+        print(f"picture   {lr_finder.picture(picture, multipliers, losses, suggested, rates)}")
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def from_function(source: Callable, multi_label: bool) -> ImageData:
         image.convert, np.asarray(label, dtype=float)
         if np.shape(label) not in (((), (len(classes),)) if multi_label else ((),)):
             raise ValueError(f"a label has the shape {np.shape(label)}" + (
-                f", not that of the {len(classes)} classes" if multi_label else "; several labels an image: loss='multi_label'"))
+                f", not that of {len(classes)} classes" if multi_label else "; several labels an image: loss='multi_label'"))
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise RecipeError(f"data: function {source.__name__} must return (train, validation), two data sets of (PIL "
                           f"image, label) with a length, the first with a list `classes`: {error}") from error

@@ -47,11 +47,15 @@ class ParamGroup:
 
     def rate(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict] = ()) -> float:
         """The learning rate of update `step`, 0 while frozen; `scored` has a row of scores for each finished epoch."""
+        return self.lr * self.multiplier(step, steps_per_epoch, epochs, scored) if self.ever_trains else 0.0
+
+    def multiplier(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict] = ()) -> float:
+        """What part of `lr` is the rate of update `step`."""
         if not self.trains(step // steps_per_epoch):
             return 0.0
         scale = self.schedule.scale(step, steps_per_epoch, epochs, [row[self.watches] for row in scored])
         warmup = round(self.warmup_epochs * steps_per_epoch)
-        return self.lr * scale * ramp(step - self.unfreeze_at * steps_per_epoch, warmup, start=0.01)
+        return scale * ramp(step - self.unfreeze_at * steps_per_epoch, warmup, start=0.01)
 
 
 def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[ParamGroup]:

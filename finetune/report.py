@@ -44,7 +44,7 @@ def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start:
                f"best      {SCORES[recipe.score]} {result['best_' + recipe.score]:.2%} in epoch {result['best_epoch']}: "
                f"{folder / 'model-best'}\n"
                f"model     {folder / 'model'}\n"
-               f"all else  {folder}: result.json, metrics.jsonl, curves.png, confusion.png, mistakes.png, recipe.json",
+               f"all else  {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}",
                even_if_quiet=True)
 
 

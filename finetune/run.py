@@ -94,7 +94,8 @@ def launch(args: argparse.Namespace) -> int:
     net = outline(recipe)
     plan.check(recipe, net)
     if args.dry_run:
-        print(f"{file.stem}: {plan.text(recipe, net, *data_size(recipe))}")
+        num_images, num_classes = data_size(recipe)
+        print(f"{file.stem}: {plan.text(recipe, outline(recipe, num_classes), num_images, num_classes)}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 

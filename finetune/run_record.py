@@ -141,7 +141,7 @@ class RunRecord:
             with open(self.metrics, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
-            self.accelerator.log(as_scalars(row), step=row["step"])
+            self.accelerator.log(*as_scalars(row))
 
     def say(self, text: str, even_if_quiet: bool = False) -> None:
         if self.accelerator.is_main_process and (even_if_quiet or not self.quiet):

@@ -9,11 +9,11 @@ from finetune.recipe_file import as_dict
 from finetune.run_folder import newest_checkpoint
 
 
-def as_scalars(row: dict) -> dict[str, float]:
-    """A line of the metrics under the names a tracker sorts into panels."""
-    panel = "train" if "grad_norm" in row else "val"
+def as_scalars(row: dict) -> tuple[dict[str, float], int]:
+    """A line of the metrics under the names that a tracker sorts into panels, and its update: an epoch's is its last one."""
+    panel, step = ("train", row["step"]) if "grad_norm" in row else ("val", row["step"] - 1)
     values = {f"{panel}/{key}": value for key, value in row.items() if isinstance(value, float | int) and key != "step"}
-    return values | {f"lr/{name}": rate for name, rate in row.get("lr", {}).items()}
+    return values | {f"lr/{name}": rate for name, rate in row.get("lr", {}).items()}, step
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, recipe: Recipe) -> None:

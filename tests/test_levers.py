@@ -33,8 +33,8 @@ ALL = (Group("all", ".", lr=1e-2),)
 
 def plain(**changes):
     """Two epochs of SGD at one rate, everything trained, nothing clipped."""
-    return small_recipe(**{"groups": ALL, "optimizer": SGD(momentum=0.9), "schedule": Constant(), "epochs": 2, "clip_norm": None,
-                           **changes})
+    return small_recipe(**{"groups": ALL, "optimizer": SGD(momentum=0.9), "schedule": Constant(), "epochs": 2,
+                           "clip_norm": None, **changes})
 
 
 def bare_loop(recipe, loss_of, clip_gradients=lambda parameters: None):
@@ -142,7 +142,8 @@ def test_smoothing_mixed_targets_is_timms():
         theirs = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.2, multi_label=several)
         mixed = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.0, multi_label=several)
         logits = torch.randn(4, 4)
-        ours = objective(small_recipe(loss=kind, label_smoothing=0.2, score="mean_average_precision" if several else "top1"), [0])
+        score = "mean_average_precision" if several else "top1"
+        ours = objective(small_recipe(loss=kind, label_smoothing=0.2, score=score), [0])
         expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, theirs) * 4
         torch.testing.assert_close(ours.loss(logits, mixed), expected)
     theirs = timm.loss.SoftTargetCrossEntropy()(logits, timm.data.mixup.mixup_target(labels, 4, 0.3, smoothing=0.2)) * 4
@@ -163,7 +164,7 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
     assert_same_weights(run_here(recipe, tmp_path, 2)[0], trail[-1], 1e-5)
 
 
-@pytest.mark.parametrize("weights,fault", [((1.0, 2.0), "class_weights: 2 for 10 classes"), ("balanced", "needs? to know|targets")])
+@pytest.mark.parametrize("weights,fault", [((1.0, 2.0), "class_weights: 2 for 10 classes"), ("balanced", "a list `targets`")])
 def test_class_weights_that_do_not_fit_are_refused(weights, fault):
     """A wrong number of weights, and a data set that does not tell its labels, each get one message."""
     class Untold:
@@ -206,7 +207,7 @@ def test_the_new_head_is_known(backbone, head, expected):
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
 def test_neighbours_are_mixed_as_timm_mixes(alphas):
-    """Each pair of neighbours comes out as timm's Mixup of that pair alone under the same draw; a last odd image stays itself."""
+    """Each pair of neighbours comes out as timm's Mixup of that pair alone under the same draw; a last odd one stays itself."""
     mixup = timm.data.Mixup(alphas.get("mixup", 0), alphas.get("cutmix", 0), label_smoothing=0.0, num_classes=10)
     images, labels = torch.randn(7, 3, 16, 16), torch.randint(0, 10, (7,))
     from finetune.batches import seed_all
@@ -260,7 +261,8 @@ def test_balanced_sampling_draws_each_class_equally():
     assert len(draw) == 1000 and len(set(draw)) < 1000
     drawn = np.bincount(labels[draw])
     assert abs(drawn - 1000 / 3).max() < 4 * math.sqrt(1000 * 1 / 3 * 2 / 3)  # four standard deviations of a binomial
-    again, other = ([i for update in plan_epoch(1000, 64, 0, epoch, chances=chances) for i in update.images] for epoch in (3, 4))
+    again, other = ([i for update in plan_epoch(1000, 64, 0, epoch, chances=chances) for i in update.images]
+                    for epoch in (3, 4))
     assert draw == again != other
 
 
@@ -321,7 +323,8 @@ def test_several_labels_are_scored_as_scikit_learn_does(tmp_path):
     assert found["class_average_precision"] == pytest.approx(by_class, abs=1e-6)
     assert found["mean_average_precision"] == pytest.approx(np.mean(by_class), abs=1e-6)
     assert found["macro_f1"] == pytest.approx(f1_score(truth, chances > 0.5, average="macro", zero_division=0))
-    assert found["loss"] == pytest.approx(np.mean([log_loss(truth[:, i], chances[:, i], labels=[0, 1]) for i in range(3)]), rel=1e-5)
+    losses = [log_loss(truth[:, i], chances[:, i], labels=[0, 1]) for i in range(3)]
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert [row["mean_average_precision"] for row in rows if "val_images" in row][-1] == found["mean_average_precision"]
 
 
@@ -339,7 +342,8 @@ def test_flipped_logits_are_averaged():
 def test_the_score_chooses_the_best_epoch(tmp_path):
     """score="macro_f1" keeps the epoch of the highest macro F1."""
     kept = []
-    _, rows = run_here(small_recipe(groups=ALL, epochs=6, score="macro_f1"), tmp_path, save_model=lambda path, net: kept.append(1))
+    recipe = small_recipe(groups=ALL, epochs=6, score="macro_f1")
+    _, rows = run_here(recipe, tmp_path, save_model=lambda path, net: kept.append(1))
     found = [row["macro_f1"] for row in rows if "val_images" in row]
     assert len(kept) == sum(value > max([-1.0, *found[:i]]) for i, value in enumerate(found))
 
@@ -347,7 +351,7 @@ def test_the_score_chooses_the_best_epoch(tmp_path):
 # averaging, stopping, saving memory
 
 def test_the_average_is_its_recurrence(tmp_path):
-    """Scores and network are of the moving average: a float64 recurrence over the weights of a bare loop, timm's warmup in it."""
+    """Scores and network are of the average: a float64 recurrence over the weights of a bare loop, timm's warmup in it."""
     recipe = plain(ema_decay=0.6, epochs=3)
     net, rows = run_here(recipe, tmp_path)
     trail = bare_loop(recipe, mean_loss)[1]
@@ -395,11 +399,16 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(tmp_path, backbon
     """The weights of a run are the same to rounding, and autograd keeps less for the backward pass."""
     kept, nets = [], []
     for checkpointing in (False, True):
-        recipe = plain(backbone=backbone, head=None, data=Data("generated", 160, 8), gradient_checkpointing=checkpointing, epochs=1)
-        net = prepare(recipe)[0]
+        recipe = plain(backbone=backbone, head=None, data=Data("generated", 160, 8), epochs=1,
+                       gradient_checkpointing=checkpointing)
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
-            net.train()(torch.randn(2, 3, 160, 160))
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            prepare(recipe)[0].train()(torch.randn(2, 3, 160, 160))
         kept.append(sum(sizes))
         nets.append(run_here(recipe, tmp_path / str(checkpointing))[0])
     assert kept[1] < 0.8 * kept[0]

@@ -151,7 +151,8 @@ def test_several_optimizers_share_rows_and_state():
 def test_a_switch_starts_another_optimizer_afresh(tmp_path):
     """From its epoch on the run takes the steps of a new SGD at its own rates, without AdamW's state."""
     rows = (Group("head", "fc", lr=1e-3), Group("rest", ".", lr=1e-4, unfreeze_at=1))
-    recipe = constant(groups=rows, optimizer=AdamW(), epochs=3, switch=Switch(at=1, optimizer=SGD(momentum=0.9), lr_factor=10.0))
+    recipe = constant(groups=rows, optimizer=AdamW(), epochs=3,
+                      switch=Switch(at=1, optimizer=SGD(momentum=0.9), lr_factor=10.0))
 
     def switch(epoch, net, optimizers):
         for name, parameter in net.named_parameters():
@@ -170,7 +171,8 @@ def test_a_switch_starts_another_optimizer_afresh(tmp_path):
 
 def test_changing_rates_keeps_momentum(tmp_path):
     """A step of the schedule changes the rate alone: torch's SGD under torch's StepLR, one state throughout."""
-    recipe = constant(groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), schedule=Step(every=1, factor=0.5), epochs=3)
+    recipe = constant(groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), epochs=3,
+                      schedule=Step(every=1, factor=0.5))
 
     def halve(epoch, net, optimizers):
         if epoch:

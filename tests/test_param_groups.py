@@ -174,6 +174,7 @@ def test_the_table_counts_everything():
     """The table's sums are the network's."""
     recipe = load_recipe("resnet18_cifar")[0]
     net = outline(recipe)
-    text = table(split_parameters(recipe, net))
+    groups = split_parameters(recipe, net)
+    text = table(groups, {group.name: [group.lr] for group in groups})
     assert text.splitlines()[-1].split() == ["all", "62", f"{sum(p.numel() for p in net.parameters()):,}"]
     assert len(text.splitlines()) == 6

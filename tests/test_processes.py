@@ -119,7 +119,8 @@ def test_two_processes_pull_every_lever_alike(tmp_path, image_folder, fields, he
                        [word for field in fields for word in ("--set", field)])
         recipe = Path(line[line.index("--recipe") + 1])
         text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Optimizer,")
-        recipe.write_text(text.replace('"fc", lr=1e-2', f'"fc", {head}').replace("lr=1e-3, unfreeze_at=2", f"{stem}, unfreeze_at=2"))
+        text = text.replace('"fc", lr=1e-2', f'"fc", {head}')
+        recipe.write_text(text.replace("lr=1e-3, unfreeze_at=2", f"{stem}, unfreeze_at=2"))
         finish(line)
         runs.append(contents(tmp_path / name / "out"))
     assert [run[0]["hardware"]["processes"] for run in runs] == [1, 2]

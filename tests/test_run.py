@@ -45,6 +45,37 @@ def test_every_recipe_smokes(here, capsys, name):
     assert json.loads((here / "out" / "result.json").read_text())["smoke"] is True
 
 
+LEVERS = '''
+from finetune.lr_schedule import Constant, Step
+from finetune.recipe import *
+
+recipe = Recipe(
+    backbone="resnet18", weights="none", data=Data("cifar10", 64, 32, sampling="balanced"),
+    groups=(Group("head", "fc", lr=1e-2, schedule=Step(every=5, factor=0.9, warmup_epochs=2.0), weight_decay=0.0),
+            Group("top", "layer[34]", lr=1e-3, unfreeze_at=3, warmup_epochs=2.0, optimizer=SGD(momentum=0.9)),
+            Group("middle", "layer2", lr=1e-3, unfreeze_at=7), Frozen("rest", ".")),
+    optimizer=AdamW(), schedule=Constant(), epochs=20, norm_stats="eval", switch=Switch(at=7, optimizer=Optimizer("NAdam")),
+    class_weights=tuple(range(1, 11)), early_stop=EarlyStop(patience=1), augment=Augment(mixup=0.2, cutmix=1.0, erasing=0.1),
+    dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, score="macro_f1", loss="LOSS")
+'''
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "multi_label"])
+def test_a_recipe_with_every_lever_smokes(here, capsys, loss):
+    """The smoke run cuts every lever down to a stage an epoch: three stages, two optimizers and a switch among them."""
+    text = LEVERS.replace("LOSS", loss)
+    if loss == "multi_label":
+        text = text.replace("macro_f1", "mean_average_precision").replace("class_weights=tuple(range(1, 11)), ", "")
+        text = text.replace(', sampling="balanced"', "")
+    (here / "levers.py").write_text(text)
+    assert main(["--recipe", "levers.py", "--smoke", "--output", "out"]) == 0
+    out = capsys.readouterr().out
+    assert [f"from epoch {epoch}: trains" in out for epoch in range(4)] == [True, True, True, False]
+    rows = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["epoch"] for row in rows} == {0, 1, 2, 3} and {row["lr"]["rest"] for row in rows if "lr" in row} == {0.0}
+    assert json.loads((here / "out" / "result.json").read_text())["drift"]["rest"] == 0.0
+
+
 def test_a_run_folder_is_complete(finished, image_folder):
     """The folder holds the recipe as given and as resolved, groups, metrics, a result with its surroundings, a picture."""
     folder, _, _ = finished

@@ -11,14 +11,17 @@ from conftest import ROOT
 from finetune.baseline import promise, summary
 from finetune.recipe_file import load_recipe
 
-LIGHT = ("recipe", "recipe_checks", "recipe_table", "lr_schedule", "recipe_file", "run_folder")  # what a recipe is read with
+LIGHT = ("recipe", "recipe_checks", "recipe_table", "recipe_data", "lr_schedule", "recipe_file", "run_folder", "baseline")
 MODULES = sorted((ROOT / "finetune").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-LAYERS = [{"lr_schedule", "recipe_checks"}, {"recipe_table"}, {"recipe"}, {"recipe_file"}, {"run_folder"}, {"baseline"},
-          {"param_groups", "backbone", "weights", "image_data", "batches", "augment", "optimizers", "objective", "scores",
-           "run_record", "plots", "unfreeze", "checkpoint", "export", "plan", "memory", "processes"},
-          {"train_loop", "report"}, {"run"}]
+LAYERS = [
+    {"lr_schedule", "recipe_checks"}, {"recipe_table", "recipe_data"}, {"recipe"}, {"recipe_file"}, {"run_folder"},
+    {"baseline"},
+    {"weights", "backbone", "image_data", "batches", "processes", "trackers"},
+    {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "export"},
+    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"}, {"report", "lr_finder"}, {"run", "__main__"},
+]
 
 
 def imports(file):

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from finetune import checkpoint, image_data, plan, plots, processes, train_loop  # noqa: E402, F401  (loaded once, for all forks)
 from finetune.run import main  # noqa: E402
+from finetune.run_folder import newest_checkpoint  # noqa: E402
 
 WAYS = ("all processes", "one process", "while a checkpoint is written")
 RECIPE = '''
@@ -110,7 +111,7 @@ def wait(children: list[int], seconds: float = 60) -> list[int]:
 
 def contents(folder: Path) -> tuple[dict, str]:
     """Every tensor of a finished run's last checkpoint, and its metrics."""
-    last = checkpoint.newest_checkpoint(folder)
+    last = newest_checkpoint(folder)
     tensors = safetensors.torch.load_file(last / "model.safetensors")
     for name, state in torch.load(last / "optimizer.pt", weights_only=True).items():
         tensors |= {f"{name} {key}": torch.as_tensor(value) for key, value in state.items()}

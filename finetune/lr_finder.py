@@ -1,0 +1,162 @@
+"""The learning-rate range test: one multiplier over all groups, on a copy."""
+
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune.batches import SeededImages, Update, balanced_chances, load_updates, plan_epoch
+from finetune.lr_schedule import Lambda
+from finetune.memory import fitting_accumulation
+from finetune.objective import Objective
+from finetune.optimizers import build_optimizer
+from finetune.param_groups import set_rates, split_parameters
+from finetune.plots import plt, tidy
+from finetune.recipe import Group, LayerDecay, Recipe, RecipeError
+from finetune.train_loop import take_step
+from finetune.unfreeze import train_mode, unfreeze
+
+FEWEST = 10  # updates that make a curve
+
+
+def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImages], accelerator: Accelerator,
+               low: float = 1e-3, high: float = 1e3, num_updates: int = 100,
+               workers: int = 0) -> tuple[list[float], list[float]]:
+    """(multipliers, losses) of updates whose rates rise from `low` to `high` times each group's peak, by one factor an update.
+
+    The range test of Smith (arXiv 1506.01186) for many rates at once: their ratios stay. All groups that ever train do so
+    from the first update, on a copy of `net`; nothing else is touched, and random numbers go on as if nothing had been drawn.
+    `images` are the training and the validation set, of which the first is used. Ends early once the smoothed loss is over 4
+    times its lowest, or a loss is no finite number.
+
+    Raises:
+        RecipeError: on several processes, for a range that does not rise, and for too few updates.
+    """
+    if accelerator.num_processes > 1:
+        raise RecipeError("find-lr runs on one process")
+    if not 0 < low < high < math.inf or num_updates < FEWEST:
+        raise RecipeError(f"find-lr needs 0 < low < high and {FEWEST} updates or more, not {low:g}, {high:g} and {num_updates}")
+    # One of its own: `prepare` keeps every optimizer, and fp16's loss scale moves with each update.
+    accelerator = Accelerator(mixed_precision=accelerator.mixed_precision)
+    rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_updates / (num_updates - 1)))
+    multipliers, losses = [], []
+    with same_random_numbers(accelerator.device):
+        net = copy.deepcopy(net).to(accelerator.device)
+        objective = Objective(recipe, net, images[0], accelerator.device)
+        groups = [replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
+                  for group in split_parameters(recipe, net)]
+        trained = unfreeze(groups, 0)
+        train_mode(net, recipe.norm_stats)
+        optimizer = accelerator.prepare(build_optimizer(groups))
+        accumulate = fitting_accumulation(recipe, net, accelerator, 1, print)
+        for step, (update, batches) in zip(range(num_updates), endless(recipe, images[0], accumulate, workers), strict=False):
+            set_rates(optimizer, groups, step, num_updates, 1, ())
+            loss = take_step(recipe, objective, net, trained, optimizer, update, batches, step, accelerator)[0].item()
+            if not math.isfinite(loss):
+                break
+            multipliers.append(rise.scale(step, num_updates, 1))
+            losses.append(loss)
+            if (smoothed := smooth(losses))[-1] > 4 * min(smoothed):
+                break
+    return multipliers, losses
+
+
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn within, the generators of Python, numpy and torch are afterwards as they were before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def endless(recipe: Recipe, images: SeededImages, accumulate: int, workers: int) -> Iterator[tuple[Update, list]]:
+    """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
+    chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
+    for epoch in count():
+        updates = plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, accumulate=accumulate, chances=chances,
+                             pairs=recipe.augment.mixes)
+        yield from load_updates(images, epoch, updates, workers)
+
+
+def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:
+    """The exponential moving average with its bias corrected: of all losses up to each, weighted by beta ** their age.
+
+    The average lags by about 1 / (1 - beta) updates: with fastai's 0.98, by half of a test of 100.
+    """
+    total = weight = 0.0
+    smoothed = []
+    for loss in losses:
+        total, weight = beta * total + loss, beta * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def suggestions(multipliers: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
+    """Multipliers at which to train.
+
+    "steepest": where the smoothed loss falls fastest per decade, of the points up to its lowest. "valley": fastai's of that
+    name (arXiv 2002.04688), of the longest sequence of ever lower smoothed losses, which may skip some, the point half its
+    length before its end (fastai's text says two thirds along it; this is what its code does). Where there are enough, the
+    first 10 points, means of few losses, and the last 5, of the explosion, do not count.
+
+    Raises:
+        RecipeError: for too few losses, and where the fall is no more than chance would make of their scatter.
+    """
+    if len(losses) < FEWEST:
+        raise RecipeError(f"find-lr: {len(losses)} updates before the loss exploded are too few: start at a lower multiplier")
+    part = slice(10, -5) if len(losses) >= 25 else slice(None)
+    scales, smoothed = np.array(multipliers)[part], np.array(smooth(losses))[part]
+    lowest = smoothed.argmin()
+    if not smoothed[:lowest + 1].max() - smoothed[lowest] > 2 * np.median(np.abs(np.diff(losses))):
+        raise RecipeError(f"find-lr: the loss does not fall between the multipliers {multipliers[0]:.2g} and "
+                          f"{multipliers[-1]:.2g}: start lower if it rises, end higher if it stays")
+    lengths = []  # of the longest such sequence up to each point
+    for i, loss in enumerate(smoothed):
+        lengths.append(1 + max((lengths[j] for j in range(i) if smoothed[j] > loss), default=0))
+    end, length = int(np.argmax(lengths)), max(lengths)
+    return {"steepest": float(scales[np.gradient(smoothed, np.log10(scales))[:lowest + 1].argmin()]),
+            "valley": float(scales[max(0, end - length + length // 3 + length // 6)])}
+
+
+def picture(file: Path, multipliers: Sequence[float], losses: Sequence[float], suggested: dict[str, float],
+            groups_lr: dict[str, float]) -> Path:
+    """The losses by multiplier, with the suggestions; `groups_lr` are the peak rates of which they are multiples."""
+    smoothed = smooth(losses)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(multipliers, losses, color="0.75", linewidth=0.8, label="each update")
+    axes.plot(multipliers, smoothed, color="C0", label="smoothed")
+    axes.axvline(1, color="0.3", linestyle="--", linewidth=1, label="1: the recipe")
+    for i, (name, multiplier) in enumerate(suggested.items()):
+        height = np.interp(np.log(multiplier), np.log(multipliers), smoothed)
+        axes.axvline(multiplier, color=f"C{i + 1}", linestyle=":", linewidth=1)
+        axes.plot(multiplier, height, "o", color=f"C{i + 1}", label=f"{name}: {multiplier:.2g}")
+    lowest, highest = min(losses), max(losses[:int(np.argmin(smoothed)) + 1])  # the explosion would squash the valley
+    room = 0.1 * (highest - lowest)
+    axes.set(xscale="log", xlabel="multiplier of every group's peak rate", ylabel="training loss",
+             ylim=(lowest - room, highest + 2 * room))
+    axes.legend(loc="lower left", fontsize="small")
+    rates = [f"{name} {lr:.2g}" for name, lr in groups_lr.items()]
+    short = len(", ".join(rates)) <= 80
+    figure.suptitle("the recipe's peak rates: " + (", ".join(rates) if short else f"{rates[0]} .. {rates[-1]}"),
+                    fontsize="medium")
+    return tidy(figure, [axes], file)
+
+
+def line_to_paste(recipe: Recipe, multiplier: float) -> str:
+    """What to add to the command so that every rate is `multiplier` times the recipe's, to two digits."""
+    rates = {"groups.head_lr": recipe.groups.head_lr} if isinstance(recipe.groups, LayerDecay) else {
+        f"groups.{row.name}.lr": row.lr for row in recipe.groups if isinstance(row, Group)}
+    return " ".join(f"--set {field}={lr * multiplier:.1e}" for field, lr in rates.items())

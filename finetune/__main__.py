@@ -1,4 +1,4 @@
-"""What can be asked of a recipe besides running it: python -m finetune VERB."""
+"""What can be asked of a recipe or a run besides running it: python -m finetune VERB, or finetune VERB."""
 
 import argparse
 import sys
@@ -20,17 +20,83 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m finetune", description="Ask something of a recipe.")
+    parser = argparse.ArgumentParser(prog="finetune", description="Ask something of a recipe or a run. To run a recipe: "
+                                     "accelerate launch -m finetune.run --recipe NAME")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def add(name: str, verb, example: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__, epilog=f"example: finetune {name} {example}")
+        sub.set_defaults(verb=verb)
+        return sub
+
+    add("ls", ls, "")
+    add("show", show, "resnet18_cifar").add_argument("recipe", metavar="NAME")
+    sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=3 --set data.image_size=96")
+    sub.add_argument("recipe", metavar="NAME")
+    sub.add_argument("target", type=Path, metavar="FILE.py")
+    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+                     help="write a field into the copy; may be given again")
+    add("validate", validate, "mine.py").add_argument("recipe", metavar="FILE.py")
+    sub = add("diff", diff, "resnet18_cifar mine.py")
+    sub.add_argument("one", metavar="NAME|FILE.py|RUN")
+    sub.add_argument("other", metavar="NAME|FILE.py|RUN")
     for name, verb, example in (("plan", plan, "resnet18_cifar --output plans"),
-                                ("find-lr", find_lr, "efficientnet_lite0_digits --output rates")):
-        sub = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__,
-                               epilog=f"example: python -m finetune {name} {example}")
+                                ("find-lr", find_lr, "efficientnet_lite0_digits --output plans")):
+        sub = add(name, verb, example)
         sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
         add_recipe_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="DIR", help="draw a picture there, too")
-        sub.set_defaults(verb=verb)
     return parser.parse_args(argv)
+
+
+def ls(args: argparse.Namespace) -> None:
+    """List the recipes: backbone, data, promised number, cost."""
+    from finetune.recipe_file import in_columns
+    from finetune.shelf import listing
+
+    print(in_columns(listing()))
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print a recipe's file."""
+    from finetune.recipe_file import load_recipe
+
+    print(load_recipe(args.recipe)[1].read_text(), end="")
+
+
+def cp(args: argparse.Namespace) -> None:
+    """Copy a recipe to a file of your own, changed as you ask; it runs from any folder."""
+    from finetune.shelf import copied
+
+    if args.target.suffix != ".py" or args.target.exists():
+        raise RecipeError(f"{args.target} is {'there already' if args.target.exists() else 'no .py file'}: name another")
+    args.target.write_text(copied(args.recipe, args.target, args.assignments))
+    print(f"{args.target}; to run it: accelerate launch -m finetune.run --recipe {args.target}")
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Check a recipe against its network, without weights or data."""
+    from finetune.recipe_file import as_dict, load_recipe
+
+    recipe, file = load_recipe(args.recipe)
+
+    from finetune import plan
+    from finetune.backbone import outline
+
+    net = outline(recipe)
+    plan.check(recipe, net)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    print(f"{file.name} is a valid recipe: {as_dict(recipe.backbone)}, {parameters:,} parameters, on "
+          f"{as_dict(recipe.data.source)} at {recipe.data.image_size} px for {recipe.epochs} epochs")
+
+
+def diff(args: argparse.Namespace) -> None:
+    """Name the fields in which two recipes differ, or a recipe and a run."""
+    from finetune.recipe_file import in_columns
+    from finetune.shelf import differences
+
+    rows = differences(args.one, args.other)
+    print(in_columns([("field", args.one, args.other), *rows]) if rows else "no difference")
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -53,7 +53,10 @@ def outline(recipe: Recipe, num_classes: int = 10) -> nn.Module:
         RecipeError: if there is no such network or it does not take such images.
     """
     with torch.device("meta"):
-        net = build_backbone(recipe, num_classes).eval()
+        try:
+            net = build_backbone(recipe, num_classes).eval()
+        except NotImplementedError as error:  # torch's word for a constructor that reads its own values
+            raise RecipeError(f"{backbone_name(recipe)} can't be laid out without its weights: {error}") from error
         size = recipe.data.image_size
         try:
             logits = net(torch.empty(1, 3, size, size))

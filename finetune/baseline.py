@@ -6,23 +6,28 @@ import sys
 from pathlib import Path
 
 from finetune.recipe import SCORES, Recipe, RecipeError
+from finetune.recipe_file import RECIPES
 from finetune.run_folder import changes
 
 
 def promise(recipe_file: Path, recipe: Recipe) -> str:
     """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none.
 
-    A record lies in baselines/NAME.json beside the recipe. It is about the recipe as recorded: any changed field, but for
-    the seed, makes its number no promise.
+    A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. It is
+    about the recipe as recorded: any changed field, but for the seed, makes its number no promise.
     """
+    def changed(record: dict) -> list[str]:
+        return [change.partition(":")[0] for change in changes(record["recipe"] | {"seed": recipe.seed}, recipe)]
+
     file = recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
-    if not file.is_file():
-        return "nothing: not measured"
-    record = json.loads(file.read_text())
-    changed = [change.partition(":")[0] for change in changes(record["recipe"] | {"seed": recipe.seed}, recipe)]
-    if changed:
-        return f"nothing: {', '.join(changed)} differs from what was measured"
-    return f"{SCORES[recipe.score]} {summary(record)}"
+    records = [json.loads(path.read_text()) for path in ([file] if file.is_file() else
+                                                         sorted((RECIPES / "baselines").glob("*.json")))]
+    for record in records:
+        if not changed(record):
+            return f"{SCORES[recipe.score]} {summary(record)}"
+    if file.is_file():
+        return f"nothing: {', '.join(changed(records[0]))} differs from what was measured"
+    return "nothing: not measured"
 
 
 def summary(record: dict) -> str:

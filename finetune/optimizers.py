@@ -96,7 +96,12 @@ class SeveralOptimizers(torch.optim.Optimizer):
         super().load_state_dict(state_dict)  # makes new rows and a new state
         self.share()
 
-    def step(self, closure: Callable | None = None) -> None:
-        """One step of each, those that take `closure` last: its evaluations replace the gradients the others step by."""
+    def step(self, closure: Callable | None = None):
+        """One step of each by the gradients at hand, or by those of `closure`; returns the loss that it returns.
+
+        LBFGS comes last: its evaluations replace the gradients the others step by.
+        """
+        loss = torch.enable_grad()(closure)() if closure else None
         for optimizer in sorted(self.optimizers, key=wants_closure):
             optimizer.step(closure if wants_closure(optimizer) else None)
+        return loss

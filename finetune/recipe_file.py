@@ -15,7 +15,8 @@ from finetune import recipe as recipe_types
 from finetune.lr_schedule import Schedule
 from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+HERE = Path(__file__).resolve().parent
+RECIPES = next(folder for folder in (HERE / "recipes", HERE.parent / "recipes") if folder.is_dir())  # installed; a clone
 
 
 def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
@@ -145,6 +146,21 @@ def require(name: str, names: list[str]) -> None:
     if name not in names:
         there = f" There are: {', '.join(names)}" if names else " Nothing lies below it."
         raise RecipeError(f"no '{name}'.{nearest(name, names)}{there}")
+
+
+def flat(part, key: str = "") -> dict:
+    """{path: value} of nested dicts and lists; an item with a name is found by it."""
+    if not isinstance(part, dict | list) or not part:
+        return {key: part}
+    items = part.items() if isinstance(part, dict) else (
+        (item["name"] if isinstance(item, dict) and "name" in item else i, item) for i, item in enumerate(part))
+    return {path: value for name, item in items for path, value in flat(item, f"{key}.{name}" if key else str(name)).items()}
+
+
+def in_columns(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as lines of text, aligned to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def as_dict(part) -> dict | list | str | float | int | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from finetune.recipe import Recipe
-from finetune.recipe_file import as_dict
+from finetune.recipe_file import as_dict, flat
 from finetune.run_folder import newest_checkpoint
 
 
@@ -23,18 +23,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, recipe: Recipe) -> No
     """
     checkpoint = newest_checkpoint(folder)
     step = checkpoint and int(checkpoint.name.split("-")[1])
-    config = {}
-
-    def flatten(part, key: str = "") -> None:
-        if isinstance(part, dict):
-            for name, value in part.items():
-                flatten(value, f"{key}.{name}" if key else name)
-        elif isinstance(part, list):
-            for number, value in enumerate(part):
-                flatten(value, f"{key}.{number}")
-        else:
-            config[key] = part if isinstance(part, int | float | str | bool) else str(part)
-
-    flatten(as_dict(recipe))
+    config = {key: value if isinstance(value, int | float | str | bool) else str(value)
+              for key, value in flat(as_dict(recipe)).items()}
     accelerator.init_trackers("finetune", config, init_kwargs={
         "tensorboard": {"purge_step": step}, "wandb": {"id": folder.name, "resume": "allow", "dir": str(folder)}})

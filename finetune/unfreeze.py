@@ -1,5 +1,7 @@
 """The stages of a run; what frozen means for gradients, for batch norm and for the DDP wrapper."""
 
+from functools import partial
+
 import timm.layers
 import torch
 from accelerate import Accelerator
@@ -60,8 +62,22 @@ def train_mode(net: nn.Module, norm_stats: str) -> None:
     """
     net.train()
     for name, module in net.named_modules():
-        if isinstance(module, _NormBase) and (norm_stats == "eval" or is_frozen(net, name)):
-            module.eval()
+        if isinstance(module, _NormBase):
+            hold_still(net, name, norm_stats, module)
+
+
+def hold_still(net: nn.Module, name: str, norm_stats: str, module: nn.Module, inputs: tuple = ()) -> None:
+    """Put one norm into eval mode if its statistics must not move."""
+    if norm_stats == "eval" or is_frozen(net, name):
+        module.eval()
+
+
+def hold_norms(net: nn.Module, norm_stats: str) -> None:
+    """Have `train_mode`'s rule hold in loops that call net.train() when they like: each norm asks before its forward pass."""
+    for name, module in net.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if isinstance(module, _NormBase) and not any(getattr(hook, "func", None) is hold_still for hook in hooks):
+            module.register_forward_pre_hook(partial(hold_still, net, name, norm_stats))
 
 
 def is_frozen(net: nn.Module, name: str) -> bool:

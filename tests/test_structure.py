@@ -17,10 +17,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"lr_schedule", "recipe_checks"}, {"recipe_table", "recipe_data"}, {"recipe"}, {"recipe_file"}, {"run_folder"},
-    {"baseline"},
+    {"baseline"}, {"shelf"},
     {"weights", "backbone", "image_data", "batches", "processes", "trackers"},
     {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "export"},
-    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"}, {"report", "lr_finder"}, {"run", "__main__"},
+    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"}, {"report", "lr_finder", "other_loops"}, {"run", "__main__"},
 ]
 
 

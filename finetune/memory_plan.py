@@ -1,0 +1,151 @@
+"""What a network is made of and what each stage of training it will hold in memory, found without weights or data."""
+
+import math
+import weakref
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
+
+from finetune.backbone import memory_format
+from finetune.optimizers import build_optimizer, wants_closure
+from finetune.param_groups import aligned, split_parameters
+from finetune.recipe import Recipe
+from finetune.unfreeze import train_mode, unfreeze
+
+
+def layers(recipe: Recipe, net: nn.Module) -> str:
+    """The layers of `net` (an outline) in the order of the forward pass: each one's output for one image, and who trains it.
+
+    Parameters of none of these layers, such as position embeddings, have rows of their own: the sum is the network's.
+    """
+    shapes, groups, parameters = output_shapes(recipe, net), split_parameters(recipe, net), dict(net.named_parameters())
+    names = sorted(opened(net, shapes), key=list(shapes).index)
+    names += [path for path in parameters if not any(path.startswith(f"{name}.") for name in names)]
+    rows = [("layer", "kind", "output", "parameters", "group", "from epoch")]
+    for name in names:
+        kind = type(net.get_submodule(name)).__name__ if name in shapes else "Parameter"
+        own = {path for path in parameters if f"{path}.".startswith(f"{name}.")}
+        owners = [group for group in groups if own & group.params.keys()]
+        epochs = ["never" if epoch == math.inf else str(epoch) for epoch in sorted({group.unfreeze_at for group in owners})]
+        rows.append((name, kind, shapes.get(name, ""), f"{sum(parameters[path].numel() for path in own):,}",
+                     span(group.name for group in owners), span(epochs)))
+    return aligned([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")])
+
+
+def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
+    """The modules that do something in the forward pass of one image, in its order, with the shapes that they return."""
+    size, shapes, names = recipe.data.image_size, {}, {module: name for name, module in net.named_modules()}
+
+    def note(module: nn.Module, inputs: tuple, output) -> None:
+        idle = isinstance(module, nn.Identity) or isinstance(module, nn.Dropout) and module.p == 0
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        shape = next((tensor.shape[1:] for tensor in outputs if isinstance(tensor, torch.Tensor)), ())
+        if module in names and not idle:
+            shapes.setdefault(names[module], " x ".join(map(str, shape)))
+
+    with unchanged(net), torch.no_grad(), register_module_forward_hook(note):
+        net.eval()(torch.empty(1, 3, size, size, device="meta"))
+    return shapes
+
+
+def opened(module: nn.Module, called: Collection[str], path: str = "") -> Iterator[str]:
+    """The names of the children that are called; a Sequential's own in its stead, and those of a child that is not called."""
+    for name, child in module.named_children():
+        if path + name in called and (path or not isinstance(child, nn.Sequential)):
+            yield path + name
+        else:
+            yield from opened(child, called, f"{path}{name}.")
+
+
+def span(names: Iterable[str]) -> str:
+    """Names in a row, of more than two the first and the last."""
+    names = list(names)
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]}"
+
+
+def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
+    """What each stage trains, and holds in memory with `images` images at once on one process."""
+    groups = split_parameters(recipe, net)
+    columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"]
+    rows = [("from epoch", "trains", "trained parameters", *columns, "sum")]
+    for epoch in sorted({group.unfreeze_at for group in groups} - {math.inf}):  # a switch of optimizers is at one of these
+        trained = [group for group in groups if group.trains(epoch)]
+        stage = stage_memory(recipe, net, epoch, images)
+        cells = {name: f"{size / 2**20:,.1f}" for name, size in stage.items()}
+        total = "> " * ("optimizer" not in stage) + f"{sum(stage.values()) / 2**20:,.1f}"
+        rows.append((str(epoch), span(group.name for group in trained),
+                     f"{sum(p.numel() for group in trained for p in group.params.values()):,}",
+                     *(cells.get(column, "unknown") for column in columns), total))
+    return "\n".join([aligned(rows),
+                      f"MiB, estimated for {images} images at once, in float32; bf16 about halves the activations; on top come",
+                      "results dropped on the way (frozen layers drop all), the library's own workspace and the loader"])
+
+
+def stage_memory(recipe: Recipe, net: nn.Module, epoch: int, images: int) -> dict[str, int]:
+    """Bytes in float32 of the stage that `epoch` is in, with `images` images at once on one process; `net` is an outline.
+
+    "average" is there with `ema_decay` only, "optimizer" unless a step asks for numbers, of which there are none here.
+    """
+    groups = split_parameters(recipe, net, epoch)
+    optimizer = build_optimizer(groups)
+    with unchanged(net):
+        trained = unfreeze(groups, epoch)
+        train_mode(net, recipe.norm_stats)
+        stage = {"parameters": num_bytes([*net.parameters(), *net.buffers()]), "gradients": num_bytes(trained)}
+        try:
+            stage["activations"] = activation_bytes(recipe, net, images, "cpu")
+        except RuntimeError:  # a tensor that is no buffer stays on the meta device
+            stage["activations"] = activation_bytes(recipe, net, images, "meta")
+        if recipe.ema_decay:
+            stage["average"] = stage["parameters"]
+        if not wants_closure(optimizer):
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            with suppress(RuntimeError):  # what Tensor.item() says on the meta device
+                optimizer.step()
+                stage["optimizer"] = num_bytes(value for state in optimizer.state.values() for value in state.values())
+    return stage
+
+
+@contextmanager
+def unchanged(net: nn.Module) -> Iterator[None]:
+    """Gives the network's modules their modes and its parameters their requires_grad back; gradients are dropped."""
+    modes = {module: module.training for module in net.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in net.parameters()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in trained.items():
+            parameter.requires_grad, parameter.grad = flag, None
+
+
+def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -> int:
+    """Bytes of the images, the logits and what autograd keeps for the backward pass, as they are between the two passes.
+
+    Found with fake tensors on that device: "cpu", since on "meta" attention keeps matrices that it never makes on a real one.
+    """
+    size, kept = recipe.data.image_size, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(weakref.ref(tensor))  # what a checkpoint of frozen layers keeps is gone with the end of the pass
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        own = {name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
+               for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
+        batch = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=memory_format(recipe))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = torch.func.functional_call(net, own, batch)
+        return num_bytes([*own.values(), batch, logits, *(tensor() for tensor in kept)]) - num_bytes(own.values())
+
+
+def num_bytes(values: Iterable) -> int:
+    """Bytes of memory behind the tensors among `values`, however many of them share it."""
+    storages = [value.untyped_storage() for value in values if isinstance(value, torch.Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -1,0 +1,57 @@
+"""A recipe's optimizer, rates and stages for training loops that are not this repository's.
+
+    optimizer = make_optimizer(recipe, net)
+    scheduler = make_lr_scheduler(recipe, net, optimizer, steps_per_epoch=len(loader))
+    for epoch in range(recipe.epochs):
+        unfreeze(recipe, net, epoch)
+        for images, labels in loader:
+            ...
+            optimizer.step()
+            scheduler.step()
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from finetune import unfreeze as stages
+from finetune.optimizers import build_optimizer
+from finetune.param_groups import ParamGroup, split_parameters
+from finetune.recipe import Recipe, RecipeError
+
+
+def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `net`: rows named as its groups, each with its own rate and decay, frozen ones too.
+
+    Raises:
+        RecipeError: if the groups do not fit the network, or the optimizer its options.
+    """
+    if recipe.switch:
+        raise RecipeError("switch: in another loop make a second optimizer from Recipe.at(epoch) yourself")
+    return build_optimizer(split_parameters(recipe, net))
+
+
+def make_lr_scheduler(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int,
+                      scored: Sequence[dict] = ()) -> torch.optim.lr_scheduler.LambdaLR:
+    """The recipe's rates as torch's LambdaLR, to be stepped once after every update; 0 while a group is frozen.
+
+    A `Plateau` looks at `scored`, a list to which the loop appends {"top1": ..., "loss": ...} after each epoch.
+    """
+    groups = {group.name: group for group in split_parameters(recipe, net)}
+    last = recipe.epochs * steps_per_epoch - 1  # a scheduler steps once more after it: that rate is never used
+
+    def multiplier(group: ParamGroup):
+        return lambda step: group.multiplier(min(step, last), steps_per_epoch, recipe.epochs, scored)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [multiplier(groups[row["name"]]) for row in optimizer.param_groups])
+
+
+def unfreeze(recipe: Recipe, net: nn.Module, epoch: int) -> list[nn.Parameter]:
+    """Let the epoch's groups train and no others, and hold still the norm statistics that must not move; what trains.
+
+    Call it before each epoch. Under DistributedDataParallel, which fixes at wrapping what it averages, wrap anew after it or
+    ask for find_unused_parameters.
+    """
+    stages.hold_norms(net, recipe.norm_stats)
+    return stages.unfreeze(split_parameters(recipe, net), epoch)

@@ -1,0 +1,160 @@
+"""Recipes listed, shown, copied, checked and compared; and all of it from the wheel, in an empty folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+
+import pytest
+
+from conftest import ROOT
+from finetune.__main__ import main
+from finetune.baseline import promise
+from finetune.recipe import RecipeError
+from finetune.recipe_file import as_dict, load_recipe, override
+from finetune.shelf import copied, differences
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+CHANGES = ["epochs=7", "data.image_size=96", "data.sampling=balanced", "augment.erasing=0.25", "optimizer.weight_decay=0.1",
+           "optimizer.betas=[0.9, 0.95]", "schedule.warmup_epochs=1.5", "clip_value=0.5", "seed=3", "mixed_precision=no"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_ls_has_every_recipe_at_once(here):
+    """Every recipe with its backbone, data, number and cost, in well under a second and without torch."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "finetune", "ls"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert time.monotonic() - start < 5 and " torch" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == RECIPES
+    digits = next(line for line in lines if line.startswith("efficientnet_lite0_digits"))
+    assert "98.9 % (98.9 to 98.9, 3 seeds)" in digits and "1.4 min" in digits and "tf_efficientnet_lite0" in digits
+    assert next(line for line in lines if line.startswith("resnet18_cifar")).split()[-2:] == ["not", "measured"]
+
+
+def test_show_prints_the_file(capsys):
+    """show prints a recipe's file, byte for byte."""
+    assert main(["show", "resnet18_cifar"]) == 0
+    assert capsys.readouterr().out == (ROOT / "recipes" / "resnet18_cifar.py").read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_copy_is_the_recipe(here, name):
+    """A copied file resolves to the same recipe, passes validate, keeps its promise, and names its own command."""
+    assert main(["cp", name, "mine.py"]) == 0
+    copy, file = load_recipe("mine.py")
+    original, first = load_recipe(name)
+    assert as_dict(copy) == as_dict(original) and differences(name, "mine.py") == []
+    assert "accelerate launch -m finetune.run --recipe mine.py" in file.read_text()
+    if promise(first, original).startswith("top-1"):
+        assert promise(file, copy) == promise(first, original)
+    else:
+        assert promise(file, copy).startswith("nothing")
+    assert main(["validate", "mine.py"]) == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_changes_are_written_into_the_copy(here, name):
+    """With --set the file's own fields are rewritten or added: it resolves to what override makes of the original."""
+    groups = ["groups.head_lr=3e-3"] if name.startswith("vit") else ["groups.head.lr=3e-3", "groups.head.weight_decay=0.0"]
+    arguments = [word for change in CHANGES + groups for word in ("--set", change)]
+    assert main(["cp", name, "mine.py", *arguments]) == 0
+    copy, file = load_recipe("mine.py")
+    assert as_dict(copy) == as_dict(override(load_recipe(name)[0], CHANGES + groups))
+    text = file.read_text()
+    assert "3e-3" in text and "override" not in text and "not measured" in text and "%" not in text
+    assert promise(file, copy) == "nothing: not measured"
+    assert dict((field, now) for field, _, now in differences(name, "mine.py"))["epochs"] == "7"
+
+
+def test_what_is_computed_is_not_rewritten_wrongly(here):
+    """Where a field is not written as a value, cp refuses rather than writing another recipe."""
+    text = (ROOT / "recipes" / "resnet18_cifar.py").read_text().replace("recipe = Recipe(", "width = 64\nrecipe = Recipe(")
+    text = text.replace('data=Data("cifar10", image_size=224, batch_size=256)', 'data=made(width)').replace(
+        "width = 64", "def made(width):\n    return Data('cifar10', width, 256)\n\n\nwidth = 64")
+    (here / "odd.py").write_text(text)
+    with pytest.raises(RecipeError, match="copy it"):
+        copied("odd.py", here / "mine.py", ["data.image_size=96"])
+
+
+@pytest.mark.parametrize("arguments,fault", [
+    (["cp", "resnet81_cifar", "mine.py"], "Did you mean resnet18_cifar?"),
+    (["cp", "resnet18_cifar", "there.py"], "there.py is there already"),
+    (["cp", "resnet18_cifar", "mine"], "mine is no .py file"),
+    (["cp", "resnet18_cifar", "mine.py", "--set", "epoch=3"], "Did you mean epochs?"),
+    (["validate", "there.py"], "there.py is no recipe"),
+    (["diff", "resnet18_cifar", "nowhere.py"], "no recipe file nowhere.py"),
+])
+def test_what_is_wrong_is_said_and_nothing_written(here, capsys, arguments, fault):
+    """Exit code 2, one message, no file."""
+    (here / "there.py").write_text("x = 1\n")
+    assert main(arguments) == 2
+    assert fault in capsys.readouterr().err and [path.name for path in here.iterdir()] == ["there.py"]
+
+
+def test_diff_names_the_fields(here, capsys):
+    """Two recipes are compared field by field, groups by their names, and a run's folder stands for its recipe."""
+    main(["cp", "resnet18_cifar", "mine.py", "--set", "groups.layer4.lr=1e-4"])
+    (here / "run").mkdir()
+    (here / "run" / "recipe.json").write_text(json.dumps(as_dict(load_recipe("mine.py")[0])))
+    capsys.readouterr()
+    for other in ("mine.py", "run"):
+        assert main(["diff", "resnet18_cifar", other]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split() == ["groups.layer4.lr", "0.0003", "0.0001"]
+    assert main(["diff", "run", "mine.py"]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The built wheel, made from a copy of the repository without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("finetune", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+                    str(folder), str(folder)], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
+    """Installed from the wheel alone, outside the repository: list, copy, change, validate, smoke-run as a newcomer would."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {f"finetune/recipes/{name}.py" for name in RECIPES} <= set(names)
+    assert "finetune/recipes/baselines/efficientnet_lite0_digits.json" in names
+    venv.create(tmp_path / "env", system_site_packages=False, with_pip=False)
+    site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # The other packages are this environment's: a second copy of torch would only take minutes and gigabytes.
+    (site / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    python, work = tmp_path / "env" / "bin" / "python", tmp_path / "work"
+    work.mkdir()
+
+    def run(*words):
+        done = subprocess.run([str(python), "-m", *words], cwd=work, capture_output=True, text=True,
+                              env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = subprocess.run([str(python), "-c", "import finetune.recipe_file as f; print(f.RECIPES)"], cwd=work,
+                           capture_output=True, text=True).stdout.strip()
+    assert where == str(site / "finetune" / "recipes")
+    assert "resnet18_cifar" in run("finetune", "ls")
+    run("finetune", "cp", "efficientnet_lite0_digits", "mine.py", "--set", "epochs=9")
+    assert "mine.py is a valid recipe" in run("finetune", "validate", "mine.py")
+    assert "SMOKE RUN" in run("accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
+                              "no", "--dynamo_backend", "no", "-m", "finetune.run", "--recipe", "mine.py", "--smoke")
+    run("finetune", "show", "resnet18_cifar")

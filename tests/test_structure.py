@@ -20,7 +20,8 @@ LAYERS = [
     {"baseline"}, {"shelf"},
     {"weights", "backbone", "image_data", "batches", "processes", "trackers"},
     {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "export"},
-    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"}, {"report", "lr_finder", "other_loops"}, {"run", "__main__"},
+    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"}, {"report", "lr_finder", "other_loops"},
+    {"run", "__main__"},
 ]
 
 

@@ -75,7 +75,7 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
                     save_checkpoint(record, net, scored, optimizer, accelerator, step)
                 if stopping:
                     raise Stopped(f"after update {step - 1}")
-            for network in (net, scored):
+            for network in dict.fromkeys((net, scored)):
                 share_buffers(network, accelerator)
                 check_agreement(network, accelerator)
             logits, labels = evaluate(recipe, scored, val_images, accelerator, accumulate, workers)

@@ -12,7 +12,7 @@ from finetune.recipe import LayerDecay
 
 README = (ROOT / "README.md").read_text()
 NAMES = {**vars(recipe), **vars(lr_schedule)}
-TABLE = README[README.index("## Levers"):README.index("## What a run leaves")]
+TABLE = README[README.index("## Levers"):README.index("## In other loops")]
 LEVERS = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", TABLE, re.M)
 OF_TIMM = {"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.1), "backbone": "resnet18", "head": None}
 

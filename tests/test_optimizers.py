@@ -148,11 +148,15 @@ def test_several_optimizers_share_rows_and_state():
         assert set(optimizer.state_dict()["state"]) == set(range(8)) and optimizer.optimizers[0].state is optimizer.state
 
 
-def test_a_switch_starts_another_optimizer_afresh(tmp_path):
-    """From its epoch on the run takes the steps of a new SGD at its own rates, without AdamW's state."""
+@pytest.mark.parametrize("later,theirs", [
+    (SGD(momentum=0.9), lambda rows: torch.optim.SGD(rows, momentum=0.9)),
+    (AdamW(), lambda rows: torch.optim.AdamW(rows, weight_decay=0)),
+], ids=["SGD", "AdamW"])
+def test_a_switch_starts_another_optimizer_afresh(tmp_path, later, theirs):
+    """From its epoch on the run takes the steps of a new optimizer at its own rates, without the first one's state."""
     rows = (Group("head", "fc", lr=1e-3), Group("rest", ".", lr=1e-4, unfreeze_at=1))
     recipe = constant(groups=rows, optimizer=AdamW(), epochs=3,
-                      switch=Switch(at=1, optimizer=SGD(momentum=0.9), lr_factor=10.0))
+                      switch=Switch(at=1, optimizer=later, lr_factor=10.0))
 
     def switch(epoch, net, optimizers):
         for name, parameter in net.named_parameters():
@@ -160,7 +164,7 @@ def test_a_switch_starts_another_optimizer_afresh(tmp_path):
         if epoch != 1:
             return optimizers
         rest = [p for n, p in net.named_parameters() if not n.startswith("fc")]
-        return [torch.optim.SGD([{"params": net.fc.parameters(), "lr": 1e-2}, {"params": rest, "lr": 1e-3}], momentum=0.9)]
+        return [theirs([{"params": net.fc.parameters(), "lr": 1e-2}, {"params": rest, "lr": 1e-3}])]
 
     reference = bare_loop(recipe, lambda net: [torch.optim.AdamW(net.fc.parameters(), lr=1e-3, weight_decay=0)], switch)
     net, updates = run_here(recipe, tmp_path)

@@ -1,6 +1,8 @@
 """What can be asked of a recipe or a run besides running it: python -m finetune VERB, or finetune VERB."""
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,9 +15,12 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     try:
         args.verb(args)
+        sys.stdout.flush()
     except RecipeError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # a reader such as `head` that has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -46,6 +51,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
         add_recipe_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="DIR", help="draw a picture there, too")
+    sub = add("export", export, "runs/RUN --to onnx")
+    sub.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
+    sub.add_argument("--to", choices=("timm", "onnx", "torchscript"), required=True, help="timm: a folder for the hub, too")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
+    model = "a run's folder, a timm model's, hf-hub:OWNER/NAME or its address"
+    sub = add("predict", predict, "runs/RUN photographs/ 'more/*.jpg' --top 3 --csv")
+    sub.add_argument("model", metavar="RUN", help=model)
+    sub.add_argument("paths", nargs="+", metavar="PATH", help="images, folders of images, globs")
+    sub.add_argument("--top", type=int, default=5, metavar="N", help="classes to name for each image (default: 5)")
+    style = sub.add_mutually_exclusive_group()
+    style.add_argument("--json", action="store_true", help="as a JSON list")
+    style.add_argument("--csv", action="store_true", help="as comma-separated values")
+    sub = add("evaluate", evaluate, "runs/RUN --data DIR")
+    sub.add_argument("model", metavar="RUN", help=model)
+    sub.add_argument("--data", required=True, metavar="DIR", help="class folders, alone or under val/ or test/; or a named set")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="draw the confusion matrix there")
     return parser.parse_args(argv)
 
 
@@ -136,6 +157,31 @@ def find_lr(args: argparse.Namespace) -> None:
         rates = {group.name: group.lr for group in split_parameters(recipe, net) if group.ever_trains}
         picture = args.output / f"{file.stem}-lr.png"
         print(f"picture   {lr_finder.picture(picture, multipliers, losses, suggested, rates)}")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a finished run's network as timm, ONNX or TorchScript has it, checked against the original."""
+    from finetune.export import export
+
+    print(export(args.run, args.to, args.output))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Say what is on images: the likeliest classes of each."""
+    from finetune.predict import predict, predictions_as_csv, predictions_as_table
+
+    rows = predict(args.model, args.paths, args.top)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(predictions_as_csv(rows) if args.csv else predictions_as_table(rows), end="" if args.csv else "\n")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a network on labelled images: totals, a table of the classes, the confusion matrix."""
+    from finetune.predict import evaluate, evaluation_as_text
+
+    print(evaluation_as_text(evaluate(args.model, args.data, args.output)))
 
 
 if __name__ == "__main__":

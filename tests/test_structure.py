@@ -18,10 +18,11 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"lr_schedule", "recipe_checks"}, {"recipe_table", "recipe_data"}, {"recipe"}, {"recipe_file"}, {"run_folder"},
     {"baseline"}, {"shelf"},
-    {"weights", "backbone", "image_data", "batches", "processes", "trackers"},
-    {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "export"},
-    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"}, {"report", "lr_finder", "other_loops"},
-    {"run", "__main__"},
+    {"weights", "backbone", "image_data", "data_sources", "batches", "processes", "trackers"},
+    {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "saved_model",
+     "model_card"},
+    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"},
+    {"report", "lr_finder", "other_loops", "predict", "export", "suggest"}, {"run", "__main__"},
 ]
 
 

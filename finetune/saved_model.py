@@ -1,0 +1,117 @@
+"""A trained network, loaded again: from a run, a folder or the Hugging Face hub, without running code found there."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import timm
+import torch
+from torch import nn
+
+from finetune.backbone import build_backbone, misfit
+from finetune.recipe import RecipeError
+from finetune.recipe_file import as_dict, load_recipe
+from finetune.weights import reach, read_weights
+
+HUB = ("hf-hub:", "https://huggingface.co/")
+FILES = ("config.json", "model.safetensors")
+
+
+def load_model(source: str | Path) -> tuple[nn.Module, tuple[str, ...], dict, SimpleNamespace]:
+    """(network in eval mode on the CPU, its classes, its preprocessing, what is known of its recipe, by the recipe's names).
+
+    `source` is a run folder (its model/), a model folder in it, any folder with a timm model's config.json and
+    model.safetensors, or such a repository: "hf-hub:OWNER/NAME", with "@REVISION" or without, or its
+    https://huggingface.co/OWNER/NAME. Of a repository these two files are fetched, and no code is run. A network that a
+    function of a recipe makes has its code there alone: for such a run, the run's own recipe.py is run.
+
+    Raises:
+        RecipeError: if there is no such model, or its files do not fit each other.
+    """
+    folder, run = locate(source)
+    settings, config = known_settings(run), read_json(folder / "config.json")
+    if "architecture" in config:
+        try:  # of what is in a folder, timm prefers model.safetensors
+            net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except Exception as error:  # a foreign or cut file, each said in its own way
+            raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
+        inputs = timm.data.resolve_model_data_config(net)
+        preprocessing = {key: inputs[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
+        classes = config.get("label_names") or net.pretrained_cfg.get("label_names")
+        if not classes and (subset := timm.data.infer_imagenet_subset(net)):
+            classes = timm.data.ImageNetInfo(subset).label_descriptions()
+        classes = tuple(classes or map(str, range(net.num_classes)))
+        if len(classes) != net.num_classes:
+            raise RecipeError(f"{folder / 'config.json'} names {len(classes)} classes, but the network has {net.num_classes}")
+    elif run and config.keys() >= {"label_names", "preprocessing"}:
+        classes, preprocessing = tuple(config["label_names"]), config["preprocessing"]
+        net = other_network(folder, run, settings, len(classes))
+    else:
+        raise RecipeError(f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
+                          "of a function is loaded from the whole run folder")
+    return net.eval(), classes, preprocessing, settings
+
+
+def locate(source: str | Path) -> tuple[Path, Path | None]:
+    """The folder with config.json and model.safetensors, and the run it belongs to, if it does."""
+    if str(source).startswith(HUB):
+        return from_repository(str(source)), None
+    folder = Path(source).absolute()
+    run = next((path for path in (folder, folder.parent) if (path / "recipe.json").is_file()), None)
+    folder = Path(source) / "model" if run == folder else Path(source)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise RecipeError(f"no model in {source}: no {folder / missing[0]}. Wanted: the folder of a finished run, a folder "
+                          f"with {' and '.join(FILES)}, or hf-hub:OWNER/NAME")
+    return folder, run
+
+
+def from_repository(source: str) -> Path:
+    """The folder in the Hugging Face cache with a repository's config.json and model.safetensors, fetched if need be."""
+    name, _, revision = source.removeprefix(HUB[0]).removeprefix(HUB[1]).partition("@")
+    asked = [("/".join(name.split("/")[:2]), file) for file in FILES]
+    try:
+        paths = [huggingface_hub.try_to_load_from_cache(*file, revision=revision or None) for file in asked]
+        if not all(isinstance(path, str) for path in paths):
+            reach(huggingface_hub.constants.ENDPOINT, "the Hugging Face hub")
+            paths = [huggingface_hub.hf_hub_download(*file, revision=revision or None) for file in asked]
+    except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
+        raise RecipeError(f"can't fetch {' and '.join(FILES)} of {source}: {str(error).strip().partition(chr(10))[0]}\n"
+                          "  a copy you have: give the folder with these files") from error
+    return Path(paths[0]).parent
+
+
+def known_settings(run: Path | None) -> SimpleNamespace:
+    """The fields of a run's recipe.json, or what stands for them; fp16 without a GPU becomes float32."""
+    recipe = {"data": {}} if run is None else read_json(run / "recipe.json")
+    data = {"source": "(unknown)", "batch_size": 32, "on_bad_image": "stop", **recipe["data"]}
+    fields = {"backbone": "", "head": None, "weights": "model.safetensors", "loss": "cross_entropy", "flip_test": False,
+              "mixed_precision": "no", "seed": 0, **recipe, "data": SimpleNamespace(**data)}
+    if fields["mixed_precision"] == "fp16" and not torch.accelerator.is_available():
+        fields["mixed_precision"] = "no"
+    return SimpleNamespace(**fields)
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"can't read {file}: {error}") from error
+
+
+def other_network(folder: Path, run: Path, settings: SimpleNamespace, num_classes: int) -> nn.Module:
+    """A torchvision network, by its name in recipe.json, or that of the function in the run's recipe.py."""
+    if not settings.backbone.startswith("torchvision/"):
+        recipe, _ = load_recipe(str(run / "recipe.py"))
+        if as_dict(recipe.backbone) != settings.backbone:
+            raise RecipeError(f"{run / 'recipe.py'} does not have the network of this run, {settings.backbone}")
+        settings.backbone = recipe.backbone
+        if as_dict(recipe.data.source) == settings.data.source:
+            settings.data.source = recipe.data.source
+    net = build_backbone(settings, num_classes)
+    try:
+        net.load_state_dict(read_weights(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise misfit(str(folder / "model.safetensors"), error) from error
+    return net

@@ -1,0 +1,215 @@
+"""Exported models, loaded by timm, onnxruntime, torch and huggingface_hub alone."""
+
+import dataclasses
+import importlib.util
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from finetune import export as exporting
+from finetune.baseline import summary
+from finetune.export import compare, export, save_model
+from finetune.model_card import origin
+from finetune.recipe import RecipeError
+from finetune.recipe_file import as_dict, chosen_recipe, load_recipe
+from finetune.run import arguments
+from finetune.saved_model import load_model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder):
+    """A run of resnet18_cifar on the image folder, from random weights."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    done = subprocess.run([sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data",
+                           str(image_folder), "--weights", "none", "--set", "data.image_size=32", "--set", "data.batch_size=8",
+                           "--set", "mixed_precision=no", "--set", "epochs=4", "--set", "groups.layer4.lr=2e-4", "--seed", "3",
+                           "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A run folder of a network that is none of timm's."""
+    run = tmp_path_factory.mktemp("foreign")
+    inputs = {"input_size": (3, 64, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
+              "crop_mode": "squash"}
+    from torchvision.models import squeezenet1_1
+    save_model(run / "model", squeezenet1_1(num_classes=2), inputs, ("a", "b"))
+    (run / "recipe.json").write_text(json.dumps({"backbone": "torchvision/squeezenet1_1", "loss": "binary", "data": {}}))
+    (run / "result.json").write_text("{}")
+    return run
+
+
+def by_hand(files, about):
+    """Images as model.json says, with PIL and numpy alone: float32 [n, 3, H, W]; for crop_mode "center"."""
+    inputs, size, rows = about["preprocessing"], about["preprocessing"]["input_size"][1], []
+    for file in files:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+        factor = inputs["resize"] / min(image.size)
+        shape = [inputs["resize"] if side == min(image.size) else int(side * factor) for side in image.size]
+        image = image.resize(shape, getattr(Image.Resampling, inputs["interpolation"].upper()))
+        left, top = (round((side - size) / 2) for side in image.size)
+        pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float64) / 255
+        rows.append(((pixels - inputs["mean"]) / inputs["std"]).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.stack(rows), dtype=np.float32)
+
+
+def logits_and_files(finished, image_folder):
+    """What the run itself wrote of its validation images: logits [15, 3], and their files."""
+    files = [file for name in ("blue", "green", "red") for file in sorted((image_folder / "val" / name).iterdir())]
+    return safetensors.torch.load_file(finished / "predictions.safetensors")["logits"], files
+
+
+def test_timm_alone_loads_the_exported_folder(finished, image_folder, tmp_path):
+    """The folder, elsewhere, gives by timm's documented two lines the logits that the run wrote."""
+    folder = export(finished, "timm", tmp_path / "exported")
+    folder = folder.rename(tmp_path / "elsewhere")
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "curves.png", "model.safetensors"]
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    expected, files = logits_and_files(finished, image_folder)
+    with torch.no_grad():
+        found = net(torch.stack([transform(Image.open(file).convert("RGB")) for file in files]))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_the_model_card_is_one_of_the_hubs(finished, tmp_path):
+    """huggingface_hub reads its front matter: library, tags, licence, metrics and the run's own scores."""
+    card = ModelCard.load(export(finished, "timm", tmp_path / "exported") / "README.md")
+    result = json.loads((finished / "result.json").read_text())
+    assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("timm", "unknown", "image-classification")
+    assert card.data.tags == ["image-classification", "timm"] and card.data.metrics == ["accuracy", "f1"]
+    assert [(row.metric_type, row.metric_value) for row in card.data.eval_results] == \
+        [("accuracy", result["top1"]), ("f1", result["macro_f1"])]
+    for text in ("`resnet18`, fine-tuned on", "from random weights", f"| top-1 | {result['top1']:.2%} |",
+                 "That is 1 run, seed 3.", "crop_pct: 0.95", f"torch {torch.__version__}", "Data: not known here",
+                 "](curves.png)", "Classes, in the order of the logits: blue, green, red."):
+        assert text in card.text
+    assert str(finished.parent) not in card.content and "/images" not in card.content
+
+
+def test_the_cards_command_is_that_of_the_run(finished, image_folder, tmp_path):
+    """Typed again, with the folder of images in place of its name, it resolves to the run's recipe."""
+    text = (export(finished, "timm", tmp_path / "exported") / "README.md").read_text()
+    line = next(line for line in text.splitlines() if "accelerate launch" in line)
+    words = shlex.split(line.replace(f"data.source={image_folder.name}", f"data.source={image_folder}").partition("run.py")[2])
+    recipe, file = chosen_recipe(arguments(words))
+    assert json.loads(json.dumps(as_dict(recipe))) == json.loads((finished / "recipe.json").read_text())
+    assert file == ROOT / "recipes" / "resnet18_cifar.py"
+
+
+def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
+    """A run of a measured recipe, unchanged but for its seed, names that record; changed, it is one run."""
+    name = "efficientnet_lite0_digits"
+    recipe, file = load_recipe(name)
+    shutil.copyfile(file, tmp_path / "recipe.py")
+    number = summary(json.loads((ROOT / "recipes" / "baselines" / f"{name}.json").read_text()))
+    command, spread = origin(tmp_path, name, json.loads(json.dumps(as_dict(dataclasses.replace(recipe, seed=7)))))
+    assert command.endswith(f"--recipe {name} --set seed=7") and spread == f"1 run, seed 7; the recipe's record: top-1 {number}"
+    command, spread = origin(tmp_path, name, json.loads(json.dumps(as_dict(dataclasses.replace(recipe, epochs=7)))))
+    assert "--set epochs=7" in command and spread == "1 run, seed 0"
+    (tmp_path / "recipe.py").write_text(file.read_text().replace("AdamW(weight_decay=0.05)", "SGD(momentum=0.9)"))
+    assert origin(tmp_path, name, json.loads(json.dumps(as_dict(recipe))))[0].startswith("not known")
+
+
+def test_the_best_epochs_card_says_how_it_was_chosen(finished, tmp_path):
+    """model-best is exported with its own score, a smoke run without one."""
+    result = json.loads((finished / "result.json").read_text())
+    text = (export(finished / "model-best", "timm", tmp_path / "best") / "README.md").read_text()
+    assert f"epoch, {result['best_epoch']}, chosen on these very images" in text
+    assert f"top-1 | {result['best_top1']:.2%}" in text and "macro F1" not in text
+    shutil.copytree(finished, tmp_path / "smoke")
+    (tmp_path / "smoke" / "result.json").write_text(json.dumps({**result, "smoke": True}))
+    card = ModelCard.load(export(tmp_path / "smoke", "timm") / "README.md")
+    assert "That is a SMOKE RUN" in card.text and card.data.eval_results is None
+
+
+def test_onnxruntime_alone_gets_the_same_logits(finished, image_folder, tmp_path):
+    """With images prepared by hand as model.json says, in batches of any size, within 1e-4; labels lie in the file, too."""
+    pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder = export(finished, "onnx", tmp_path / "exported")
+    assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.onnx"]
+    about = json.loads((folder / "model.json").read_text())
+    expected, files = logits_and_files(finished, image_folder)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    images = by_hand(files, about)
+    for batch, logits in ((images, expected), (images[3:4], expected[3:4])):
+        np.testing.assert_allclose(session.run([about["output"]], {about["input"]: batch})[0], logits, atol=1e-4, rtol=0)
+    assert about["checked"]["on"] == "8 validation images" and 0 <= about["checked"]["largest_difference"] <= 1e-4
+    inside = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert inside == {key: value for key, value in about.items() if key != "checked"}
+    assert inside["classes"] == ["blue", "green", "red"] and inside["opset"] == 18
+
+
+def test_torch_alone_loads_the_torchscript(finished, image_folder, tmp_path):
+    """A process that imports torch and nothing else gets the same logits, and classes and preprocessing from the file."""
+    folder = export(finished, "torchscript", tmp_path / "exported")
+    about = json.loads((folder / "model.json").read_text())
+    expected, files = logits_and_files(finished, image_folder)
+    safetensors.torch.save_file({"images": torch.from_numpy(by_hand(files, about)), "logits": expected}, tmp_path / "tensors")
+    done = subprocess.run([sys.executable, "-c", "\n".join((
+        "import sys, json, torch, safetensors.torch",
+        "net = torch.jit.load('exported/model.pt', _extra_files=(extra := {'model.json': ''}))",
+        "tensors = safetensors.torch.load_file('tensors')",
+        "for rows in (slice(15), slice(3, 4)):",
+        "    torch.testing.assert_close(net(tensors['images'][rows]), tensors['logits'][rows], atol=1e-4, rtol=0)",
+        "print(json.loads(extra['model.json'])['classes'], {'timm', 'finetune'} & set(sys.modules))"))],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "['blue', 'green', 'red'] set()\n", done.stderr
+    assert "The file holds code" in about["use"]
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+def test_any_network_is_exported(foreign, to):
+    """Of torchvision, too; without the run's images, those it is tried on are generated, and model.json says so."""
+    pytest.importorskip("onnxscript")
+    about = json.loads((export(foreign, to) / "model.json").read_text())
+    assert about["checked"]["on"] == "8 generated images" and about["classes"] == ["a", "b"]
+    assert about["probabilities"] == "the logits' sigmoid"
+    assert about["preprocessing"]["steps"][0] == "RGB; resized by PIL, bilinear: 64 x 64 pixels, whatever the shape"
+
+
+def test_a_file_whose_logits_differ_is_not_handed_over(finished, tmp_path, monkeypatch):
+    """A difference above 1e-4, or no number at all, is an error, and no folder is left."""
+    net, images = load_model(finished)[0], torch.randn(4, 3, 32, 32)
+    assert compare(net, images, "noise", net)["largest_difference"] == 0
+    for wrong in (lambda batch: net(batch) + 3e-4, lambda batch: net(batch) * torch.nan, lambda batch: net(batch.flip(1))):
+        with pytest.raises(RecipeError, match="differ from torch's"):
+            compare(net, images, "noise", wrong)
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(RecipeError, match="nothing was written"):
+        export(finished, "torchscript", tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_is_named(finished, foreign, tmp_path, monkeypatch):
+    """An unknown format, files in the way, a network that is not timm's, no run, a package that is missing."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    shutil.copytree(finished / "model", tmp_path / "alone")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    for call, fault in (
+            (lambda: export(finished, "tflite"), "--to tflite: there are timm, onnx, torchscript"),
+            (lambda: export(finished, "timm", tmp_path / "full"), "full already holds files; name another --output"),
+            (lambda: export(foreign, "timm"), "not one of timm's; --to onnx and torchscript take any"),
+            (lambda: export(tmp_path / "alone", "onnx"), "no run folder to write into: name one with --output"),
+            (lambda: export(tmp_path / "alone", "timm", tmp_path / "new"), "describes a finished run, and there is none"),
+            (lambda: export(finished, "onnx"), "pip install onnx onnxscript onnxruntime")):
+        with pytest.raises(RecipeError, match=fault):
+            call()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"] and not (tmp_path / "new").exists()

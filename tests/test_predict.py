@@ -1,0 +1,299 @@
+"""A model loaded again, its predictions and its evaluation, against timm, scikit-learn and the run's own numbers."""
+
+import csv
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from sklearn.metrics import classification_report
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+
+from finetune.backbone import build_backbone
+from finetune.export import save_model
+from finetune.image_data import load_data
+from finetune.predict import (
+    evaluate,
+    evaluation_as_text,
+    find_images,
+    labelled_images,
+    logits_of,
+    predict,
+    predictions_as_csv,
+    predictions_as_table,
+)
+from finetune.recipe import RecipeError
+from finetune.saved_model import load_model
+
+OWN = '''
+from torch import nn
+from finetune.image_data import generated
+from finetune.lr_schedule import Constant
+from finetune.recipe import SGD, Data, Group, Recipe
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(6 * 6 * 6, 3))
+
+
+def images():
+    data = generated()
+    data.train.classes = data.classes
+    return data.train, data.val
+
+
+recipe = Recipe(backbone=net, head="4", data=Data(images, image_size=28, batch_size=8), groups=(Group("all", ".", lr=0.01),),
+                optimizer=SGD(momentum=0.9), schedule=Constant(), norm_stats="train", epochs=1, flip_test=True)
+'''
+PREPROCESSING = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
+                 "crop_mode": "center"}
+
+
+def run(recipe, output, *arguments):
+    done = subprocess.run([sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", str(recipe), "--output", str(output),
+                           *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder):
+    """A run of a timm network on the image folder, from random weights."""
+    recipe = tmp_path_factory.mktemp("recipe") / "small.py"
+    recipe.write_text((ROOT / "recipes" / "resnet18_cifar.py").read_text())
+    return run(recipe, tmp_path_factory.mktemp("run") / "out", "--data", str(image_folder), "--weights", "none", "--set",
+               "data.image_size=32", "--set", "data.batch_size=8", "--set", "mixed_precision=no", "--set", "epochs=4")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run of a function's network on a function's images, scored with mirror images."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.py").write_text(OWN)
+    return run(folder / "own.py", folder / "out")
+
+
+@pytest.fixture
+def mixed(image_folder, tmp_path):
+    """The validation photographs, some of them under another class's name: 6 blue, 4 green, 5 red."""
+    for path in sorted((image_folder / "val").rglob("*.png")):
+        label = {"green": "blue", "red": "green"}.get(path.parent.name) if path.stem in "01" else path.parent.name
+        label = "red" if (path.parent.name, path.stem) in (("blue", "1"), ("red", "1")) else label or "blue"
+        (tmp_path / label).mkdir(exist_ok=True)
+        shutil.copyfile(path, tmp_path / label / f"{path.parent.name}{path.name}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", ["", "val"])
+def test_evaluate_gives_the_runs_own_number(finished, image_folder, part):
+    """On the run's validation images a loaded model has the loss and the scores of result.json, to the bit."""
+    found, result = evaluate(finished, image_folder / part), json.loads((finished / "result.json").read_text())
+    assert {key: found[key] for key in ("loss", "top1", "macro_f1", "val_images")} == \
+        {key: result[key] for key in ("loss", "top1", "macro_f1", "val_images")}
+    assert [row["recall"] for row in found["classes"]] == result["class_accuracy"]
+
+
+def test_evaluate_agrees_with_scikit_learn(finished, mixed):
+    """Precision, recall, F1, support, macro F1, top-1 and the confusion matrix are scikit-learn's, of timm's predictions."""
+    net = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    names, truth, said = ["blue", "green", "red"], [], []
+    for path in sorted(mixed.rglob("*.png")):
+        truth.append(names.index(path.parent.name))
+        with torch.no_grad():
+            said.append(int(net(transform(Image.open(path))[None]).argmax()))
+    report = classification_report(truth, said, target_names=names, output_dict=True, zero_division=0)
+    found = evaluate(finished, mixed, mixed / "out")
+    assert 0.2 < found["top1"] < 1 and found["top1"] == pytest.approx(report["accuracy"])
+    assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
+    for row in found["classes"]:
+        theirs = report[row["class"]]
+        assert [row[key] for key in ("images", "precision", "recall", "f1")] == \
+            pytest.approx([theirs[key] for key in ("support", "precision", "recall", "f1-score")])
+    assert found["confusion"] == sklearn_confusion(truth, said).tolist()
+    with Image.open(mixed / "out" / "confusion.png") as picture:
+        assert picture.size[0] > 300
+    lines = evaluation_as_text(found).splitlines()
+    assert f"top-1 {found['top1']:.2%}" in lines[0] and lines[-3].split() == ["blue", *map(str, found["confusion"][0])]
+    with pytest.raises(RecipeError, match="is there already"):
+        evaluate(finished, mixed, mixed / "out")
+
+
+def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
+    """Of class folders that a run trained on, only the fifth that it kept counts; of any other folder, every image."""
+    data = image_folder / "train"
+    settings = SimpleNamespace(loss="cross_entropy", seed=0, data=SimpleNamespace(source=str(data), on_bad_image="stop"))
+    kept = load_data(settings).val.items
+    assert labelled_images(str(data), settings, ("red", "green", "blue")).items == kept and len(kept) == 6
+    settings.data.source = "elsewhere"
+    whole = labelled_images(str(data), settings, ("red", "green", "blue"))
+    pairs = {(Path(item).parent.name, label) for item, label in zip(whole.items, whole.labels, strict=True)}
+    assert len(whole) == 30 and pairs == {("red", 0), ("green", 1), ("blue", 2)}
+
+
+def test_predictions_are_those_of_timm_alone(finished, image_folder):
+    """Each file's classes and probabilities are the softmax of timm's network on timm's transform, the likeliest first."""
+    files = sorted((image_folder / "val").rglob("*.png"))
+    net = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    with torch.no_grad():
+        chances = net(torch.stack([transform(Image.open(file)) for file in files])).softmax(1)
+    rows = predict(finished / "model", [image_folder / "val"], top=2)
+    assert [row["file"] for row in rows] == list(map(str, files))
+    for row, expected in zip(rows, chances, strict=True):
+        best = expected.topk(2)
+        assert [name for name, _ in row["top"]] == [("blue", "green", "red")[label] for label in best.indices]
+        assert [chance for _, chance in row["top"]] == pytest.approx(best.values.tolist(), abs=1e-6)
+        assert [row["predicted"], row["probability"]] == row["top"][0]
+
+
+def test_predictions_can_be_read_back(finished, image_folder):
+    """The CSV and the table hold what the rows hold, an image a line."""
+    rows = predict(finished, [image_folder / "val" / "red"])
+    back = list(csv.DictReader(io.StringIO(predictions_as_csv(rows))))
+    assert [(row["file"], row["predicted"], float(row["probability_1"]), row["class_3"]) for row in back] == \
+        [(row["file"], row["predicted"], row["probability"], row["top"][2][0]) for row in rows]
+    lines = predictions_as_table(rows).splitlines()
+    assert len(lines) == 6 and lines[1].split()[:2] == [rows[0]["file"], rows[0]["predicted"]]
+    assert f"{rows[0]['top'][0][0]} {rows[0]['probability']:.1%}" in lines[1]
+
+
+def test_images_are_found_in_files_folders_and_patterns(image_folder, monkeypatch):
+    """A file under any name, folders however deep, patterns; each image once, in the order asked for; else an error."""
+    monkeypatch.chdir(image_folder)
+    red = [Path("val/red") / f"{i}.png" for i in range(5)]
+    assert find_images(["val/red/3.png", "val/red"]) == [red[3], *red[:3], red[4]]
+    assert find_images(["val/*/0.png"]) == [Path("val") / name / "0.png" for name in ("blue", "green", "red")]
+    assert find_images(["val/**/red"]) == red and len(find_images(["."])) == 45
+    for nothing in ("nowhere", "val/*.jpg", str(ROOT / "recipes" / "*.py")):
+        with pytest.raises(RecipeError, match="no images in"):
+            find_images(["val", nothing])
+
+
+def test_an_unreadable_image_is_named_counted_and_left_out(finished, image_folder, tmp_path, capsys):
+    """The others keep their predictions; where none can be read, that is the error."""
+    good, bad = tmp_path / "b.png", tmp_path / "a.png"
+    shutil.copyfile(image_folder / "val" / "red" / "0.png", good)
+    bad.write_bytes(good.read_bytes()[:200])
+    rows = predict(finished, [tmp_path])
+    err = capsys.readouterr().err
+    alone = predict(finished, [image_folder / "val" / "red" / "0.png"])[0]
+    assert [row["file"] for row in rows] == [str(good)] and dict(rows[0]["top"]) == pytest.approx(dict(alone["top"]), abs=1e-6)
+    assert f"can't read the image {bad}" in err and "1 of 2 images could not be read and were left out" in err
+    with pytest.raises(RecipeError, match="no image could be read"):
+        predict(finished, [bad])
+
+
+def test_several_labels_an_image_are_sigmoids(tmp_path, image_folder):
+    """Of a run with loss="multi_label", the classes above a sigmoid of 0.5 are predicted: none, or several."""
+    torch.manual_seed(1)
+    net = timm.create_model("test_resnet", num_classes=3).eval()
+    save_model(tmp_path / "model", net, PREPROCESSING, ("a", "b", "c"))
+    (tmp_path / "recipe.json").write_text(json.dumps({"loss": "multi_label", "data": {"batch_size": 4}}))
+    rows = predict(tmp_path, [image_folder / "val"])
+    transform = timm.data.create_transform(**PREPROCESSING)
+    for row in rows:
+        with torch.no_grad():
+            chances = dict(zip("abc", net(transform(Image.open(row["file"]))[None])[0].sigmoid().tolist(), strict=True))
+        assert dict(row["top"]) == pytest.approx(chances, abs=1e-6)
+        assert set(row["predicted"]) == {name for name in "abc" if chances[name] > 0.5}
+        assert row["probability"] == [dict(row["top"])[name] for name in row["predicted"]]
+    assert len({len(row["predicted"]) for row in rows}) > 1 or len(rows[0]["predicted"]) != 1
+
+
+def test_a_functions_network_comes_back_from_its_run(own):
+    """A network that the recipe's own function makes has, loaded again, the logits that the run wrote, mirrored ones too."""
+    model = load_model(own)
+    logits, _ = logits_of(model, load_data(model[3]).val, "stop", 0)
+    assert logits.equal(safetensors.torch.load_file(own / "predictions.safetensors")["logits"])
+    with pytest.raises(RecipeError, match="loaded from the whole run folder"):
+        shutil.copytree(own / "model", own.parent / "alone")
+        load_model(own.parent / "alone")
+
+
+def test_a_torchvision_network_comes_back_from_its_run(tmp_path):
+    """It is built by its name in recipe.json; the same images give the same logits."""
+    name = "torchvision/squeezenet1_1"
+    net = build_backbone(SimpleNamespace(backbone=name), 3).eval()
+    save_model(tmp_path / "model", net, PREPROCESSING, ("a", "b", "c"))
+    (tmp_path / "recipe.json").write_text(json.dumps({"backbone": name, "data": {}}))
+    loaded, classes, preprocessing, _ = load_model(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    assert loaded(images).equal(net(images)) and classes == ("a", "b", "c") and preprocessing["std"] == [0.5] * 3
+    assert not loaded.training
+
+
+def test_a_repository_is_loaded_from_the_cache_without_a_network(finished, tmp_path, monkeypatch):
+    """hf-hub:OWNER/NAME and its URL are the same model, and once it is in the cache, nobody is asked."""
+    cache = tmp_path / "models--someone--red-or-blue"
+    shutil.copytree(finished / "model", cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    expected = load_model(finished)[0].state_dict()
+    for source in ("hf-hub:someone/red-or-blue", "https://huggingface.co/someone/red-or-blue/tree/main"):
+        net, classes, _, settings = load_model(source)
+        assert classes == ("blue", "green", "red") and settings.loss == "cross_entropy"
+        assert all(tensor.equal(expected[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_hub_that_does_not_answer_is_one_message_within_seconds(tmp_path, monkeypatch):
+    """So is a name that no repository can have."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    for source in ("hf-hub:someone/something", "https://huggingface.co/someone/something", "hf-hub:///"):
+        with pytest.raises(RecipeError, match=f"can't fetch config.json and model.safetensors of {source}"):
+            load_model(source)
+    assert time.monotonic() - start < 10
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+@pytest.mark.parametrize("files,fault", [
+    ({}, "no model in foreign: no foreign/config.json"),
+    ({"config.json": '{"architecture": "resnet18"}', "pytorch_model.bin": pickle.dumps(Trap())}, "foreign/model.safetensors"),
+    ({"config.json": '{"architecture": "resnet18"}', "model.safetensors": pickle.dumps(Trap())}, "timm can't load foreign"),
+    ({"config.json": '{"architecture": "resnet81"}', "model.safetensors": ""}, "Unknown model .resnet81."),
+    ({"config.json": '{"architectures": ["ResNetForImages"]}', "model.safetensors": ""}, "names no architecture"),
+    ({"config.json": '{"architec', "model.safetensors": ""}, "can't read foreign/config.json"),
+    ({"config.json": "[1, 2]", "model.safetensors": ""}, "can't read foreign/config.json"),
+])
+def test_a_foreign_folder_is_one_message_and_runs_nothing(tmp_path, monkeypatch, files, fault):
+    """What is missing, cut or foreign is named; a pickle in the folder stays shut."""
+    monkeypatch.chdir(tmp_path)
+    Path("foreign").mkdir()
+    for name, content in files.items():
+        Path("foreign", name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match=fault):
+        load_model("foreign")
+    assert not Path("sprung").exists()
+
+
+def test_what_is_wrong_is_named(finished, image_folder, tmp_path):
+    """Classes that differ, with both lists' differences; a folder that is not there; a top that is none."""
+    for name in ("blue", "green", "violet"):
+        shutil.copytree(image_folder / "val" / "red", tmp_path / "data" / name)
+    for call, fault in (
+            (lambda: evaluate(finished, tmp_path / "data"), "differ: only the model has: red; only .*data has: violet"),
+            (lambda: evaluate(finished, tmp_path / "nowhere"), "nowhere: no such folder"),
+            (lambda: predict(finished, [image_folder], top=0), "--top starts at 1"),
+            (lambda: load_model(finished.parent), "Wanted: the folder of a finished run")):
+        with pytest.raises(RecipeError, match=fault):
+            call()

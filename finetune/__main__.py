@@ -36,7 +36,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
     add("ls", ls, "")
     add("show", show, "resnet18_cifar").add_argument("recipe", metavar="NAME")
-    sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=3 --set data.image_size=96")
+    sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=5 --set data.image_size=96")
     sub.add_argument("recipe", metavar="NAME")
     sub.add_argument("target", type=Path, metavar="FILE.py")
     sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
@@ -51,6 +51,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
         add_recipe_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="DIR", help="draw a picture there, too")
+    sub = add("suggest", suggest, "--data DIR --output mine.py")
+    sub.add_argument("--data", required=True, metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
+    sub.add_argument("--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one that is at hand)")
+    sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
+    sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
     sub = add("export", export, "runs/RUN --to onnx")
     sub.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
     sub.add_argument("--to", choices=("timm", "onnx", "torchscript"), required=True, help="timm: a folder for the hub, too")
@@ -89,10 +94,15 @@ def cp(args: argparse.Namespace) -> None:
     """Copy a recipe to a file of your own, changed as you ask; it runs from any folder."""
     from finetune.shelf import copied
 
-    if args.target.suffix != ".py" or args.target.exists():
-        raise RecipeError(f"{args.target} is {'there already' if args.target.exists() else 'no .py file'}: name another")
+    check_new(args.target)
     args.target.write_text(copied(args.recipe, args.target, args.assignments))
     print(f"{args.target}; to run it: accelerate launch -m finetune.run --recipe {args.target}")
+
+
+def check_new(target: Path) -> None:
+    """Raise RecipeError unless a recipe can be written there without overwriting anything."""
+    if target.suffix != ".py" or target.exists():
+        raise RecipeError(f"{target} is {'there already' if target.exists() else 'no .py file'}: name another")
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -157,6 +167,20 @@ def find_lr(args: argparse.Namespace) -> None:
         rates = {group.name: group.lr for group in split_parameters(recipe, net) if group.ever_trains}
         picture = args.output / f"{file.stem}-lr.png"
         print(f"picture   {lr_finder.picture(picture, multipliers, losses, suggested, rates)}")
+
+
+def suggest(args: argparse.Namespace) -> None:
+    """Look at your images and write a complete recipe for them, each choice with its reason."""
+    from finetune.suggest import look, suggestion
+
+    if args.output:
+        check_new(args.output)
+    text = suggestion(look(args.data), args.backbone, args.weights, str(args.output or "my_recipe.py"))
+    if args.output:
+        args.output.write_text(text)
+        print(f"{args.output}; to run it: accelerate launch -m finetune.run --recipe {args.output}")
+    else:
+        print(text, end="")
 
 
 def export(args: argparse.Namespace) -> None:

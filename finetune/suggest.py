@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,21 +56,22 @@ recipe = Recipe(
     seed=0,  # another one tells how much is chance
 )
 '''
-WHY_LR = "AdamW's: 1e-3 was best of three here at batch 32; with the root of smaller batches (arXiv 2205.10287)"
 LAYER_DECAY = """    groups=LayerDecay(
-        head_lr={head_lr:g},  # {why_lr}
+        head_lr={head:g},  # {why_lr}
         stem_ratio=0.01,  # each layer slower than the one above it: the first ones are of use as they are
         unfreeze_at={alone},  # {why_alone}
     ),
 """
 ROWS = """    groups=(  # {why_alone}
-        # peak rates, from the head down to the stem: {why_lr}
-        Group("head", r"{head}", lr={head_lr:g}, unfreeze_at=0),
-        Group("top", r"{top}", lr={top_lr:g}, unfreeze_at={alone}),
-        Group("middle", r"{middle}", lr={middle_lr:g}, unfreeze_at={alone}),
-        Group("bottom", r".", lr={bottom_lr:g}, unfreeze_at={alone}),
+        # {why_lr}
+        Group("head", r"{patterns[head]}", lr={head:g}),
+        Group("top", r"{patterns[top]}", lr={top:g}, unfreeze_at={alone}),
+        Group("middle", r"{patterns[middle]}", lr={middle:g}, unfreeze_at={alone}),
+        Group("bottom", r".", lr={bottom:g}, unfreeze_at={alone}),
     ),
 """
+SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # of the peak rate: about what LayerDecay's thirds have
+WHY_LR = "AdamW's: 1e-3 was best of three here at batch 32; with the root of smaller batches (arXiv 2205.10287)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,30 +139,29 @@ def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = 
         RecipeError: if there is no such backbone.
     """
     backbone, weights, why = chosen_backbone(facts, backbone, weights)
-    size, why_size = resolution(facts, backbone)
-    recipe = trial(backbone, facts.source, size)
-    net = outline(recipe, len(facts.classes))
+    recipe, net, why_size = fitted(facts, backbone)
     batch = min(128, max(8, 2 ** int(math.log2(facts.train) / 2)))
     epochs = min(30, max(8, math.ceil(12_000 / facts.train)))
     an_epoch = math.ceil(facts.train / batch)
     alone = min(epochs // 4, max(1, round(100 / an_epoch)))
     has_norms = any(isinstance(module, _NormBase) for module in net.modules())
     values = dataclasses.asdict(facts) | {
-        "num_classes": len(facts.classes), "colours": "grey" if facts.grey else "in colour", "target": target,
+        "backbone": backbone, "why": why, "target": target, "num_classes": len(facts.classes), "batch": batch, "epochs": epochs,
         "source": json.dumps(facts.source, ensure_ascii=False), "weights": json.dumps(weights, ensure_ascii=False),
-        "backbone": backbone, "why": why, "size": size, "why_size": why_size, "batch": batch, "epochs": epochs,
+        "size": recipe.data.image_size, "why_size": why_size, "colours": "grey" if facts.grey else "in colour",
         "updates": epochs * an_epoch, "augment": augment(facts), "options": options(facts, epochs * an_epoch),
         "why_norm": "pretrained statistics stay; moving ones cost 15 to 28 points of top-1 here (1,000 images)" if has_norms
                     else "without effect: there is no batch norm in this network"}
-    rates = {"head_lr": round(1e-3 * min(1, math.sqrt(batch / 32)), 4), "alone": alone, "why_lr": WHY_LR, "why_alone":
-             f"the head alone for {alone * an_epoch:,} updates: a random one bends pretrained features (arXiv 2202.10054)"}
+    rate = 1e-3 * min(1, math.sqrt(batch / 32))
+    rates = {name: float(f"{rate * share:.1g}") for name, share in SHARES.items()}
+    reasons = {"why_lr": WHY_LR, "alone": alone, "why_alone":
+               f"the head alone for {alone * an_epoch:,} updates: a random one bends pretrained features (arXiv 2202.10054)"}
     try:
         split_parameters(recipe, net)
-        table = LAYER_DECAY.format(**rates)
+        kind, table = "LayerDecay", LAYER_DECAY.format(**rates, **reasons)
     except RecipeError:  # not timm's, or without a list of its layers
-        table = ROWS.format(**rates, **patterns(recipe, net), top_lr=rates["head_lr"] / 2, middle_lr=rates["head_lr"] / 10,
-                            bottom_lr=rates["head_lr"] / 50)
-    return TEMPLATE.format(**values, groups=table, kind="LayerDecay" if "LayerDecay" in table else "Group")
+        kind, table = "Group", ROWS.format(**rates, **reasons, patterns=patterns(recipe, net))
+    return TEMPLATE.format(**values, groups=table, kind=kind)
 
 
 def chosen_backbone(facts: Facts, backbone: str | None, weights: str | None) -> tuple[str, str, str]:
@@ -181,19 +182,22 @@ def chosen_backbone(facts: Facts, backbone: str | None, weights: str | None) -> 
     return backbone, weights, why
 
 
-def resolution(facts: Facts, backbone: str) -> tuple[int, str]:
-    """(pixels, the reason): enlarged at most four times and to 64, and never above what the backbone was trained at."""
-    usual, fixed = 224, backbone.startswith("torchvision/vit")
+def fitted(facts: Facts, backbone: str) -> tuple[Recipe, nn.Module, str]:
+    """(recipe so far, outline of its network, reason for its size): small images enlarged, as far as the network takes it."""
+    usual, fixed = 224, False
     if config := timm.models.get_pretrained_cfg(backbone):
         usual, fixed = config.input_size[-1], config.fixed_input_size
     elif (name := backbone.removeprefix("torchvision/")) in torchvision.models.list_models(torchvision.models):
         usual = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
     size = max(64, 32 * math.ceil(4 * facts.side / 32))
-    if fixed or size >= usual:
-        return usual, "the size the network was trained at" + (", for which its position embeddings are" if fixed else "")
-    if size == 64:
-        return size, "less leaves the last layers next to nothing to look at"
-    return size, "four times the images' own, as BiT enlarges 32 px to 128 (arXiv 1912.11370); more only costs"
+    if size < usual and not fixed:
+        with suppress(RecipeError):
+            recipe = trial(backbone, facts.source, size)
+            return recipe, outline(recipe, len(facts.classes)), (
+                "less leaves the last layers next to nothing to look at" if size == 64 else
+                "four times the images' own, as BiT enlarges 32 px to 128 (arXiv 1912.11370); more only costs")
+    recipe = trial(backbone, facts.source, usual)
+    return recipe, outline(recipe, len(facts.classes)), "the size the network was trained at"
 
 
 def augment(facts: Facts) -> str:
@@ -216,13 +220,13 @@ def augment(facts: Facts) -> str:
 
 
 def options(facts: Facts, updates: int) -> str:
-    """Lines that only some sets of images or long runs ask for."""
+    """Lines for uneven classes, and for the average that is scored."""
     lines, ratio = [], facts.largest / facts.smallest
     if ratio >= 1.5:
         lines += [f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',
                   'score="macro_f1",  # every class counts the same, however rare']
-    if updates >= 5000:
-        lines.append("ema_decay=0.999,  # an average over about 1,000 updates: less noise, and a small part of so long a run")
+    decay, span = (0.999, "1,000") if updates >= 5000 else (0.99, "100")
+    lines.append(f"ema_decay={decay},  # scored is an average over {span} updates: single ones swung by 40 points on 100 images")
     return "".join(f"    {line}\n" for line in lines)
 
 
@@ -230,8 +234,9 @@ def patterns(recipe: Recipe, net: nn.Module) -> dict[str, str]:
     """Regular expressions for the head, and for the last and the middle third of the layers in the network's order."""
     head = head_parameters(recipe, net)
     names = [name for name, _ in net.named_parameters() if name not in head]
+    paths = [name.rpartition(".")[0] or name for name in names]
     for depth in range(1, 6):
-        units = list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in names))
+        units = list(dict.fromkeys(".".join(path.split(".")[:depth]) for path in paths))
         if len(units) >= 6:
             break
     _, middle, top = np.array_split([re.escape(unit) + ("$" if unit in names else r"\.") for unit in units], 3)

@@ -226,7 +226,7 @@ def options(facts: Facts, updates: int) -> str:
         lines += [f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',
                   'score="macro_f1",  # every class counts the same, however rare']
     decay, span = (0.999, "1,000") if updates >= 5000 else (0.99, "100")
-    lines.append(f"ema_decay={decay},  # scored is an average over {span} updates: single ones swung by 40 points on 100 images")
+    lines.append(f"ema_decay={decay},  # scored is the average of {span} updates: single ones swung by 40 points on 100 images")
     return "".join(f"    {line}\n" for line in lines)
 
 

@@ -1,5 +1,6 @@
 """What the README tells a reader to write."""
 
+import json
 import re
 import shlex
 import shutil
@@ -104,3 +105,14 @@ def test_every_launch_of_the_readme_is_understood(tmp_path, monkeypatch, capsys,
         assert code == 2 and "no run to resume" in said.err
     else:
         assert code == 0 and "rate at the start of each epoch" in said.out
+
+
+def test_other_numbers_have_their_runs():
+    """Each score of the suggested recipes, and of the range test's suggestion, is that of a kept run record."""
+    folder = ROOT / "recipes" / "baselines" / "others"
+    records = json.loads((folder / "suggest.json").read_text())
+    for record in records:
+        row = f"| {record['images']} | {record['val_images']} | {record['linear_head']:.1%} | {record[record['score']]:.1%} |"
+        assert row.replace("%", " %") in README
+    steepest = json.loads((folder / "find_lr.json").read_text())
+    assert len(records) == 5 and f"point reached {100 * steepest['top1']:.1f} %" in " ".join(README.split())

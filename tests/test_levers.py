@@ -249,6 +249,18 @@ def test_a_mixed_run_is_the_same_however_it_is_cut(tmp_path, accumulate):
     assert (whole.fc.weight - unmixed.fc.weight).abs().max() > 1e-3
 
 
+def test_each_update_and_each_seed_mixes_by_its_own_draw():
+    """Two updates, and two seeds, mix the same images differently; the same update mixes them the same again."""
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+
+    def mixed(step, seed=0):
+        recipe = small_recipe(augment=Augment(mixup=0.4, cutmix=1.0), seed=seed)
+        return objective(recipe, [0]).mix(images.clone(), labels, step)[1]
+
+    assert torch.equal(mixed(3), mixed(3))
+    assert not torch.equal(mixed(3), mixed(4)) and not torch.equal(mixed(3), mixed(3, seed=1))
+
+
 # sampling
 
 def test_balanced_sampling_draws_each_class_equally():

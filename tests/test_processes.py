@@ -65,9 +65,10 @@ def finish(line):
 
 
 def contents(output):
-    """A finished run's result, metrics and weights."""
+    """A finished run's result, metrics and weights, and with these the labels in the order in which images were scored."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     weights = safetensors.torch.load_file(output / "model" / "model.safetensors")
+    weights["scored labels"] = safetensors.torch.load_file(output / "predictions.safetensors")["labels"]
     return json.loads((output / "result.json").read_text()), rows, weights
 
 

@@ -19,7 +19,7 @@ class Objective:
     def __init__(self, recipe: Recipe, net: nn.Module, images: SeededImages, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights = class_weights(recipe, images, device)
-        new = head_parameters(recipe, net)
+        new = head_parameters(recipe, net) if recipe.l2_sp else set()
         self.start = {parameter: parameter.detach().clone() for name, parameter in net.named_parameters()
                       if recipe.l2_sp and name not in new and not is_exempt(name, parameter, net)}
 

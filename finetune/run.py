@@ -129,7 +129,8 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
                f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
                f"{group_table}\n")
     try:
-        start = {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
+        start = ({name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
+                 if accelerator.is_main_process else {})  # the first process alone reports
         scored = train(recipe, net, images, record, accelerator, args.accumulate, default_workers(args, accelerator),
                        args.checkpoint_every)
     except Stopped as stopped:

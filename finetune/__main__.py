@@ -14,14 +14,15 @@ def main(argv: list[str] | None = None) -> int:
     """Do what the verb says; an error that a person can put right is one message and exit code 2."""
     args = arguments(argv)
     try:
-        args.verb(args)
+        code = args.verb(args)
         sys.stdout.flush()
     except RecipeError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # a reader such as `head` that has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        code = 0
+    return code or 0
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -51,6 +52,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
         add_recipe_arguments(sub)
         sub.add_argument("--output", type=Path, metavar="DIR", help="draw a picture there, too")
+    sub = add("reproduce", reproduce, "efficientnet_lite0_digits --seeds 3")
+    sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe with a number")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs to compare with it (default: 1)")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="where the runs lie (default: runs/NAME-reproduce)")
+    sub.add_argument("--data", metavar="DIR", help="the images, where the recipe was measured on a folder")
     sub = add("suggest", suggest, "--data DIR --output mine.py")
     sub.add_argument("--data", required=True, metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
     sub.add_argument("--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one that is at hand)")
@@ -167,6 +173,15 @@ def find_lr(args: argparse.Namespace) -> None:
         rates = {group.name: group.lr for group in split_parameters(recipe, net) if group.ever_trains}
         picture = args.output / f"{file.stem}-lr.png"
         print(f"picture   {lr_finder.picture(picture, multipliers, losses, suggested, rates)}")
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Run a recipe again and say whether its promised number came out; exit code 1 if it did not."""
+    from finetune.reproduce import reproduce
+
+    if args.seeds < 1:
+        raise RecipeError("--seeds starts at 1")
+    return 0 if reproduce(args.recipe, args.seeds, args.output, args.data) else 1
 
 
 def suggest(args: argparse.Namespace) -> None:

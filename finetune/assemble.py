@@ -10,7 +10,8 @@ from torch import nn
 from finetune.augment import image_sets
 from finetune.backbone import build_backbone, preprocessing
 from finetune.batches import SeededImages, seed_all
-from finetune.image_data import ImageData, is_downloaded, load_data
+from finetune.image_data import is_downloaded, load_data
+from finetune.image_lists import ImageData
 from finetune.processes import first_on_main
 from finetune.recipe import Recipe, RecipeError
 from finetune.unfreeze import synchronise_norms

@@ -6,7 +6,7 @@ import timm.data
 import torch
 
 from finetune.batches import SeededImages, seed_all
-from finetune.image_data import ImageData
+from finetune.image_lists import ImageData
 from finetune.recipe import Recipe, RecipeError
 
 

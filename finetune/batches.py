@@ -4,6 +4,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from finetune.image_lists import labels_of
 from finetune.recipe import RecipeError
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
@@ -83,6 +85,12 @@ class SeededImages:
     def __len__(self):
         return len(self.images)
 
+    def seen_as(self, other: "SeededImages") -> "SeededImages":
+        """These images, transformed as those of another set are."""
+        same = copy(self)
+        same.transform = other.transform
+        return same
+
     def __getitem__(self, key):
         epoch, index = key
         seed_all(self.seed, epoch, index)
@@ -111,16 +119,8 @@ class SeededImages:
         return int(label)
 
     def labels(self) -> np.ndarray:
-        """The label of every image, without reading one.
-
-        Raises:
-            RecipeError: if the data set has no such list.
-        """
-        for name in ("labels", "targets"):  # ours, torchvision's
-            if len(there := getattr(self.images, name, ())) == len(self):
-                return np.asarray(there)
-        raise RecipeError("balanced sampling and class weights need to know every label: give the data set that the recipe's "
-                          "function returns a list `targets`")
+        """The label of every image, without reading one."""
+        return labels_of(self.images)
 
 
 def unreadable(labels: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,8 @@
-"""Where images come from: named data sets, folders, functions of the recipe; their splits and their faults."""
+"""Where images come from: named data sets, folders, functions of the recipe; their faults."""
 
 import csv
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,33 +12,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 
 from finetune.data_sources import TORCHVISION, data_folder, other_lists, read_image, require_package
+from finetune.image_lists import ImageData, ImageList, from_lists, held_out, split_list
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_file import nearest
 
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Two map-style sets of (PIL image, label), labels counting from 0 in the order of `classes`."""
-
-    train: Sequence
-    val: Sequence
-    classes: tuple[str, ...]
-
-
-class ImageList:
-    """A map-style set: `read(item)` makes the RGB image of an item when it is asked for."""
-
-    def __init__(self, items: Sequence, labels: Sequence, read: Callable):
-        self.items, self.labels, self.read = items, labels, read
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        label = self.labels[index]
-        return self.read(self.items[index]), label if np.ndim(label) else int(label)
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -48,6 +25,12 @@ def load_data(recipe: Recipe) -> ImageData:
     Raises:
         RecipeError: if they can't be had, or a folder of images is not in order.
     """
+    data = whole_data(recipe)
+    return held_out(data, recipe.data.holdout) if recipe.data.holdout else data
+
+
+def whole_data(recipe: Recipe) -> ImageData:
+    """The training and validation images of the recipe's source."""
     source = recipe.data.source
     if callable(source):
         return from_function(source, recipe.loss == "multi_label")
@@ -70,24 +53,10 @@ def known_size(recipe: Recipe) -> tuple[int, int] | None:
 
 def data_size(recipe: Recipe) -> tuple[int, int]:
     """Training images and classes, without having a named set that is still to be downloaded."""
-    if known := known_size(recipe):
+    if (known := known_size(recipe)) and not recipe.data.holdout:
         return known
     data = load_data(recipe)
     return len(data.train), len(data.classes)
-
-
-def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
-    random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
-    train, val, members_of = [], [], {}
-    for i, stratum in enumerate(strata):
-        members_of.setdefault(stratum, []).append(i)
-    for stratum in sorted(members_of):
-        members = random.permutation(members_of[stratum]).tolist()
-        cut = round(len(members) * val_share)
-        val += members[:cut]
-        train += members[cut:]
-    return sorted(train), sorted(val)
 
 
 def digits() -> ImageData:
@@ -112,14 +81,8 @@ def elpv() -> ImageData:
             (" ".join(line.split()) for line in file), delimiter=" ")]
     labels = [int(chance >= 0.5) for _, chance, _ in rows]
     strata = [(label, kind) for label, (_, _, kind) in zip(labels, rows, strict=True)]
-    return split_list([path for path, _, _ in rows], labels, strata, 0.25, ("functional", "defective"), read_image)
-
-
-def split_list(items, labels, strata, val_share, classes, read) -> ImageData:
-    """One list of images as a training and a validation set, by a split that no recipe changes."""
-    parts = [ImageList([items[i] for i in part], [labels[i] for i in part], read)
-             for part in stratified_split(list(strata), val_share, seed=0)]
-    return ImageData(*parts, classes)
+    return split_list([path for path, _, _ in rows], labels, strata, 0.25, ("functional", "defective"), read_image,
+                      [kind for _, _, kind in rows])
 
 
 def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str], val: list[str], names: str) -> ImageData:
@@ -215,28 +178,6 @@ def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
         return ImageData(*lists, tuple(parts[0].classes))
     whole = class_folders(root, check)
     return from_lists([([path for path, _ in whole.samples], whole.targets, read_image)], whole.classes, root, seed)
-
-
-def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
-    """(items, labels, read) of the training and validation images; of one alone a fifth of each class validates.
-
-    Raises:
-        RecipeError: for a class with too few images for that, a set without images, or a single class.
-    """
-    if len(lists) == 1:
-        items, labels, read = lists[0][0], np.asarray(lists[0][1]), lists[0][2]
-        # of several labels the rarest counts, so that each class can have its share
-        strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
-        lists = [(items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read)
-                 for part in stratified_split(strata.tolist(), 0.2, seed)]
-        seen = [(lists[1][1] == i).any() if labels.ndim == 1 else lists[1][1][:, i].any() for i in range(len(classes))]
-        if not all(seen):
-            raise RecipeError(f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
-                              "validation (3 are enough); add some, or split them yourself")
-    sizes = [len(items) for items, *_ in lists]
-    if not all(sizes) or len(classes) < 2:
-        raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
-    return ImageData(*(ImageList(*each) for each in lists), tuple(classes))
 
 
 def class_folders(root: Path, check: bool) -> ImageFolder:

@@ -22,7 +22,7 @@ from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters
 from finetune.plots import plt, tidy
 from finetune.recipe import Group, LayerDecay, Recipe, RecipeError
-from finetune.train_loop import take_step
+from finetune.train_loop import fit_head, take_step
 from finetune.unfreeze import train_mode, unfreeze
 
 FEWEST = 10  # updates that make a curve
@@ -52,6 +52,8 @@ def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, Seede
     with same_random_numbers(accelerator.device):
         net = copy.deepcopy(net).to(accelerator.device)
         objective = Objective(recipe, net, images[0], accelerator.device)
+        if recipe.linear_probe:
+            fit_head(recipe, objective, net, images, accelerator, 1, workers)
         groups = [replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
                   for group in split_parameters(recipe, net)]
         trained = unfreeze(groups, 0)

@@ -34,8 +34,8 @@ class Objective:
         over yes and no.
         """
         if self.recipe.loss == "cross_entropy":
-            return cross_entropy(logits, targets, self.class_weights, reduction="sum",
-                                 label_smoothing=self.recipe.label_smoothing)
+            weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+            return cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=self.recipe.label_smoothing)
         return binary_loss(logits, targets, self.recipe.label_smoothing, self.recipe.loss == "multi_label")
 
     def pull(self) -> torch.Tensor | float:

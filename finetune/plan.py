@@ -8,6 +8,7 @@ from torch import nn
 
 from finetune.augment import transforms
 from finetune.backbone import outline, preprocessing
+from finetune.linear_probe import head_layer
 from finetune.memory_plan import layers, memory_table
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import aligned, split_parameters, table
@@ -20,6 +21,8 @@ def check(recipe: Recipe, net: nn.Module) -> None:
     for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
         build_optimizer(split_parameters(recipe, net, epoch))
     transforms(recipe, preprocessing(recipe, net))
+    if recipe.linear_probe:
+        head_layer(recipe, net)
 
 
 def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:

@@ -64,6 +64,7 @@ def curves(run: Path, score: str) -> Path:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "grad_norm" in row]
     epochs = [row for row in rows if "train_loss" in row]
+    scores = [row for row in rows if score in row]  # the first perhaps of the head alone, before the first epoch
     per_epoch = epochs[0]["step"] / (epochs[0]["epoch"] + 1)
     time = [(row["step"] + 1) / per_epoch for row in updates]  # in epochs, so that all four share an axis
     ends = [row["epoch"] + 1 for row in epochs]
@@ -76,7 +77,7 @@ def curves(run: Path, score: str) -> Path:
     loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
     loss.legend()
-    scored.plot(ends, [100 * row[score] for row in epochs], "o-", markersize=3, color="C2")
+    scored.plot([row["epoch"] + 1 for row in scores], [100 * row[score] for row in scores], "o-", markersize=3, color="C2")
     scored.annotate(f"{epochs[-1][score]:.2%}", (ends[-1], 100 * epochs[-1][score]), xytext=(-4, -14),
                     textcoords="offset points", ha="right")
     scored.set(ylabel=f"validation {SCORES[score]}, %")

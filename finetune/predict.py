@@ -17,7 +17,8 @@ from finetune import train_loop
 from finetune.assemble import make_accelerator
 from finetune.backbone import memory_format
 from finetune.batches import SeededImages, unreadable
-from finetune.image_data import NAMED, ImageList, class_folders, load_data, read_image
+from finetune.image_data import NAMED, class_folders, load_data, read_image
+from finetune.image_lists import ImageList
 from finetune.param_groups import aligned
 from finetune.plots import confusion
 from finetune.recipe import SCORES, RecipeError

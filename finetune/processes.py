@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate import Accelerator
@@ -54,11 +54,11 @@ def gather_strided(parts: list[torch.Tensor], total: int, accelerator: Accelerat
     return accelerator.gather(mine).unflatten(0, (count, rows)).transpose(0, 1).flatten(0, 1)[:total]
 
 
-def share_buffers(net: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the first one's buffers: norm statistics, which each has gathered from its own share of the images."""
+def share(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
+    """Give every process the first one's values."""
     if accelerator.num_processes > 1:
-        for buffer in net.buffers():
-            torch.distributed.broadcast(buffer, 0)
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
 
 
 def check_agreement(net: nn.Module, accelerator: Accelerator) -> None:

@@ -8,10 +8,10 @@ from typing import Literal
 from finetune.lr_schedule import Plateau, Schedule
 from finetune.recipe_checks import RecipeError, type_faults
 from finetune.recipe_data import Augment, Data
-from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, Optimizer, Switch
+from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, LinearProbe, Optimizer, Switch
 
-__all__ = ["SGD", "AdamW", "Augment", "Data", "EarlyStop", "Frozen", "Group", "LayerDecay", "Optimizer", "Recipe",
-           "RecipeError", "Switch"]
+__all__ = ["SGD", "AdamW", "Augment", "Data", "EarlyStop", "Frozen", "Group", "LayerDecay", "LinearProbe", "Optimizer",
+           "Recipe", "RecipeError", "Switch"]
 
 
 SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
@@ -74,6 +74,7 @@ class Recipe:
     schedule: Schedule
     epochs: int
     norm_stats: Literal["train", "eval", "sync"]
+    linear_probe: LinearProbe | None = None
     weights: str = "hub"
     head: str | None = None
     dropout: float = 0.0
@@ -107,7 +108,8 @@ class Recipe:
     def parts(self) -> list:
         """The dataclasses a recipe is made of."""
         groups = [self.groups] if isinstance(self.groups, LayerDecay) else list(self.groups)
-        parts = [self.data, self.augment, *groups, self.optimizer, self.schedule, self.switch, self.early_stop]
+        parts = [self.data, self.augment, *groups, self.optimizer, self.schedule, self.switch, self.early_stop,
+                 self.linear_probe]
         return [part for part in parts if part is not None]
 
     def at(self, epoch: int) -> "Recipe":

@@ -17,7 +17,9 @@ class Data:
     map-style sets of (PIL image, label), the first with a list `classes`. `batch_size` is the batch of one update over ALL
     processes. `crop_pct`: evaluation crops this share of the resized image; None is the model's own. `sampling`: an epoch is
     every image once ("all"), or as many drawn with replacement so that each class comes as often as any other ("balanced").
-    `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and left out ("skip").
+    `holdout`: train without this share of each class of the training images, and score those in place of the validation images:
+    for choosing rates and the like. `on_bad_image`: an image that can't be read stops the run ("stop") or is named, counted and
+    left out ("skip").
     """
 
     source: str | Callable
@@ -26,12 +28,15 @@ class Data:
     crop_pct: float | None = None
     sampling: Literal["all", "balanced"] = "all"
     on_bad_image: Literal["stop", "skip"] = "stop"
+    holdout: float = 0.0
 
     def faults(self) -> list[str]:
         faults = [f"data: {name} must be at least 1, not {getattr(self, name)}" for name in ("image_size", "batch_size")
                   if getattr(self, name) < 1]
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             faults.append(f"data: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+        if not 0 <= self.holdout < 1:
+            faults.append(f"data: holdout must be at least 0 and below 1, not {self.holdout}")
         return faults
 
 

@@ -9,6 +9,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from finetune import lr_schedule
 from finetune import recipe as recipe_types
@@ -109,13 +110,27 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         field, *rest = path.split(".")
         try:
             require(field, [f.name for f in dataclasses.fields(recipe)])
-            changed[field] = replaced(changed.get(field, getattr(recipe, field)), rest, parsed(text))
+            part = changed.get(field, getattr(recipe, field))
+            changed[field] = replaced(part, rest, parsed(text)) if part is not None else begun(field, rest, parsed(text))
         except RecipeError as error:
             raise RecipeError(f"--set {assignment}: {error}") from None
     try:
         return dataclasses.replace(recipe, **changed)
     except RecipeError as error:
         raise RecipeError(f"with --set {' '.join(assignments)}, {error}") from None
+
+
+def begun(field: str, keys: list[str], value):
+    """What a recipe's empty field holds once it is set, or one field of it: linear_probe.views=2."""
+    kinds = [kind for kind in get_args(get_type_hints(Recipe)[field]) if dataclasses.is_dataclass(kind)]
+    if not keys or not kinds:
+        return replaced(None, keys, value)
+    names = [f.name for f in dataclasses.fields(kinds[0])]
+    require(keys[0], names)
+    try:
+        return replaced(kinds[0](**{keys[0]: value}), keys, value)
+    except TypeError:
+        raise RecipeError(f"the recipe has no {field} yet, and one needs more than that: {', '.join(names)}") from None
 
 
 def parsed(text: str):

@@ -138,3 +138,21 @@ class Switch:
         if not 0 < self.lr_factor < math.inf:
             faults.append(f"switch: lr_factor must be a finite number above 0, not {self.lr_factor}")
         return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe:
+    """Before the first epoch, fit the head alone to the frozen backbone's features, and go on from there (arXiv 2202.10054).
+
+    A random head would bend pretrained features before it is of use; and its score, told first, is what fine-tuning must beat.
+    Features are computed once for each of `views` looks at every training image: as it is scored, then varied as for training.
+    The fit minimises the recipe's loss plus `l2` / 2 times the squared weights, for features of mean 0 and variance 1.
+    """
+
+    views: int = 1
+    l2: float = 0.1
+
+    def faults(self) -> list[str]:
+        rules = {f"views must be at least 1, not {self.views}": self.views >= 1,
+                 f"l2 must be a finite number above 0, not {self.l2}": 0 < self.l2 < math.inf}
+        return [f"linear_probe: {rule}" for rule, kept in rules.items() if not kept]

@@ -1,6 +1,7 @@
 """The end of a run: its result, how far each group moved, its pictures, its last words."""
 
 import json
+import math
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +14,7 @@ from finetune.param_groups import split_parameters
 from finetune.plots import confusion, curves, mistakes
 from finetune.recipe import SCORES, Recipe
 from finetune.run_record import RunRecord
+from finetune.scores import scores
 
 
 def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor],
@@ -26,10 +28,13 @@ def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start:
               "drift": drift(recipe, net, start)}
     record.save_model(folder / "model", net)
     curves(folder, recipe.score)
+    predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
     if recipe.loss != "multi_label":
-        predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
         confusion(folder, **predictions, classes=val_images.classes)
         mistakes(folder, **predictions, images=val_images)
+    if kinds := getattr(val_images.images, "kinds", None):
+        result["by_kind"] = {kind: scores(recipe, *(part[[one == kind for one in kinds]] for part in (
+            predictions["logits"], predictions["labels"]))) for kind in sorted(set(kinds))}
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
     words = {recipe.score: SCORES[recipe.score], "top1": "top-1", "top5": "top-5", **SCORES}
@@ -37,15 +42,36 @@ def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start:
     moved = ", ".join(f"{name} {share:.2%}" for name, share in result["drift"].items())
     promised = "nothing: a smoke run" if smoke else promise(file, recipe)
     early = f" (stopped early, of {recipe.epochs} epochs)" if result["epochs"] < recipe.epochs else ""
+    when = "before the first epoch" if result["best_epoch"] == -1 else f"in epoch {result['best_epoch']}"
+    kinds = "".join(f"          {kind}: {SCORES[recipe.score]} {part[recipe.score]:.2%} of {part['val_images']} images\n"
+                    for kind, part in result.get("by_kind", {}).items())
     record.say(f"\nreached   {reached}, loss {result['loss']:.4f}; {result['seconds']:.0f} s, "
-               f"{result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB{early}\n"
+               f"{result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB{early}\n{kinds}"
                f"promised  {promised}\n"
+               f"{paid(recipe.score, result)}"
                f"moved     {moved} of their first norm\n"
-               f"best      {SCORES[recipe.score]} {result['best_' + recipe.score]:.2%} in epoch {result['best_epoch']}: "
+               f"best      {SCORES[recipe.score]} {result['best_' + recipe.score]:.2%} {when}: "
                f"{folder / 'model-best'}\n"
                f"model     {folder / 'model'}\n"
                f"all else  {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}",
                even_if_quiet=True)
+
+
+def paid(score: str, result: dict) -> str:
+    """A line on what fine-tuning has added to the head alone, or nothing for a run that did not begin with it.
+
+    Within chance is what 2 standard errors of the difference of two binomial shares cover.
+    """
+    if f"head_{score}" not in result:
+        return ""
+    before, after = result[f"head_{score}"], result[score]
+    error = math.sqrt((before * (1 - before) + after * (1 - after)) / result["val_images"])
+    if after <= before:
+        words = "fine-tuning the rest did not pay: model-best is at least as good"
+    else:
+        words = f"fine-tuning the rest added {100 * (after - before):.2f} points"
+        words += ", which may be chance" if after - before < 2 * error else ""
+    return f"head      {SCORES[score]} {before:.2%} with the head alone; {words}\n"
 
 
 def drift(recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -32,6 +32,8 @@ class RunRecord:
         self.folder, self.accelerator, self.save_model, self.score = folder, accelerator, save_model, score
         self.quiet = quiet
         self.epochs: list[dict] = []  # a row of scores for each finished epoch
+        self.head: dict | None = None  # the scores of the head alone, before the first epoch
+        self.clock: list[float] = []  # seconds at which each of these was there
         self.losses: list[float] = []  # of the running epoch's updates
         self.skipped = 0  # images that could not be read in the running epoch
         self.waiting: list[tuple] = []  # updates whose losses still lie on the device
@@ -50,6 +52,7 @@ class RunRecord:
     def go_on(self, state: dict) -> None:
         """Go on from a checkpoint's state; lines written after it are cut off, for these updates are done again."""
         self.epochs, self.best_epoch = state["epochs"], state["best_epoch"]
+        self.head, self.clock = state.get("head"), state.get("clock", [])
         self.seconds, self.images, self.skipped = state["seconds"], state["images"], state["skipped"]
         if self.accelerator.is_main_process:
             os.truncate(self.metrics, state["metrics_bytes"])
@@ -61,8 +64,13 @@ class RunRecord:
 
     def state(self) -> dict:
         """What `go_on` needs; asked for after a flush, on the first process."""
-        return {"epochs": self.epochs, "best_epoch": self.best_epoch, "images": self.images, "skipped": self.skipped,
-                "seconds": self.seconds + time.monotonic() - self.started, "metrics_bytes": self.metrics.stat().st_size}
+        return {"epochs": self.epochs, "head": self.head, "clock": self.clock, "best_epoch": self.best_epoch,
+                "images": self.images, "skipped": self.skipped, "seconds": self.elapsed(),
+                "metrics_bytes": self.metrics.stat().st_size}
+
+    def elapsed(self) -> float:
+        """Seconds of this run so far, those before it broke off among them."""
+        return self.seconds + time.monotonic() - self.started
 
     def progress(self, updates: Iterator, epoch: int, total: int) -> Iterator:
         """The updates, with a bar on a terminal."""
@@ -112,6 +120,14 @@ class RunRecord:
         rate = self.epoch_images / (time.monotonic() - self.epoch_started)
         self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{max(rows[-1]['lr'].values()):.1e}", images_s=f"{rate:.0f}")
 
+    def log_head(self, scores: dict) -> None:
+        """A line, as of epoch -1, for the head alone: what the epochs after it are to beat."""
+        self.head = {"epoch": -1, "step": 0, **scores}
+        self.clock.append(self.elapsed())
+        self.write([self.head])
+        self.say(f"the head alone, on features computed once:  validation loss {scores['loss']:.4f}  "
+                 f"{SCORES[self.score]} {scores[self.score]:7.2%}  in {self.clock[0]:.0f} s")
+
     def log_epoch(self, step: int, epoch: int, scores: dict, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """A line for an epoch, in the file and on the terminal; what was scored goes to predictions.safetensors."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **scores}
@@ -123,6 +139,7 @@ class RunRecord:
             self.say(f"epoch {epoch}: {self.skipped} training images could not be read and were skipped")
         self.losses, self.skipped = [], 0
         self.epochs.append(row)
+        self.clock.append(self.elapsed())
         self.write([row])
         if self.accelerator.is_main_process:
             (self.folder / "predictions.safetensors").write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
@@ -130,11 +147,16 @@ class RunRecord:
                  f"{SCORES[self.score]} {row[self.score]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s")
 
     def keep_best(self, net: torch.nn.Module) -> None:
-        """Write model-best/ if the epoch just logged has the highest score so far."""
-        if self.best_epoch is None or self.epochs[-1][self.score] > self.epochs[self.best_epoch][self.score]:
-            self.best_epoch = self.epochs[-1]["epoch"]
+        """Write model-best/ if what was just logged has the highest score so far."""
+        latest = self.epochs[-1] if self.epochs else self.head
+        if self.best_epoch is None or latest[self.score] > self.best()[self.score]:
+            self.best_epoch = latest["epoch"]
             if self.accelerator.is_main_process:
                 self.save_model(self.folder / "model-best", net)
+
+    def best(self) -> dict:
+        """The row of scores with the highest: an epoch's, or of the head alone."""
+        return self.head if self.best_epoch == -1 else self.epochs[self.best_epoch]
 
     def write(self, rows: list[dict]) -> None:
         if self.accelerator.is_main_process:
@@ -150,11 +172,12 @@ class RunRecord:
 
     def result(self, seed: int) -> dict:
         """The run in numbers: the last epoch's scores (not the best's: that one was chosen on these very images)."""
-        last, best = self.epochs[-1], self.epochs[self.best_epoch]
-        seconds = self.seconds + time.monotonic() - self.started
+        last, best, seconds = self.epochs[-1], self.best(), self.elapsed()
+        head = {f"head_{self.score}": self.head[self.score]} if self.head else {}
         return {**{key: value for key, value in last.items() if key not in ("epoch", "step")}, "epochs": len(self.epochs),
-                "updates": last["step"], "best_epoch": self.best_epoch, f"best_{self.score}": best[self.score], "seed": seed,
-                "seconds": round(seconds, 1), "images_per_second": round(self.images / seconds, 1),
+                "updates": last["step"], **head, "best_epoch": self.best_epoch,
+                f"best_{self.score}": best[self.score], "seed": seed, "seconds": round(seconds, 1),
+                "clock": [round(moment, 1) for moment in self.clock], "images_per_second": round(self.images / seconds, 1),
                 "peak_memory_gib": round(peak_memory(self.accelerator.device), 3), **surroundings(self.accelerator)}
 
 

@@ -85,7 +85,7 @@ def from_repository(source: str) -> Path:
 def known_settings(run: Path | None) -> SimpleNamespace:
     """The fields of a run's recipe.json, or what stands for them; fp16 without a GPU becomes float32."""
     recipe = {"data": {}} if run is None else read_json(run / "recipe.json")
-    data = {"source": "(unknown)", "batch_size": 32, "on_bad_image": "stop", **recipe["data"]}
+    data = {"source": "(unknown)", "batch_size": 32, "on_bad_image": "stop", "holdout": 0.0, **recipe["data"]}
     fields = {"backbone": "", "head": None, "weights": "model.safetensors", "loss": "cross_entropy", "flip_test": False,
               "mixed_precision": "no", "seed": 0, **recipe, "data": SimpleNamespace(**data)}
     if fields["mixed_precision"] == "fp16" and not torch.accelerator.is_available():

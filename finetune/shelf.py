@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune import lr_schedule
 from finetune import recipe as recipe_types
-from finetune.baseline import promise
+from finetune.baseline import IMPORT, promise
 from finetune.recipe import SCORES, Optimizer, RecipeError
 from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override, parsed
 
@@ -46,6 +46,8 @@ def copied(name: str, target: Path, assignments: list[str]) -> str:
         path, _, value = assignment.partition("=")
         written = json.dumps(value) if parsed(value) == value else value if not value.startswith("[") else repr(parsed(value))
         text = with_field(text, path.split("."), written)
+    if assignments:  # its number is not the copy's
+        text = text.partition("\nbaseline = Baseline(")[0].replace(IMPORT, "")
     docstring = ast.parse(text).body[0]
     if isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant):
         first = docstring.value.value.strip().splitlines()[0]

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.backbone import head_parameters, outline
-from finetune.image_data import NAMED, ImageList, load_data
+from finetune.image_data import NAMED, load_data
+from finetune.image_lists import ImageList
 from finetune.lr_schedule import Cosine
 from finetune.param_groups import split_parameters
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe, RecipeError

@@ -11,7 +11,7 @@ from finetune.run_folder import newest_checkpoint
 
 def as_scalars(row: dict) -> tuple[dict[str, float], int]:
     """A line of the metrics under the names that a tracker sorts into panels, and its update: an epoch's is its last one."""
-    panel, step = ("train", row["step"]) if "grad_norm" in row else ("val", row["step"] - 1)
+    panel, step = ("train", row["step"]) if "grad_norm" in row else ("val", max(row["step"] - 1, 0))
     values = {f"{panel}/{key}": value for key, value in row.items() if isinstance(value, float | int) and key != "step"}
     return values | {f"lr/{name}": rate for name, rate in row.get("lr", {}).items()}, step
 

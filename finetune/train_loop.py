@@ -11,11 +11,12 @@ from torch import nn
 from finetune.backbone import memory_format
 from finetune.batches import SeededImages, Update, balanced_chances, load, load_updates, plan_epoch, seed_all
 from finetune.checkpoint import restore, restore_optimizer, save_checkpoint
+from finetune.linear_probe import fit, head_layer, returns_features
 from finetune.memory import fitting_accumulation
 from finetune.objective import Objective, clip
 from finetune.optimizers import build_optimizer, wants_closure
 from finetune.param_groups import set_rates, split_parameters
-from finetune.processes import Stopped, StopRequest, check_agreement, gather_strided, share_buffers
+from finetune.processes import Stopped, StopRequest, check_agreement, gather_strided, share
 from finetune.recipe import Recipe
 from finetune.run_record import RunRecord
 from finetune.scores import scores
@@ -43,6 +44,13 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
     chances = balanced_chances(train_images.labels()) if recipe.data.sampling == "balanced" else None
     steps_per_epoch = math.ceil(len(train_images) / recipe.data.batch_size)
     step = restore(record, net, scored, accelerator)
+    if recipe.linear_probe and step == 0:
+        fit_head(recipe, objective, net, images, accelerator, accumulate, workers)
+        if ema:
+            ema.set(net)
+        logits, labels = evaluate(recipe, scored, val_images, accelerator, accumulate, workers)
+        record.log_head(scores(recipe, logits, labels))
+        record.keep_best(scored)
     first_epoch = len(record.epochs)
 
     with StopRequest(accelerator) as stop:
@@ -76,13 +84,29 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
                 if stopping:
                     raise Stopped(f"after update {step - 1}")
             for network in dict.fromkeys((net, scored)):
-                share_buffers(network, accelerator)
+                share(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
                 check_agreement(network, accelerator)
             logits, labels = evaluate(recipe, scored, val_images, accelerator, accumulate, workers)
             record.log_epoch(step, epoch, scores(recipe, logits, labels), logits, labels)
             record.keep_best(scored)
             save_checkpoint(record, net, scored, optimizer, accelerator, step)
     return scored
+
+
+def fit_head(recipe: Recipe, objective: Objective, net: nn.Module, images: tuple[SeededImages, SeededImages],
+             accelerator: Accelerator, accumulate: int, workers: int) -> None:
+    """Fit the head alone to the frozen backbone's features, which are computed once for each view of the training images.
+
+    The first view is as images are scored, the others are varied as for training.
+    """
+    train_images, val_images = images
+    layer = head_layer(recipe, net)
+    with returns_features(layer):
+        views = [evaluate(recipe, net, train_images.seen_as(val_images) if view == 0 else train_images, accelerator, accumulate,
+                          workers, epoch=-view) for view in range(recipe.linear_probe.views)]
+    features, labels = (torch.cat(parts).to(accelerator.device) for parts in zip(*views, strict=True))
+    fit(layer, features, labels, objective.loss, recipe.linear_probe.l2)
+    share([layer.weight.data, layer.bias.data], accelerator)
 
 
 def take_step(recipe: Recipe, objective: Objective, model: nn.Module, trained: list[nn.Parameter], optimizer, update: Update,
@@ -131,8 +155,10 @@ def backward(recipe: Recipe, objective: Objective, model: nn.Module, update: Upd
 
 @torch.no_grad()
 def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: Accelerator, accumulate: int = 1,
-             workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+             workers: int = 0, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
+
+    `epoch` decides how images that are varied are.
 
     With `flip_test` the logits are the mean of those of the image and of its mirror image.
     """
@@ -140,7 +166,7 @@ def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: 
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
     outputs, targets = [], []
-    for batch, labels in load(images, 0, [mine[i:i + size] for i in range(0, len(mine), size)], workers):
+    for batch, labels in load(images, epoch, [mine[i:i + size] for i in range(0, len(mine), size)], workers):
         batch = batch.to(accelerator.device, non_blocking=True, memory_format=memory_format(recipe))
         with accelerator.autocast():
             logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)

@@ -94,7 +94,7 @@ def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) 
 
     DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
     silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
-    forward pass; `share_buffers` does it once an epoch.
+    forward pass; the loop does it once an epoch.
     """
     model = net
     if accelerator.num_processes > 1:

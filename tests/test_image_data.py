@@ -13,12 +13,13 @@ from finetune import image_data
 from finetune.augment import transforms
 from finetune.backbone import outline, preprocessing
 from finetune.batches import SeededImages, load, plan_epoch
-from finetune.image_data import ImageList, known_size, load_data, stratified_split
+from finetune.image_data import known_size, load_data
+from finetune.image_lists import ImageList, stratified_split
 from finetune.recipe import Augment, Data, RecipeError
 
 
-def source(value, **changes):
-    return small_recipe(data=Data(value, image_size=24, batch_size=8), **changes)
+def source(value, holdout=0.0, **changes):
+    return small_recipe(data=Data(value, image_size=24, batch_size=8, holdout=holdout), **changes)
 
 
 @pytest.mark.parametrize("images,batch,parts", [(20, 8, 4), (22, 8, 2), (3, 8, 4), (16, 8, 1)])
@@ -228,3 +229,31 @@ def test_a_label_out_of_range_is_named():
         source("digits"), outline(source("digits"))))[1], 0, ("a", "b"))
     with pytest.raises(RecipeError, match="image 2 has label 5, but there are 2 classes, 0 to 1"):
         list(load(images, 0, [[0, 1, 2]], 0))
+
+
+def test_a_holdout_comes_from_the_training_images_alone(image_folder):
+    """With a holdout what is scored is a share of each class of the training images, and no image is on both sides."""
+    whole = load_data(source(str(image_folder)))
+    part = load_data(source(str(image_folder), holdout=0.2, seed=5))
+    pixels = [[images[i][0].tobytes() for i in range(len(images))] for images in (whole.train, part.train, part.val)]
+    assert sorted(pixels[0]) == sorted(pixels[1] + pixels[2]) and len(set(pixels[0])) == 30
+    assert Counter(part.val.labels) == {0: 2, 1: 2, 2: 2} and Counter(part.train.labels) == {0: 8, 1: 8, 2: 8}
+    for images in (part.train, part.val):
+        for i in range(len(images)):
+            assert images[i][1] == whole.train[pixels[0].index(images[i][0].tobytes())][1]
+    with pytest.raises(RecipeError, match="holdout=0.01 leaves nothing of a class with 10"):
+        load_data(source(str(image_folder), holdout=0.01))
+
+
+def test_a_holdout_needs_labels():
+    """A function's data set without a list of labels can't be divided by class."""
+    with pytest.raises(RecipeError, match="holdout .* give the data set .* a list `targets`"):
+        load_data(source(unlisted, holdout=0.2))
+
+
+def unlisted():
+    class Images(list):
+        classes = ["dark", "light"]
+
+    pairs = [(Image.new("RGB", (8, 8), (40 * i, 0, 0)), i % 2) for i in range(6)]
+    return Images(pairs), Images(pairs)

@@ -23,7 +23,7 @@ from finetune.batches import plan_epoch
 from finetune.lr_schedule import Plateau
 from finetune.memory import fitting_accumulation
 from finetune.processes import Stopped, StopRequest
-from finetune.recipe import SGD, AdamW, Augment, Data, Frozen, Group, Optimizer, RecipeError, Switch
+from finetune.recipe import SGD, AdamW, Augment, Data, EarlyStop, Frozen, Group, LinearProbe, Optimizer, RecipeError, Switch
 from finetune.recipe_file import as_dict
 from finetune.run import STOPPED, main
 from finetune.run_folder import changes, check_same_recipe, lock, new_folder, newest_checkpoint
@@ -48,11 +48,11 @@ def cut_before(monkeypatch, function, call):
     """Let train() die as it calls one of its functions for the call-th time."""
     real, calls = getattr(train_loop, function), []
 
-    def cutting(*args):
+    def cutting(*args, **options):
         calls.append(1)
         if len(calls) == call:
             raise Cut
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(train_loop, function, cutting)
 
@@ -113,6 +113,7 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, befor
 HEAD, REST = Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=2)
 LEVERS = {
     "average": {"ema_decay": 0.6},
+    "linear probe": {"linear_probe": LinearProbe(views=2), "early_stop": EarlyStop(patience=9)},
     "several optimizers": {"groups": (HEAD, Group("rest", ".", lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=1))},
     "switch": {"groups": (HEAD, REST), "switch": Switch(at=2, optimizer=SGD(momentum=0.9), lr_factor=3.0)},
     "lbfgs": {"groups": (HEAD, Frozen("rest", ".")), "optimizer": Optimizer("LBFGS", max_iter=3)},

@@ -134,7 +134,8 @@ def test_evaluate_agrees_with_scikit_learn(finished, mixed):
 def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
     """Of class folders that a run trained on, only the fifth that it kept counts; of any other folder, every image."""
     data = image_folder / "train"
-    settings = SimpleNamespace(loss="cross_entropy", seed=0, data=SimpleNamespace(source=str(data), on_bad_image="stop"))
+    images = SimpleNamespace(source=str(data), on_bad_image="stop", holdout=0.0)
+    settings = SimpleNamespace(loss="cross_entropy", seed=0, data=images)
     kept = load_data(settings).val.items
     assert labelled_images(str(data), settings, ("red", "green", "blue")).items == kept and len(kept) == 6
     settings.data.source = "elsewhere"

@@ -104,7 +104,7 @@ def test_any_number_of_processes_computes_the_same(tmp_path, image_folder, alone
 
 
 SET = ("augment.mixup=0.4", "augment.cutmix=1.0", "data.sampling=balanced", "ema_decay=0.6", "l2_sp=0.1", "flip_test=True",
-       "class_weights=balanced", "clip_value=0.1")
+       "class_weights=balanced", "clip_value=0.1", "linear_probe.views=2")
 
 
 @pytest.mark.parametrize("fields,head,stem", [

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT, small_recipe
 from finetune.lr_schedule import Cosine, Plateau
-from finetune.recipe import AdamW, Augment, Data, Group, LayerDecay, Optimizer, RecipeError
+from finetune.recipe import AdamW, Augment, Data, EarlyStop, Group, LayerDecay, LinearProbe, Optimizer, RecipeError
 from finetune.recipe_file import as_dict, load_recipe, override
 
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -81,6 +81,8 @@ def test_set_reaches_every_part():
 
 def test_set_is_checked_as_a_whole():
     """Two changes that only fit together may come in either order; values that do not fit are refused."""
+    begun = override(small_recipe(), ["linear_probe.views=2", "linear_probe.l2=0.3", "early_stop.patience=4"])
+    assert begun.linear_probe == LinearProbe(views=2, l2=0.3) and begun.early_stop == EarlyStop(patience=4)
     changed = override(small_recipe(), ["epochs=2", "groups.stem.unfreeze_at=1"])
     assert changed == override(small_recipe(), ["groups.stem.unfreeze_at=1", "epochs=2"])
     with pytest.raises(RecipeError, match="unfreeze_at=2 is past the last epoch, 1"):
@@ -94,6 +96,8 @@ def test_set_is_checked_as_a_whole():
     ("data.imagesize=3", "no 'imagesize'. Did you mean image_size?"),
     ("seed.x=3", "no 'x'. Nothing lies below it."),
     ("epochs", "write FIELD=VALUE"),
+    ("linear_probe.view=2", "no 'view'. Did you mean views?"),
+    ("switch.at=2", "the recipe has no switch yet, and one needs more than that: at, optimizer, lr_factor"),
     ("epochs=3.5", "epochs must be a whole number, not 3.5"),
     ("groups.head.lr=fast", "groups.head.lr must be a number, not 'fast'"),
 ])

@@ -56,7 +56,8 @@ recipe = Recipe(
             Group("middle", "layer2", lr=1e-3, unfreeze_at=7), Frozen("rest", ".")),
     optimizer=AdamW(), schedule=Constant(), epochs=20, norm_stats="eval", switch=Switch(at=7, optimizer=Optimizer("NAdam")),
     class_weights=tuple(range(1, 11)), early_stop=EarlyStop(patience=1), augment=Augment(mixup=0.2, cutmix=1.0, erasing=0.1),
-    dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, score="macro_f1", loss="LOSS")
+    dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, score="macro_f1", loss="LOSS",
+    linear_probe=LinearProbe(views=2))
 '''
 
 
@@ -72,7 +73,7 @@ def test_a_recipe_with_every_lever_smokes(here, capsys, loss):
     out = capsys.readouterr().out
     assert [f"from epoch {epoch}: trains" in out for epoch in range(4)] == [True, True, True, False]
     rows = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert {row["epoch"] for row in rows} == {0, 1, 2, 3} and {row["lr"]["rest"] for row in rows if "lr" in row} == {0.0}
+    assert {row["epoch"] for row in rows} == {-1, 0, 1, 2, 3} and {row["lr"]["rest"] for row in rows if "lr" in row} == {0.0}
     assert json.loads((here / "out" / "result.json").read_text())["drift"]["rest"] == 0.0
 
 

@@ -11,17 +11,18 @@ from conftest import ROOT
 from finetune.baseline import promise, summary
 from finetune.recipe_file import load_recipe
 
-LIGHT = ("recipe", "recipe_checks", "recipe_table", "recipe_data", "lr_schedule", "recipe_file", "run_folder", "baseline")
+LIGHT = ("recipe", "recipe_checks", "recipe_table", "recipe_data", "lr_schedule", "recipe_file", "run_folder", "baseline",
+         "reproduce")
 MODULES = sorted((ROOT / "finetune").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"lr_schedule", "recipe_checks"}, {"recipe_table", "recipe_data"}, {"recipe"}, {"recipe_file"}, {"run_folder"},
-    {"baseline"}, {"shelf"},
-    {"weights", "backbone", "image_data", "data_sources", "batches", "processes", "trackers"},
+    {"baseline"}, {"shelf", "reproduce"},
+    {"weights", "backbone", "image_data", "image_lists", "data_sources", "batches", "processes", "trackers"},
     {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "saved_model",
      "model_card"},
-    {"memory", "memory_plan", "assemble", "train_loop"}, {"plan"}, {"plots"},
+    {"memory", "memory_plan", "linear_probe", "assemble", "train_loop"}, {"plan"}, {"plots"},
     {"report", "lr_finder", "other_loops", "predict", "export", "suggest"}, {"run", "__main__"},
 ]
 

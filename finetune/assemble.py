@@ -12,6 +12,7 @@ from finetune.backbone import build_backbone, preprocessing
 from finetune.batches import SeededImages, seed_all
 from finetune.image_data import is_downloaded, load_data
 from finetune.image_lists import ImageData
+from finetune.memory import keep_freed_memory
 from finetune.processes import first_on_main
 from finetune.recipe import Recipe, RecipeError
 from finetune.unfreeze import synchronise_norms
@@ -29,6 +30,8 @@ def make_accelerator(recipe: Recipe, trackers: list[str] = (), folder: Path | No
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
     if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if cpu:
+        keep_freed_memory()
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None,
                                   project_dir=folder)

@@ -34,7 +34,7 @@ class Objective:
         over yes and no.
         """
         if self.recipe.loss == "cross_entropy":
-            weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
+            weights = None if self.class_weights is None else self.class_weights.to(logits)
             return cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=self.recipe.label_smoothing)
         return binary_loss(logits, targets, self.recipe.label_smoothing, self.recipe.loss == "multi_label")
 

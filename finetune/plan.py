@@ -27,9 +27,11 @@ def check(recipe: Recipe, net: nn.Module) -> None:
 
 def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:
     """Network, data and length of a run."""
-    updates = updates_per_epoch(recipe, num_images)
+    updates, probe = updates_per_epoch(recipe, num_images), recipe.linear_probe
+    head = f"the head alone on features of {probe.views * num_images} images, then " if probe else ""
     return (f"{as_dict(recipe.backbone)} on {as_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
-            f"{recipe.data.image_size} px; {recipe.epochs} epochs of {updates} updates of {recipe.data.batch_size} images")
+            f"{recipe.data.image_size} px; {head}{recipe.epochs} epochs of {updates} updates of {recipe.data.batch_size} "
+            "images")
 
 
 def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> str:

@@ -146,7 +146,8 @@ class LinearProbe:
 
     A random head would bend pretrained features before it is of use; and its score, told first, is what fine-tuning must beat.
     Features are computed once for each of `views` looks at every training image: as it is scored, then varied as for training.
-    The fit minimises the recipe's loss plus `l2` / 2 times the squared weights, for features of mean 0 and variance 1.
+    The fit minimises the recipe's loss plus `l2` / 2 times the squared weights, for features of mean 0 whose variances
+    average 1.
     """
 
     views: int = 1

@@ -104,7 +104,8 @@ def fit_head(recipe: Recipe, objective: Objective, net: nn.Module, images: tuple
     with returns_features(layer):
         views = [evaluate(recipe, net, train_images.seen_as(val_images) if view == 0 else train_images, accelerator, accumulate,
                           workers, epoch=-view) for view in range(recipe.linear_probe.views)]
-    features, labels = (torch.cat(parts).to(accelerator.device) for parts in zip(*views, strict=True))
+    device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # Apple's GPUs know no float64
+    features, labels = (torch.cat(parts).to(device) for parts in zip(*views, strict=True))
     fit(layer, features, labels, objective.loss, recipe.linear_probe.l2)
     share([layer.weight.data, layer.bias.data], accelerator)
 

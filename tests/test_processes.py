@@ -290,3 +290,27 @@ def test_killed_runs_end_as_if_unharmed():
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "benchmarks" / "kills.py"), "--kills", "6"],
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "| all | | 6 | 6 | 6 | 0 |" in done.stdout, done.stdout + done.stderr
+
+
+ALLOCATES = """
+import resource, sys, torch
+from finetune.assemble import make_accelerator
+from finetune.recipe_file import load_recipe
+
+if sys.argv[1] == "kept":
+    make_accelerator(load_recipe("efficientnet_lite0_digits")[0])
+torch.empty(2**24).fill_(1)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about Linux's C library")
+def test_freed_memory_is_kept_for_the_next_update():
+    """A large tensor made anew takes the memory of the one before it: the system maps none, where otherwise it maps all."""
+    faults = {name: int(subprocess.run([sys.executable, "-c", ALLOCATES, name], capture_output=True, text=True, check=True,
+                                       cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout.split()[-1])
+              for name in ("kept", "returned")}
+    assert faults["kept"] < faults["returned"] / 10 and faults["returned"] > 100

@@ -1,9 +1,11 @@
 """What the README tells a reader to write."""
 
+import importlib
 import json
 import re
 import shlex
 import shutil
+import sys
 
 import pytest
 
@@ -16,6 +18,7 @@ from finetune.plan import check
 from finetune.recipe import LayerDecay
 
 README = (ROOT / "README.md").read_text()
+KEPT = ROOT / "recipes" / "baselines" / "others"
 NAMES = {**vars(recipe), **vars(lr_schedule)}
 TABLE = README[README.index("## Levers"):README.index("## In other loops")]
 LEVERS = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", TABLE, re.M)
@@ -72,7 +75,7 @@ def test_every_verb_of_the_readme_runs(tmp_path, monkeypatch, capsys, image_fold
     for words in commands("finetune "):
         words = [str(image_folder) if word == "DIR" else word for word in words[1:]]
         told.append(words[0])
-        if words[0] == "find-lr":  # a test of its own, on random weights: this one is a minute
+        if words[0] in ("find-lr", "reproduce"):  # tests of their own, on random weights: these take minutes
             continue
         assert verb(words) == 0, (words, capsys.readouterr().err)
         assert capsys.readouterr().out
@@ -82,8 +85,8 @@ def test_every_verb_of_the_readme_runs(tmp_path, monkeypatch, capsys, image_fold
     assert set(re.findall(r"^    ([a-z-]+) ", capsys.readouterr().out, re.M)) == set(told)
 
 
-@pytest.mark.parametrize("name", ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "suggest", "export", "predict",
-                                  "evaluate"])
+@pytest.mark.parametrize("name", ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "reproduce", "suggest", "export",
+                                  "predict", "evaluate"])
 def test_help_has_an_example(capsys, name):
     """Every verb's --help ends in an example that its own parser takes."""
     with pytest.raises(SystemExit):
@@ -109,10 +112,33 @@ def test_every_launch_of_the_readme_is_understood(tmp_path, monkeypatch, capsys,
 
 def test_other_numbers_have_their_runs():
     """Each score of the suggested recipes, and of the range test's suggestion, is that of a kept run record."""
-    folder = ROOT / "recipes" / "baselines" / "others"
-    records = json.loads((folder / "suggest.json").read_text())
+    records = json.loads((KEPT / "suggest.json").read_text())
     for record in records:
         row = f"| {record['images']} | {record['val_images']} | {record['linear_head']:.1%} | {record[record['score']]:.1%} |"
         assert row.replace("%", " %") in README
-    steepest = json.loads((folder / "find_lr.json").read_text())
+    steepest = json.loads((KEPT / "find_lr.json").read_text())
     assert len(records) == 7 and f"point reached {100 * steepest['top1']:.1f} %" in " ".join(README.split())
+
+
+def printed(monkeypatch, capsys, benchmark, *words):
+    """What a benchmark's --report prints of its kept runs."""
+    monkeypatch.setattr(sys, "argv", [benchmark, *words, "--report", "--output", str(KEPT / f"{benchmark}.jsonl")])
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    importlib.import_module(benchmark).main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", ["peers", "ablations"])
+def test_the_benchmarks_tables_are_their_runs(monkeypatch, capsys, benchmark):
+    """Each row of the README's tables of peers and ablations is what the benchmark makes of its kept runs; none is left out."""
+    rows = [json.loads(line) for line in (KEPT / f"{benchmark}.jsonl").read_text().splitlines()]
+    if benchmark == "peers":
+        sets = {(row["data"], row["size"], row["epochs"], row["per_class"]) for row in rows}
+        reports = [("--data", data, "--size", str(size), "--epochs", str(epochs), *(["--per-class", str(few)] if few else []))
+                   for data, size, epochs, few in sets]
+    else:
+        reports = [("--label", label) for label in {row["images"] for row in rows}]
+    assert len(reports) >= 2
+    for words in reports:
+        lines = [line for line in printed(monkeypatch, capsys, benchmark, *words).splitlines() if line.startswith("| ")]
+        assert len(lines) > 7 and all(line in README for line in lines), [line for line in lines if line not in README]

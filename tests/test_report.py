@@ -7,12 +7,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.metrics import confusion_matrix as theirs
 
 from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
-from finetune import plots, run_record
+from finetune import image_data, plots, run_record
 from finetune.__main__ import main as verb
 from finetune.batches import UNREADABLE
 from finetune.lr_schedule import Step
@@ -241,3 +243,31 @@ def test_every_recipe_has_a_plan():
         recipe, _ = load_recipe(str(file))
         text = group_tables(recipe, outline(recipe), 1000)
         assert text.splitlines()[-1].startswith("all")
+
+
+def test_each_kind_of_image_has_its_scores(tmp_path, monkeypatch, capsys):
+    """Where images have kinds, the result has the scores of each, which are scikit-learn's on that kind's predictions."""
+    data = image_data.generated()
+    data.val.kinds = ["mono", "poly", "poly", "mono", "poly"] * 2
+    monkeypatch.setitem(image_data.NAMED, "generated", lambda: data)
+    assert main(["--recipe", "efficientnet_lite0_digits", "--smoke", "--output", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    kept = safetensors.torch.load_file(tmp_path / "run" / "predictions.safetensors")
+    out = capsys.readouterr().out
+    for kind, count in (("mono", 4), ("poly", 6)):
+        of_it = torch.tensor([one == kind for one in data.val.kinds])
+        labels, guesses = kept["labels"][of_it], kept["logits"][of_it].argmax(1)
+        found = result["by_kind"][kind]
+        assert found["val_images"] == count and found["top1"] == accuracy_score(labels, guesses)
+        assert found["macro_f1"] == pytest.approx(f1_score(labels, guesses, average="macro", labels=range(10), zero_division=0))
+        assert f"{kind}: top-1 {found['top1']:.2%} of {count} images" in out
+
+
+def test_the_solar_cells_have_their_kinds():
+    """ELPV's validation cells are mono- or polycrystalline, as its list says, a quarter of each."""
+    data = image_data.elpv()
+    shares = {kind: data.val.kinds.count(kind) / (data.val.kinds + data.train.kinds).count(kind) for kind in ("mono", "poly")}
+    assert set(data.val.kinds) == {"mono", "poly"} and all(abs(share - 0.25) < 0.002 for share in shares.values())
+    listed = (data.val.items[0].parent.parent / "labels.csv").read_text().splitlines()
+    kind_of = {line.split()[0]: line.split()[2] for line in listed}
+    assert all(kind_of[f"images/{item.name}"] == kind for item, kind in zip(data.val.items, data.val.kinds, strict=True))

@@ -25,31 +25,24 @@ sys.path.insert(0, str(ROOT))
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from finetune import param_groups, run  # noqa: E402
-from finetune.param_groups import aligned  # noqa: E402
 from finetune.recipe_file import load_recipe  # noqa: E402
 
-ARMS = {  # what is appended to the recipe's file: `change(field=value, ...)` replaces fields of it
+ARMS = {  # what is appended to the recipe's file
     "the recipe": "",
-    "one rate for all: the head's": "rates(lambda row: recipe.groups[0].lr)",
-    "one rate for all: the highest of the others'": "rates(lambda row: max(other.lr for other in recipe.groups[1:]))",
-    "every rate x 3": "rates(lambda row: 3 * row.lr)",
-    "every rate / 3": "rates(lambda row: row.lr / 3)",
+    "one rate for all, the highest of the table": "rates(lambda row: max(other.lr for other in recipe.groups))",
     "no linear probe: everything from a random head": "change(linear_probe=None)",
     "no linear probe: the head alone for an epoch": "change(linear_probe=None); starts(lambda i: int(i > 0))",
-    "linear probe, then a group an epoch": "starts(lambda i: min(i, recipe.epochs - 1))",
+    "linear probe, then a group more each epoch": "starts(lambda i: min(i, recipe.epochs - 1))",
     "linear probe, then the head only": "change(groups=(recipe.groups[0], Frozen('rest', '.')))",
     "batch-norm statistics move": "change(norm_stats='train')",
     "weight decay on biases and norms, too": "from finetune import param_groups; param_groups.is_exempt = lambda *args: False",
-    "no weight decay": "change(optimizer=AdamW(weight_decay=0.0))",
-    "constant rate": "change(schedule=Constant(warmup_epochs=recipe.schedule.warmup_epochs))",
+    "no weight decay": "change(optimizer=AdamW(weight_decay=0.0, **recipe.optimizer.options))",
     "step: a third of the rate after each third": "change(schedule=Step(every=max(1, recipe.epochs // 3), factor=1 / 3, "
                                                   "warmup_epochs=recipe.schedule.warmup_epochs))",
-    "plateau": "change(schedule=Plateau(factor=1 / 3, patience=0, warmup_epochs=recipe.schedule.warmup_epochs))",
+    "plateau: a third of the rate after an epoch without gain": "change(schedule=Plateau(factor=1 / 3, patience=0, "
+                                                                "warmup_epochs=recipe.schedule.warmup_epochs))",
     "no warmup": "change(schedule=Cosine())",
-    "warmup of half an epoch": "change(schedule=Cosine(warmup_epochs=0.5))",
     "no clipping": "change(clip_norm=None)",
-    "no label smoothing": "change(label_smoothing=0.0)",
-    "images not varied": "change(augment=Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0))",
 }
 APPENDED = '''
 
@@ -84,14 +77,16 @@ def main() -> int:
     for seed in range(args.seeds if not args.report else 0):
         for arm in ARMS:
             if args.only in arm and not any((row["arm"], row["seed"]) == (arm, seed) for row in done):
-                done.append({"images": label, "arm": arm, "seed": seed, **one_run(file, args, arm, seed)})
+                done.append({"images": label, "recipe": file.stem, "arm": arm, "seed": seed, **one_run(file, args, arm, seed)})
                 with open(args.output, "a") as lines:
                     lines.write(json.dumps(done[-1]) + "\n")
                 print(f"{arm}, seed {seed}: {done[-1]['score']:.2%} in {done[-1]['seconds']:.0f} s", flush=True)
     rows = compared(done)
-    print(f"\n{label}, {done[0]['val_images']} validation images\n" + aligned([
-        ("what is changed", "seeds", "score", "difference", "verdict"),
-        *((row["arm"], f"{row['seeds']}", f"{row['mean']:.1%}", f"{row['difference']:+.1%}", row["verdict"]) for row in rows)]))
+    print(f"\n{label}: {done[0]['recipe']}, {done[0]['val_images']} validation images, {args.seeds} seeds\n\n"
+          "| changed | top-1 | range | difference | |\n|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['arm']} | {row['mean']:.1%} | {row['low']:.1%} to {row['high']:.1%} | {100 * row['difference']:+.1f} | "
+              f"{row['verdict']} |")
     print(json.dumps({"images": label, "arms": rows}))
     return 0
 

@@ -43,9 +43,14 @@ def baseline_of(record: dict) -> Baseline:
         metric=metric, mean=round(statistics.mean(run[metric] for run in runs), 4), low=round(low, 4), high=round(high, 4),
         seeds=len(runs), val_images=runs[0]["val_images"],
         minutes=round(statistics.mean(run["seconds"] for run in runs) / 60, 1),
-        hardware=f"{hardware['threads']} CPU cores ({hardware['name']})" if hardware["device"] == "cpu" else
-                 f"{hardware['processes']} x {hardware['name']}",
+        hardware=place(hardware) + (f" ({hardware['name']})" if hardware["device"] == "cpu" else ""),
         versions=", ".join(f"{name} {version.partition('+')[0]}" for name, version in record["versions"].items()))
+
+
+def place(hardware: dict) -> str:
+    """What a recorded run had: its processes, and each one's cores or GPU."""
+    cores = f"{hardware['threads']} CPU core{'s' * (hardware['threads'] > 1)}"
+    return f"{hardware['processes']} x {cores if hardware['device'] == 'cpu' else hardware['name']}"
 
 
 def metric_of(record: dict) -> str:

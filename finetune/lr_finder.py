@@ -22,7 +22,7 @@ from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters
 from finetune.plots import plt, tidy
 from finetune.recipe import Group, LayerDecay, Recipe, RecipeError
-from finetune.train_loop import fit_head, take_step
+from finetune.train_loop import take_step
 from finetune.unfreeze import train_mode, unfreeze
 
 FEWEST = 10  # updates that make a curve
@@ -35,8 +35,9 @@ def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, Seede
 
     The range test of Smith (arXiv 1506.01186) for many rates at once: their ratios stay. All groups that ever train do so
     from the first update, on a copy of `net`; nothing else is touched, and random numbers go on as if nothing had been drawn.
-    `images` are the training and the validation set, of which the first is used. Ends early once the smoothed loss is over 4
-    times its lowest, or a loss is no finite number.
+    The head is not fitted first, as a `linear_probe` would: from there the loss falls too little to show anything. `images`
+    are the training and the validation set, of which the first is used. Ends early once the smoothed loss is over 4 times its
+    lowest, or a loss is no finite number.
 
     Raises:
         RecipeError: on several processes, for a range that does not rise, and for too few updates.
@@ -52,8 +53,6 @@ def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, Seede
     with same_random_numbers(accelerator.device):
         net = copy.deepcopy(net).to(accelerator.device)
         objective = Objective(recipe, net, images[0], accelerator.device)
-        if recipe.linear_probe:
-            fit_head(recipe, objective, net, images, accelerator, 1, workers)
         groups = [replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
                   for group in split_parameters(recipe, net)]
         trained = unfreeze(groups, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune import lr_schedule
 from finetune import recipe as recipe_types
-from finetune.baseline import IMPORT, promise
+from finetune.baseline import IMPORT, place, promise
 from finetune.recipe import SCORES, Optimizer, RecipeError
 from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override, parsed
 
@@ -28,9 +28,7 @@ def listing() -> list[tuple[str, ...]]:
 def cost(record: dict) -> str:
     """What a run of a recorded recipe took: minutes, and on what."""
     minutes = sum(run["seconds"] for run in record["runs"]) / len(record["runs"]) / 60
-    hardware = record["hardware"]
-    place = f"{hardware['threads']} CPU cores" if hardware["device"] == "cpu" else hardware["name"]
-    return f"{minutes:.1f} min, {hardware['processes']} x {place}"
+    return f"{minutes:.1f} min, {place(record['hardware'])}"
 
 
 def copied(name: str, target: Path, assignments: list[str]) -> str:

@@ -3,9 +3,11 @@
     pip install -e ".[quickstart]"
     accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar
 
-NUMBER
+Top-1 82.4 % (81.8 to 83.3, 3 seeds) on CIFAR-10, JPEG copy, 100 a class: the first 100 of each class to train on, and the
+first 100 of each of its test images; the head alone 71.4 %; 0.8 minutes on 2 CPU cores. On all of CIFAR-10 not measured.
 Weights: Apache-2.0. Data: CIFAR-10 (Krizhevsky 2009), downloaded on first use.
 """
+from finetune.baseline import Baseline
 from finetune.lr_schedule import Cosine
 from finetune.recipe import AdamW, Augment, Data, Group, LinearProbe, Recipe
 
@@ -30,4 +32,10 @@ recipe = Recipe(
     label_smoothing=0.1,
     clip_norm=1.0,
     seed=0,
+)
+
+baseline = Baseline(
+    metric="top1", mean=0.824, low=0.7967, high=0.8513, seeds=3, val_images=1000, minutes=0.8,
+    hardware="1 x 2 CPU cores (AMD EPYC)",
+    versions="python 3.11.7, torch 2.15.0, timm 1.0.31, torchvision 0.29.2, accelerate 1.15.0",
 )

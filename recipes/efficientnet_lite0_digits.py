@@ -35,6 +35,6 @@ recipe = Recipe(
 
 baseline = Baseline(
     metric="top1", mean=0.9898, low=0.975, high=1.0, seeds=3, val_images=359, minutes=0.8,
-    hardware="2 CPU cores (AMD EPYC)",
+    hardware="1 x 2 CPU cores (AMD EPYC)",
     versions="python 3.11.7, torch 2.15.0, timm 1.0.31, torchvision 0.29.2, accelerate 1.15.0",
 )

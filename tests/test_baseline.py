@@ -22,7 +22,7 @@ def finished(folder, recipe, top1, **result):
     (folder / "recipe.json").write_text(json.dumps(as_dict(recipe)))
     scores = {"top1": top1, "loss": 0.1, "macro_f1": top1, "best_top1": top1, "seconds": 1.0, "images_per_second": 1.0,
               "peak_memory_gib": 1.0, "seed": recipe.seed, "val_images": 400,
-              "versions": {"torch": "2.15.0+cu132"}, "hardware": {"device": "cpu", "name": "CPU", "threads": 2}}
+              "versions": {"torch": "2.15.0+cu132"}, "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2}}
     (folder / "result.json").write_text(json.dumps(scores | result))
     return folder
 
@@ -61,7 +61,7 @@ def test_records_name_no_machine():
 def record_of(scores, val_images=400):
     return {"recipe": as_dict(small_recipe()), "runs": [{"seed": seed, "top1": score, "val_images": val_images, "seconds": 90.0}
             for seed, score in enumerate(scores)], "versions": {"torch": "2.15.0+cu132"},
-            "hardware": {"device": "cpu", "name": "CPU", "threads": 2}}
+            "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2}}
 
 
 @pytest.mark.parametrize("seeds,new", [(1, 1), (3, 1), (3, 3), (5, 2)])
@@ -112,7 +112,7 @@ def test_a_baseline_is_written_into_its_recipe(tmp_path, monkeypatch, capsys):
         assert promise(file, recipe) == "top-1 96.0 % (95.0 to 97.0, 2 seeds)"
     made = scope["baseline"]
     assert made.mean == 0.96 and made.low < 0.94 and made.high > 0.98 and made.minutes == 0.0 and made.val_images == 400
-    assert made.hardware == "2 CPU cores (CPU)" and made.versions == "torch 2.15.0"
+    assert made.hardware == "1 x 2 CPU cores (CPU)" and made.versions == "torch 2.15.0"
     other = Baseline(**{**vars(made), "mean": 0.5})
     assert with_baseline(with_baseline(file.read_text(), other), made) == file.read_text()
 

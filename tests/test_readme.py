@@ -142,3 +142,15 @@ def test_the_benchmarks_tables_are_their_runs(monkeypatch, capsys, benchmark):
     for words in reports:
         lines = [line for line in printed(monkeypatch, capsys, benchmark, *words).splitlines() if line.startswith("| ")]
         assert len(lines) > 7 and all(line in README for line in lines), [line for line in lines if line not in README]
+
+
+def test_the_solar_cells_by_kind_are_as_recorded():
+    """Macro F1, each kind of cell and the head alone are the means over the kept runs."""
+    runs = json.loads((KEPT.parent / "efficientnet_lite0_elpv.json").read_text())["runs"]
+    text = " ".join(README.split())
+    for row, words in ((lambda run: run["macro_f1"], "Macro F1 is {:.1f} %"),
+                       (lambda run: run["by_kind"]["mono"]["top1"], "monocrystalline ones {:.1f} %"),
+                       (lambda run: run["by_kind"]["poly"]["top1"], "polycrystalline ones {:.1f} %"),
+                       (lambda run: run["head_top1"], "the head alone reaches {:.1f} %")):
+        assert words.format(100 * sum(map(row, runs)) / len(runs)) in text
+    assert len(runs) >= 3 and sum(run["top1"] for run in runs) / len(runs) > 0.8842

@@ -10,6 +10,7 @@ latter is on the safe side).
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -112,7 +113,7 @@ def one_run(file: Path, args: argparse.Namespace, arm: str, seed: int) -> dict:
         changed.write_text(file.read_text() + APPENDED.replace("{change}", ARMS[arm]))
         line = ["--recipe", str(changed), "--output", f"{folder}/run", "--quiet", "--seed", str(seed)]
         line += [word for assignment in args.assignments for word in ("--set", assignment)]
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(io.StringIO()):
             code = run.main([*line, *(["--data", args.data] if args.data else [])])
         param_groups.is_exempt = decays
         AcceleratorState._reset_state(reset_partial_state=True)

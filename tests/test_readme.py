@@ -138,10 +138,10 @@ def test_the_benchmarks_tables_are_their_runs(monkeypatch, capsys, benchmark):
                    for data, size, epochs, few in sets]
     else:
         reports = [("--label", label) for label in {row["images"] for row in rows}]
-    assert len(reports) >= 2
+    assert reports
     for words in reports:
         lines = [line for line in printed(monkeypatch, capsys, benchmark, *words).splitlines() if line.startswith("| ")]
-        assert len(lines) > 7 and all(line in README for line in lines), [line for line in lines if line not in README]
+        assert len(lines) > 6 and all(line in README for line in lines), [line for line in lines if line not in README]
 
 
 def test_the_solar_cells_by_kind_are_as_recorded():

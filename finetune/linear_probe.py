@@ -40,8 +40,8 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Ca
     """Give `layer` the weights with the least mean loss plus `l2` / 2 times their square, for features [n, d] and labels.
 
     `loss(logits, labels)` is a sum over images. The penalty is on weights for features of mean 0 whose variances average 1, so
-    that one value of it serves any network; the bias has none. (With a variance of 1 each, features that hardly ever change got
-    weights a hundred times larger, and fine-tuning from there diverged.) This has one minimum, so there is no rate to choose:
+    that one value of it serves any network; the bias has none. (With a variance of 1 each, features that hardly ever change
+    would get the largest weights.) This has one minimum, so there is no rate to choose:
     L-BFGS in float64 walks to it from 0. It needs 8 bytes a feature and image.
     """
     seen = ~unreadable(labels)

@@ -72,7 +72,7 @@ ROWS = """    groups=(  # {why_alone}
     ),
 """
 SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # of the peak rate: about what LayerDecay's thirds have
-WHY_LR = "AdamW's: 1e-3 was best of three here at batch 32; with the root of smaller batches (arXiv 2205.10287)"
+WHY_LR = "AdamW's: 1e-3 at batch 32, and with the root of smaller batches (arXiv 2205.10287)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = 
         "source": json.dumps(facts.source, ensure_ascii=False), "weights": json.dumps(weights, ensure_ascii=False),
         "size": recipe.data.image_size, "why_size": why_size, "colours": "grey" if facts.grey else "in colour",
         "updates": epochs * an_epoch, "augment": augment(facts), "options": options(facts, epochs * an_epoch),
-        "why_norm": "pretrained statistics stay; moving ones cost 15 to 28 points of top-1 here (1,000 images)" if has_norms
+        "why_norm": "pretrained statistics stay: those of a few small batches are worse" if has_norms
                     else "without effect: there is no batch norm in this network"}
     rate = 1e-3 * min(1, math.sqrt(batch / 32))
     rates = {name: float(f"{rate * share:.1g}") for name, share in SHARES.items()}
@@ -227,7 +227,7 @@ def options(facts: Facts, updates: int) -> str:
         lines += [f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',
                   'score="macro_f1",  # every class counts the same, however rare']
     decay, span = (0.999, "1,000") if updates >= 5000 else (0.99, "100")
-    lines.append(f"ema_decay={decay},  # scored is the average of {span} updates: single ones swung by 40 points on 100 images")
+    lines.append(f"ema_decay={decay},  # scored is the average of {span} updates: on few images single ones swing")
     return "".join(f"    {line}\n" for line in lines)
 
 

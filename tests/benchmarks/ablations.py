@@ -120,8 +120,7 @@ def one_run(file: Path, args: argparse.Namespace, arm: str, seed: int) -> dict:
         if code:
             raise SystemExit(f"{arm}: the run failed")
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
-    return {"score": result["top1"], "head": result.get("head_top1"), "seconds": result["seconds"],
-            "val_images": result["val_images"]}
+    return {"score": result["top1"], "seconds": result["seconds"], "val_images": result["val_images"]}
 
 
 def compared(done: list[dict]) -> list[dict]:

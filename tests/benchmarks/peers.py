@@ -155,9 +155,8 @@ def ours(job, clock):
              *(word for name, value in changes.items() for word in ("--set", f"{name}={value!r}"))]):
         sys.exit("ours: the run failed")
     scored = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "top1" in row]
-    result = json.loads((out / "result.json").read_text())  # "clock": a moment for each row of scores
-    moments = result.get("clock") or [result["seconds"] * (row["epoch"] + 1) / job.epochs for row in scored]
-    clock.curve = [[row.get("seconds", moment), row["top1"]] for row, moment in zip(scored, moments, strict=True)]
+    moments = json.loads((out / "result.json").read_text())["clock"]  # one for each row of scores
+    clock.curve = [[moment, row["top1"]] for row, moment in zip(scored, moments, strict=True)]
     job.rate, clock.lines = max(rows.values()) * job.factor, code_lines(file.read_text())
 
 

@@ -1,38 +1,108 @@
-"""Transforms of training and evaluation images, made by timm."""
+"""How images are varied for training, and prepared for scoring."""
 
-from collections.abc import Callable
+import math
 
+import numpy as np
 import timm.data
 import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from finetune.batches import SeededImages, seed_all
 from finetune.image_lists import ImageData
-from finetune.recipe import Recipe, RecipeError
+from finetune.recipe import Augment, Recipe, RecipeError
 
 
-def transforms(recipe: Recipe, preprocessing: dict) -> tuple[Callable, Callable]:
-    """(training, evaluation): functions from a PIL image to a normalised float tensor [3, H, W].
+class Pixels:
+    """Crop, resize and mirror, image by image on uint8, then the batch as normalised floats: what timm's transforms do.
+
+    It draws what they draw from the same seed; values are as theirs, which pass through PIL, but for rounding. Without
+    `augment` images are prepared for scoring: resized and cropped in the middle.
+    """
+
+    def __init__(self, preprocessing: dict, augment: Augment | None = None):
+        self.augment, self.size = augment, preprocessing["input_size"][-1]
+        self.resized = math.floor(self.size / preprocessing["crop_pct"])
+        self.interpolation = InterpolationMode(preprocessing["interpolation"])
+        self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
+
+    def image(self, pixels: np.ndarray) -> torch.Tensor:
+        """Of uint8 pixels [H, W, 3] the uint8 input [size, size, 3] of the network."""
+        if self.augment is None:
+            image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
+            return functional.center_crop_image(image, [self.size, self.size]).permute(1, 2, 0)
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+            channels_first(pixels), self.augment.crop_scale, self.augment.crop_ratio)
+        crop = np.ascontiguousarray(pixels[top:top + height, left:left + width])
+        image = functional.resize_image(channels_first(crop), [self.size, self.size], self.interpolation, antialias=True)
+        if self.augment.hflip and torch.rand(1) < self.augment.hflip:
+            image = image.flip(-1)
+        return image.permute(1, 2, 0)
+
+    def batch(self, images: torch.Tensor) -> torch.Tensor:
+        """Of uint8 [n, H, W, 3] the normalised floats [n, 3, H, W], channels last in memory."""
+        rows = images.flatten(2).float()  # [n, H, 3 W]: long rows are what makes this fast
+        mean, std = (of.to(images.device).repeat(images.shape[2]) for of in (self.mean, self.std))
+        return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
+
+
+class Timm:
+    """Any of timm's transforms, of PIL images one by one to normalised floats."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def image(self, pixels: np.ndarray) -> torch.Tensor:
+        """Of uint8 pixels [H, W, 3] the floats [3, size, size]."""
+        return self.transform(Image.fromarray(pixels))
+
+    def batch(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+def channels_first(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def training_transform(recipe: Recipe, preprocessing: dict) -> Pixels | Timm:
+    """How a recipe varies its training images.
 
     Raises:
         RecipeError: if timm can't read the `randaugment` text.
     """
     augment = recipe.augment
+    if does_timms(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
+        return Pixels(preprocessing, augment)
     try:
-        train = timm.data.create_transform(
+        return Timm(timm.data.create_transform(
             **preprocessing, is_training=True, scale=augment.crop_scale, ratio=augment.crop_ratio, hflip=augment.hflip,
             color_jitter=augment.color_jitter or None, auto_augment=augment.randaugment, re_prob=augment.erasing,
-            re_mode="pixel")
+            re_mode="pixel"))
     except (AssertionError, ValueError) as error:
         raise RecipeError(f"augment: timm can't read randaugment={augment.randaugment!r}, written like "
                           f"'rand-m9-mstd0.5-inc1' {error}") from error
-    return train, timm.data.create_transform(**preprocessing)
+
+
+def scoring_transform(preprocessing: dict) -> Pixels | Timm:
+    """How images are prepared for scoring."""
+    return Pixels(preprocessing) if does_timms(preprocessing) else Timm(timm.data.create_transform(**preprocessing))
+
+
+def does_timms(preprocessing: dict) -> bool:
+    """Whether `Pixels` knows how these images are resized and cropped."""
+    _, height, width = preprocessing["input_size"]
+    return (preprocessing["interpolation"] in ("bilinear", "bicubic") and preprocessing["crop_mode"] == "center"
+            and height == width)
 
 
 def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict) -> tuple[SeededImages, SeededImages]:
     """The training images as they are varied, and the validation images as they are scored."""
     return tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image,
                               multi_label=recipe.loss == "multi_label")
-                 for part, transform in zip((data.train, data.val), transforms(recipe, preprocessing), strict=True))
+                 for part, transform in ((data.train, training_transform(recipe, preprocessing)),
+                                         (data.val, scoring_transform(preprocessing))))
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from finetune.image_lists import labels_of
+from finetune.image_lists import ImageList, labels_of
+from finetune.image_memory import ImageMemory
 from finetune.recipe import RecipeError
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
@@ -69,18 +69,29 @@ def keyed_seed(*key: int | str) -> int:
 def seed_all(*key: int | str) -> None:
     """Seed Python's, numpy's and torch's generators with the key; nothing here relies on what they held before."""
     number = keyed_seed(*key)
+    seed_cpu(number)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+
+
+def seed_cpu(number: int) -> None:
+    """Seed what is drawn on the CPU; torch.manual_seed, which also notes a seed for devices, takes 100 times as long."""
     random.seed(number)
     np.random.seed(number)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
 
 
 class SeededImages:
-    """Transformed images [3, H, W] and labels, asked for by (epoch, index): random variation is a function of that alone."""
+    """Varied images and labels, asked for by (epoch, index): random variation is a function of that alone.
+
+    `transform` is one of finetune.augment. Images of a list are decoded once, those of a recipe's own function each time.
+    """
 
     def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str], on_bad_image: str = "stop",
                  multi_label: bool = False):
         self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
         self.on_bad_image, self.multi_label = on_bad_image, multi_label
+        self.memory = ImageMemory(len(images)) if isinstance(images, ImageList) else None
 
     def __len__(self):
         return len(self.images)
@@ -93,15 +104,25 @@ class SeededImages:
 
     def __getitem__(self, key):
         epoch, index = key
-        seed_all(self.seed, epoch, index)
+        seed_cpu(keyed_seed(self.seed, epoch, index))
         try:
-            image, label = self.images[index]
+            pixels, label = self.read(index)
         except (OSError, RecipeError) as error:
             if self.on_bad_image == "stop":
                 raise
             print(f"finetune: skipped: {error}", file=sys.stderr)
-            return self.transform(Image.new("RGB", (8, 8))), self.target(UNREADABLE)
-        return self.transform(image.convert("RGB")), self.target(label, index)
+            pixels, label = np.zeros((8, 8, 3), np.uint8), UNREADABLE
+        return self.transform.image(pixels), self.target(label, index)
+
+    def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
+        """The image's pixels, uint8 [H, W, 3], and its label."""
+        if self.memory is not None and (pixels := self.memory.get(index)) is not None:
+            return pixels, self.images.labels[index]
+        image, label = self.images[index]
+        pixels = np.array(image.convert("RGB"))
+        if self.memory is not None:
+            self.memory.keep(index, pixels)
+        return pixels, label
 
     def target(self, label, index: int = 0) -> int | torch.Tensor:
         """A label as the loss takes it: a number, or where images have several a float vector [classes] of 0 and 1."""
@@ -134,21 +155,25 @@ def balanced_chances(labels: np.ndarray) -> np.ndarray:
     return chances / chances.sum()
 
 
-def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int) -> Iterator:
-    """(images [n, 3, H, W], labels [n]) for each list of indices."""
+def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int,
+         device: torch.device | str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
     keys = [[(epoch, index) for index in batch] for batch in batches]
     loader = DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator())
     try:
-        yield from loader
+        for batch, labels in loader:
+            batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))
+            yield images.transform.batch(batch), labels
     except RecipeError as error:  # a worker's error arrives with its traceback in the text: keep the sentence
         fault = RecipeError(str(error).rpartition("RecipeError: ")[2].strip())
         fault.one_process = True
         raise fault from None
 
 
-def load_updates(images: SeededImages, epoch: int, updates: Sequence[Update], workers: int) -> Iterator[tuple[Update, list]]:
+def load_updates(images: SeededImages, epoch: int, updates: Sequence[Update], workers: int,
+                 device: torch.device | str = "cpu") -> Iterator[tuple[Update, list]]:
     """Each update with the loaded micro-batches of this process."""
-    loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers)
+    loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers, device)
     for update in updates:
         yield update, [next(loaded) for _ in update.micro_batches]

@@ -59,7 +59,8 @@ def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, Seede
         train_mode(net, recipe.norm_stats)
         optimizer = accelerator.prepare(build_optimizer(groups))
         accumulate = fitting_accumulation(recipe, net, accelerator, 1, print)
-        for step, (update, batches) in zip(range(num_updates), endless(recipe, images[0], accumulate, workers), strict=False):
+        updates = endless(recipe, images[0], accumulate, workers, accelerator.device)
+        for step, (update, batches) in zip(range(num_updates), updates, strict=False):
             set_rates(optimizer, groups, step, num_updates, 1, ())
             loss = take_step(recipe, objective, net, trained, optimizer, update, batches, step, accelerator)[0].item()
             if not math.isfinite(loss):
@@ -83,13 +84,14 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def endless(recipe: Recipe, images: SeededImages, accumulate: int, workers: int) -> Iterator[tuple[Update, list]]:
+def endless(recipe: Recipe, images: SeededImages, accumulate: int, workers: int,
+            device: torch.device) -> Iterator[tuple[Update, list]]:
     """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
     chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
     for epoch in count():
         updates = plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, accumulate=accumulate, chances=chances,
                              pairs=recipe.augment.mixes)
-        yield from load_updates(images, epoch, updates, workers)
+        yield from load_updates(images, epoch, updates, workers, device)
 
 
 def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:

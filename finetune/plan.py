@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from finetune.augment import transforms
+from finetune.augment import training_transform
 from finetune.backbone import outline, preprocessing
 from finetune.linear_probe import head_layer
 from finetune.memory_plan import layers, memory_table
@@ -20,7 +20,7 @@ def check(recipe: Recipe, net: nn.Module) -> None:
     """Raise RecipeError for whatever is wrong with the recipe's groups, optimizers or transforms on this network."""
     for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
         build_optimizer(split_parameters(recipe, net, epoch))
-    transforms(recipe, preprocessing(recipe, net))
+    training_transform(recipe, preprocessing(recipe, net))
     if recipe.linear_probe:
         head_layer(recipe, net)
 

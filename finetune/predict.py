@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import timm
 import torch
 from torch.nn.functional import one_hot
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune import train_loop
 from finetune.assemble import make_accelerator
+from finetune.augment import scoring_transform
 from finetune.backbone import memory_format
 from finetune.batches import SeededImages, unreadable
 from finetune.image_data import NAMED, class_folders, load_data, read_image
@@ -49,7 +49,7 @@ def logits_of(model: tuple, images: Sequence, on_bad_image: str, workers: int) -
     net, classes, preprocessing, settings = model
     accelerator = make_accelerator(settings)
     net.to(accelerator.device, memory_format=memory_format(settings))
-    inputs = SeededImages(images, timm.data.create_transform(**preprocessing), settings.seed, classes, on_bad_image,
+    inputs = SeededImages(images, scoring_transform(preprocessing), settings.seed, classes, on_bad_image,
                           settings.loss == "multi_label")
     return train_loop.evaluate(settings, net, inputs, accelerator, workers=workers)
 

@@ -72,7 +72,8 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
             updates = plan_epoch(len(train_images), recipe.data.batch_size, recipe.seed, epoch, accelerator.process_index,
                                  accelerator.num_processes, accumulate, chances, recipe.augment.mixes)
             updates = updates[step - epoch * steps_per_epoch:]
-            for update, batches in record.progress(load_updates(train_images, epoch, updates, workers), epoch, len(updates)):
+            loaded = load_updates(train_images, epoch, updates, workers, accelerator.device)
+            for update, batches in record.progress(loaded, epoch, len(updates)):
                 rates = set_rates(optimizer, groups, step, steps_per_epoch, recipe.epochs, record.epochs)
                 loss, norm = take_step(recipe, objective, model, trained, optimizer, update, batches, step, accelerator)
                 if ema:
@@ -137,8 +138,7 @@ def backward(recipe: Recipe, objective: Objective, model: nn.Module, update: Upd
     """
     loss = torch.zeros((), device=accelerator.device)
     for i, (images, labels) in enumerate(batches):
-        images = images.to(accelerator.device, non_blocking=True)
-        images, targets = objective.mix(images, labels.to(accelerator.device, non_blocking=True), step)
+        images, targets = objective.mix(images, labels, step)
         images = images.contiguous(memory_format=memory_format(recipe))
         last = i == len(batches) - 1
         seed_all("forward", recipe.seed, step, update.positions[i])  # dropout and its like
@@ -167,10 +167,11 @@ def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: 
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
     outputs, targets = [], []
-    for batch, labels in load(images, epoch, [mine[i:i + size] for i in range(0, len(mine), size)], workers):
-        batch = batch.to(accelerator.device, non_blocking=True, memory_format=memory_format(recipe))
+    for batch, labels in load(images, epoch, [mine[i:i + size] for i in range(0, len(mine), size)], workers,
+                              accelerator.device):
+        batch = batch.contiguous(memory_format=memory_format(recipe))
         with accelerator.autocast():
             logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
         outputs.append(logits.float())
-        targets.append(labels.to(accelerator.device))
+        targets.append(labels)
     return tuple(gather_strided(parts, len(images), accelerator).cpu() for parts in (outputs, targets))

@@ -18,7 +18,7 @@ from torch import nn
 
 from conftest import SmallNet, small_recipe
 from finetune import weights
-from finetune.augment import transforms
+from finetune.augment import scoring_transform
 from finetune.backbone import build_backbone, outline, preprocessing
 from finetune.image_data import elpv
 from finetune.recipe import Data, Group, LayerDecay, RecipeError
@@ -58,12 +58,12 @@ def test_pretrained_features_tell_solar_cells_apart():
         torch.manual_seed(0)
         recipe = lite0(weights=weights, data=Data("elpv", 96, 8, crop_pct=1.0))
         net = loaded(recipe, 2).eval()
-        data, (_, transform) = elpv(), transforms(recipe, preprocessing(recipe, net))
+        data, transform = elpv(), scoring_transform(preprocessing(recipe, net))
         features, labels = [], []
         for part in (data.train, data.val):
             chosen = np.random.RandomState(0).permutation(len(part))[:400]
             with torch.no_grad():
-                batch = torch.stack([transform(part[i][0]) for i in chosen])
+                batch = transform.batch(torch.stack([transform.image(np.array(part[i][0])) for i in chosen]))
                 features.append(net.forward_head(net.forward_features(batch), pre_logits=True).numpy())
             labels.append([part.labels[i] for i in chosen])
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=3000))

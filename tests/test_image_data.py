@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import prepare, small_recipe
 from finetune import image_data
-from finetune.augment import transforms
+from finetune.augment import scoring_transform
 from finetune.backbone import outline, preprocessing
 from finetune.batches import SeededImages, load, plan_epoch
 from finetune.image_data import known_size, load_data
@@ -207,7 +207,7 @@ def test_a_function_brings_its_own_images():
 
     net, _, images = prepare(source(mine))
     assert net.fc.out_features == 2 and [int(images[0][0, i][1]) for i in range(3)] == [0, 1, 1]
-    assert images[0][0, 0][0].shape == (3, 24, 24)
+    assert next(load(images[0], 0, [[0]], 0))[0].shape == (1, 3, 24, 24)
 
 
 @pytest.mark.parametrize("made,fault", [
@@ -225,8 +225,8 @@ def test_a_function_that_returns_something_else(made, fault):
 
 def test_a_label_out_of_range_is_named():
     """A label that no class has names the image and the range."""
-    images = SeededImages(Images([0, 1, 5]), transforms(source("digits"), preprocessing(
-        source("digits"), outline(source("digits"))))[1], 0, ("a", "b"))
+    images = SeededImages(Images([0, 1, 5]), scoring_transform(preprocessing(source("digits"), outline(source("digits")))), 0,
+                          ("a", "b"))
     with pytest.raises(RecipeError, match="image 2 has label 5, but there are 2 classes, 0 to 1"):
         list(load(images, 0, [[0, 1, 2]], 0))
 

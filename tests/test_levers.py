@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, multilabel_soft_margin_loss, one_
 from torchvision.transforms.functional import hflip
 
 from conftest import SmallNet, prepare, run_here, small_recipe
-from finetune.augment import mix_neighbours, transforms
+from finetune.augment import mix_neighbours, scoring_transform, training_transform
 from finetune.backbone import build_backbone, head_parameters, preprocessing
 from finetune.batches import SeededImages, balanced_chances, load, plan_epoch
 from finetune.lr_schedule import Constant
@@ -468,16 +468,19 @@ def test_a_network_without_the_lever_is_said(changes, fault):
 def test_random_erasing_is_timms():
     """erasing is the probability that a rectangle of the normalised image becomes noise, in training alone."""
     recipe = small_recipe(augment=Augment(erasing=1.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0))
-    train, val = transforms(recipe, preprocessing(recipe, SmallNet()))
-    image = Image.new("RGB", (24, 24), (200, 100, 50))
+    inputs = preprocessing(recipe, SmallNet())
+    image = np.full((24, 24, 3), (200, 100, 50), np.uint8)
+
+    def seen(transform):
+        return transform.batch(transform.image(image)[None])[0]
+
     torch.manual_seed(0)
-    erased = (train(image) - val(image)).abs().amax(0) > 1e-4
+    erased = (seen(training_transform(recipe, inputs)) - seen(scoring_transform(inputs))).abs().amax(0) > 1e-4
     rows, columns = erased.any(1).nonzero().flatten(), erased.any(0).nonzero().flatten()
     assert 0.02 <= erased.float().mean() <= 1 / 3 + 0.1  # timm's range of areas
     assert erased[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()  # one rectangle
-    plain_train, _ = transforms(small_recipe(augment=Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0)),
-                                preprocessing(recipe, SmallNet()))
-    torch.testing.assert_close(plain_train(image), val(image))
+    plain = small_recipe(augment=Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0))
+    torch.testing.assert_close(seen(training_transform(plain, inputs)), seen(scoring_transform(inputs)))
 
 
 # rates of single groups

@@ -35,7 +35,7 @@ def bare_loop(recipe, optimizers_of, before_epoch=lambda epoch, net, optimizers:
 
             def loss(batch=batch, labels=labels):
                 net.zero_grad()
-                value = cross_entropy(net(batch), labels)
+                value = cross_entropy(net(batch.contiguous()), labels)
                 value.backward()
                 return value
 

@@ -29,7 +29,8 @@ class Watch:
     """What the other loop really did: each update's rates, each epoch's trained groups, statistics that moved."""
 
     def __init__(self, recipe):
-        self.recipe, (self.net, _, self.images) = recipe, prepare(recipe)
+        self.recipe, (self.net, _, (images, _)) = recipe, prepare(recipe)
+        self.images = [(batch[0], labels[0]) for batch, labels in load(images, 0, [[i] for i in range(22)], 0)]
         self.optimizer = make_optimizer(recipe, self.net)
         self.scheduler = make_lr_scheduler(recipe, self.net, self.optimizer, STEPS)
         self.start = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
@@ -56,7 +57,7 @@ class Watch:
 
     def loader(self):
         """The training images in batches; a fresh order is the loop's own business."""
-        return DataLoader([self.images[0][0, i] for i in range(22)], batch_size=8, shuffle=True)
+        return DataLoader(self.images, batch_size=8, shuffle=True)
 
 
 def test_a_bare_pytorch_loop_is_ours_to_the_bit(tmp_path):
@@ -70,7 +71,7 @@ def test_a_bare_pytorch_loop_is_ours_to_the_bit(tmp_path):
         for update in plan_epoch(22, 8, recipe.seed, epoch):
             (batch, labels), = load(images, epoch, update.micro_batches, 0)
             optimizer.zero_grad()
-            (cross_entropy(net(batch), labels, reduction="sum") / len(labels)).backward()
+            (cross_entropy(net(batch.contiguous()), labels, reduction="sum") / len(labels)).backward()
             optimizer.step()
             scheduler.step()
     ours, _ = run_here(recipe, tmp_path)
@@ -148,7 +149,7 @@ def test_transformers_trainer(tmp_path):
     arguments = transformers.TrainingArguments(
         str(tmp_path), num_train_epochs=4, per_device_train_batch_size=8, max_grad_norm=watch.recipe.clip_norm, use_cpu=True,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
-    data = [dict(zip(("pixel_values", "labels"), watch.images[0][0, i], strict=True)) for i in range(22)]
+    data = [{"pixel_values": image, "labels": label} for image, label in watch.images]
     transformers.Trainer(WithLoss(), arguments, train_dataset=data, callbacks=[Stages()],
                          optimizers=(watch.optimizer, watch.scheduler)).train()
     watch.check()

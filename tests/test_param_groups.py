@@ -6,7 +6,7 @@ import timm.optim
 import torch
 
 from conftest import ROOT, SmallNet, small_recipe
-from finetune.augment import transforms
+from finetune.augment import training_transform
 from finetune.backbone import outline, preprocessing
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters, table
@@ -36,7 +36,7 @@ def test_every_recipe_fits_its_real_architecture(file):
     assert sorted(claimed) == sorted(name for name, _ in net.named_parameters())
     optimizer = build_optimizer(groups)
     assert sum(p.numel() for row in optimizer.param_groups for p in row["params"]) == sum(p.numel() for p in net.parameters())
-    transforms(recipe, preprocessing(recipe, net))
+    training_transform(recipe, preprocessing(recipe, net))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

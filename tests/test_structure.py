@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     {"lr_schedule", "recipe_checks"}, {"recipe_table", "recipe_data"}, {"recipe"}, {"recipe_file"}, {"run_folder"},
     {"baseline"}, {"shelf", "reproduce"},
-    {"weights", "backbone", "image_data", "image_lists", "data_sources", "batches", "processes", "trackers"},
+    {"weights", "backbone", "image_data", "image_lists", "image_memory", "data_sources", "batches", "processes", "trackers"},
     {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "saved_model",
      "model_card"},
     {"memory", "memory_plan", "linear_probe", "assemble", "train_loop"}, {"plan"}, {"plots"},

@@ -1,0 +1,178 @@
+"""What an image goes through before the network sees it, against timm's transforms; that it is decoded once."""
+
+import pickle
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from conftest import prepare, small_recipe
+from finetune.augment import Pixels, Timm, scoring_transform, training_transform
+from finetune.batches import SeededImages, keyed_seed, load, seed_cpu
+from finetune.image_data import elpv
+from finetune.image_lists import ImageList
+from finetune.image_memory import ImageMemory
+from finetune.recipe import Augment, Data
+
+PHOTOGRAPH, FLOWER = (image.copy() for image in load_sample_images().images)  # 427 x 640; torch wants them writable
+IMAGES = {"photograph": PHOTOGRAPH, "upright": FLOWER[:, 200:400], "small": np.array(Image.fromarray(FLOWER).resize((32, 32))),
+          "tiny": PHOTOGRAPH[:9, :7], "grey": None}
+
+
+def pixels(name):
+    return np.array(elpv().train[0][0].convert("RGB")) if name == "grey" else IMAGES[name]
+
+
+def inputs(interpolation="bicubic", crop_pct=1.0, size=48):
+    return {"input_size": (3, size, size), "interpolation": interpolation, "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225), "crop_pct": crop_pct, "crop_mode": "center"}
+
+
+def levels(transform, image):
+    """What the network sees, in steps of 1 / 255 of full brightness."""
+    return transform.batch(transform.image(image)[None])[0] * torch.tensor(inputs()["std"]).view(3, 1, 1) * 255
+
+
+def assert_as_through_pil(ours, theirs):
+    """The same but for rounding: PIL's and torch's arithmetic on bytes differ by a level in up to every fifth value, rarely by more."""
+    apart = (ours - theirs).abs()
+    assert apart.max() < 8 and apart.mean() < 0.25
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_training_images_are_timms(name, interpolation):
+    """From the same seed the same crop, the same size and the same side as timm's transform."""
+    image, augment = pixels(name), Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=0.5)
+    given = inputs(interpolation)
+    ours = training_transform(small_recipe(augment=augment), given)
+    theirs = Timm(timm.data.create_transform(**given, is_training=True, scale=(0.2, 1.0), ratio=(0.5, 2.0), hflip=0.5,
+                                             color_jitter=None))
+    seen = []
+    for number in range(20):
+        seed_cpu(number)
+        seen.append(levels(ours, image))
+        seed_cpu(number)
+        assert_as_through_pil(seen[-1], levels(theirs, image))
+    assert isinstance(ours, Pixels) and len({tuple(one.flatten().tolist()) for one in seen}) > 10
+
+
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 1.2])
+@pytest.mark.parametrize("name", IMAGES)
+def test_scored_images_are_timms(name, crop_pct):
+    """Resized and cropped in the middle as timm's transform does it."""
+    for interpolation in ("bilinear", "bicubic"):
+        given = inputs(interpolation, crop_pct)
+        ours, theirs = scoring_transform(given), Timm(timm.data.create_transform(**given))
+        assert isinstance(ours, Pixels)
+        assert_as_through_pil(levels(ours, pixels(name)), levels(theirs, pixels(name)))
+
+
+@pytest.mark.parametrize("changes", [{"augment": Augment(randaugment="rand-m9-mstd0.5")}, {"augment": Augment(erasing=0.5)},
+                                     {"augment": Augment(color_jitter=0.4)}])
+def test_what_is_not_done_here_is_left_to_timm(changes):
+    """RandAugment, erasing and colours are timm's own, and so are the rarer ways to resize."""
+    assert isinstance(training_transform(small_recipe(**changes), inputs()), Timm)
+    for given in ({"crop_mode": "squash"}, {"crop_mode": "border"}, {"interpolation": "lanczos"}, {"input_size": (3, 48, 64)}):
+        assert isinstance(scoring_transform(inputs() | given), Timm)
+
+
+def test_a_batch_is_as_its_images():
+    """An image looks the same alone and in a batch, and lies channels last."""
+    images = prepare(small_recipe())[2][0]
+    (batch, _), = load(images, 2, [[4, 1, 9]], 0)
+    assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=torch.channels_last)
+    for image, index in zip(batch, (4, 1, 9), strict=True):
+        assert torch.equal(next(load(images, 2, [[index]], 0))[0][0], image)
+
+
+class Reader:
+    """Makes an image of a number, and writes down that it did."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __call__(self, number):
+        with open(self.file, "a") as lines:
+            lines.write(f"{number}\n")
+        return Image.fromarray(np.random.RandomState(number).randint(0, 255, (10 + number, 20, 3)).astype(np.uint8))
+
+    def read(self):
+        return sorted(map(int, self.file.read_text().split()))
+
+
+def counted(tmp_path):
+    """Six images of different sizes that are counted when they are decoded."""
+    reader = Reader(tmp_path / "read")
+    return SeededImages(ImageList(range(6), [0, 1] * 3, reader), scoring_transform(inputs()), 0, ("a", "b")), reader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_is_decoded_once(tmp_path, workers):
+    """In the second epoch nothing is decoded, in loader processes neither, and the images are those of the first."""
+    images, reader = counted(tmp_path)
+    first, second = (list(load(images, epoch, [[0, 5], [3, 1], [2, 4]], workers)) for epoch in (0, 1))
+    assert reader.read() == list(range(6))
+    for (a, labels), (b, again) in zip(first, second, strict=True):
+        assert torch.equal(a, b) and torch.equal(labels, again)
+
+
+def test_what_has_no_room_is_decoded_again(tmp_path):
+    """Beyond the limit, images are decoded each time and are the same."""
+    images, reader = counted(tmp_path)
+    images.memory = ImageMemory(6, limit=3 * 20 * (10 + 11))  # the first two
+    first, second = (list(load(images, epoch, [[i] for i in range(6)], 0)) for epoch in (0, 1))
+    assert reader.read() == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
+
+
+def test_memory_is_not_sent_to_processes_started_afresh(tmp_path):
+    """A pickled set decodes for itself."""
+    images, reader = counted(tmp_path)
+    list(load(images, 0, [[0, 1]], 0))
+    sent = pickle.loads(pickle.dumps(images))
+    assert [sent.memory.get(i) is None for i in range(6)] == [True] * 6 and images.memory.get(1).shape == (11, 20, 3)
+    assert torch.equal(next(load(sent, 0, [[1]], 0))[0], next(load(images, 0, [[1]], 0))[0]) and reader.read() == [0, 1, 1]
+
+
+def test_images_of_a_function_are_asked_for_each_time():
+    """What a recipe's own function returns may differ each time, and is not kept."""
+    asked = []
+
+    class Changing:
+        classes, targets = ("a", "b"), [0, 1] * 8
+
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return Image.new("RGB", (24, 24), (len(asked), 0, 0)), index % 2
+
+    def changing():
+        return Changing(), Changing()
+
+    images = prepare(small_recipe(data=Data(changing, 24, 8)))[2][1]
+    asked.clear()
+    first, second = (next(load(images, 0, [[3]], 0))[0] for _ in range(2))
+    assert asked == [3, 3] and not torch.equal(first, second)
+
+
+def test_an_images_seed_is_its_own():
+    """The generators that transforms draw from are set for each image: Python's, numpy's and torch's."""
+    drawn = []
+    for _ in range(2):
+        seed_cpu(keyed_seed(0, 1, 2))
+        drawn.append((np.random.rand(), torch.rand(1).item()))
+        torch.rand(3)
+    assert drawn[0] == drawn[1]
+
+
+def test_the_parts_of_a_set_do_not_share_memory():
+    """Training and validation images have a memory each."""
+    train, val = prepare(small_recipe())[2]
+    list(load(train, 0, [[0]], 0))
+    assert val.memory.get(0) is None and train.memory.get(0) is not None

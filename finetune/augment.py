@@ -37,9 +37,8 @@ class Pixels:
             channels_first(pixels), self.augment.crop_scale, self.augment.crop_ratio)
         crop = np.ascontiguousarray(pixels[top:top + height, left:left + width])
         image = functional.resize_image(channels_first(crop), [self.size, self.size], self.interpolation, antialias=True)
-        if self.augment.hflip and torch.rand(1) < self.augment.hflip:
-            image = image.flip(-1)
-        return image.permute(1, 2, 0)
+        image = image.permute(1, 2, 0)
+        return image.flip(1) if self.augment.hflip and torch.rand(1) < self.augment.hflip else image
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
         """Of uint8 [n, H, W, 3] the normalised floats [n, 3, H, W], channels last in memory."""

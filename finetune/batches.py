@@ -158,7 +158,7 @@ def balanced_chances(labels: np.ndarray) -> np.ndarray:
 def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int,
          device: torch.device | str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
-    keys = [[(epoch, index) for index in batch] for batch in batches]
+    keys = ([(epoch, index) for index in batch] for batch in batches)
     loader = DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator())
     try:

@@ -17,7 +17,7 @@ import torchvision
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from finetune.batches import Update
+from finetune.batches import Update, unreadable
 from finetune.recipe import SCORES, RecipeError
 from finetune.trackers import as_scalars
 
@@ -79,7 +79,7 @@ class RunRecord:
         self.epoch_started, self.epoch_images = time.monotonic(), 0
         with self.bar:
             for update, batches in updates:
-                self.unreadable = update.weight * sum(int((labels < 0).sum()) for _, labels in batches)
+                self.unreadable = update.weight * sum(unreadable(labels).sum() for _, labels in batches)
                 yield update, batches
                 self.bar.update()
             self.flush()
@@ -87,7 +87,7 @@ class RunRecord:
 
     def log_update(self, step: int, epoch: int, update: Update, loss: torch.Tensor, norm: torch.Tensor, rates: dict) -> None:
         """A line for an update. `loss` is this process's share of the mean loss; it is added up over processes on flushing."""
-        self.waiting.append((step, epoch, update, torch.stack([loss, torch.full_like(loss, self.unreadable)]), norm, rates))
+        self.waiting.append((step, epoch, update, torch.stack([loss, self.unreadable.to(loss)]), norm, rates))
         self.images += update.size
         self.epoch_images += update.size
         if len(self.waiting) >= FLUSH_EVERY:

@@ -37,7 +37,7 @@ def levels(transform, image):
 
 
 def assert_as_through_pil(ours, theirs):
-    """The same but for rounding: PIL's and torch's arithmetic on bytes differ by a level in up to every fifth value, rarely by more."""
+    """The same but for rounding: bytes from PIL's and torch's arithmetic differ by 1 in up to every fifth, rarely by more."""
     apart = (ours - theirs).abs()
     assert apart.max() < 8 and apart.mean() < 0.25
 

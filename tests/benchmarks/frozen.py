@@ -1,0 +1,122 @@
+"""What frozen layers save: memory and time while the head trains alone, and the head fitted to features computed once.
+
+    python tests/benchmarks/frozen.py
+
+Memory is the process's highest, above what it was before the first update, in a process for each stage. Times are medians.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+STAGES = {"everything trains": "Group('all', '.', lr=1e-3)",
+          "the head alone": "Group('head', '{head}', lr=1e-3), Frozen('rest', '.')"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--head", default="fc")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--worker", choices=[*STAGES, "features"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(features(args) if args.worker == "features" else updates(args)))
+        return 0
+    found = {}
+    for name in (*STAGES, "features"):
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--worker", name], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    whole, head, kept = found["everything trains"], found["the head alone"], found["features"]
+    memory = head["gib"] / whole["gib"]
+    faster = head["seconds"] / kept["seconds"]
+    print(f"{args.backbone}, {args.batch_size} images of {args.image_size} px")
+    for name in STAGES:
+        print(f"{name:20} {1e3 * found[name]['seconds']:8.1f} ms an update, {found[name]['gib']:.3f} GiB")
+    print(f"{'features kept':20} {1e3 * kept['seconds']:8.1f} ms as many images\nmemory of the head alone: {memory:.0%}; kept "
+          f"features: {faster:.0f} times faster than computing them")
+    print(json.dumps({**found, "memory_share": round(memory, 3), "times_faster": round(faster, 1), "holds": {
+        "memory_at_most_40_percent": memory <= 0.4, "kept_features_10_times_faster": faster >= 10}}))
+    return 0
+
+
+def recipe_of(args: argparse.Namespace, stage: str):
+    from finetune.lr_schedule import Constant
+    from finetune.recipe import AdamW, Data, Frozen, Group, Recipe
+
+    rows = eval(f"({STAGES[stage].format(head=args.head)},)", {"Group": Group, "Frozen": Frozen})
+    return Recipe(backbone=args.backbone, weights="none", data=Data("generated", args.image_size, args.batch_size), groups=rows,
+                  optimizer=AdamW(), schedule=Constant(), norm_stats="eval", epochs=1)
+
+
+def updates(args: argparse.Namespace) -> dict:
+    """Updates as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
+    import torch
+
+    from finetune.assemble import make_accelerator
+    from finetune.backbone import build_backbone
+    from finetune.batches import SeededImages, Update
+    from finetune.objective import Objective
+    from finetune.optimizers import build_optimizer
+    from finetune.param_groups import split_parameters
+    from finetune.train_loop import take_step
+    from finetune.unfreeze import train_mode, unfreeze
+
+    recipe = recipe_of(args, args.worker)
+    accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
+    objective = Objective(recipe, net, SeededImages(range(10), None, 0, tuple("0123456789")), accelerator.device)
+    groups = split_parameters(recipe, net)
+    trained, optimizer = unfreeze(groups, 0), accelerator.prepare(build_optimizer(groups))
+    train_mode(net, recipe.norm_stats)
+    update = Update(list(range(args.batch_size)), [list(range(args.batch_size))], [0])
+    batch = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(args.batch_size) % 10
+    before, seconds = highest(), []
+    for step in range(args.updates):
+        start = time.perf_counter()
+        take_step(recipe, objective, net, trained, optimizer, update, [(batch, labels)], step, accelerator)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds[1:]), "gib": highest() - before}
+
+
+def features(args: argparse.Namespace) -> dict:
+    """A pass of the fit over kept features of as many images."""
+    import timm
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from finetune.linear_probe import fit
+
+    net = timm.create_model(args.backbone, num_classes=10)
+    number, passes = 20 * args.batch_size, []
+    kept, labels = torch.randn(number, net.get_classifier().in_features), torch.arange(number) % 10
+
+    def loss(logits, targets):
+        passes.append(time.perf_counter())
+        return cross_entropy(logits, targets, reduction="sum")
+
+    fit(net.get_classifier(), kept, labels, loss, 0.1)
+    return {"seconds": (passes[-1] - passes[0]) / (len(passes) - 1) / 20}
+
+
+def highest() -> float:
+    """The most memory this process has had, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main())

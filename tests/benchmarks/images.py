@@ -1,0 +1,111 @@
+"""Loading images: this repository's loader against timm's and a plain torchvision one, with the same variation.
+
+    python tests/benchmarks/images.py
+
+Small images are JPEGs of 32 px brought to 128, large ones PNGs of 300 px brought to 224, all cut out of scikit-learn's two
+photographs. Crops (half to all of an image), mirrors and normalised float batches of 32, one thread, no loader processes; epochs
+of the three take turns. The first epoch is left out: ours decodes in it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np  # noqa: E402
+import timm.data  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from sklearn.datasets import load_sample_images  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from torchvision import transforms  # noqa: E402
+from torchvision.datasets import ImageFolder  # noqa: E402
+
+from finetune.augment import training_transform  # noqa: E402
+from finetune.batches import SeededImages, load, plan_epoch  # noqa: E402
+from finetune.image_data import load_data  # noqa: E402
+from finetune.lr_schedule import Constant  # noqa: E402
+from finetune.memory import keep_freed_memory  # noqa: E402
+from finetune.recipe import AdamW, Augment, Data, LayerDecay, Recipe  # noqa: E402
+
+BATCH, SCALE, RATIO = 32, (0.5, 1.0), (3 / 4, 4 / 3)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KINDS = {"small": (32, 128, "jpg", 5.0), "large": (300, 224, "png", 2.0)}  # pixels there, pixels wanted, format, bar
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=640)
+    parser.add_argument("--epochs", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does on a CPU; here it helps all three
+    figures = {}
+    for kind, (pixels, size, suffix, bar) in KINDS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(Path(folder), args.images, pixels, suffix)
+            loaders = {"ours": ours(folder, size), "timm": timms(folder, size), "torchvision": torchvisions(folder, size)}
+            seconds = {name: [] for name in loaders}
+            for epoch in range(args.epochs + 1):
+                for name, loader in loaders.items():
+                    start = time.perf_counter()
+                    count = sum(len(batch) for batch, _ in loader(epoch))
+                    seconds[name].append((time.perf_counter() - start) / count)
+        micros = {name: 1e6 * statistics.median(times[1:]) for name, times in seconds.items()}
+        times_faster = min(micros["timm"], micros["torchvision"]) / micros["ours"]
+        print(f"{kind:6} {pixels} to {size} px: " + ", ".join(f"{name} {each:.0f} us an image" for name, each in micros.items())
+              + f"; ours in its first epoch {1e6 * seconds['ours'][0]:.0f}; {times_faster:.1f} times faster")
+        figures[kind] = {**{f"{name}_us": round(each, 1) for name, each in micros.items()},
+                         "times_faster": round(times_faster, 2), "holds": times_faster >= bar}
+    print(json.dumps({**figures, "holds": {f"{kind}_{KINDS[kind][3]:g}_times_faster": row["holds"]
+                                           for kind, row in figures.items()}}))
+    return 0
+
+
+def write_images(folder: Path, number: int, pixels: int, suffix: str) -> None:
+    """`number` cuts of the photographs, in two classes."""
+    photographs, random = load_sample_images().images, np.random.RandomState(0)
+    for i in range(number):
+        side = pixels if pixels > 100 else 4 * pixels
+        top, left = random.randint(427 - side), random.randint(640 - side)
+        image = Image.fromarray(photographs[i % 2][top:top + side, left:left + side]).resize((pixels, pixels))
+        for part in ("train", "val")[:2 if i < 2 else 1]:
+            file = folder / part / f"class_{i % 2}" / f"{i:05}.{suffix}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+
+
+def ours(folder: str, size: int):
+    recipe = Recipe(backbone="resnet18", weights="none", data=Data(folder, size, BATCH), optimizer=AdamW(), schedule=Constant(),
+                    groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1), norm_stats="eval", epochs=1,
+                    augment=Augment(crop_scale=SCALE, crop_ratio=RATIO, hflip=0.5))
+    inputs = {"input_size": (3, size, size), "interpolation": "bicubic", "mean": MEAN, "std": STD, "crop_pct": 1.0,
+              "crop_mode": "center"}
+    data = load_data(recipe)
+    images = SeededImages(data.train, training_transform(recipe, inputs), 0, data.classes)
+    return lambda epoch: load(images, epoch, [update.images for update in plan_epoch(len(images), BATCH, 0, epoch)], 0)
+
+
+def timms(folder: str, size: int):
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", f"{folder}/train"), (3, size, size), BATCH, is_training=True, use_prefetcher=False,
+        scale=SCALE, ratio=RATIO, hflip=0.5, color_jitter=None, interpolation="bicubic", mean=MEAN, std=STD, num_workers=0,
+        persistent_workers=False, device=torch.device("cpu"))
+    return lambda epoch: loader
+
+
+def torchvisions(folder: str, size: int):
+    transform = transforms.Compose([
+        transforms.RandomResizedCrop(size, SCALE, RATIO, transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    loader = DataLoader(ImageFolder(f"{folder}/train", transform), BATCH, shuffle=True, drop_last=True)
+    return lambda epoch: loader
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""train() against the barest loop that does the same arithmetic on the same batches, which lie in memory.
+
+    python tests/benchmarks/loop.py
+
+Epochs of both take turns in one process, and in two (with a thread each and DistributedDataParallel). What is timed are the
+updates of an epoch; scoring and checkpoints are start.py's. The smaller the network, the more a loop's own work
+counts: the hard case is the first.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+from finetune import train_loop  # noqa: E402
+from finetune.assemble import make_accelerator  # noqa: E402
+from finetune.backbone import build_backbone  # noqa: E402
+from finetune.batches import SeededImages, plan_epoch, seed_all  # noqa: E402
+from finetune.lr_schedule import Cosine  # noqa: E402
+from finetune.optimizers import build_optimizer  # noqa: E402
+from finetune.param_groups import split_parameters  # noqa: E402
+from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
+from finetune.run_record import RunRecord  # noqa: E402
+
+CASES = {"test_resnet, 32 px": ("test_resnet", 32, 64), "resnet18, 64 px": ("resnet18", 64, 32)}  # network, pixels, batch
+BAR = 0.98
+
+
+class InMemory(SeededImages):
+    """Float images and labels that are there already."""
+
+    def __init__(self, number: int, size: int):
+        super().__init__(range(number), self, 0, tuple("0123456789"))
+        generator = torch.Generator().manual_seed(0)
+        self.tensors = torch.randn(number, 3, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
+        self.targets = torch.randint(10, (number,), generator=generator)
+
+    def __getitem__(self, key):
+        return self.tensors[key[1]], self.targets[key[1]]
+
+    def batch(self, images):
+        return images
+
+
+class Watched(RunRecord):
+    """Knows how long the updates of each epoch took."""
+
+    def log_epoch(self, *args):
+        super().log_epoch(*args)
+        self.rates = [*getattr(self, "rates", []), self.epoch_images / self.epoch_seconds]
+
+
+def recipe_of(backbone: str, size: int, batch: int, epochs: int) -> Recipe:
+    return Recipe(backbone=backbone, weights="none", data=Data("generated", size, batch), epochs=epochs, optimizer=AdamW(),
+                  groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1), schedule=Cosine(warmup_epochs=0.5), norm_stats="eval",
+                  label_smoothing=0.1, clip_norm=1.0)
+
+
+def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: int) -> list[float]:
+    """Images a second of each epoch of a loop without logging, stages, checkpoints or anything else."""
+    for module in net.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    count = accelerator.num_processes
+    model = nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False) if count > 1 else net
+    parameters = list(net.parameters())
+    optimizer = build_optimizer(split_parameters(recipe, net))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
+    rates = []
+    for epoch in range(epochs):
+        updates = plan_epoch(len(images), recipe.data.batch_size, 0, epoch, accelerator.process_index, count)
+        batches = [(images.tensors[cut], images.targets[cut], update.size) for update in updates
+                   for cut in update.micro_batches]
+        start = time.perf_counter()
+        for batch, labels, size in batches:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(batch), labels, reduction="sum", label_smoothing=0.1) / size * count
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+        accelerator.wait_for_everyone()
+        rates.append(len(images) / (time.perf_counter() - start))
+    return rates
+
+
+def measure(case: str, updates: int, rounds: int) -> dict:
+    """Medians over epochs that take turns."""
+    backbone, size, batch = CASES[case]
+    recipe = recipe_of(backbone, size, batch, 2)
+    accelerator = make_accelerator(recipe)
+    images, few, found = InMemory(updates * batch, size), InMemory(batch, size), {"ours": [], "bare": []}
+    for _ in range(rounds):
+        for name in found:
+            seed_all(0)
+            net = build_backbone(recipe, 10)
+            if name == "bare":
+                found[name] += bare(recipe, net, images, accelerator, recipe.epochs)[1:]
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                record = Watched(Path(folder), accelerator, lambda path, net: None, quiet=True)
+                train_loop.train(recipe, net, (images, few), record, accelerator)
+                found[name] += record.rates[1:]  # the first epoch warms up
+    medians = {name: statistics.median(rates) for name, rates in found.items()}
+    return {"case": case, "processes": accelerator.num_processes, **{name: round(rate, 1) for name, rate in medians.items()},
+            "ratio": round(medians["ours"] / medians["bare"], 3), "main": accelerator.is_main_process}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=60, help="of an epoch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        if (row := measure(args.worker, args.updates, args.rounds)).pop("main"):
+            print(json.dumps(row), flush=True)
+        return 0
+    rows = []
+    for case in CASES:
+        for processes, launcher in ((1, []), (2, ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"])):
+            done = subprocess.run([sys.executable, *launcher, __file__, "--worker", case, "--updates", str(args.updates),
+                                   "--rounds", str(args.rounds)], capture_output=True, text=True,
+                                  env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))})
+            if done.returncode:
+                sys.exit(done.stderr[-3000:])
+            rows.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+            print("{case}, {processes} process(es): train() {ours:.0f} images/s, bare {bare:.0f}; {ratio:.3f}".format(
+                **rows[-1]), flush=True)
+    print(json.dumps({"cases": rows, "holds": {f"{row['case']}, {row['processes']} processes": row["ratio"] >= BAR
+                                               for row in rows}}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

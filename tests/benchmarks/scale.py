@@ -1,0 +1,110 @@
+"""What grows with processes and with images.
+
+    python tests/benchmarks/scale.py
+
+Two processes against one, on the same cores (each process has its share of them); and the time and memory that an image costs
+outside the network, for sets from a thousand to a million generated images.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--numbers", type=lambda text: [int(word) for word in text.split(",")],
+                        default=[1000, 30_000, 1_000_000])
+    parser.add_argument("--loaded", type=int, default=1000, help="images of each set that are loaded")
+    parser.add_argument("--worker", choices=["images", "updates"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        row = images(args.numbers[0], args.loaded) if args.worker == "images" else updates()
+        if row:
+            print(json.dumps(row), flush=True)
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    speeds = {}
+    for count, launcher in ((1, []), (2, two)):
+        speeds[count] = worker([*launcher, __file__, "--worker", "updates"], cores // count)["images_per_second"]
+    print(f"{cores} cores: one process {speeds[1]:.0f} images/s, two with {cores // 2} each {speeds[2]:.0f}: "
+          f"{speeds[2] / speeds[1]:.2f} times")
+    rows = [worker([__file__, "--worker", "images", "--numbers", str(number), "--loaded", str(args.loaded)], cores)
+            for number in args.numbers]
+    print("| images | planning an epoch, us an image | loading, us an image | bytes an image |\n|---|---|---|---|")
+    for row in rows:
+        print("| {images:,} | {plan_us:.2f} | {load_us:.0f} | {bytes:.0f} |".format(**row))
+    first, last = rows[0], rows[-1]
+    print(json.dumps({"images_per_second": speeds, "images": rows, "holds": {
+        "two_processes_not_slower": speeds[2] >= 0.95 * speeds[1],
+        "loading_time_flat": last["load_us"] <= 1.2 * first["load_us"], "planning_below_1_percent_of_loading":
+        last["plan_us"] <= 0.01 * last["load_us"], "below_200_bytes_an_image": last["bytes"] < 200}}))
+    return 0
+
+
+def worker(words: list[str], threads: int) -> dict:
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def updates() -> dict | None:
+    """Training of a real network on generated images, in one process or two."""
+    import tempfile
+
+    from loop import InMemory, Watched, recipe_of
+
+    from finetune.assemble import make_accelerator
+    from finetune.backbone import build_backbone
+    from finetune.train_loop import train
+
+    recipe = recipe_of("resnet18", 64, 64, 3)
+    accelerator = make_accelerator(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        record = Watched(Path(folder), accelerator, lambda path, net: None, quiet=True)
+        train(recipe, build_backbone(recipe, 10), (InMemory(1280, 64), InMemory(64, 64)), record, accelerator)
+        accelerator.wait_for_everyone()
+    return {"images_per_second": max(record.rates)} if accelerator.is_main_process else None
+
+
+def images(number: int, loaded: int) -> dict:
+    """A set of `number` images: seconds to plan an epoch and to load some of it, and memory of the whole."""
+    import numpy as np
+    from PIL import Image
+
+    from finetune.augment import Pixels
+    from finetune.batches import SeededImages, load, plan_epoch
+    from finetune.image_lists import ImageList
+    from finetune.recipe import Augment
+
+    def draw(index: int) -> Image.Image:
+        return Image.fromarray(np.full((64, 64, 3), index % 256, np.uint8))
+
+    inputs = {"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    labels = np.arange(number) % 10
+    images = SeededImages(ImageList(range(number), labels, draw), Pixels(inputs, Augment()), 0, tuple("0123456789"))
+    start = time.perf_counter()
+    planned = plan_epoch(number, 64, 0, 0)
+    plan = time.perf_counter() - start
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    start = time.perf_counter()
+    count = sum(len(batch) for batch, _ in load(images, 0, [update.images for update in planned[:loaded // 64]], 0))
+    return {"images": number, "plan_us": 1e6 * plan / number, "load_us": 1e6 * (time.perf_counter() - start) / count,
+            "bytes": 1024 * used / number}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

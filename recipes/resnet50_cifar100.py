@@ -1,8 +1,10 @@
-"""ResNet-50, ImageNet to CIFAR-100: momentum SGD, moving batch-norm statistics, the rate cut when top-1 stalls.
+"""ResNet-50, ImageNet to CIFAR-100, the classical way: a stage an epoch, moving batch-norm statistics, SGD, a plateau.
 
     accelerate launch finetune/run.py --recipe resnet50_cifar100
 
-Made for one GPU; not measured.
+Made for one GPU; not measured. In few epochs on few images each of these choices lost (the README's tables); 20 epochs of
+50,000 are another matter. Published for this network: 86.4 % (Chen et al. 2020, arXiv 2002.05709, supervised ResNet-50, as
+quoted by Grill et al. 2020, arXiv 2006.07733, table 3).
 Weights: timm, Apache-2.0, from the Hugging Face hub. Data: CIFAR (Krizhevsky 2009), downloaded on first use.
 """
 from finetune.lr_schedule import Plateau

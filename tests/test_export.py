@@ -83,7 +83,7 @@ def test_timm_alone_loads_the_exported_folder(finished, image_folder, tmp_path):
     expected, files = logits_and_files(finished, image_folder)
     with torch.no_grad():
         found = net(torch.stack([transform(Image.open(file).convert("RGB")) for file in files]))
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # PIL rounds pixels elsewhere
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)  # PIL rounds pixels elsewhere
 
 
 def test_the_model_card_is_one_of_the_hubs(finished, tmp_path):
@@ -138,7 +138,7 @@ def test_the_best_epochs_card_says_how_it_was_chosen(finished, tmp_path):
 
 
 def test_onnxruntime_alone_gets_the_same_logits(finished, image_folder, tmp_path):
-    """With images prepared by hand as model.json says, in batches of any size, within 1e-3; labels lie in the file, too."""
+    """With images prepared by hand as model.json says, in batches of any size, within 5e-3; labels lie in the file, too."""
     pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     folder = export(finished, "onnx", tmp_path / "exported")
@@ -148,7 +148,7 @@ def test_onnxruntime_alone_gets_the_same_logits(finished, image_folder, tmp_path
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     images = by_hand(files, about)
     for batch, logits in ((images, expected), (images[3:4], expected[3:4])):
-        np.testing.assert_allclose(session.run([about["output"]], {about["input"]: batch})[0], logits, atol=1e-3, rtol=0)
+        np.testing.assert_allclose(session.run([about["output"]], {about["input"]: batch})[0], logits, atol=5e-3, rtol=0)
     assert about["checked"]["on"] == "8 validation images" and 0 <= about["checked"]["largest_difference"] <= 1e-4
     inside = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert inside == {key: value for key, value in about.items() if key != "checked"}
@@ -166,7 +166,7 @@ def test_torch_alone_loads_the_torchscript(finished, image_folder, tmp_path):
         "net = torch.jit.load('exported/model.pt', _extra_files=(extra := {'model.json': ''}))",
         "tensors = safetensors.torch.load_file('tensors')",
         "for rows in (slice(15), slice(3, 4)):",
-        "    torch.testing.assert_close(net(tensors['images'][rows]), tensors['logits'][rows], atol=1e-3, rtol=0)",
+        "    torch.testing.assert_close(net(tensors['images'][rows]), tensors['logits'][rows], atol=5e-3, rtol=0)",
         "print(json.loads(extra['model.json'])['classes'], {'timm', 'finetune'} & set(sys.modules))"))],
         cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "['blue', 'green', 'red'] set()\n", done.stderr

@@ -86,7 +86,7 @@ def test_a_run_folder_is_complete(finished, image_folder):
     assert (folder / "groups.txt").read_text().split()[0] == "group"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in rows if "grad_norm" in row]
-    assert [row["step"] for row in updates] == list(range(16)) and len(rows) == 16 + 4
+    assert [row["step"] for row in updates] == list(range(16)) and len(rows) == 1 + 16 + 4  # the head alone first
     assert updates[0].keys() == {"step", "epoch", "loss", "grad_norm", "lr"}
     result = json.loads((folder / "result.json").read_text())
     assert result.keys() >= {"top1", "loss", "macro_f1", "class_accuracy", "seconds", "images_per_second", "peak_memory_gib",
@@ -120,7 +120,7 @@ def test_the_terminal_tells_it_all_in_lines(finished):
     for text in ("group   tensors  parameters", "epoch   0  training loss", "reached   top-1", "promised  nothing:",
                  f"model     {folder / 'model'}", "layer4"):
         assert text in out
-    assert "\r" not in out + err and "it/s" not in err and out.count("top-1") == 4 + 2
+    assert "\r" not in out + err and "it/s" not in err and out.count("top-1") == 1 + 4 + 3
 
 
 @pytest.mark.parametrize("arguments,fault", [
@@ -191,12 +191,12 @@ def test_resume_goes_on_and_refuses_another_recipe(finished, image_folder, tmp_p
 
 def test_dry_run_needs_neither_data_nor_weights(here, capsys):
     """--dry-run shows the table and the rates of a recipe whose data and weights are elsewhere, and writes nothing."""
-    assert main(["--recipe", "resnet18_cifar", "--dry-run"]) == 0
+    assert main(["--recipe", "resnet50_cifar100", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "50000 images of 10 classes at 224 px; 10 epochs of 196 updates of 256 images" in out
-    assert "layer4       15   8,393,728" in out
-    rates = next(line for line in out.splitlines() if line.startswith("stem ") and "e-05" in line and "-  " in line).split()
-    assert rates[1:4] == ["-", "-", "-"] and rates[4] == "2.5e-05"
+    assert "50000 images of 100 classes at 224 px; 20 epochs of 391 updates of 128 images" in out
+    assert "layer4       30  14,964,736" in out
+    rates = next(line for line in out.splitlines() if line.startswith("stem ") and "e-03" in line and "-  " in line).split()
+    assert rates[1:4] == ["-", "-", "-"] and rates[4] == "3.0e-03"
     assert not list(here.iterdir())
 
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/images.py
 
 Small images are JPEGs of 32 px brought to 128, large ones PNGs of 300 px brought to 224, all cut out of scikit-learn's two
-photographs. Crops (half to all of an image), mirrors and normalised float batches of 32, one thread, no loader processes; epochs
-of the three take turns. The first epoch is left out: ours decodes in it.
+photographs. Crops (half to all of an image), mirrors and normalised float batches of 32, one thread, no loader processes;
+epochs of the three take turns. The first is left out: ours decodes in it.
 """
 
 import argparse

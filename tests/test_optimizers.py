@@ -106,9 +106,10 @@ def test_muon_for_matrices_and_adamw_for_the_rest():
     optimizer = build_optimizer(groups)
     matrices = {name for name, p in other.named_parameters() if name.startswith("blocks") and p.ndim == 2}
     assert matrices == set(groups[0].params) and len(matrices) > 10
-    theirs = [torch.optim.Muon([p for n, p in other.named_parameters() if n in matrices], lr=2e-2, weight_decay=0.0),
-              torch.optim.AdamW([p for n, p in other.named_parameters() if n in groups[1].decayed], lr=1e-3, weight_decay=0.05),
-              torch.optim.AdamW([p for n, p in other.named_parameters() if n in groups[1].undecayed], lr=1e-3, weight_decay=0)]
+    of = dict(other.named_parameters())
+    theirs = [torch.optim.Muon([of[name] for name in matrices], lr=2e-2, weight_decay=0.0),
+              torch.optim.AdamW([of[name] for name in groups[1].decayed], lr=1e-3, weight_decay=0.05, fused=True),
+              torch.optim.AdamW([of[name] for name in groups[1].undecayed], lr=1e-3, weight_decay=0, fused=True)]
     for _ in range(3):
         for network in (net, other):
             network.zero_grad()
@@ -123,10 +124,12 @@ def test_muon_for_matrices_and_adamw_for_the_rest():
 def test_several_optimizers_under_a_loss_scaler(tmp_path):
     """With a scaler, two optimizers are unscaled once, skip an overflow together, and step as one optimizer does."""
     from test_interruptions import scaling_accelerator
-    rows = (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=3e-3, optimizer=SGD(momentum=0.9, dampening=0.0)))
-    one, _ = run_here(constant(optimizer=SGD(momentum=0.9), groups=(rows[0], Group("rest", ".", lr=3e-3)), epochs=6),
-                      tmp_path / "one", accelerator=scaling_accelerator())
-    two, updates = run_here(constant(optimizer=SGD(momentum=0.9), groups=rows, epochs=6), tmp_path / "two",
+    plain = SGD(momentum=0.9, fused=False)  # as on a GPU, where scalers are
+    rows = (Group("head", "fc", lr=1e-2),
+            Group("rest", ".", lr=3e-3, optimizer=SGD(momentum=0.9, fused=False, dampening=0.0)))
+    one, _ = run_here(constant(optimizer=plain, groups=(rows[0], Group("rest", ".", lr=3e-3)), epochs=6), tmp_path / "one",
+                      accelerator=scaling_accelerator())
+    two, updates = run_here(constant(optimizer=plain, groups=rows, epochs=6), tmp_path / "two",
                             accelerator=scaling_accelerator())
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
     skipped = [row for row in updates if "grad_norm" in row and row["grad_norm"] == float("inf")]

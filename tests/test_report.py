@@ -164,7 +164,8 @@ def test_a_quiet_run_says_its_last_words_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--recipe", "resnet18_cifar", "--smoke", "--quiet", "--output", "out"]) == 0
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.split("\n") if line] == ["reached", "promised", "head", "moved", "best", "model", "all"]
+    words = ["reached", "promised", "head", "moved", "best", "model", "all"]
+    assert [line.split()[0] for line in out.split("\n") if line] == words
     assert err == ""
 
 

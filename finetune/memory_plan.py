@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 
 from finetune.backbone import memory_format
+from finetune.folding import fold_norms, unfold_norms
 from finetune.optimizers import build_optimizer, wants_closure
 from finetune.param_groups import aligned, split_parameters
 from finetune.recipe import Recipe
@@ -93,13 +94,14 @@ def stage_memory(recipe: Recipe, net: nn.Module, epoch: int, images: int) -> dic
     groups = split_parameters(recipe, net, epoch)
     optimizer = build_optimizer(groups)
     with unchanged(net):
-        trained = unfreeze(groups, epoch)
+        pairs, trained = fold_norms(recipe, net), unfreeze(groups, epoch)
         train_mode(net, recipe.norm_stats)
         stage = {"parameters": num_bytes([*net.parameters(), *net.buffers()]), "gradients": num_bytes(trained)}
         try:
             stage["activations"] = activation_bytes(recipe, net, images, "cpu")
         except RuntimeError:  # a tensor that is no buffer stays on the meta device
             stage["activations"] = activation_bytes(recipe, net, images, "meta")
+        unfold_norms(pairs)
         if recipe.ema_decay:
             stage["average"] = stage["parameters"]
         if not wants_closure(optimizer):

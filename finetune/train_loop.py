@@ -11,6 +11,7 @@ from torch import nn
 from finetune.backbone import memory_format
 from finetune.batches import SeededImages, Update, balanced_chances, load, load_updates, plan_epoch, seed_all
 from finetune.checkpoint import restore, restore_optimizer, save_checkpoint
+from finetune.folding import fold_norms
 from finetune.linear_probe import fit, head_layer, returns_features
 from finetune.memory import fitting_accumulation
 from finetune.objective import Objective, clip
@@ -37,7 +38,7 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
         RecipeError: if the loss is no number, or an image can't be read.
     """
     train_images, val_images = images
-    net.to(accelerator.device)
+    fold_norms(recipe, net.to(accelerator.device))
     objective = Objective(recipe, net, train_images, accelerator.device)
     ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     scored = ema.module if ema else net

@@ -10,6 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from conftest import SmallNet, small_recipe
 from finetune.backbone import build_backbone, memory_format, outline
+from finetune.folding import fold_norms
 from finetune.memory_plan import layers, memory_table, stage_memory
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import split_parameters
@@ -55,6 +56,7 @@ def real_network(recipe, epoch):
     torch.manual_seed(0)
     net = build_backbone(recipe, 10)
     groups = split_parameters(recipe, net, epoch)
+    fold_norms(recipe, net)
     unfreeze(groups, epoch)
     train_mode(net, recipe.norm_stats)
     return net, groups

@@ -22,7 +22,7 @@ LAYERS = [
     {"weights", "backbone", "image_data", "image_lists", "image_memory", "data_sources", "batches", "processes", "trackers"},
     {"param_groups", "optimizers", "unfreeze", "augment", "objective", "scores", "run_record", "checkpoint", "saved_model",
      "model_card"},
-    {"memory", "memory_plan", "linear_probe", "assemble", "train_loop"}, {"plan"}, {"plots"},
+    {"memory", "memory_plan", "folding", "linear_probe", "assemble", "train_loop"}, {"plan"}, {"plots"},
     {"report", "lr_finder", "other_loops", "predict", "export", "suggest"}, {"run", "__main__"},
 ]
 

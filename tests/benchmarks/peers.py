@@ -17,7 +17,6 @@ import math
 import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from finetune.lr_schedule import Constant  # noqa: E402
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
 from finetune.recipe_file import load_recipe  # noqa: E402
 from finetune.weights import pretrained_state  # noqa: E402
+from peers_report import report  # noqa: E402
 
 RECIPES = {name: f"efficientnet_lite0_{name}" for name in ("digits", "elpv")}  # those of ours; for other images CIFAR's
 HEAVY = {"transformers": "transformers.trainer", "fastai": "fastai.vision.all", "lightning": "lightning"}
@@ -330,84 +330,6 @@ def compare(args: argparse.Namespace, root: Path) -> None:
             one(peer, seed, factor, tuned=True)
 
 
-def figures(rows: list[dict]) -> dict:
-    """A peer's runs in numbers: means over seeds, the mean curve among them."""
-    def mean(key):
-        return statistics.mean(row[key] for row in rows)
-
-    top1 = [row["top1"] for row in rows]
-    curves = np.array([row["curve"] for row in rows])
-    curve = curves.mean(0).round(5).tolist()
-    return {"mean_top1": curve[-1][1], "range_top1": [min(top1), max(top1)], "seeds": len(rows),
-            "factor": rows[0]["factor"], "rate": rows[0]["rate"], "seconds": round(mean("seconds"), 2),
-            "images_per_second": round(mean("images_per_second"), 1), "peak_memory_gib": round(mean("peak_memory_gib"), 3),
-            "lines": rows[0]["lines"], "curve": curve, "lowest": curves[:, :, 1].min(0).tolist(),
-            "highest": curves[:, :, 1].max(0).tolist()}
-
-
-def section(title: str, table: dict[str, dict]) -> dict:
-    """Print one table and who is first; the figures, and what holds of ours."""
-    print(f"\n{title}\n| | rates | top-1 | seconds | images/s | GiB | lines |\n|---|---|---|---|---|---|---|")
-    for name, peer in sorted(table.items(), key=lambda item: -item[1]["mean_top1"]):
-        low, high = peer["range_top1"]
-        print(f"| {name} | x {peer['factor']:g} | {peer['mean_top1']:.1%} ({low:.1%} to {high:.1%}, {peer['seeds']} seeds) | "
-              f"{peer['seconds']:.1f} | {peer['images_per_second']:.1f} | {peer['peak_memory_gib']:.2f} | {peer['lines']} |")
-    others = {name: peer for name, peer in table.items() if name != "ours"}
-    if "ours" not in table or not others:
-        return {"peers": table}
-    mine, best = table["ours"], max(others, key=lambda name: (others[name]["mean_top1"], -others[name]["seconds"]))
-    level = others[best]["mean_top1"]  # the last point of its curve
-    times = {name: next(moment for moment, top1 in peer["curve"] if top1 >= level) for name, peer in table.items()
-             if max(top1 for _, top1 in peer["curve"]) >= level}
-    first = min(times, key=times.get)
-    print(f"\nThe best other peer, {best}, ends at {level:.2%}. First there: {first}, after {times[first]:.1f} s "
-          f"({best}: {times[best]:.1f} s; ours: {round(times['ours'], 1) if 'ours' in times else 'never'})")
-    return {"peers": table, "best_peer": best, "first": first, "seconds_to_best_peer": times, "holds": {
-        "best_mean_top1": mine["mean_top1"] >= level,
-        "time_to_best_peer_at_most_half": "ours" in times and times["ours"] <= times[best] / 2,
-        "peak_memory_not_above_best_peer": mine["peak_memory_gib"] <= others[best]["peak_memory_gib"]}}
-
-
-def draw(sections: dict[str, dict], file: Path, title: str) -> None:
-    """Score over time: a line for each peer, the range over seeds as a band."""
-    from finetune.plots import plt, tidy
-
-    figure, panels = plt.subplots(1, len(sections), figsize=(8 * len(sections), 6.5), sharey=True, squeeze=False,
-                                  layout="constrained")
-    for axes, (name, part) in zip(panels[0], sections.items(), strict=True):
-        for label, peer in sorted(part["peers"].items(), key=lambda item: -item[1]["mean_top1"]):
-            seconds, top1 = np.array(peer["curve"]).T
-            colour = "black" if label == "ours" else f"C{list(PEERS).index(label)}"
-            axes.plot(seconds, 100 * top1, "o-", color=colour, linewidth=2.5 if label == "ours" else 1.5, markersize=4,
-                      label=f"{label}, {peer['mean_top1']:.1%} after {peer['seconds']:.0f} s")
-            band = [100 * np.array(peer[edge]) for edge in ("lowest", "highest")]
-            axes.fill_between(seconds, *band, color=colour, alpha=0.15, lw=0)
-        axes.set(title=f"{title}: {name} rates", xlabel="seconds of training; a dot for each epoch", xlim=(0, None))
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
-    panels[0][0].set_ylabel("validation top-1, %")
-    tidy(figure, panels[0], file)
-
-
-def report(args: argparse.Namespace) -> None:
-    """Tables, picture, and a JSON object as the last line."""
-    given = {"data": args.label, "size": args.size, "epochs": args.epochs, "per_class": args.per_class, "held_out": False}
-    rows = [row for row in done(args.output) if given.items() <= {key: row[key] for key in SAME}.items()]
-    sections, title = {}, f"{args.label}, {args.size} px, {args.epochs} epochs"
-    for name in ("default", "tuned"):
-        wanted = [row for row in rows if row["tuned"] == (name == "tuned")]
-        by_peer = {peer: own for peer in args.peers if (own := [row for row in wanted if row["peer"] == peer])}
-        if by_peer:
-            by_peer = {peer: [row for row in own if row["factor"] == own[-1]["factor"]] for peer, own in by_peer.items()}
-            sections[name] = section(f"{title}: {name} rates; {wanted[0]['train_images']} training images, "
-                                     f"{wanted[0]['val_images']} validation images",
-                                     {peer: figures(own) for peer, own in by_peer.items()})
-    if args.picture:
-        draw(sections, args.picture, title)
-    every = [part["holds"] for part in sections.values() if "holds" in part]
-    holds = {name: all(one[name] for one in every) for name in every[0]} if every else None
-    print(json.dumps({"data": args.label, "size": args.size, "epochs": args.epochs, **sections, "holds": holds}))
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         print("\n" + json.dumps(work(json.loads(sys.argv[2]))))
@@ -424,18 +346,16 @@ def main() -> None:
                         help="factors on each peer's rates, to be chosen from on a held-out fifth of the training images")
     parser.add_argument("--output", type=Path, default=Path("peers.jsonl"), help="a line a run; none of these is run again")
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--report", action="store_true", help="tables and picture of what is in --output, without running")
     args = parser.parse_args()
     args.label = args.label or Path(args.data).name
     if unknown := [peer for peer in args.peers if peer not in PEERS]:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
     if args.epochs < 2:
         parser.error("--epochs starts at 2: fastai and Lightning train the head alone in the first")
-    if not args.report:
-        with tempfile.TemporaryDirectory() as root:
-            trees(args.data, args.per_class, Path(root))
-            compare(args, Path(root))
-    report(args)
+    with tempfile.TemporaryDirectory() as root:
+        trees(args.data, args.per_class, Path(root))
+        compare(args, Path(root))
+    report(done(args.output), args.picture)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def fold_norms(recipe: Recipe, net: nn.Module) -> list[tuple[nn.Module, nn.Modul
 
     With fixed statistics a norm is a factor and a summand for each channel, and so is a convolution's weight times that factor:
     one pass over the activations less, forward and backward, and none kept for it. Parameters and buffers stay where they are
-    and get the same gradients but for rounding. Only where the recipe keeps all statistics, in float32, and where the network
+    and get the same gradients but for rounding. In exchange there are some passes over the weight: not worth it in the last layers
+    of a network, where a batch has fewer activations than there are weights. Only where the recipe keeps all statistics, in float32, and where the network
     afterwards still says the same (of an outline that can't be asked): not where a convolution's own output is used elsewhere.
     """
     if recipe.norm_stats != "eval" or recipe.mixed_precision != "no":
@@ -24,7 +25,7 @@ def fold_norms(recipe: Recipe, net: nn.Module) -> list[tuple[nn.Module, nn.Modul
     size, some = recipe.data.image_size, next(net.parameters())
     images = torch.linspace(-2, 2, 2 * 3 * size * size, device=some.device, dtype=some.dtype).sin().view(2, 3, size, size)
     with torch.no_grad():
-        pairs, before = neighbours(net, images)
+        pairs, before = neighbours(net, images, recipe.data.batch_size)
         for conv, norm in pairs:
             conv.forward, norm.forward = partial(folded, conv, norm), partial(after_norm, norm)
         if some.is_meta or torch.allclose(net(images), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
@@ -40,15 +41,23 @@ def unfold_norms(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
             del module.forward
 
 
-def neighbours(net: nn.Module, images: torch.Tensor) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
-    """The convolutions and batch norms of which the second takes what the first returns; and what the network says."""
+def neighbours(net: nn.Module, images: torch.Tensor, batch: int) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
+    """The convolutions and batch norms of which the second takes what the first returns; and what the network says.
+
+    Left out are those with more than half as many weights as activations in a batch of that size.
+    """
     made, pairs, hooks = {}, [], []
+
+    def meet(norm: nn.Module, inputs: tuple) -> None:
+        conv, _ = made.get(id(inputs[0]), (None, None))
+        if conv is not None and batch * inputs[0][0].numel() > 2 * conv.weight.numel():
+            pairs.append((conv, norm))
+
     for module in net.modules():
         if type(module) in (nn.Conv2d, Conv2dSame):
             hooks.append(module.register_forward_hook(lambda conv, _, output: made.update({id(output): (conv, output)})))
         elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.affine and module.track_running_stats:
-            hooks.append(module.register_forward_pre_hook(
-                lambda norm, inputs: pairs.append((made[id(inputs[0])][0], norm)) if id(inputs[0]) in made else None))
+            hooks.append(module.register_forward_pre_hook(meet))
     logits = net(images)
     for hook in hooks:
         hook.remove()

@@ -94,7 +94,7 @@ class StopRequest:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.asked_at = None
+        self.asked_at, self.pending = None, None
         # On the CPU's own channel: asking after each update must not make a GPU wait.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
@@ -113,9 +113,12 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def agreed(self) -> bool:
-        """Whether any process was asked; the same answer on all of them."""
+        """Whether any process was asked; the same answer on all of them. On several it is as of the update before, so that no
+        update waits for it."""
         if self.group is None:
             return self.asked_at is not None
-        asked = torch.tensor(int(self.asked_at is not None))
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.group)
-        return bool(asked)
+        before, asked = self.pending, torch.tensor(int(self.asked_at is not None))
+        self.pending = torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True), asked
+        if before:
+            before[0].wait()
+        return bool(before and before[1])

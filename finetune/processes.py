@@ -118,7 +118,8 @@ class StopRequest:
         if self.group is None:
             return self.asked_at is not None
         before, asked = self.pending, torch.tensor(int(self.asked_at is not None))
-        self.pending = torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True), asked
+        answer = torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = (answer, asked)
         if before:
             before[0].wait()
         return bool(before and before[1])

@@ -18,8 +18,8 @@ def fold_norms(recipe: Recipe, net: nn.Module) -> list[tuple[nn.Module, nn.Modul
     and get the same gradients but for rounding. In exchange there are some passes over the weight: not worth it in the last
     layers of a network, where a batch has fewer activations than there are weights.
 
-    Only where the recipe keeps all statistics, in float32, and where the network still says the same afterwards (an outline can't
-    be asked): not where a convolution's own output is used elsewhere.
+    Only where the recipe keeps all statistics, in float32, and where the network still says the same afterwards (an outline
+    can't be asked): not where a convolution's own output is used elsewhere.
     """
     if recipe.norm_stats != "eval" or recipe.mixed_precision != "no":
         return []

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -136,6 +137,31 @@ def test_the_benchmarks_tables_are_their_runs(monkeypatch, capsys):
     for label in {json.loads(line)["images"] for line in Path(kept).read_text().splitlines()}:
         lines += printed(monkeypatch, capsys, "ablations", "--report", "--output", kept, "--label", label)
     assert len(lines) > 30 and all(line in README for line in lines), [line for line in lines if line not in README]
+
+
+def test_the_performance_table_is_what_was_kept():
+    """The figures of the performance table are those of the benchmarks' kept last lines, what does not hold among them."""
+    kept = json.loads((KEPT / "benchmarks.json").read_text())["now"]
+    table = README[README.index("## Performance"):README.index("## The files")]
+    rows = [f"{row['ours_us']:.0f} us, timm {row['timm_us']:.0f}, torchvision {row['torchvision_us']:.0f}: "
+            f"{row['times_faster']:.1f} times | {'yes' if row['holds'] else 'no'} |"
+            for row in (kept["images"]["small"], kept["images"]["large"])]
+    rows += [f"{row['case']}, {row['processes']} process{'es' * (row['processes'] > 1)}: {row['ratio']:.2f}"
+             for row in kept["loop"]["cases"]]
+    rows += [f"{kept['frozen']['memory_share']:.0%} |", f"{kept['frozen']['times_faster']:.0f} times |",
+             f"{max(kept['start']['seconds'].values()):.2f} s |", f"{kept['start']['first_update']:.1f} s |",
+             f"{sum(kept['start']['shares'].values()):.1%} |"]
+    assert len(rows) == 11 and all(row in table for row in rows), [row for row in rows if row not in table]
+
+
+def test_more_images_are_as_recorded():
+    """What the CIFAR-10 recipe reaches on ten times the images is the mean of the kept runs."""
+    kept = json.loads((KEPT / "cifar_10000.json").read_text())
+    number = "{:.1f} % ({:.1f} to {:.1f}, {} seeds)".format(
+        *(100 * of([run["top1"] for run in kept["runs"]]) for of in (fmean, min, max)), len(kept["runs"]))
+    head = 100 * fmean(run["head_top1"] for run in kept["runs"])
+    assert f"reaches {number}; the head alone {head:.1f} %" in " ".join(README.split())
+    assert kept["recipe"]["data"]["source"] == "--data" and {run["val_images"] for run in kept["runs"]} == {2000}
 
 
 def test_the_solar_cells_by_kind_are_as_recorded():

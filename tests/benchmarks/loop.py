@@ -35,7 +35,9 @@ from finetune.param_groups import split_parameters  # noqa: E402
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
 from finetune.run_record import RunRecord  # noqa: E402
 
-CASES = {"test_resnet, 32 px": ("test_resnet", 32, 64), "resnet18, 64 px": ("resnet18", 64, 32)}  # network, pixels, batch
+CASES = {  # network, pixels, batch, updates an epoch
+    "test_resnet, 32 px": ("test_resnet", 32, 64, 60),
+    "resnet18, 64 px": ("resnet18", 64, 32, 15)}
 BAR = 0.98
 
 
@@ -97,9 +99,9 @@ def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: 
     return rates
 
 
-def measure(case: str, updates: int, rounds: int) -> dict:
+def measure(case: str, rounds: int) -> dict:
     """Medians over epochs that take turns."""
-    backbone, size, batch = CASES[case]
+    backbone, size, batch, updates = CASES[case]
     recipe = recipe_of(backbone, size, batch, 2)
     accelerator = make_accelerator(recipe)
     images, few, found = InMemory(updates * batch, size), InMemory(batch, size), {"ours": [], "bare": []}
@@ -121,19 +123,18 @@ def measure(case: str, updates: int, rounds: int) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=60, help="of an epoch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        if (row := measure(args.worker, args.updates, args.rounds)).pop("main"):
+        if (row := measure(args.worker, args.rounds)).pop("main"):
             print(json.dumps(row), flush=True)
         return 0
     rows = []
     for case in CASES:
         for processes, launcher in ((1, []), (2, ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"])):
-            done = subprocess.run([sys.executable, *launcher, __file__, "--worker", case, "--updates", str(args.updates),
-                                   "--rounds", str(args.rounds)], capture_output=True, text=True,
+            done = subprocess.run([sys.executable, *launcher, __file__, "--worker", case, "--rounds", str(args.rounds)],
+                                  capture_output=True, text=True,
                                   env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))})
             if done.returncode:
                 sys.exit(done.stderr[-3000:])

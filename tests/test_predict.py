@@ -98,7 +98,7 @@ def mixed(image_folder, tmp_path):
 
 @pytest.mark.parametrize("part", ["", "val"])
 def test_evaluate_gives_the_runs_own_number(finished, image_folder, part):
-    """On the run's validation images a loaded model has the scores of result.json, and its loss to rounding: nothing is folded."""
+    """On the run's validation images a loaded model has the scores of result.json, and its loss to rounding."""
     found, result = evaluate(finished, image_folder / part), json.loads((finished / "result.json").read_text())
     assert {key: found[key] for key in ("top1", "macro_f1", "val_images")} == \
         {key: result[key] for key in ("top1", "macro_f1", "val_images")}

@@ -167,8 +167,8 @@ def test_more_images_are_as_recorded():
 def test_the_larger_networks_are_as_recorded():
     """What EfficientNet-Lite1 and 2 reach with the CIFAR-10 recipe is the mean of the kept runs."""
     for number, kept in enumerate(json.loads((KEPT / "lite.json").read_text()), 1):
-        scores, heads = ([100 * run[key] for run in kept["runs"]] for key in ("top1", "head_top1"))
-        told = (f"EfficientNet-Lite{number} {fmean(scores):.1f} % ({min(scores):.1f} to {max(scores):.1f}, {len(scores)} seeds; "
+        top1, heads = ([100 * run[key] for run in kept["runs"]] for key in ("top1", "head_top1"))
+        told = (f"EfficientNet-Lite{number} {fmean(top1):.1f} % ({min(top1):.1f} to {max(top1):.1f}, {len(top1)} seeds; "
                 f"head alone {fmean(heads):.1f} %)")
         assert told in " ".join(README.split()) and kept["recipe"]["backbone"] == f"tf_efficientnet_lite{number}"
 

@@ -75,7 +75,7 @@ def seed_all(*key: int | str) -> None:
 
 
 def seed_cpu(number: int) -> None:
-    """Seed what is drawn on the CPU; torch.manual_seed, which also notes a seed for devices, takes 100 times as long."""
+    """Seed what is drawn on the CPU; torch.manual_seed also notes a seed for devices, which takes far longer."""
     random.seed(number)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)

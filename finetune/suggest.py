@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from finetune.backbone import head_parameters, outline
 from finetune.image_data import NAMED, load_data
 from finetune.image_lists import ImageList
+from finetune.linear_probe import head_layer
 from finetune.lr_schedule import Cosine
 from finetune.param_groups import split_parameters
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe, RecipeError
@@ -34,7 +35,7 @@ The images: {train:,} to train on and {val:,} to validate, {smallest:,} to {larg
 the shorter side {side} px (median; the smallest {least}), the longer {aspect:g} times that. Not measured.
 """
 from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Augment, Data, {kind}, Recipe
+from finetune.recipe import AdamW, Augment, Data, {kinds}, Recipe
 
 recipe = Recipe(
     backbone="{backbone}",  # {why}
@@ -47,7 +48,7 @@ recipe = Recipe(
     ),
     augment=Augment(
 {augment}    ),
-{groups}    optimizer=AdamW(weight_decay=0.05),  # never on biases and norms
+{probe}{groups}    optimizer=AdamW(weight_decay=0.05),  # never on biases and norms
     schedule=Cosine(warmup_epochs=0.5),  # falls to 0: no score decides when, so few validation images can't mislead it
     norm_stats="eval",  # {why_norm}
     epochs={epochs},  # {updates:,} updates; a budget of 12,000 images, in 8 epochs at least and 30 at most
@@ -60,16 +61,18 @@ recipe = Recipe(
 LAYER_DECAY = """    groups=LayerDecay(
         head_lr={head:g},  # {why_lr}
         stem_ratio=0.01,  # each layer slower than the one above it: the first ones are of use as they are
-        unfreeze_at={alone},  # {why_alone}
+{alone}    ),
+"""
+ROWS = """    groups=(  # {why_lr}
+        Group("head", r"{patterns[head]}", lr={head:g}),
+        Group("top", r"{patterns[top]}", lr={top:g}{alone}),
+        Group("middle", r"{patterns[middle]}", lr={middle:g}{alone}),
+        Group("bottom", r".", lr={bottom:g}{alone}),
     ),
 """
-ROWS = """    groups=(  # {why_alone}
-        # {why_lr}
-        Group("head", r"{patterns[head]}", lr={head:g}),
-        Group("top", r"{patterns[top]}", lr={top:g}, unfreeze_at={alone}),
-        Group("middle", r"{patterns[middle]}", lr={middle:g}, unfreeze_at={alone}),
-        Group("bottom", r".", lr={bottom:g}, unfreeze_at={alone}),
-    ),
+PROBE = """    linear_probe=LinearProbe(l2=1.0),  # the head first, in seconds: a random one bends pretrained features (arXiv 2202.10054)
+"""
+ALONE = """    # The head trains alone for {updates:,} updates: a random one bends pretrained features (arXiv 2202.10054).
 """
 SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # of the peak rate: about what LayerDecay's thirds have
 WHY_LR = "AdamW's: 1e-3 at batch 32, and with the root of smaller batches (arXiv 2205.10287)"
@@ -144,7 +147,6 @@ def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = 
     batch = min(128, max(8, 2 ** int(math.log2(facts.train) / 2)))
     epochs = min(30, max(8, math.ceil(12_000 / facts.train)))
     an_epoch = math.ceil(facts.train / batch)
-    alone = min(epochs // 4, max(1, round(100 / an_epoch)))
     has_norms = any(isinstance(module, _NormBase) for module in net.modules())
     values = dataclasses.asdict(facts) | {
         "backbone": backbone, "why": why, "target": target, "num_classes": len(facts.classes), "batch": batch, "epochs": epochs,
@@ -155,14 +157,22 @@ def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = 
                     else "without effect: there is no batch norm in this network"}
     rate = 1e-3 * min(1, math.sqrt(batch / 32))
     rates = {name: float(f"{rate * share:.1g}") for name, share in SHARES.items()}
-    reasons = {"why_lr": WHY_LR, "alone": alone, "why_alone":
-               f"the head alone for {alone * an_epoch:,} updates: a random one bends pretrained features (arXiv 2202.10054)"}
+    alone, probe, kinds = 0, PROBE, ", LinearProbe"
+    try:
+        head_layer(recipe, net)
+    except RecipeError:  # more than one layer: not fitted in one go
+        alone = min(epochs // 4, max(1, round(100 / an_epoch)))
+        probe, kinds = ALONE.format(updates=alone * an_epoch), ""
     try:
         split_parameters(recipe, net)
-        kind, table = "LayerDecay", LAYER_DECAY.format(**rates, **reasons)
+        kinds = f"LayerDecay{kinds}"
+        table = LAYER_DECAY.format(**rates, why_lr=WHY_LR,
+                                   alone=f"        unfreeze_at={alone},  # all but the head\n" if alone else "")
     except RecipeError:  # not timm's, or without a list of its layers
-        kind, table = "Group", ROWS.format(**rates, **reasons, patterns=patterns(recipe, net))
-    return TEMPLATE.format(**values, groups=table, kind=kind)
+        kinds = f"Group{kinds}"
+        table = ROWS.format(**rates, why_lr=WHY_LR, alone=f", unfreeze_at={alone}" if alone else "",
+                            patterns=patterns(recipe, net))
+    return TEMPLATE.format(**values, probe=probe, groups=table, kinds=kinds)
 
 
 def chosen_backbone(facts: Facts, backbone: str | None, weights: str | None) -> tuple[str, str, str]:

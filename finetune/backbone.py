@@ -8,6 +8,7 @@ from torch import nn
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_file import nearest
 
+
 def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """The recipe's network with the tensors of `state`, all of them used, and a new head of `num_classes` outputs.
 
@@ -26,8 +27,10 @@ def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tens
             if recipe.gradient_checkpointing:
                 net.set_grad_checkpointing()
         except (TypeError, AttributeError, AssertionError) as error:
-            raise RecipeError(f"{recipe.backbone} does not take dropout={recipe.dropout}, drop_path={recipe.drop_path}, "
-                              f"gradient_checkpointing={recipe.gradient_checkpointing}: {error}") from error
+            raise RecipeError(
+                f"{recipe.backbone} does not take dropout={recipe.dropout}, drop_path={recipe.drop_path}, "
+                f"gradient_checkpointing={recipe.gradient_checkpointing}: {error}"
+            ) from error
         return net.to(memory_format=memory_format(recipe))
     if state is not None:
         try:
@@ -64,8 +67,9 @@ def outline(recipe: Recipe, num_classes: int = 10) -> nn.Module:
             raise RecipeError(f"{backbone_name(recipe)} does not take {size} x {size} images: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
-        raise RecipeError(f"{backbone_name(recipe)} returns {shape} for one image, not one logit for each of "
-                          f"{num_classes} classes")
+        raise RecipeError(
+            f"{backbone_name(recipe)} returns {shape} for one image, not one logit for each of {num_classes} classes"
+        )
     return net
 
 
@@ -84,15 +88,19 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
         raise RecipeError(f"timm has no weights '{tag}' for {architecture}. There are: {', '.join(tags)}")
     config = timm.models.get_pretrained_cfg(name)
     # None is timm's way of leaving an option out; not every network knows drop_path_rate.
-    options = {"img_size": recipe.data.image_size if config.fixed_input_size else None,
-               "drop_rate": recipe.dropout or None, "drop_path_rate": recipe.drop_path or None}
+    options = {
+        "img_size": recipe.data.image_size if config.fixed_input_size else None,
+        "drop_rate": recipe.dropout or None,
+        "drop_path_rate": recipe.drop_path or None,
+    }
     if state is None:
         return timm.create_model(name, num_classes=num_classes, **options)
     head = state.get(f"{config.classifier if isinstance(config.classifier, str) else config.classifier[0]}.weight")
     in_file = {"state_dict": state, "num_classes": 0 if head is None else head.shape[0], "label_offset": 0}
     try:
-        net = timm.create_model(name, pretrained=True, num_classes=in_file["num_classes"], pretrained_cfg_overlay=in_file,
-                                **options)
+        net = timm.create_model(
+            name, pretrained=True, num_classes=in_file["num_classes"], pretrained_cfg_overlay=in_file, **options
+        )
     except RuntimeError as error:
         raise misfit(recipe.weights, error) from error
     del net.pretrained_cfg["state_dict"]
@@ -117,8 +125,10 @@ def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
         new = nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size, layer.stride, layer.padding)
     else:
         names = [n for n, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        raise RecipeError(f"head: no linear or convolution layer '{head}'.{nearest(str(head), names)} "
-                          f"The last ones are: {', '.join(names[-4:])}")
+        raise RecipeError(
+            f"head: no linear or convolution layer '{head}'.{nearest(str(head), names)} "
+            f"The last ones are: {', '.join(names[-4:])}"
+        )
     net.set_submodule(head, new)
     return net
 
@@ -161,9 +171,14 @@ def preprocessing(recipe: Recipe, net: nn.Module) -> dict:
     config = dict(getattr(net, "pretrained_cfg", {}))
     if isinstance(recipe.backbone, str) and recipe.backbone.startswith("torchvision/"):
         preset = torchvision.models.get_model_weights(recipe.backbone.partition("/")[2]).DEFAULT.transforms()
-        config = {"mean": tuple(preset.mean), "std": tuple(preset.std), "interpolation": preset.interpolation.value,
-                  "crop_pct": preset.crop_size[0] / preset.resize_size[0]}
+        config = {
+            "mean": tuple(preset.mean),
+            "std": tuple(preset.std),
+            "interpolation": preset.interpolation.value,
+            "crop_pct": preset.crop_size[0] / preset.resize_size[0],
+        }
     size = recipe.data.image_size
-    resolved = timm.data.resolve_data_config({"input_size": (3, size, size), "crop_pct": recipe.data.crop_pct},
-                                             pretrained_cfg=config)
+    resolved = timm.data.resolve_data_config(
+        {"input_size": (3, size, size), "crop_pct": recipe.data.crop_pct}, pretrained_cfg=config
+    )
     return {key: resolved[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}

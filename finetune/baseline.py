@@ -40,11 +40,16 @@ def baseline_of(record: dict) -> Baseline:
     runs, hardware = record["runs"], record["hardware"]
     (low, high), metric = interval(record, 1), metric_of(record)
     return Baseline(
-        metric=metric, mean=round(statistics.mean(run[metric] for run in runs), 4), low=round(low, 4), high=round(high, 4),
-        seeds=len(runs), val_images=runs[0]["val_images"],
+        metric=metric,
+        mean=round(statistics.mean(run[metric] for run in runs), 4),
+        low=round(low, 4),
+        high=round(high, 4),
+        seeds=len(runs),
+        val_images=runs[0]["val_images"],
         minutes=round(statistics.mean(run["seconds"] for run in runs) / 60, 1),
         hardware=place(hardware) + (f" ({hardware['name']})" if hardware["device"] == "cpu" else ""),
-        versions=", ".join(f"{name} {version.partition('+')[0]}" for name, version in record["versions"].items()))
+        versions=", ".join(f"{name} {version.partition('+')[0]}" for name, version in record["versions"].items()),
+    )
 
 
 def place(hardware: dict) -> str:
@@ -91,6 +96,7 @@ def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[dict | None, list[st
     about the recipe as recorded: any changed field, but for the seed, makes its number no promise. Where the images were given
     by --data, the record says in words which they were.
     """
+
     def changed(record: dict) -> list[str]:
         before = record["recipe"] | {"seed": recipe.seed}
         if "images" in record:
@@ -136,10 +142,23 @@ def record_runs(folders: list[Path]) -> dict:
         raise RecipeError("the runs must be of one recipe with a seed each")
     if any(result.get("smoke") for result in results):
         raise RecipeError("a smoke run is no result")
-    keys = ("seed", *SCORES, "loss", "val_images", *(f"{kind}_{score}" for kind in ("head", "best") for score in SCORES),
-            "by_kind", "seconds", "images_per_second", "peak_memory_gib")
-    return {"recipe": recipes[0], "runs": [{key: result[key] for key in keys if key in result} for result in results],
-            "versions": results[0]["versions"], "hardware": results[0]["hardware"]}
+    keys = (
+        "seed",
+        *SCORES,
+        "loss",
+        "val_images",
+        *(f"{kind}_{score}" for kind in ("head", "best") for score in SCORES),
+        "by_kind",
+        "seconds",
+        "images_per_second",
+        "peak_memory_gib",
+    )
+    return {
+        "recipe": recipes[0],
+        "runs": [{key: result[key] for key in keys if key in result} for result in results],
+        "versions": results[0]["versions"],
+        "hardware": results[0]["hardware"],
+    }
 
 
 def with_baseline(text: str, baseline: Baseline) -> str:
@@ -155,7 +174,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m finetune.baseline",
         description="Write the record behind a recipe's number from its finished runs, and the baseline into the recipe.",
-        epilog="example: python -m finetune.baseline recipes/resnet18_cifar.py runs/resnet18_cifar-*")
+        epilog="example: python -m finetune.baseline recipes/resnet18_cifar.py runs/resnet18_cifar-*",
+    )
     parser.add_argument("recipe", type=Path, metavar="FILE.py", help="the recipe")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="its finished runs' folders")
     parser.add_argument("--images", metavar="WORDS", help="what --data was, if the runs were given one")

@@ -37,8 +37,17 @@ class Update:
         return len(self.images)
 
 
-def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process: int = 0, processes: int = 1,
-               accumulate: int = 1, chances: np.ndarray | None = None, pairs: bool = False) -> list[Update]:
+def plan_epoch(
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    process: int = 0,
+    processes: int = 1,
+    accumulate: int = 1,
+    chances: np.ndarray | None = None,
+    pairs: bool = False,
+) -> list[Update]:
     """The updates of an epoch: every image once, in an order that depends on seed and epoch alone.
 
     With `chances`, one for each image, as many images drawn with replacement. With `pairs`, the images 0 and 1 of each update,
@@ -48,13 +57,18 @@ def plan_epoch(num_images: int, batch_size: int, seed: int, epoch: int, process:
     order = random.permutation(num_images) if chances is None else random.choice(num_images, num_images, p=chances)
     updates = []
     for start in range(0, num_images, batch_size):
-        batch = order[start:start + batch_size]
+        batch = order[start : start + batch_size]
         cuts = np.array_split(batch, processes * accumulate)
         if pairs:  # a cut never parts two neighbours
-            cuts = [batch[2 * cut[0]:2 * cut[-1] + 2] if len(cut) else cut
-                    for cut in np.array_split(np.arange((len(batch) + 1) // 2), processes * accumulate)]
-        mine = [(position, cuts[position].tolist()) for position in range(process * accumulate, (process + 1) * accumulate)
-                if len(cuts[position])]
+            cuts = [
+                batch[2 * cut[0] : 2 * cut[-1] + 2] if len(cut) else cut
+                for cut in np.array_split(np.arange((len(batch) + 1) // 2), processes * accumulate)
+            ]
+        mine = [
+            (position, cuts[position].tolist())
+            for position in range(process * accumulate, (process + 1) * accumulate)
+            if len(cuts[position])
+        ]
         weight = 1.0 if mine else 0.0
         mine = mine or [(process * accumulate, [int(batch[0])])]
         updates.append(Update(batch.tolist(), [cut for _, cut in mine], [position for position, _ in mine], weight))
@@ -87,8 +101,15 @@ class SeededImages:
     `transform` is one of finetune.augment. Images of a list are decoded once, those of a recipe's own function each time.
     """
 
-    def __init__(self, images: Sequence, transform, seed: int, classes: Sequence[str], on_bad_image: str = "stop",
-                 multi_label: bool = False):
+    def __init__(
+        self,
+        images: Sequence,
+        transform,
+        seed: int,
+        classes: Sequence[str],
+        on_bad_image: str = "stop",
+        multi_label: bool = False,
+    ):
         self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
         self.on_bad_image, self.multi_label = on_bad_image, multi_label
         self.memory = ImageMemory(len(images)) if isinstance(images, ImageList) else None
@@ -131,8 +152,10 @@ class SeededImages:
         if label == UNREADABLE:
             return torch.full((len(self.classes),), float(label)) if self.multi_label else label
         if not 0 <= label < len(self.classes):
-            fault = RecipeError(f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
-                                f"{len(self.classes) - 1}")
+            fault = RecipeError(
+                f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
+                f"{len(self.classes) - 1}"
+            )
             fault.one_process = True
             raise fault
         if self.multi_label:  # one label where there could be several
@@ -155,12 +178,14 @@ def balanced_chances(labels: np.ndarray) -> np.ndarray:
     return chances / chances.sum()
 
 
-def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int,
-         device: torch.device | str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def load(
+    images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
     keys = ([(epoch, index) for index in batch] for batch in batches)
-    loader = DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                        generator=torch.Generator())
+    loader = DataLoader(
+        images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
+    )
     try:
         for batch, labels in loader:
             batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))
@@ -171,8 +196,9 @@ def load(images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], wor
         raise fault from None
 
 
-def load_updates(images: SeededImages, epoch: int, updates: Sequence[Update], workers: int,
-                 device: torch.device | str = "cpu") -> Iterator[tuple[Update, list]]:
+def load_updates(
+    images: SeededImages, epoch: int, updates: Sequence[Update], workers: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Update, list]]:
     """Each update with the loaded micro-batches of this process."""
     loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers, device)
     for update in updates:

@@ -58,8 +58,9 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
 
 
-def save_checkpoint(record: RunRecord, net: nn.Module, scored: nn.Module, optimizer, accelerator: Accelerator,
-                    step: int) -> None:
+def save_checkpoint(
+    record: RunRecord, net: nn.Module, scored: nn.Module, optimizer, accelerator: Accelerator, step: int
+) -> None:
     """Write checkpoints/step-N-epochs-M, after which N updates are done and M epochs scored, and then remove older ones.
 
     Randomness needs no state: every draw is seeded by epoch, update and image. The schedule needs none: it is a function of
@@ -102,7 +103,7 @@ def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: A
         record.begin()
         return 0
     state = read(folder / "state.json", lambda file: json.loads(file.read_text()))
-    for network, name in ((net, "model"), (scored, "average"))[:1 if scored is net else 2]:
+    for network, name in ((net, "model"), (scored, "average"))[: 1 if scored is net else 2]:
         weights = read(folder / f"{name}.safetensors", safetensors.torch.load_file)
         if weights.keys() != network.state_dict().keys():
             raise RecipeError(f"checkpoint {folder} is of another network than this recipe's")
@@ -124,8 +125,12 @@ def restore_optimizer(record: RunRecord, net: nn.Module, optimizer) -> None:
     ids = {name: i for i, name in enumerate(parameter_names(net, optimizer))}
     if not moments.keys() <= ids.keys():
         raise RecipeError(f"checkpoint {folder} is of another network, or another table of groups, than this recipe's")
-    optimizer.load_state_dict({"state": {ids[name]: moment for name, moment in moments.items()},
-                               "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {
+            "state": {ids[name]: moment for name, moment in moments.items()},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
 
 
 def read(file: Path, reader: Callable):
@@ -133,8 +138,10 @@ def read(file: Path, reader: Callable):
     try:
         return reader(file)
     except Exception as error:
-        raise RecipeError(f"checkpoint {file.parent} can't be read: {file.name}: {str(error).partition(chr(10))[0]}; to start "
-                          "again from the pretrained weights, name another --output") from error
+        raise RecipeError(
+            f"checkpoint {file.parent} can't be read: {file.name}: {str(error).partition(chr(10))[0]}; to start "
+            "again from the pretrained weights, name another --output"
+        ) from error
 
 
 def parameter_names(net: nn.Module, optimizer) -> list[str]:

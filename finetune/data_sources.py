@@ -77,8 +77,10 @@ def open_torchvision(name: str, arguments: dict, place: Path):
     try:
         return kind(data_folder(), download=True, **arguments)
     except Exception as error:  # no network, a cut file, a full disk
-        raise RecipeError(f"can't download torchvision/{name}: {error}\n  by hand: unpack it so that {place} is as torchvision "
-                          f"wants it (FINETUNE_DATA names another folder than {data_folder()})") from None
+        raise RecipeError(
+            f"can't download torchvision/{name}: {error}\n  by hand: unpack it so that {place} is as torchvision "
+            f"wants it (FINETUNE_DATA names another folder than {data_folder()})"
+        ) from None
     finally:
         socket.setdefaulttimeout(before)
 
@@ -105,13 +107,16 @@ def from_hub(name: str) -> tuple[list[tuple], Sequence[str]]:
     if "train" not in splits:
         raise RecipeError(f"data: hf/{name} has no split 'train', but {', '.join(splits)}")
     features = splits["train"].features
-    images, labels = ([column for column, feature in features.items() if isinstance(feature, kind)]
-                      for kind in (datasets.Image, datasets.ClassLabel))
+    images, labels = (
+        [column for column, feature in features.items() if isinstance(feature, kind)]
+        for kind in (datasets.Image, datasets.ClassLabel)
+    )
     if len(images) != 1 or len(labels) != 1:
         raise RecipeError(
             f"data: hf/{name} must have one Image and one ClassLabel column. Image: {', '.join(images) or 'none'}; ClassLabel: "
             f"{', '.join(labels) or 'none'}; all columns: {', '.join(features)}\n  with the package datasets: cast_column or "
-            "remove_columns, save_to_disk(PATH), then Data('hf/PATH')")
+            "remove_columns, save_to_disk(PATH), then Data('hf/PATH')"
+        )
     parts = []
     for split in ["train", *val]:
         rows = splits[split].with_format(None)
@@ -137,8 +142,10 @@ def load_hub(name: str):
         return datasets.load_dataset(path, config or None)
     except Exception as error:  # whatever the network, the hub or a file gives rise to
         reason = str(error).partition("\n  weights")[0].strip()
-        raise RecipeError(f"can't load hf/{name}: {reason}\n  a configuration: hf/OWNER/NAME:CONFIG; without a network: hf/PATH"
-                          " of what save_to_disk(PATH) wrote, or what is in the cache with HF_HUB_OFFLINE=1") from None
+        raise RecipeError(
+            f"can't load hf/{name}: {reason}\n  a configuration: hf/OWNER/NAME:CONFIG; without a network: hf/PATH"
+            " of what save_to_disk(PATH) wrote, or what is in the cache with HF_HUB_OFFLINE=1"
+        ) from None
 
 
 def hub_image(rows, index: int) -> Image.Image:
@@ -167,8 +174,11 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[tuple], Sequence[str]]
         raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
     classes = sorted({name for found in names for name in found})
     places = {name: place for place, name in enumerate(classes)}
-    labels = [places[found[0]] for found in names] if not multi_label else np.array(
-        [[name in found for name in classes] for found in names], np.uint8)
+    labels = (
+        [places[found[0]] for found in names]
+        if not multi_label
+        else np.array([[name in found for name in classes] for found in names], np.uint8)
+    )
     chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [range(len(paths))]
     return [([paths[i] for i in part], [labels[i] for i in part], read_image) for part in chosen], classes
 
@@ -196,8 +206,9 @@ def from_shards(root: Path) -> tuple[list[tuple], Sequence[str]]:
     for split in ["train", *val]:
         tars = sorted(root.glob(f"{split}-*.tar"))
         members = np.concatenate([np.array(tar_members(tar, i), np.int64).reshape(-1, 4) for i, tar in enumerate(tars)])
-        parts.append((members, members[:, 3], partial(read_image, load=partial(open_member, tars),
-                                                      where=partial(member_name, tars))))
+        parts.append(
+            (members, members[:, 3], partial(read_image, load=partial(open_member, tars), where=partial(member_name, tars)))
+        )
     labels, file = np.concatenate([part[1] for part in parts]), root / "classes.txt"
     classes = file.read_text().splitlines() if file.is_file() else [str(i) for i in range(labels.max(initial=-1) + 1)]
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
@@ -220,8 +231,10 @@ def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
                     raise ValueError(f"{key} has {len(images)} images and {'a' if 'cls' in members else 'no'} .cls")
                 samples[key] = number, images[0].offset_data, images[0].size, int(file.extractfile(members["cls"]).read())
     except (OSError, ValueError, tarfile.TarError) as error:
-        raise RecipeError(f"data: can't use {tar}: {error}. Wanted: a tar, not compressed, with KEY.jpg (or .png, ...) and "
-                          "KEY.cls, a number, for each image") from None
+        raise RecipeError(
+            f"data: can't use {tar}: {error}. Wanted: a tar, not compressed, with KEY.jpg (or .png, ...) and "
+            "KEY.cls, a number, for each image"
+        ) from None
     return list(samples.values())
 
 
@@ -244,8 +257,9 @@ def data_folder() -> Path:
 def require_package(module: str, package: str, install: str = "") -> None:
     """Raise RecipeError, with the pip line, if an optional package is missing."""
     if importlib.util.find_spec(module) is None:
-        raise RecipeError(f"this data set needs the package {package}, which is not installed: pip install "
-                          f"{install or package}")
+        raise RecipeError(
+            f"this data set needs the package {package}, which is not installed: pip install {install or package}"
+        )
 
 
 def read_image(item, load: Callable = Image.open, where: Callable = str) -> Image.Image:

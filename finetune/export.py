@@ -24,13 +24,15 @@ from finetune.saved_model import load_model, locate, read_json
 
 OPSET = 18
 TOLERANCE = 1e-4  # between the logits of torch and of an exported file, as a share of the largest, or of 1
-RESIZE = {"center": "the shorter side becomes {0} pixels, the shape stays", "squash": "{0} x {0} pixels, whatever the shape",
-          "border": "the longer side becomes {0} pixels, the shape stays, the rest is filled with the mean"}
+RESIZE = {
+    "center": "the shorter side becomes {0} pixels, the shape stays",
+    "squash": "{0} x {0} pixels, whatever the shape",
+    "border": "the longer side becomes {0} pixels, the shape stays, the rest is filled with the mean",
+}
 TORCHSCRIPT = """\
 TorchScript: net = torch.jit.load("model.pt"). It needs torch, not timm nor this project. The file holds code: load it only from
 those you trust. It takes images of exactly this size, any number at once, and is in eval mode for good. torch has deprecated
 TorchScript in favour of torch.export."""
-
 
 
 def save_model(folder: Path, net: nn.Module, preprocessing: dict, classes: tuple[str, ...]) -> None:
@@ -39,12 +41,18 @@ def save_model(folder: Path, net: nn.Module, preprocessing: dict, classes: tuple
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
     model.safetensors (its state dict) and config.json (classes and preprocessing).
     """
+
     def write(aside: Path) -> None:
         if hasattr(net, "pretrained_cfg"):
             plain = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
             try:
-                timm.models.save_for_hf(plain, aside, model_config={"label_names": list(classes)}, safe_serialization=True,
-                                        data_config=preprocessing)
+                timm.models.save_for_hf(
+                    plain,
+                    aside,
+                    model_config={"label_names": list(classes)},
+                    safe_serialization=True,
+                    data_config=preprocessing,
+                )
             except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
                 raise OSError(errno.EIO, str(error)) from error
         else:
@@ -94,8 +102,16 @@ def onnx_files(source: Path) -> dict[str, bytes]:
     net, about, images, kind = prepared(source)
     about["opset"] = OPSET
     try:
-        program = torch.onnx.export(net, (images[:2],), dynamo=True, opset_version=OPSET, dynamic_shapes=({0: "batch"},),
-                                    input_names=["images"], output_names=["logits"], verbose=False)
+        program = torch.onnx.export(
+            net,
+            (images[:2],),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: "batch"},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise RecipeError(f"torch can't export this network to ONNX ({reason}); --to torchscript may") from error
@@ -106,8 +122,9 @@ def onnx_files(source: Path) -> dict[str, bytes]:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        about["checked"] = compare(net, images, kind,
-                                   lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0]))
+        about["checked"] = compare(
+            net, images, kind, lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0])
+        )
     else:
         about["checked"] = "no: onnxruntime is not installed"
     return {"model.onnx": content, "model.json": as_json(about)}
@@ -144,11 +161,20 @@ def described(classes: tuple[str, ...], preprocessing: dict, settings: SimpleNam
     """All that a program needs beside the network to get from an image file to probabilities."""
     size, chance = preprocessing["input_size"][1], "softmax" if settings.loss == "cross_entropy" else "sigmoid"
     resize = math.floor(size / preprocessing["crop_pct"])
-    steps = [f"RGB; resized by PIL, {preprocessing['interpolation']}: {RESIZE[preprocessing['crop_mode']].format(resize)}",
-             f"the middle {size} x {size} pixels", "divided by 255, minus mean, divided by std, channel by channel",
-             "float32 [batch, 3, height, width]"]
-    return {"classes": list(classes), "input": "images", "output": "logits", "probabilities": f"the logits' {chance}",
-            "preprocessing": {**preprocessing, "resize": resize, "steps": steps}, "flip_test": settings.flip_test}
+    steps = [
+        f"RGB; resized by PIL, {preprocessing['interpolation']}: {RESIZE[preprocessing['crop_mode']].format(resize)}",
+        f"the middle {size} x {size} pixels",
+        "divided by 255, minus mean, divided by std, channel by channel",
+        "float32 [batch, 3, height, width]",
+    ]
+    return {
+        "classes": list(classes),
+        "input": "images",
+        "output": "logits",
+        "probabilities": f"the logits' {chance}",
+        "preprocessing": {**preprocessing, "resize": resize, "steps": steps},
+        "flip_test": settings.flip_test,
+    }
 
 
 @torch.no_grad()
@@ -157,8 +183,10 @@ def compare(net: nn.Module, images: torch.Tensor, kind: str, exported: Callable)
     pairs = [(net(batch), exported(batch)) for batch in (images, images[:1])]
     worst = torch.stack([(theirs - ours).abs().max() / ours.abs().max().clamp(min=1) for ours, theirs in pairs]).max().item()
     if not worst <= TOLERANCE:
-        raise RecipeError(f"the exported network's logits differ from torch's by {worst:.1e} of the largest, more than "
-                          f"{TOLERANCE:g}: nothing was written")
+        raise RecipeError(
+            f"the exported network's logits differ from torch's by {worst:.1e} of the largest, more than "
+            f"{TOLERANCE:g}: nothing was written"
+        )
     return {"on": kind, "largest_difference": worst, "torch": torch.__version__}
 
 

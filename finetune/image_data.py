@@ -40,8 +40,10 @@ def whole_data(recipe: Recipe) -> ImageData:
         return from_lists(*lists, source, 0 if source.startswith(("torchvision/", "hf/")) else recipe.seed)
     if Path(source).is_dir():
         return from_folder(Path(source), recipe.seed, check=recipe.data.on_bad_image == "stop")
-    raise RecipeError(f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
-                      f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME")
+    raise RecipeError(
+        f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
+        f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
+    )
 
 
 def known_size(recipe: Recipe) -> tuple[int, int] | None:
@@ -77,12 +79,21 @@ def elpv() -> ImageData:
     require_package("elpv_dataset", "elpv-dataset")
     folder = Path(importlib.util.find_spec("elpv_dataset").origin).parent / "data"
     with open(folder / "labels.csv", newline="") as file:
-        rows = [(folder / path, float(chance), kind) for path, chance, kind in csv.reader(
-            (" ".join(line.split()) for line in file), delimiter=" ")]
+        rows = [
+            (folder / path, float(chance), kind)
+            for path, chance, kind in csv.reader((" ".join(line.split()) for line in file), delimiter=" ")
+        ]
     labels = [int(chance >= 0.5) for _, chance, _ in rows]
     strata = [(label, kind) for label, (_, _, kind) in zip(labels, rows, strict=True)]
-    return split_list([path for path, _, _ in rows], labels, strata, 0.25, ("functional", "defective"), read_image,
-                      [kind for _, _, kind in rows])
+    return split_list(
+        [path for path, _, _ in rows],
+        labels,
+        strata,
+        0.25,
+        ("functional", "defective"),
+        read_image,
+        [kind for _, _, kind in rows],
+    )
 
 
 def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str], val: list[str], names: str) -> ImageData:
@@ -93,8 +104,10 @@ def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str],
         try:
             download_and_extract_archive(CIFAR_URL + archive, str(root), md5=md5)
         except Exception as error:  # no network, a cut file, a full disk
-            raise RecipeError(f"can't download {CIFAR_URL}{archive}: {error}\n  by hand: unpack that file so that "
-                              f"{folder / val[0]} exists (FINETUNE_DATA names another folder than {root})") from None
+            raise RecipeError(
+                f"can't download {CIFAR_URL}{archive}: {error}\n  by hand: unpack that file so that "
+                f"{folder / val[0]} exists (FINETUNE_DATA names another folder than {root})"
+            ) from None
 
     def split(files):
         rows = np.concatenate([np.fromfile(folder / file, np.uint8) for file in files])
@@ -107,18 +120,33 @@ def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str],
 
 def cifar10() -> ImageData:
     """CIFAR-10: 50,000 and 10,000 images of 32 px (Krizhevsky 2009)."""
-    return cifar("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", 1,
-                 [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], "batches.meta.txt")
+    return cifar(
+        "cifar-10-batches-bin",
+        "cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        1,
+        [f"data_batch_{i}.bin" for i in range(1, 6)],
+        ["test_batch.bin"],
+        "batches.meta.txt",
+    )
 
 
 def cifar100() -> ImageData:
     """CIFAR-100: as many, of 100 classes (Krizhevsky 2009); the first label byte, the coarse class, is left aside."""
-    return cifar("cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", 2,
-                 ["train.bin"], ["test.bin"], "fine_label_names.txt")
+    return cifar(
+        "cifar-100-binary",
+        "cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+        2,
+        ["train.bin"],
+        ["test.bin"],
+        "fine_label_names.txt",
+    )
 
 
 def generated() -> ImageData:
     """A few coloured patches for --smoke. They show that everything runs, and nothing else."""
+
     def patch(number):
         noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
         return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
@@ -148,14 +176,20 @@ def from_function(source: Callable, multi_label: bool) -> ImageData:
         image, label = train[0]
         image.convert, np.asarray(label, dtype=float)
         if np.shape(label) not in (((), (len(classes),)) if multi_label else ((),)):
-            raise ValueError(f"a label has the shape {np.shape(label)}" + (
-                f", not that of {len(classes)} classes" if multi_label else "; several labels an image: loss='multi_label'"))
+            raise ValueError(
+                f"a label has the shape {np.shape(label)}"
+                + (f", not that of {len(classes)} classes" if multi_label else "; several labels an image: loss='multi_label'")
+            )
     except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RecipeError(f"data: function {source.__name__} must return (train, validation), two data sets of (PIL "
-                          f"image, label) with a length, the first with a list `classes`: {error}") from error
+        raise RecipeError(
+            f"data: function {source.__name__} must return (train, validation), two data sets of (PIL "
+            f"image, label) with a length, the first with a list `classes`: {error}"
+        ) from error
     if not all(sizes) or len(classes) < 2:
-        raise RecipeError(f"data: function {source.__name__} gave {sizes[0]} training and {sizes[1]} validation images "
-                          f"of {len(classes)} classes; there must be some of each, and 2 classes")
+        raise RecipeError(
+            f"data: function {source.__name__} gave {sizes[0]} training and {sizes[1]} validation images "
+            f"of {len(classes)} classes; there must be some of each, and 2 classes"
+        )
     return ImageData(train, val, classes)
 
 
@@ -172,8 +206,10 @@ def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
         parts = [class_folders(root / "train", check), class_folders(val, check)]
         if parts[0].classes != parts[1].classes:
             only = [sorted(set(a.classes) - set(b.classes)) for a, b in (parts, parts[::-1])]
-            raise RecipeError(f"data: the classes of {root / 'train'} and {val} differ: only in train: "
-                              f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}")
+            raise RecipeError(
+                f"data: the classes of {root / 'train'} and {val} differ: only in train: "
+                f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}"
+            )
         lists = [ImageList([path for path, _ in part.samples], part.targets, read_image) for part in parts]
         return ImageData(*lists, tuple(parts[0].classes))
     whole = class_folders(root, check)
@@ -185,12 +221,15 @@ def class_folders(root: Path, check: bool) -> ImageFolder:
     try:
         folder = ImageFolder(root, allow_empty=True)
     except FileNotFoundError:
-        raise RecipeError(f"data: {root} has no class folders. Wanted: train/CLASS/*.jpg and val/CLASS/*.jpg, or "
-                          "CLASS/*.jpg") from None
+        raise RecipeError(
+            f"data: {root} has no class folders. Wanted: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
+        ) from None
     empty = [name for label, name in enumerate(folder.classes) if label not in set(folder.targets)]
     if empty:
-        raise RecipeError(f"data: no images in class folder{'s' * (len(empty) > 1)} "
-                          f"{', '.join(str(root / name) for name in empty)} (looked for {', '.join(IMG_EXTENSIONS)})")
+        raise RecipeError(
+            f"data: no images in class folder{'s' * (len(empty) > 1)} "
+            f"{', '.join(str(root / name) for name in empty)} (looked for {', '.join(IMG_EXTENSIONS)})"
+        )
     if len(folder.classes) < 2:
         raise RecipeError(f"data: {root} has one class, '{folder.classes[0]}'; there must be at least 2")
     for path, _ in folder.samples if check else ():

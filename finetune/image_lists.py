@@ -53,8 +53,10 @@ def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[lis
 
 def split_list(items, labels, strata, val_share, classes, read, kinds=None) -> ImageData:
     """One list of images as a training and a validation set, by a split that no recipe changes."""
-    parts = [ImageList([items[i] for i in part], [labels[i] for i in part], read, kinds and [kinds[i] for i in part])
-             for part in stratified_split(list(strata), val_share, seed=0)]
+    parts = [
+        ImageList([items[i] for i in part], [labels[i] for i in part], read, kinds and [kinds[i] for i in part])
+        for part in stratified_split(list(strata), val_share, seed=0)
+    ]
     return ImageData(*parts, classes)
 
 
@@ -68,12 +70,16 @@ def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, se
         items, labels, read = lists[0][0], np.asarray(lists[0][1]), lists[0][2]
         # of several labels the rarest counts, so that each class can have its share
         strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
-        lists = [(items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read)
-                 for part in stratified_split(strata.tolist(), 0.2, seed)]
+        lists = [
+            (items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read)
+            for part in stratified_split(strata.tolist(), 0.2, seed)
+        ]
         seen = [(lists[1][1] == i).any() if labels.ndim == 1 else lists[1][1][:, i].any() for i in range(len(classes))]
         if not all(seen):
-            raise RecipeError(f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
-                              "validation (3 are enough); add some, or split them yourself")
+            raise RecipeError(
+                f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
+                "validation (3 are enough); add some, or split them yourself"
+            )
     sizes = [len(items) for items, *_ in lists]
     if not all(sizes) or len(classes) < 2:
         raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
@@ -91,8 +97,10 @@ def held_out(data: ImageData, share: float) -> ImageData:
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    lists = [ImageList(part, labels[part].tolist(), partial(image_of, data.train)) for part in
-             stratified_split(labels.tolist(), share, seed=0)]
+    lists = [
+        ImageList(part, labels[part].tolist(), partial(image_of, data.train))
+        for part in stratified_split(labels.tolist(), share, seed=0)
+    ]
     if set(lists[1].labels) != set(labels.tolist()):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
     return ImageData(*lists, data.classes)
@@ -111,5 +119,7 @@ def labels_of(images: Sequence) -> np.ndarray:
     for name in ("labels", "targets"):  # ours, torchvision's
         if len(there := getattr(images, name, ())) == len(images):
             return np.asarray(there)
-    raise RecipeError("balanced sampling, class weights and a holdout need to know every label: give the data set that the "
-                      "recipe's function returns a list `targets`")
+    raise RecipeError(
+        "balanced sampling, class weights and a holdout need to know every label: give the data set that the "
+        "recipe's function returns a list `targets`"
+    )

@@ -29,7 +29,7 @@ class ImageMemory:
     def get(self, index: int) -> np.ndarray | None:
         """The image, if it is kept."""
         end, height, width = self.places[index]
-        return self.pixels[end - 3 * height * width:end].reshape(height, width, 3) if end else None
+        return self.pixels[end - 3 * height * width : end].reshape(height, width, 3) if end else None
 
     def keep(self, index: int, pixels: np.ndarray) -> None:
         """Keep the image, if there is room."""
@@ -38,6 +38,6 @@ class ImageMemory:
                 return
             self.used.value += pixels.size
             end = self.used.value
-        self.pixels[end - pixels.size:end] = pixels.reshape(-1)
+        self.pixels[end - pixels.size : end] = pixels.reshape(-1)
         self.places[index, 1:] = pixels.shape[:2]
         self.places[index, 0] = end  # last: from here on others may read it

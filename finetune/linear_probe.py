@@ -21,8 +21,10 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     layer = net.get_submodule(*paths) if len(paths) == 1 else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         there = ", ".join(sorted(paths)) or "unknown"
-        raise RecipeError(f"linear_probe needs a head that is one linear layer with a bias; that of {backbone_name(recipe)} is "
-                          f"{there}. Remove the field, and let the head train alone first: unfreeze_at=1 for all else")
+        raise RecipeError(
+            f"linear_probe needs a head that is one linear layer with a bias; that of {backbone_name(recipe)} is "
+            f"{there}. Remove the field, and let the head train alone first: unfreeze_at=1 for all else"
+        )
     return layer
 
 
@@ -51,8 +53,9 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Ca
     features = (features - mean) / scale
     weight = features.new_zeros(layer.weight.shape, requires_grad=True)
     bias = features.new_zeros(len(weight), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

@@ -28,9 +28,16 @@ from finetune.unfreeze import train_mode, unfreeze
 FEWEST = 10  # updates that make a curve
 
 
-def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImages], accelerator: Accelerator,
-               low: float = 1e-3, high: float = 1e3, num_updates: int = 100,
-               workers: int = 0) -> tuple[list[float], list[float]]:
+def range_test(
+    recipe: Recipe,
+    net: nn.Module,
+    images: tuple[SeededImages, SeededImages],
+    accelerator: Accelerator,
+    low: float = 1e-3,
+    high: float = 1e3,
+    num_updates: int = 100,
+    workers: int = 0,
+) -> tuple[list[float], list[float]]:
     """(multipliers, losses) of updates whose rates rise from `low` to `high` times each group's peak, by one factor an update.
 
     The range test of Smith (arXiv 1506.01186) for many rates at once: their ratios stay. All groups that ever train do so
@@ -53,8 +60,10 @@ def range_test(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, Seede
     with same_random_numbers(accelerator.device):
         net = copy.deepcopy(net).to(accelerator.device)
         objective = Objective(recipe, net, images[0], accelerator.device)
-        groups = [replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
-                  for group in split_parameters(recipe, net)]
+        groups = [
+            replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
+            for group in split_parameters(recipe, net)
+        ]
         trained = unfreeze(groups, 0)
         train_mode(net, recipe.norm_stats)
         optimizer = accelerator.prepare(build_optimizer(groups))
@@ -84,13 +93,21 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def endless(recipe: Recipe, images: SeededImages, accumulate: int, workers: int,
-            device: torch.device) -> Iterator[tuple[Update, list]]:
+def endless(
+    recipe: Recipe, images: SeededImages, accumulate: int, workers: int, device: torch.device
+) -> Iterator[tuple[Update, list]]:
     """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
     chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
     for epoch in count():
-        updates = plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, accumulate=accumulate, chances=chances,
-                             pairs=recipe.augment.mixes)
+        updates = plan_epoch(
+            len(images),
+            recipe.data.batch_size,
+            recipe.seed,
+            epoch,
+            accumulate=accumulate,
+            chances=chances,
+            pairs=recipe.augment.mixes,
+        )
         yield from load_updates(images, epoch, updates, workers, device)
 
 
@@ -123,19 +140,24 @@ def suggestions(multipliers: Sequence[float], losses: Sequence[float]) -> dict[s
     part = slice(10, -5) if len(losses) >= 25 else slice(None)
     scales, smoothed = np.array(multipliers)[part], np.array(smooth(losses))[part]
     lowest = smoothed.argmin()
-    if not smoothed[:lowest + 1].max() - smoothed[lowest] > 2 * np.median(np.abs(np.diff(losses))):
-        raise RecipeError(f"find-lr: the loss does not fall between the multipliers {multipliers[0]:.2g} and "
-                          f"{multipliers[-1]:.2g}: start lower if it rises, end higher if it stays")
+    if not smoothed[: lowest + 1].max() - smoothed[lowest] > 2 * np.median(np.abs(np.diff(losses))):
+        raise RecipeError(
+            f"find-lr: the loss does not fall between the multipliers {multipliers[0]:.2g} and "
+            f"{multipliers[-1]:.2g}: start lower if it rises, end higher if it stays"
+        )
     lengths = []  # of the longest such sequence up to each point
     for i, loss in enumerate(smoothed):
         lengths.append(1 + max((lengths[j] for j in range(i) if smoothed[j] > loss), default=0))
     end, length = int(np.argmax(lengths)), max(lengths)
-    return {"steepest": float(scales[np.gradient(smoothed, np.log10(scales))[:lowest + 1].argmin()]),
-            "valley": float(scales[max(0, end - length + length // 3 + length // 6)])}
+    return {
+        "steepest": float(scales[np.gradient(smoothed, np.log10(scales))[: lowest + 1].argmin()]),
+        "valley": float(scales[max(0, end - length + length // 3 + length // 6)]),
+    }
 
 
-def picture(file: Path, multipliers: Sequence[float], losses: Sequence[float], suggested: dict[str, float],
-            groups_lr: dict[str, float]) -> Path:
+def picture(
+    file: Path, multipliers: Sequence[float], losses: Sequence[float], suggested: dict[str, float], groups_lr: dict[str, float]
+) -> Path:
     """The losses by multiplier, with the suggestions; `groups_lr` are the peak rates of which they are multiples."""
     smoothed = smooth(losses)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -146,20 +168,28 @@ def picture(file: Path, multipliers: Sequence[float], losses: Sequence[float], s
         height = np.interp(np.log(multiplier), np.log(multipliers), smoothed)
         axes.axvline(multiplier, color=f"C{i + 1}", linestyle=":", linewidth=1)
         axes.plot(multiplier, height, "o", color=f"C{i + 1}", label=f"{name}: {multiplier:.2g}")
-    lowest, highest = min(losses), max(losses[:int(np.argmin(smoothed)) + 1])  # the explosion would squash the valley
+    lowest, highest = min(losses), max(losses[: int(np.argmin(smoothed)) + 1])  # the explosion would squash the valley
     room = 0.1 * (highest - lowest)
-    axes.set(xscale="log", xlabel="multiplier of every group's peak rate", ylabel="training loss",
-             ylim=(lowest - room, highest + 2 * room))
+    axes.set(
+        xscale="log",
+        xlabel="multiplier of every group's peak rate",
+        ylabel="training loss",
+        ylim=(lowest - room, highest + 2 * room),
+    )
     axes.legend(loc="lower left", fontsize="small")
     rates = [f"{name} {lr:.2g}" for name, lr in groups_lr.items()]
     short = len(", ".join(rates)) <= 80
-    figure.suptitle("the recipe's peak rates: " + (", ".join(rates) if short else f"{rates[0]} .. {rates[-1]}"),
-                    fontsize="medium")
+    figure.suptitle(
+        "the recipe's peak rates: " + (", ".join(rates) if short else f"{rates[0]} .. {rates[-1]}"), fontsize="medium"
+    )
     return tidy(figure, [axes], file)
 
 
 def line_to_paste(recipe: Recipe, multiplier: float) -> str:
     """What to add to the command so that every rate is `multiplier` times the recipe's, to two digits."""
-    rates = {"groups.head_lr": recipe.groups.head_lr} if isinstance(recipe.groups, LayerDecay) else {
-        f"groups.{row.name}.lr": row.lr for row in recipe.groups if isinstance(row, Group)}
+    rates = (
+        {"groups.head_lr": recipe.groups.head_lr}
+        if isinstance(recipe.groups, LayerDecay)
+        else {f"groups.{row.name}.lr": row.lr for row in recipe.groups if isinstance(row, Group)}
+    )
     return " ".join(f"--set {field}={lr * multiplier:.1e}" for field, lr in rates.items())

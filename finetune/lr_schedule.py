@@ -42,9 +42,11 @@ class Schedule:
 
     def faults(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
-        rules = {f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0,
-                 f"warmup_start must be above 0 and at most 1, not {self.warmup_start}": 0 < self.warmup_start <= 1,
-                 **self.rules()}
+        rules = {
+            f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0,
+            f"warmup_start must be above 0 and at most 1, not {self.warmup_start}": 0 < self.warmup_start <= 1,
+            **self.rules(),
+        }
         return [f"schedule: {rule}" for rule, kept in rules.items() if not kept]
 
     def rules(self) -> dict[str, bool]:
@@ -118,8 +120,10 @@ class Step(Schedule):
         return self.factor ** math.floor(time.epoch / self.every + 1e-9)  # 3 x 0.1 epochs are 0.3 epochs, rounding or not
 
     def rules(self):
-        return {f"every must be above 0, not {self.every}": self.every > 0,
-                f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
+        return {
+            f"every must be above 0, not {self.every}": self.every > 0,
+            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +138,10 @@ class MultiStep(Schedule):
 
     def rules(self):
         rising = all(a < b for a, b in zip((0, *self.at), self.at, strict=False))
-        return {f"at must be rising epochs above 0, not {self.at}": rising and len(self.at) > 0,
-                f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
+        return {
+            f"at must be rising epochs above 0, not {self.at}": rising and len(self.at) > 0,
+            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +151,7 @@ class Exponential(Schedule):
     factor: float
 
     def shape(self, time, scores):
-        return self.factor ** time.epoch
+        return self.factor**time.epoch
 
     def rules(self):
         return {f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
@@ -169,9 +175,11 @@ class CosineRestarts(Schedule):
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * max(0.0, time.epoch - begun) / length)) / 2
 
     def rules(self):
-        return {f"period must be above 0, not {self.period}": self.period > 0,
-                f"stretch must be 1 or more, not {self.stretch}": self.stretch >= 1,
-                f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}": 0 <= self.floor < 1}
+        return {
+            f"period must be above 0, not {self.period}": self.period > 0,
+            f"stretch must be 1 or more, not {self.stretch}": self.stretch >= 1,
+            f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}": 0 <= self.floor < 1,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +200,12 @@ class OneCycle(Schedule):
         return cosine_between(1.0, start / self.end_div, min(1.0, (time.step - top) / (last - top)))
 
     def rules(self):
-        return {f"rise must be above 0 and below 1, not {self.rise}": 0 < self.rise < 1,
-                f"start_div must be at least 1, not {self.start_div}": self.start_div >= 1,
-                f"end_div must be at least 1, not {self.end_div}": self.end_div >= 1,
-                "a OneCycle is its own warmup: leave out warmup_epochs": self.warmup_epochs == 0}
+        return {
+            f"rise must be above 0 and below 1, not {self.rise}": 0 < self.rise < 1,
+            f"start_div must be at least 1, not {self.start_div}": self.start_div >= 1,
+            f"end_div must be at least 1, not {self.end_div}": self.end_div >= 1,
+            "a OneCycle is its own warmup: leave out warmup_epochs": self.warmup_epochs == 0,
+        }
 
 
 def cosine_between(start: float, end: float, share: float) -> float:
@@ -253,8 +263,10 @@ class Plateau(Schedule):
         return sign * score > sign * margin
 
     def rules(self):
-        return {f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
-                f"patience must be 0 or more, not {self.patience}": self.patience >= 0,
-                f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
-                f"cooldown must be 0 or more, not {self.cooldown}": self.cooldown >= 0,
-                f"min_scale must be at least 0 and below 1, not {self.min_scale}": 0 <= self.min_scale < 1}
+        return {
+            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
+            f"patience must be 0 or more, not {self.patience}": self.patience >= 0,
+            f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
+            f"cooldown must be 0 or more, not {self.cooldown}": self.cooldown >= 0,
+            f"min_scale must be at least 0 and below 1, not {self.min_scale}": 0 <= self.min_scale < 1,
+        }

@@ -25,8 +25,9 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
-def fitting_accumulation(recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumulate: int,
-                         say: Callable[[str], None]) -> int:
+def fitting_accumulation(
+    recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumulate: int, say: Callable[[str], None]
+) -> int:
     """`accumulate`, doubled until forward and backward of one micro-batch fit into every process's memory.
 
     Tried before a stage is wrapped for several processes: in the middle of an update, one process that runs out of memory
@@ -49,11 +50,15 @@ def fitting_accumulation(recipe: Recipe, net: nn.Module, accelerator: Accelerato
         if not accelerator.reduce(torch.tensor(short, device=accelerator.device), "sum").item():
             return accumulate
         if size % 2:
-            raise RecipeError(f"out of memory with {size} images of {recipe.data.image_size} px at once, an odd number that "
-                              "can't be halved; try a smaller data.image_size or a data.batch_size with more factors of 2")
+            raise RecipeError(
+                f"out of memory with {size} images of {recipe.data.image_size} px at once, an odd number that "
+                "can't be halved; try a smaller data.image_size or a data.batch_size with more factors of 2"
+            )
         accumulate *= 2
-        say(f"out of memory with {size} images at once: now {size // 2}, {accumulate} times an update; the batch stays "
-            f"{recipe.data.batch_size}")
+        say(
+            f"out of memory with {size} images at once: now {size // 2}, {accumulate} times an update; the batch stays "
+            f"{recipe.data.batch_size}"
+        )
 
 
 def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, size: int) -> None:

@@ -32,8 +32,16 @@ def layers(recipe: Recipe, net: nn.Module) -> str:
         own = {path for path in parameters if f"{path}.".startswith(f"{name}.")}
         owners = [group for group in groups if own & group.params.keys()]
         epochs = ["never" if epoch == math.inf else str(epoch) for epoch in sorted({group.unfreeze_at for group in owners})]
-        rows.append((name, kind, shapes.get(name, ""), f"{sum(parameters[path].numel() for path in own):,}",
-                     span(group.name for group in owners), span(epochs)))
+        rows.append(
+            (
+                name,
+                kind,
+                shapes.get(name, ""),
+                f"{sum(parameters[path].numel() for path in own):,}",
+                span(group.name for group in owners),
+                span(epochs),
+            )
+        )
     return aligned([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")])
 
 
@@ -78,12 +86,22 @@ def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
         stage = stage_memory(recipe, net, epoch, images)
         cells = {name: f"{size / 2**20:,.1f}" for name, size in stage.items()}
         total = "> " * ("optimizer" not in stage) + f"{sum(stage.values()) / 2**20:,.1f}"
-        rows.append((str(epoch), span(group.name for group in trained),
-                     f"{sum(p.numel() for group in trained for p in group.params.values()):,}",
-                     *(cells.get(column, "unknown") for column in columns), total))
-    return "\n".join([aligned(rows),
-                      f"MiB, estimated for {images} images at once, in float32; bf16 about halves the activations; on top come",
-                      "results dropped on the way (frozen layers drop all), the library's own workspace and the loader"])
+        rows.append(
+            (
+                str(epoch),
+                span(group.name for group in trained),
+                f"{sum(p.numel() for group in trained for p in group.params.values()):,}",
+                *(cells.get(column, "unknown") for column in columns),
+                total,
+            )
+        )
+    return "\n".join(
+        [
+            aligned(rows),
+            f"MiB, estimated for {images} images at once, in float32; bf16 about halves the activations; on top come",
+            "results dropped on the way (frozen layers drop all), the library's own workspace and the loader",
+        ]
+    )
 
 
 def stage_memory(recipe: Recipe, net: nn.Module, epoch: int, images: int) -> dict[str, int]:
@@ -139,8 +157,10 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        own = {name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
-               for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
+        own = {
+            name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
+            for name, tensor in [*net.named_parameters(), *net.named_buffers()]
+        }
         batch = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=memory_format(recipe))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits = torch.func.functional_call(net, own, batch)

@@ -13,8 +13,12 @@ from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override
 from finetune.run_folder import changes
 from finetune.saved_model import read_json
 
-LICENCES = {"digits": "CC BY 4.0 (UCI)", "elpv": "CC BY-NC-SA 4.0: not for commercial use", "cifar10": "none stated",
-            "cifar100": "none stated"}
+LICENCES = {
+    "digits": "CC BY 4.0 (UCI)",
+    "elpv": "CC BY-NC-SA 4.0: not for commercial use",
+    "cifar10": "none stated",
+    "cifar100": "none stated",
+}
 METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "macro_f1": "f1", "mean_average_precision": "mean_average_precision"}
 CARD = """\
 ---
@@ -72,19 +76,35 @@ def card(run: Path, config: dict, best: bool) -> str:
         licence = "apache-2.0"
     task = "image-classification"
     scored = [EvalResult(task, data, data, METRICS[key], value, metric_name=key) for key, value in reached.items()]
-    front = ModelCardData(library_name="timm", pipeline_tag=task, tags=[task, "timm"], base_model=hub_id, model_name=name,
-                          license=licence or "unknown", metrics=[METRICS[key] for key in reached],
-                          eval_results=None if result.get("smoke") else scored)
+    front = ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        tags=[task, "timm"],
+        base_model=hub_id,
+        model_name=name,
+        license=licence or "unknown",
+        metrics=[METRICS[key] for key in reached],
+        eval_results=None if result.get("smoke") else scored,
+    )
     inputs = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
     return CARD.format(
-        front=front.to_yaml(), name=name, architecture=config["architecture"], data=data, command=command, spread=spread,
-        chosen=chosen, images=result["val_images"], classes=", ".join(config["label_names"]), start=start,
+        front=front.to_yaml(),
+        name=name,
+        architecture=config["architecture"],
+        data=data,
+        command=command,
+        spread=spread,
+        chosen=chosen,
+        images=result["val_images"],
+        classes=", ".join(config["label_names"]),
+        start=start,
         reached="\n".join(f"| {dict(SCORES, top5='top-5')[key]} | {value:.2%} |" for key, value in reached.items()),
         mirrored=" Each image's logits are the mean of its own and its mirror image's." if recipe.get("flip_test") else "",
         inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in inputs),
         licence=licence or ("none" if start == "random weights" else "not known here"),
         data_licence=LICENCES.get(source, "not known here"),
-        versions=", ".join(f"{key} {value}" for key, value in {**result["versions"], **result["hardware"]}.items()))
+        versions=", ".join(f"{key} {value}" for key, value in {**result["versions"], **result["hardware"]}.items()),
+    )
 
 
 def origin(run: Path, name: str, resolved: dict) -> tuple[str, str]:
@@ -108,5 +128,7 @@ def origin(run: Path, name: str, resolved: dict) -> tuple[str, str]:
         changed[path] = Path(changed[path]).name  # where a person's files lie is not published
     words = [f"--set {shlex.quote(f'{path}={value}')}" for path, value in changed.items()]
     promised = promise(file, recipe)
-    return (" ".join(["accelerate launch finetune/run.py --recipe", recipe_name, *words]),
-            one if promised.startswith("nothing") else f"{one}; the recipe's record: {promised}")
+    return (
+        " ".join(["accelerate launch finetune/run.py --recipe", recipe_name, *words]),
+        one if promised.startswith("nothing") else f"{one}; the recipe's record: {promised}",
+    )

@@ -20,8 +20,11 @@ class Objective:
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights = class_weights(recipe, images, device)
         new = head_parameters(recipe, net) if recipe.l2_sp else set()
-        self.start = {parameter: parameter.detach().clone() for name, parameter in net.named_parameters()
-                      if recipe.l2_sp and name not in new and not is_exempt(name, parameter, net)}
+        self.start = {
+            parameter: parameter.detach().clone()
+            for name, parameter in net.named_parameters()
+            if recipe.l2_sp and name not in new and not is_exempt(name, parameter, net)
+        }
 
     def mix(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A micro-batch as update `step` sees it: as it is, or with mixup or cutmix."""

@@ -33,14 +33,17 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
     known = [name for name in accepted if name not in ("params", "lr", "args", "kwargs")]
     unknown = [name for name in wanted.options if name not in known]
     if unknown:
-        raise RecipeError(f"optimizer {wanted.name} has no option '{unknown[0]}'.{nearest(unknown[0], known)} "
-                          f"Its options: {', '.join(known)}")
+        raise RecipeError(
+            f"optimizer {wanted.name} has no option '{unknown[0]}'.{nearest(unknown[0], known)} Its options: {', '.join(known)}"
+        )
     decays = "weight_decay" in accepted
     if not decays and any(group.weight_decay for group in groups):
         raise RecipeError(f"optimizer {wanted.name} knows no weight_decay; leave it out")
     if wanted.name == "LBFGS" and len(groups) > 1:
-        raise RecipeError(f"optimizer LBFGS takes one group, not {', '.join(group.name for group in groups)}: give the others "
-                          "an optimizer of their own, or keep them with Frozen(name, pattern)")
+        raise RecipeError(
+            f"optimizer LBFGS takes one group, not {', '.join(group.name for group in groups)}: give the others "
+            "an optimizer of their own, or keep them with Frozen(name, pattern)"
+        )
     rows = []
     for group in groups:
         parts = ((group.decayed, group.weight_decay), (group.undecayed, 0.0)) if decays else ((group.params, 0.0),)
@@ -60,16 +63,21 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
 
 def optimizer_class(name: str):
     """torch.optim's class of that exact name, or timm's of that registered name."""
-    kinds = {n: kind for n, kind in vars(torch.optim).items()
-             if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer}
+    kinds = {
+        n: kind
+        for n, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
     if name == "SparseAdam":
         raise RecipeError("optimizer SparseAdam works on sparse gradients only, and images give none")
     if name in kinds:
         return kinds[name]
     timm_names = timm.optim.list_optimizers()
     if name not in timm_names:
-        raise RecipeError(f"no optimizer '{name}'.{nearest(name, [*kinds, *timm_names])} torch.optim has "
-                          f"{', '.join(kinds)}; timm has {', '.join(timm_names)}")
+        raise RecipeError(
+            f"no optimizer '{name}'.{nearest(name, [*kinds, *timm_names])} torch.optim has "
+            f"{', '.join(kinds)}; timm has {', '.join(timm_names)}"
+        )
     return timm.optim.get_optimizer_class(name)
 
 

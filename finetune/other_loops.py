@@ -1,13 +1,13 @@
 """A recipe's optimizer, rates and stages for training loops that are not this repository's.
 
-    optimizer = make_optimizer(recipe, net)
-    scheduler = make_lr_scheduler(recipe, net, optimizer, steps_per_epoch=len(loader))
-    for epoch in range(recipe.epochs):
-        unfreeze(recipe, net, epoch)
-        for images, labels in loader:
-            ...
-            optimizer.step()
-            scheduler.step()
+optimizer = make_optimizer(recipe, net)
+scheduler = make_lr_scheduler(recipe, net, optimizer, steps_per_epoch=len(loader))
+for epoch in range(recipe.epochs):
+    unfreeze(recipe, net, epoch)
+    for images, labels in loader:
+        ...
+        optimizer.step()
+        scheduler.step()
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,9 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     return build_optimizer(split_parameters(recipe, net))
 
 
-def make_lr_scheduler(recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int,
-                      scored: Sequence[dict] = ()) -> torch.optim.lr_scheduler.LambdaLR:
+def make_lr_scheduler(
+    recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, scored: Sequence[dict] = ()
+) -> torch.optim.lr_scheduler.LambdaLR:
     """The recipe's rates as torch's LambdaLR, to be stepped once after every update; 0 while a group is frozen.
 
     A `Plateau` looks at `scored`, a list to which the loop appends {"top1": ..., "loss": ...} after each epoch.

@@ -72,8 +72,14 @@ def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[Par
     groups = []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
-        groups.append(fill_in(row, recipe, decayed={name: own[name] for name in own if name not in exempt},
-                              undecayed={name: own[name] for name in own if name in exempt}))
+        groups.append(
+            fill_in(
+                row,
+                recipe,
+                decayed={name: own[name] for name in own if name not in exempt},
+                undecayed={name: own[name] for name in own if name in exempt},
+            )
+        )
     return groups
 
 
@@ -83,8 +89,18 @@ def fill_in(row: Group | Frozen, recipe: Recipe, decayed: dict, undecayed: dict)
         row = Group(row.name, row.pattern, lr=math.inf, unfreeze_at=math.inf)
     optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
     decay = optimizer.weight_decay if row.weight_decay is None else row.weight_decay
-    return ParamGroup(row.name, row.lr, row.unfreeze_at, decay, schedule, schedule.watches(recipe.score), row.warmup_epochs,
-                      optimizer, decayed, undecayed)
+    return ParamGroup(
+        row.name,
+        row.lr,
+        row.unfreeze_at,
+        decay,
+        schedule,
+        schedule.watches(recipe.score),
+        row.warmup_epochs,
+        optimizer,
+        decayed,
+        undecayed,
+    )
 
 
 def is_exempt(name: str, parameter: nn.Parameter, net: nn.Module) -> bool:
@@ -102,9 +118,12 @@ def matched_rows(recipe: Recipe, net: nn.Module) -> tuple[list[Group], dict[str,
     """The recipe's own rows, and the row of each parameter: the first whose pattern matches the start of its name."""
     names = [name for name, _ in net.named_parameters()]
     owner = {name: next((g.name for g in recipe.groups if re.match(g.pattern, name)), None) for name in names}
-    faults = [f"group '{group.name}' (pattern '{group.pattern}') matches no parameter"
-              + (" that an earlier row has not taken" if any(re.match(group.pattern, name) for name in names) else "")
-              for group in recipe.groups if group.name not in owner.values()]
+    faults = [
+        f"group '{group.name}' (pattern '{group.pattern}') matches no parameter"
+        + (" that an earlier row has not taken" if any(re.match(group.pattern, name) for name in names) else "")
+        for group in recipe.groups
+        if group.name not in owner.values()
+    ]
     left = [name for name in names if owner[name] is None]
     if left:
         faults.append(f"no group matches {len(left)} parameter{'s' * (len(left) > 1)}, the first of them '{left[0]}'")
@@ -121,8 +140,10 @@ def layer_rows(recipe: Recipe, net: nn.Module) -> tuple[list[Group], dict[str, s
         layers = timm.models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
         head = classifier_parameters(net)
     except AttributeError:
-        raise RecipeError(f"LayerDecay: {recipe.backbone} does not state its layers (timm's group_matcher); "
-                          "write the groups as rows, Group(name, pattern, lr=...)") from None
+        raise RecipeError(
+            f"LayerDecay: {recipe.backbone} does not state its layers (timm's group_matcher); "
+            "write the groups as rows, Group(name, pattern, lr=...)"
+        ) from None
     ids = sorted({layers[name] for name, _ in net.named_parameters() if name not in head})
     rank = {layer: position for position, layer in enumerate(ids)}
     rows = [Group("head", "", decay.head_lr, 0)]
@@ -132,8 +153,14 @@ def layer_rows(recipe: Recipe, net: nn.Module) -> tuple[list[Group], dict[str, s
     return rows, {name: "head" if name in head else f"layer{rank[layers[name]]:02d}" for name, _ in net.named_parameters()}
 
 
-def set_rates(optimizer: torch.optim.Optimizer, groups: list[ParamGroup], step: int, steps_per_epoch: int, epochs: int,
-              scored: Sequence[dict]) -> dict[str, float]:
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    groups: list[ParamGroup],
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    scored: Sequence[dict],
+) -> dict[str, float]:
     """Give every group its rate for update `step`; returns the rates by group name, 0 for what is frozen."""
     rates = {group.name: group.rate(step, steps_per_epoch, epochs, scored) for group in groups}
     for row in optimizer.param_groups:
@@ -143,13 +170,22 @@ def set_rates(optimizer: torch.optim.Optimizer, groups: list[ParamGroup], step: 
 
 def table(groups: list[ParamGroup], rates: dict[str, Sequence[float]]) -> str:
     """The groups as lines of text, with the first, the highest and the last of each one's `rates`, which are all above 0."""
-    rows = [("group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer",
-             "from epoch")]
+    rows = [
+        ("group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer", "from epoch")
+    ]
     for group in groups:
         size = (group.name, f"{len(group.params)}", f"{sum(p.numel() for p in group.params.values()):,}")
         if reached := rates[group.name]:
-            rows.append((*size, *(f"{rate:.2g}" for rate in (reached[0], max(reached), reached[-1])), f"{group.weight_decay:g}",
-                         f"{len(group.undecayed)} of {len(group.params)}", group.optimizer.name, f"{group.unfreeze_at}"))
+            rows.append(
+                (
+                    *size,
+                    *(f"{rate:.2g}" for rate in (reached[0], max(reached), reached[-1])),
+                    f"{group.weight_decay:g}",
+                    f"{len(group.undecayed)} of {len(group.params)}",
+                    group.optimizer.name,
+                    f"{group.unfreeze_at}",
+                )
+            )
         else:
             rows.append((*size, *["-"] * 5, "frozen", "never"))
     everything = [p.numel() for group in groups for p in group.params.values()]
@@ -160,6 +196,8 @@ def table(groups: list[ParamGroup], rates: dict[str, Sequence[float]]) -> str:
 def aligned(rows: list[tuple[str, ...]]) -> str:
     """Rows of cells as lines of text, the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)

@@ -29,9 +29,11 @@ def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:
     """Network, data and length of a run."""
     updates, probe = updates_per_epoch(recipe, num_images), recipe.linear_probe
     head = f"the head alone on features of {probe.views * num_images} images, then " if probe else ""
-    return (f"{as_dict(recipe.backbone)} on {as_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
-            f"{recipe.data.image_size} px; {head}{recipe.epochs} epochs of {updates} updates of {recipe.data.batch_size} "
-            "images")
+    return (
+        f"{as_dict(recipe.backbone)} on {as_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
+        f"{recipe.data.image_size} px; {head}{recipe.epochs} epochs of {updates} updates of {recipe.data.batch_size} "
+        "images"
+    )
 
 
 def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> str:
@@ -40,10 +42,15 @@ def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> s
     planned = planned_rates(recipe, net, [epoch * updates for epoch in epochs], updates)
     by_epoch = [("group", *map(str, epochs))]
     by_epoch += [(name, *(f"{rate:.1e}" if rate else "-" for rate in row)) for name, row in planned.items()]
-    return "\n\n".join([in_one_line(recipe, num_images, num_classes), group_tables(recipe, net, num_images),
-                        f"rate at the start of each epoch\n{aligned(by_epoch)}",
-                        f"stages\n{memory_table(recipe, net, recipe.data.batch_size)}",
-                        f"layers, for one image\n{layers(recipe, net)}"])
+    return "\n\n".join(
+        [
+            in_one_line(recipe, num_images, num_classes),
+            group_tables(recipe, net, num_images),
+            f"rate at the start of each epoch\n{aligned(by_epoch)}",
+            f"stages\n{memory_table(recipe, net, recipe.data.batch_size)}",
+            f"layers, for one image\n{layers(recipe, net)}",
+        ]
+    )
 
 
 def group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
@@ -88,8 +95,9 @@ def smoke(recipe: Recipe, parts: int) -> Recipe:
         if isinstance(row, LayerDecay):
             return dataclasses.replace(row, unfreeze_at=stages.index(row.unfreeze_at))
         own = row.schedule and quick(row.schedule)
-        return dataclasses.replace(row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own,
-                                   warmup_epochs=min(0.5, row.warmup_epochs))
+        return dataclasses.replace(
+            row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own, warmup_epochs=min(0.5, row.warmup_epochs)
+        )
 
     def quick(schedule):
         return dataclasses.replace(schedule, warmup_epochs=min(0.5, schedule.warmup_epochs))
@@ -98,9 +106,16 @@ def smoke(recipe: Recipe, parts: int) -> Recipe:
     switch = recipe.switch and dataclasses.replace(recipe.switch, at=stages.index(recipe.switch.at))
     weights = None if isinstance(recipe.class_weights, tuple) else recipe.class_weights  # for other classes
     small = dataclasses.replace(
-        recipe, weights="none", groups=groups[0] if isinstance(recipe.groups, LayerDecay) else groups, switch=switch,
-        schedule=quick(recipe.schedule), epochs=len(stages) + 1, class_weights=weights, early_stop=None,
-        data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling))
+        recipe,
+        weights="none",
+        groups=groups[0] if isinstance(recipe.groups, LayerDecay) else groups,
+        switch=switch,
+        schedule=quick(recipe.schedule),
+        epochs=len(stages) + 1,
+        class_weights=weights,
+        early_stop=None,
+        data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling),
+    )
     try:
         outline(small)
     except RecipeError:  # a network for one size only

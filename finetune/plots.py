@@ -32,8 +32,16 @@ def draw_rates(axes, rates: dict[str, Sequence[float]], steps: Sequence[int], st
     for at, names in starts.items():
         if at > 0:
             axes.axvline(at, color="0.6", linestyle=":", linewidth=1)
-            axes.annotate(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", (at, 0.02), rotation=90, ha="right",
-                          va="bottom", xycoords=("data", "axes fraction"), fontsize="x-small", color="0.3")
+            axes.annotate(
+                names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
+                (at, 0.02),
+                rotation=90,
+                ha="right",
+                va="bottom",
+                xycoords=("data", "axes fraction"),
+                fontsize="x-small",
+                color="0.3",
+            )
     lowest = min(max(values) for values in trained.values())  # a cosine's last dive to 0 hides all else
     axes.set(ylabel="learning rate", xlabel="epoch", yscale="log", ylim=(lowest / 100, None))
     axes.legend(ncols=min(6, len(trained)), fontsize="small")
@@ -69,17 +77,28 @@ def curves(run: Path, score: str) -> Path:
     time = [(row["step"] + 1) / per_epoch for row in updates]  # in epochs, so that all four share an axis
     ends = [row["epoch"] + 1 for row in epochs]
 
-    figure, (loss, scored, norm, rate) = plt.subplots(4, 1, figsize=(8, 9.5), sharex=True, layout="constrained",
-                                                      height_ratios=(3, 3, 2, 4))
-    loss.plot(time, [row["loss"] for row in updates], color="0.75", linewidth=0.8,
-              label="training, each update (as augmented and smoothed)")
+    figure, (loss, scored, norm, rate) = plt.subplots(
+        4, 1, figsize=(8, 9.5), sharex=True, layout="constrained", height_ratios=(3, 3, 2, 4)
+    )
+    loss.plot(
+        time,
+        [row["loss"] for row in updates],
+        color="0.75",
+        linewidth=0.8,
+        label="training, each update (as augmented and smoothed)",
+    )
     loss.plot(ends, [row["train_loss"] for row in epochs], "o-", markersize=3, color="C0", label="training, epoch mean")
     loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
     loss.legend()
     scored.plot([row["epoch"] + 1 for row in scores], [100 * row[score] for row in scores], "o-", markersize=3, color="C2")
-    scored.annotate(f"{epochs[-1][score]:.2%}", (ends[-1], 100 * epochs[-1][score]), xytext=(-4, -14),
-                    textcoords="offset points", ha="right")
+    scored.annotate(
+        f"{epochs[-1][score]:.2%}",
+        (ends[-1], 100 * epochs[-1][score]),
+        xytext=(-4, -14),
+        textcoords="offset points",
+        ha="right",
+    )
     scored.set(ylabel=f"validation {SCORES[score]}, %")
     norm.plot(time, [row["grad_norm"] for row in updates], color="0.4", linewidth=0.8)
     norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
@@ -105,8 +124,15 @@ def confusion(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Se
         for row in range(len(classes)):
             for column in range(len(classes)):
                 if counts[row, column]:
-                    axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize="small",
-                              color="white" if shares[row, column] > 0.5 else "black")
+                    axes.text(
+                        column,
+                        row,
+                        f"{counts[row, column]}",
+                        ha="center",
+                        va="center",
+                        fontsize="small",
+                        color="white" if shares[row, column] > 0.5 else "black",
+                    )
     figure.savefig(run / "confusion.png", dpi=110)
     plt.close(figure)
     return run / "confusion.png"

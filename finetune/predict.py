@@ -49,8 +49,9 @@ def logits_of(model: tuple, images: Sequence, on_bad_image: str, workers: int) -
     net, classes, preprocessing, settings = model
     accelerator = make_accelerator(settings)
     net.to(accelerator.device, memory_format=memory_format(settings))
-    inputs = SeededImages(images, scoring_transform(preprocessing), settings.seed, classes, on_bad_image,
-                          settings.loss == "multi_label")
+    inputs = SeededImages(
+        images, scoring_transform(preprocessing), settings.seed, classes, on_bad_image, settings.loss == "multi_label"
+    )
     return train_loop.evaluate(settings, net, inputs, accelerator, workers=workers)
 
 
@@ -120,8 +121,12 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     model = _, classes, _, settings = load_model(source)
     images = labelled_images(str(data), settings, classes)
     logits, labels = logits_of(model, images, settings.data.on_bad_image, workers)
-    result = {"model": str(source), "data": str(data), **scores(settings, logits, labels),
-              "classes": class_table(logits, labels, classes)}
+    result = {
+        "model": str(source),
+        "data": str(data),
+        **scores(settings, logits, labels),
+        "classes": class_table(logits, labels, classes),
+    }
     result.pop("class_accuracy", None)  # recall
     if labels.ndim == 1:
         seen = ~unreadable(labels)
@@ -150,8 +155,9 @@ def labelled_images(data: str, settings: SimpleNamespace, classes: tuple[str, ..
         raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
     if set(names) != set(classes):
         only = [", ".join(sorted(set(a) - set(b))[:10]) or "none" for a, b in ((classes, names), (names, classes))]
-        raise RecipeError(f"the classes of the model and of {data} differ: only the model has: {only[0]}; only {data} has: "
-                          f"{only[1]}")
+        raise RecipeError(
+            f"the classes of the model and of {data} differ: only the model has: {only[0]}; only {data} has: {only[1]}"
+        )
     return ImageList(images.items, [classes.index(names[label]) for label in images.labels], images.read)
 
 
@@ -163,10 +169,15 @@ def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
     truth = labels.bool() if several else one_hot(labels, len(classes)).bool()
     said = logits.sigmoid() > 0.5 if several else one_hot(logits.argmax(1), len(classes)).bool()
     right, there, predicted = (part.sum(0) for part in (truth & said, truth, said))
-    columns = {"images": there, "precision": right / predicted.clamp(min=1), "recall": right / there.clamp(min=1),
-               "f1": 2 * right / (predicted + there).clamp(min=1)}
-    return [{"class": name, **{key: column[label].item() for key, column in columns.items()}}
-            for label, name in enumerate(classes)]
+    columns = {
+        "images": there,
+        "precision": right / predicted.clamp(min=1),
+        "recall": right / there.clamp(min=1),
+        "f1": 2 * right / (predicted + there).clamp(min=1),
+    }
+    return [
+        {"class": name, **{key: column[label].item() for key, column in columns.items()}} for label, name in enumerate(classes)
+    ]
 
 
 def evaluation_as_text(result: dict) -> str:
@@ -174,8 +185,10 @@ def evaluation_as_text(result: dict) -> str:
     words = {"top1": "top-1", "top5": "top-5", **SCORES}
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in words.items() if name in result)
     rows = [["class", "images", "precision", "recall", "F1"]]
-    rows += [[row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1"))]
-             for row in result["classes"]]
+    rows += [
+        [row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1"))]
+        for row in result["classes"]
+    ]
     text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{aligned(rows)}"
     names = [row["class"] for row in result["classes"]]
     if "confusion" in result and len(names) <= 20:

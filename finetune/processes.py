@@ -23,8 +23,11 @@ def join_after_restart() -> None:
     if attempt != "0":
         store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         torch.distributed.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", store=torch.distributed.PrefixStore(f"attempt{attempt}", store),
-            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=torch.distributed.PrefixStore(f"attempt{attempt}", store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
 
 
 def first_on_main(accelerator: Accelerator, make: Callable):
@@ -73,8 +76,10 @@ def check_agreement(net: nn.Module, accelerator: Accelerator) -> None:
     others = accelerator.gather(sums[None])
     differing = (others != others[0]).any(0).nonzero().flatten().tolist()
     if differing:
-        raise RuntimeError(f"processes hold different values in {len(differing)} of {len(state)} tensors, the first of them "
-                           f"'{list(state)[differing[0]]}'; training went apart, and this run's numbers mean nothing")
+        raise RuntimeError(
+            f"processes hold different values in {len(differing)} of {len(state)} tensors, the first of them "
+            f"'{list(state)[differing[0]]}'; training went apart, and this run's numbers mean nothing"
+        )
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,21 @@ from finetune.recipe_checks import RecipeError, type_faults
 from finetune.recipe_data import Augment, Data
 from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, LinearProbe, Optimizer, Switch
 
-__all__ = ["SGD", "AdamW", "Augment", "Data", "EarlyStop", "Frozen", "Group", "LayerDecay", "LinearProbe", "Optimizer",
-           "Recipe", "RecipeError", "Switch"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Augment",
+    "Data",
+    "EarlyStop",
+    "Frozen",
+    "Group",
+    "LayerDecay",
+    "LinearProbe",
+    "Optimizer",
+    "Recipe",
+    "RecipeError",
+    "Switch",
+]
 
 
 SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
@@ -35,8 +48,10 @@ class EarlyStop:
         return watch.shape(None, scores) < 1
 
     def faults(self) -> list[str]:
-        rules = {f"patience must be at least 1, not {self.patience}": self.patience >= 1,
-                 f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0}
+        rules = {
+            f"patience must be at least 1, not {self.patience}": self.patience >= 1,
+            f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
+        }
         return [f"early_stop: {rule}" for rule, kept in rules.items() if not kept]
 
 
@@ -108,8 +123,16 @@ class Recipe:
     def parts(self) -> list:
         """The dataclasses a recipe is made of."""
         groups = [self.groups] if isinstance(self.groups, LayerDecay) else list(self.groups)
-        parts = [self.data, self.augment, *groups, self.optimizer, self.schedule, self.switch, self.early_stop,
-                 self.linear_probe]
+        parts = [
+            self.data,
+            self.augment,
+            *groups,
+            self.optimizer,
+            self.schedule,
+            self.switch,
+            self.early_stop,
+            self.linear_probe,
+        ]
         return [part for part in parts if part is not None]
 
     def at(self, epoch: int) -> "Recipe":
@@ -120,8 +143,10 @@ class Recipe:
         if isinstance(self.groups, LayerDecay):
             groups = replace(self.groups, head_lr=self.groups.head_lr * switch.lr_factor)
         else:
-            groups = tuple(row if isinstance(row, Frozen) or row.optimizer else replace(row, lr=row.lr * switch.lr_factor)
-                           for row in self.groups)
+            groups = tuple(
+                row if isinstance(row, Frozen) or row.optimizer else replace(row, lr=row.lr * switch.lr_factor)
+                for row in self.groups
+            )
         return replace(self, switch=None, optimizer=switch.optimizer, groups=groups)
 
     def optimizer_begins(self, epoch: int) -> int:
@@ -131,41 +156,53 @@ class Recipe:
     def faults(self) -> list[str]:
         """What is wrong with the recipe's own fields, and with parts that do not fit each other."""
         positive = ("clip_norm", "clip_value", "clip_adaptive")
-        rules = {f"{name} must be above 0, or None, not {getattr(self, name)}":
-                     getattr(self, name) is None or getattr(self, name) > 0 for name in positive}
-        rules |= {f"{name} must be at least 0 and below 1, not {getattr(self, name)}": 0 <= getattr(self, name) < 1
-                  for name in ("label_smoothing", "dropout", "drop_path")}
+        rules = {
+            f"{name} must be above 0, or None, not {getattr(self, name)}": getattr(self, name) is None
+            or getattr(self, name) > 0
+            for name in positive
+        }
+        rules |= {
+            f"{name} must be at least 0 and below 1, not {getattr(self, name)}": 0 <= getattr(self, name) < 1
+            for name in ("label_smoothing", "dropout", "drop_path")
+        }
         rules |= {
             f"epochs must be at least 1, not {self.epochs}": self.epochs >= 1,
             f"seed must be 0 or more, not {self.seed}": self.seed >= 0,
             f"l2_sp must be 0 or more, not {self.l2_sp}": 0 <= self.l2_sp < math.inf,
-            f"ema_decay must be above 0 and below 1, or None, not {self.ema_decay}":
-                self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay must be above 0 and below 1, or None, not {self.ema_decay}": self.ema_decay is None
+            or 0 < self.ema_decay < 1,
             f"clip_norm_type must be above 0, not {self.clip_norm_type}": self.clip_norm_type > 0,
             "clip_norm_type has no effect without clip_norm": self.clip_norm is not None or self.clip_norm_type == 2,
-            f"class_weights must be above 0, not {self.class_weights}":
-                not isinstance(self.class_weights, tuple) or all(weight > 0 for weight in self.class_weights),
+            f"class_weights must be above 0, not {self.class_weights}": not isinstance(self.class_weights, tuple)
+            or all(weight > 0 for weight in self.class_weights),
             "class_weights need loss='cross_entropy'": self.class_weights is None or self.loss == "cross_entropy",
             "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure": self.mixed_precision != "fp16"
-                or "LBFGS" not in [part.optimizer.name for part in [self, *self.parts()] if getattr(part, "optimizer", None)],
+            or "LBFGS" not in [part.optimizer.name for part in [self, *self.parts()] if getattr(part, "optimizer", None)],
             "data: sampling='balanced' needs one label an image": self.data.sampling == "all" or self.loss != "multi_label",
             f"score='{self.score}' and loss='{self.loss}' do not go together: several labels an image are scored by "
-            "'mean_average_precision', one label by 'top1' or 'macro_f1'":
-                (self.score == "mean_average_precision") == (self.loss == "multi_label"),
-            "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix":
-                self.data.on_bad_image == "stop" or not self.augment.mixes,
-            "head: a timm or torchvision backbone knows its own head; remove the field":
-                self.head is None or callable(self.backbone),
+            "'mean_average_precision', one label by 'top1' or 'macro_f1'": (self.score == "mean_average_precision")
+            == (self.loss == "multi_label"),
+            "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix": self.data.on_bad_image
+            == "stop"
+            or not self.augment.mixes,
+            "head: a timm or torchvision backbone knows its own head; remove the field": self.head is None
+            or callable(self.backbone),
         } | self.timing_rules()
-        rules |= {f"{name}: only timm's networks have it": isinstance(self.backbone, str) and "/" not in self.backbone
-                  for name in ("dropout", "drop_path", "gradient_checkpointing") if getattr(self, name)}
+        rules |= {
+            f"{name}: only timm's networks have it": isinstance(self.backbone, str) and "/" not in self.backbone
+            for name in ("dropout", "drop_path", "gradient_checkpointing")
+            if getattr(self, name)
+        }
         return [rule for rule, kept in rules.items() if not kept]
 
     def timing_rules(self) -> dict[str, bool]:
         """What must hold among epochs: of the run, of schedules, of groups."""
         rows = [group for group in self.groups if isinstance(group, Group)] if isinstance(self.groups, tuple) else []
-        starts = [("groups", self.groups.unfreeze_at)] if isinstance(self.groups, LayerDecay) else [
-            (f"group '{group.name}'", group.unfreeze_at) for group in rows]
+        starts = (
+            [("groups", self.groups.unfreeze_at)]
+            if isinstance(self.groups, LayerDecay)
+            else [(f"group '{group.name}'", group.unfreeze_at) for group in rows]
+        )
         rules = {}
         if isinstance(self.groups, tuple):
             names = [group.name for group in self.groups]
@@ -174,14 +211,21 @@ class Recipe:
             rules["nothing trains in epoch 0: give at least one group unfreeze_at=0"] = 0 in [epoch for _, epoch in starts]
         if self.switch:
             later = sorted({epoch for _, epoch in starts} - {0})
-            rules[f"switch: at={self.switch.at} is no epoch at which a group unfreezes"
-                  f" (those after the first: {', '.join(map(str, later)) or 'none'})"] = self.switch.at in later
+            rules[
+                f"switch: at={self.switch.at} is no epoch at which a group unfreezes"
+                f" (those after the first: {', '.join(map(str, later)) or 'none'})"
+            ] = self.switch.at in later
         if self.epochs >= 1:
-            rules |= {f"{row}: unfreeze_at={epoch} is past the last epoch, {self.epochs - 1}": epoch < self.epochs
-                      for row, epoch in starts}
+            rules |= {
+                f"{row}: unfreeze_at={epoch} is past the last epoch, {self.epochs - 1}": epoch < self.epochs
+                for row, epoch in starts
+            }
             ends = [("schedule: ", self.schedule.warmup_epochs, 0)]
             ends += [(f"group '{row.name}': schedule: ", row.schedule.warmup_epochs, 0) for row in rows if row.schedule]
             ends += [(f"group '{row.name}': ", row.warmup_epochs, row.unfreeze_at) for row in rows]
-            rules |= {f"{row}warmup_epochs={warmup} does not end within epochs={self.epochs}": start + warmup < self.epochs
-                      for row, warmup, start in ends if warmup}
+            rules |= {
+                f"{row}warmup_epochs={warmup} does not end within epochs={self.epochs}": start + warmup < self.epochs
+                for row, warmup, start in ends
+                if warmup
+            }
         return rules

@@ -29,8 +29,14 @@ def type_faults(part, where: str = "") -> list[str]:
 
 def in_words(hint) -> str:
     """A type as a person would say it."""
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None",
-             Callable: "a function"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "True or False",
+        type(None): "None",
+        Callable: "a function",
+    }
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(map(repr, arguments))

@@ -31,8 +31,11 @@ class Data:
     holdout: float = 0.0
 
     def faults(self) -> list[str]:
-        faults = [f"data: {name} must be at least 1, not {getattr(self, name)}" for name in ("image_size", "batch_size")
-                  if getattr(self, name) < 1]
+        faults = [
+            f"data: {name} must be at least 1, not {getattr(self, name)}"
+            for name in ("image_size", "batch_size")
+            if getattr(self, name) < 1
+        ]
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             faults.append(f"data: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
         if not 0 <= self.holdout < 1:
@@ -66,14 +69,18 @@ class Augment:
 
     def faults(self) -> list[str]:
         rules = {
-            f"crop_scale must be two rising fractions of the area, not {self.crop_scale}":
-                0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-            f"crop_ratio must be two rising positive numbers, not {self.crop_ratio}":
-                0 < self.crop_ratio[0] <= self.crop_ratio[1],
+            f"crop_scale must be two rising fractions of the area, not {self.crop_scale}": 0
+            < self.crop_scale[0]
+            <= self.crop_scale[1]
+            <= 1,
+            f"crop_ratio must be two rising positive numbers, not {self.crop_ratio}": 0
+            < self.crop_ratio[0]
+            <= self.crop_ratio[1],
             f"hflip must be a probability, not {self.hflip}": 0 <= self.hflip <= 1,
             f"color_jitter must be 0 or more, not {self.color_jitter}": self.color_jitter >= 0,
-            f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}":
-                self.randaugment is None or self.randaugment.startswith("rand-"),
+            f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}": self.randaugment
+            is None
+            or self.randaugment.startswith("rand-"),
             f"erasing must be a probability, not {self.erasing}": 0 <= self.erasing <= 1,
             f"mixup must be 0 or more, not {self.mixup}": 0 <= self.mixup < math.inf,
             f"cutmix must be 0 or more, not {self.cutmix}": 0 <= self.cutmix < math.inf,

@@ -51,8 +51,14 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that change a recipe, wherever one is named."""
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
-                        help="change a field of the recipe; may be given again")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="assignments",
+        help="change a field of the recipe; may be given again",
+    )
     parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV, ...")
     parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
@@ -167,8 +173,11 @@ def flat(part, key: str = "") -> dict:
     """{path: value} of nested dicts and lists; an item with a name is found by it."""
     if not isinstance(part, dict | list) or not part:
         return {key: part}
-    items = part.items() if isinstance(part, dict) else (
-        (item["name"] if isinstance(item, dict) and "name" in item else i, item) for i, item in enumerate(part))
+    items = (
+        part.items()
+        if isinstance(part, dict)
+        else ((item["name"] if isinstance(item, dict) and "name" in item else i, item) for i, item in enumerate(part))
+    )
     return {path: value for name, item in items for path, value in flat(item, f"{key}.{name}" if key else str(name)).items()}
 
 

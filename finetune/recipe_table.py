@@ -62,12 +62,15 @@ class Group:
     optimizer: Optimizer | None = None
 
     def faults(self) -> list[str]:
-        rules = {f"lr must be a finite number above 0, not {self.lr}; to keep parameters as they are, Frozen(name, pattern)":
-                     self.lr > 0 and math.isfinite(self.lr),
-                 f"unfreeze_at must be an epoch from 0, not {self.unfreeze_at}": self.unfreeze_at >= 0,
-                 f"weight_decay must be 0 or more, not {self.weight_decay}":
-                     self.weight_decay is None or 0 <= self.weight_decay < math.inf,
-                 f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0}
+        rules = {
+            f"lr must be a finite number above 0, not {self.lr}; to keep parameters as they are, Frozen(name, pattern)": self.lr
+            > 0
+            and math.isfinite(self.lr),
+            f"unfreeze_at must be an epoch from 0, not {self.unfreeze_at}": self.unfreeze_at >= 0,
+            f"weight_decay must be 0 or more, not {self.weight_decay}": self.weight_decay is None
+            or 0 <= self.weight_decay < math.inf,
+            f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0,
+        }
         own = [part for part in (self.schedule, self.optimizer) if part is not None]
         faults = [rule for rule, kept in rules.items() if not kept] + [fault for part in own for fault in part.faults()]
         return name_faults(self) + [f"group '{self.name}': {fault}" for fault in faults]
@@ -154,6 +157,8 @@ class LinearProbe:
     l2: float = 0.1
 
     def faults(self) -> list[str]:
-        rules = {f"views must be at least 1, not {self.views}": self.views >= 1,
-                 f"l2 must be a finite number above 0, not {self.l2}": 0 < self.l2 < math.inf}
+        rules = {
+            f"views must be at least 1, not {self.views}": self.views >= 1,
+            f"l2 must be a finite number above 0, not {self.l2}": 0 < self.l2 < math.inf,
+        }
         return [f"linear_probe: {rule}" for rule, kept in rules.items() if not kept]

@@ -17,15 +17,26 @@ from finetune.run_record import RunRecord
 from finetune.scores import scores
 
 
-def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor],
-           val_images: SeededImages, smoke: bool) -> None:
+def report(
+    record: RunRecord,
+    file: Path,
+    recipe: Recipe,
+    net: nn.Module,
+    start: dict[str, torch.Tensor],
+    val_images: SeededImages,
+    smoke: bool,
+) -> None:
     """Write the finished run's last files and say its last words; result.json, written last, makes it a finished run.
 
     `net` is the network whose scores were logged, `start` its parameters from before the run, by name.
     """
     folder = record.folder
-    result = {"recipe": file.stem, **({"smoke": True} if smoke else {}), **record.result(recipe.seed),
-              "drift": drift(recipe, net, start)}
+    result = {
+        "recipe": file.stem,
+        **({"smoke": True} if smoke else {}),
+        **record.result(recipe.seed),
+        "drift": drift(recipe, net, start),
+    }
     record.save_model(folder / "model", net)
     curves(folder, recipe.score)
     predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
@@ -33,8 +44,12 @@ def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start:
         confusion(folder, **predictions, classes=val_images.classes)
         mistakes(folder, **predictions, images=val_images)
     if kinds := getattr(val_images.images, "kinds", None):
-        result["by_kind"] = {kind: scores(recipe, *(part[[one == kind for one in kinds]] for part in (
-            predictions["logits"], predictions["labels"]))) for kind in sorted(set(kinds))}
+        result["by_kind"] = {
+            kind: scores(
+                recipe, *(part[[one == kind for one in kinds]] for part in (predictions["logits"], predictions["labels"]))
+            )
+            for kind in sorted(set(kinds))
+        }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
     words = {recipe.score: SCORES[recipe.score], "top1": "top-1", "top5": "top-5", **SCORES}
@@ -43,18 +58,22 @@ def report(record: RunRecord, file: Path, recipe: Recipe, net: nn.Module, start:
     promised = "nothing: a smoke run" if smoke else promise(file, recipe)
     early = f" (stopped early, of {recipe.epochs} epochs)" if result["epochs"] < recipe.epochs else ""
     when = "before the first epoch" if result["best_epoch"] == -1 else f"in epoch {result['best_epoch']}"
-    kinds = "".join(f"          {kind}: {SCORES[recipe.score]} {part[recipe.score]:.2%} of {part['val_images']} images\n"
-                    for kind, part in result.get("by_kind", {}).items())
-    record.say(f"\nreached   {reached}, loss {result['loss']:.4f}; {result['seconds']:.0f} s, "
-               f"{result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB{early}\n{kinds}"
-               f"promised  {promised}\n"
-               f"{paid(recipe.score, result)}"
-               f"moved     {moved} of their first norm\n"
-               f"best      {SCORES[recipe.score]} {result['best_' + recipe.score]:.2%} {when}: "
-               f"{folder / 'model-best'}\n"
-               f"model     {folder / 'model'}\n"
-               f"all else  {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}",
-               even_if_quiet=True)
+    kinds = "".join(
+        f"          {kind}: {SCORES[recipe.score]} {part[recipe.score]:.2%} of {part['val_images']} images\n"
+        for kind, part in result.get("by_kind", {}).items()
+    )
+    record.say(
+        f"\nreached   {reached}, loss {result['loss']:.4f}; {result['seconds']:.0f} s, "
+        f"{result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB{early}\n{kinds}"
+        f"promised  {promised}\n"
+        f"{paid(recipe.score, result)}"
+        f"moved     {moved} of their first norm\n"
+        f"best      {SCORES[recipe.score]} {result['best_' + recipe.score]:.2%} {when}: "
+        f"{folder / 'model-best'}\n"
+        f"model     {folder / 'model'}\n"
+        f"all else  {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}",
+        even_if_quiet=True,
+    )
 
 
 def paid(score: str, result: dict) -> str:
@@ -76,6 +95,7 @@ def paid(score: str, result: dict) -> str:
 
 def drift(recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:
     """How far each group moved: the norm of its change over the norm it began with; 0 for what was frozen."""
+
     def norm(tensors) -> float:
         return torch.nn.utils.get_total_norm([tensor.double() for tensor in tensors]).item()
 

@@ -37,16 +37,31 @@ def reproduce(name: str, seeds: int, output: Path | None = None, data: str | Non
         scores.append(score)
     low, high = interval(record, len(scores))
     inside = low <= statistics.mean(scores) <= high
-    print(f"{SCORES[metric_of(record)]} {statistics.mean(scores):.2%}, the mean of {len(scores)}, lies "
-          f"{'inside' if inside else 'OUTSIDE'} {low:.1%} to {high:.1%}; promised was {summary(record)}. By chance alone "
-          f"{odds(record, scores):.1%} of such tries would differ as much. The runs: {output}")
+    print(
+        f"{SCORES[metric_of(record)]} {statistics.mean(scores):.2%}, the mean of {len(scores)}, lies "
+        f"{'inside' if inside else 'OUTSIDE'} {low:.1%} to {high:.1%}; promised was {summary(record)}. By chance alone "
+        f"{odds(record, scores):.1%} of such tries would differ as much. The runs: {output}"
+    )
     return inside
 
 
 def score_of_run(file: Path, seed: int, folder: Path, data: str | None) -> dict:
     """The result of one run, which goes on if it was begun, on what Accelerate finds: every GPU, or the CPU."""
-    line = [sys.executable, "-m", "accelerate.commands.launch", str(HERE / "run.py"), "--recipe", str(file),
-            "--seed", str(seed), "--output", str(folder), "--resume", "auto", *(["--data", data] if data else [])]
+    line = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        str(HERE / "run.py"),
+        "--recipe",
+        str(file),
+        "--seed",
+        str(seed),
+        "--output",
+        str(folder),
+        "--resume",
+        "auto",
+        *(["--data", data] if data else []),
+    ]
     if not (folder / "result.json").is_file():
         print(f"finetune/run.py {' '.join(line[4:])}", flush=True)
         subprocess.run(line, env={"ACCELERATE_LOG_LEVEL": "error", **os.environ}, check=False)

@@ -20,23 +20,40 @@ STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPF
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="run.py", description="Fine-tune a pretrained vision backbone as a recipe says.",
-        epilog="example: accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar --set groups.head.lr=5e-3")
+        prog="run.py",
+        description="Fine-tune a pretrained vision backbone as a recipe says.",
+        epilog="example: accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar --set groups.head.lr=5e-3",
+    )
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
     add_recipe_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
-    parser.add_argument("--resume", nargs="?", const="", metavar="DIR|auto",
-                        help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/); "
-                             "auto: with the one in --output if there is one, else begin")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR|auto",
+        help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/); "
+        "auto: with the one in --output if there is one, else begin",
+    )
     parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe was changed")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="updates (default: once an epoch)")
     parser.add_argument("--dry-run", action="store_true", help="show groups and rates, then stop")
     parser.add_argument("--smoke", action="store_true", help="try the whole path on generated images: no result")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N",
-                        help="cut each process's share of the batch in N, for less memory; the result stays")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cut each process's share of the batch in N, for less memory; the result stays",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, for each training process")
-    parser.add_argument("--track", action="append", default=[], metavar="tensorboard|wandb|...",
-                        help="log to a tracker that Accelerate knows, too; may be given again")
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="tensorboard|wandb|...",
+        help="log to a tracker that Accelerate knows, too; may be given again",
+    )
     parser.add_argument("--quiet", action="store_true", help="say nothing but the last words and what went wrong")
     args = parser.parse_args(argv)
     if args.smoke and (args.data or args.weights or args.resume is not None):
@@ -59,8 +76,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO):
             raise
-        print(f"finetune: {error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
-              "then go on with --resume", file=sys.stderr)
+        print(
+            f"finetune: {error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
+            "then go on with --resume",
+            file=sys.stderr,
+        )
     return 2
 
 
@@ -69,8 +89,10 @@ def launch(args: argparse.Namespace) -> int:
     recipe, file = chosen_recipe(args)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
-        raise RecipeError(f"batch_size={recipe.data.batch_size}, the images of one update over all processes, can't be divided "
-                          f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches")
+        raise RecipeError(
+            f"batch_size={recipe.data.batch_size}, the images of one update over all processes, can't be divided "
+            f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches"
+        )
     check_launcher(recipe)
     resume = args.resume is not None
     if args.resume == "auto":
@@ -121,18 +143,25 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
         begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
-    record = RunRecord(folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.score,
-                       args.quiet)
+    record = RunRecord(
+        folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.score, args.quiet
+    )
     if args.smoke:
         record.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
-    record.say(f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
-               f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
-               f"{group_table}\n")
+    record.say(
+        f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
+        f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
+        f"{group_table}\n"
+    )
     try:
-        start = ({name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
-                 if accelerator.is_main_process else {})  # the first process alone reports
-        scored = train(recipe, net, images, record, accelerator, args.accumulate, default_workers(args, accelerator),
-                       args.checkpoint_every)
+        start = (
+            {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
+            if accelerator.is_main_process
+            else {}
+        )  # the first process alone reports
+        scored = train(
+            recipe, net, images, record, accelerator, args.accumulate, default_workers(args, accelerator), args.checkpoint_every
+        )
     except Stopped as stopped:
         record.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
         accelerator.end_training()
@@ -150,14 +179,18 @@ def check_launcher(recipe: Recipe) -> None:
     environment = os.environ
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", recipe.mixed_precision):
-        raise RecipeError(f"the launcher asks for mixed precision {precision}, the recipe for {recipe.mixed_precision}; "
-                          f"precision belongs to the recipe: --set mixed_precision={precision}")
+        raise RecipeError(
+            f"the launcher asks for mixed precision {precision}, the recipe for {recipe.mixed_precision}; "
+            f"precision belongs to the recipe: --set mixed_precision={precision}"
+        )
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise RecipeError("gradient accumulation is asked for with --accumulate N, not by the launcher")
     if "MASTER_ADDR" in environment and "RANK" not in environment and "ACCELERATE_MIXED_PRECISION" in environment:
-        raise RecipeError("accelerate launch was asked for several processes, but without several GPUs it starts one; "
-                          "give it --multi_gpu as well (it then starts them on the CPU, too), or "
-                          "--config_file accelerate_config.yaml, which says so")
+        raise RecipeError(
+            "accelerate launch was asked for several processes, but without several GPUs it starts one; "
+            "give it --multi_gpu as well (it then starts them on the CPU, too), or "
+            "--config_file accelerate_config.yaml, which says so"
+        )
 
 
 def default_workers(args: argparse.Namespace, accelerator) -> int:

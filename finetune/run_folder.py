@@ -28,8 +28,9 @@ def new_folder(name: str, output: Path | None) -> Path:
     folder = output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEGINNINGS):
         what = "a run" if (folder / "recipe.json").exists() else "files"
-        raise RecipeError(f"output folder {folder} already holds {what}; name another --output, or go on with the run in it: "
-                          "--resume")
+        raise RecipeError(
+            f"output folder {folder} already holds {what}; name another --output, or go on with the run in it: --resume"
+        )
     return folder
 
 
@@ -39,8 +40,11 @@ def unfinished_folder(name: str, folder: Path | None) -> Path:
     Raises:
         RecipeError: if there is none, or it is finished.
     """
-    folder = folder or max((path.parent for path in Path("runs").glob(f"{name}-*/recipe.json")), default=None,
-                           key=lambda path: path.stat().st_mtime)
+    folder = folder or max(
+        (path.parent for path in Path("runs").glob(f"{name}-*/recipe.json")),
+        default=None,
+        key=lambda path: path.stat().st_mtime,
+    )
     if folder is None or not (folder / "recipe.json").is_file():
         raise RecipeError(f"no run to resume in {folder or 'runs/'}; name its folder: --resume DIR")
     if (folder / "result.json").is_file():
@@ -87,8 +91,15 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise RecipeError, with the fields that differ, unless the run in `folder` was started with this recipe."""
     changed = changes(json.loads((folder / "recipe.json").read_text()), recipe)
     if changed:
-        raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed,
-                                       "to go on with this one all the same: --resume-anyway"]))
+        raise RecipeError(
+            "\n  ".join(
+                [
+                    f"the run in {folder} was started with another recipe:",
+                    *changed,
+                    "to go on with this one all the same: --resume-anyway",
+                ]
+            )
+        )
 
 
 def changes(before: dict, recipe: Recipe) -> list[str]:

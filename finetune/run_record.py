@@ -64,9 +64,16 @@ class RunRecord:
 
     def state(self) -> dict:
         """What `go_on` needs; asked for after a flush, on the first process."""
-        return {"epochs": self.epochs, "head": self.head, "clock": self.clock, "best_epoch": self.best_epoch,
-                "images": self.images, "skipped": self.skipped, "seconds": self.elapsed(),
-                "metrics_bytes": self.metrics.stat().st_size}
+        return {
+            "epochs": self.epochs,
+            "head": self.head,
+            "clock": self.clock,
+            "best_epoch": self.best_epoch,
+            "images": self.images,
+            "skipped": self.skipped,
+            "seconds": self.elapsed(),
+            "metrics_bytes": self.metrics.stat().st_size,
+        }
 
     def elapsed(self) -> float:
         """Seconds of this run so far, those before it broke off among them."""
@@ -104,15 +111,19 @@ class RunRecord:
         sums = self.accelerator.reduce(torch.stack([row[3] for row in self.waiting]), "sum")
         losses, skipped = sums[:, 0].tolist(), int(sums[:, 1].sum())
         norms = torch.stack([row[4] for row in self.waiting]).tolist()
-        rows = [{"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": rates}
-                for (step, epoch, _, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)]
+        rows = [
+            {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": rates}
+            for (step, epoch, _, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)
+        ]
         for row, (_, _, update, *_) in zip(rows, self.waiting, strict=True):
             if not math.isfinite(row["loss"]):
                 rates = ", ".join(f"{name} {rate:.2e}" for name, rate in row["lr"].items())
                 where = f"the loss of update {row['step']} (epoch {row['epoch']})"
-                raise RecipeError(f"{where} is {row['loss']}, at rates {rates}\n"
-                                  f"  its images, by index: {', '.join(map(str, update.images))}\n"
-                                  f"  lower the rates, or clip_norm. The last good checkpoint is kept in {self.folder}")
+                raise RecipeError(
+                    f"{where} is {row['loss']}, at rates {rates}\n"
+                    f"  its images, by index: {', '.join(map(str, update.images))}\n"
+                    f"  lower the rates, or clip_norm. The last good checkpoint is kept in {self.folder}"
+                )
         self.waiting = []
         self.losses += losses
         self.skipped += skipped
@@ -125,15 +136,19 @@ class RunRecord:
         self.head = {"epoch": -1, "step": 0, **scores}
         self.clock.append(self.elapsed())
         self.write([self.head])
-        self.say(f"the head alone, on features computed once:  validation loss {scores['loss']:.4f}  "
-                 f"{SCORES[self.score]} {scores[self.score]:7.2%}  in {self.clock[0]:.0f} s")
+        self.say(
+            f"the head alone, on features computed once:  validation loss {scores['loss']:.4f}  "
+            f"{SCORES[self.score]} {scores[self.score]:7.2%}  in {self.clock[0]:.0f} s"
+        )
 
     def log_epoch(self, step: int, epoch: int, scores: dict, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """A line for an epoch, in the file and on the terminal; what was scored goes to predictions.safetensors."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **scores}
         if not math.isfinite(row["loss"]):
-            raise RecipeError(f"the validation loss after epoch {epoch} is {row['loss']}: lower the rates, or clip_norm. "
-                              f"The last good checkpoint is kept in {self.folder}")
+            raise RecipeError(
+                f"the validation loss after epoch {epoch} is {row['loss']}: lower the rates, or clip_norm. "
+                f"The last good checkpoint is kept in {self.folder}"
+            )
         if self.skipped:
             row["skipped_images"] = self.skipped
             self.say(f"epoch {epoch}: {self.skipped} training images could not be read and were skipped")
@@ -143,8 +158,10 @@ class RunRecord:
         self.write([row])
         if self.accelerator.is_main_process:
             (self.folder / "predictions.safetensors").write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
-        self.say(f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "
-                 f"{SCORES[self.score]} {row[self.score]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s")
+        self.say(
+            f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "
+            f"{SCORES[self.score]} {row[self.score]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s"
+        )
 
     def keep_best(self, net: torch.nn.Module) -> None:
         """Write model-best/ if what was just logged has the highest score so far."""
@@ -174,11 +191,20 @@ class RunRecord:
         """The run in numbers: the last epoch's scores (not the best's: that one was chosen on these very images)."""
         last, best, seconds = self.epochs[-1], self.best(), self.elapsed()
         head = {f"head_{self.score}": self.head[self.score]} if self.head else {}
-        return {**{key: value for key, value in last.items() if key not in ("epoch", "step")}, "epochs": len(self.epochs),
-                "updates": last["step"], **head, "best_epoch": self.best_epoch,
-                f"best_{self.score}": best[self.score], "seed": seed, "seconds": round(seconds, 1),
-                "clock": [round(moment, 1) for moment in self.clock], "images_per_second": round(self.images / seconds, 1),
-                "peak_memory_gib": round(peak_memory(self.accelerator.device), 3), **surroundings(self.accelerator)}
+        return {
+            **{key: value for key, value in last.items() if key not in ("epoch", "step")},
+            "epochs": len(self.epochs),
+            "updates": last["step"],
+            **head,
+            "best_epoch": self.best_epoch,
+            f"best_{self.score}": best[self.score],
+            "seed": seed,
+            "seconds": round(seconds, 1),
+            "clock": [round(moment, 1) for moment in self.clock],
+            "images_per_second": round(self.images / seconds, 1),
+            "peak_memory_gib": round(peak_memory(self.accelerator.device), 3),
+            **surroundings(self.accelerator),
+        }
 
 
 def peak_memory(device: torch.device) -> float:
@@ -188,6 +214,7 @@ def peak_memory(device: torch.device) -> float:
     if sys.platform == "win32":
         return float("nan")
     import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -196,10 +223,21 @@ def surroundings(accelerator: Accelerator) -> dict:
     """Versions and hardware: what a number must be read with."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {"versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-                         "torchvision": torchvision.__version__, "accelerate": accelerate.__version__},
-            "hardware": {"device": device.type, "name": name, "processes": accelerator.num_processes,
-                         "threads": torch.get_num_threads()}}
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "torchvision": torchvision.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "hardware": {
+            "device": device.type,
+            "name": name,
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        },
+    }
 
 
 def processor() -> str:

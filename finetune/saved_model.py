@@ -48,8 +48,10 @@ def load_model(source: str | Path) -> tuple[nn.Module, tuple[str, ...], dict, Si
         classes, preprocessing = tuple(config["label_names"]), config["preprocessing"]
         net = other_network(folder, run, settings, len(classes))
     else:
-        raise RecipeError(f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
-                          "of a function is loaded from the whole run folder")
+        raise RecipeError(
+            f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
+            "of a function is loaded from the whole run folder"
+        )
     return net.eval(), classes, preprocessing, settings
 
 
@@ -62,8 +64,10 @@ def locate(source: str | Path) -> tuple[Path, Path | None]:
     folder = Path(source) / "model" if run == folder else Path(source)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise RecipeError(f"no model in {source}: no {folder / missing[0]}. Wanted: the folder of a finished run, a folder "
-                          f"with {' and '.join(FILES)}, or hf-hub:OWNER/NAME")
+        raise RecipeError(
+            f"no model in {source}: no {folder / missing[0]}. Wanted: the folder of a finished run, a folder "
+            f"with {' and '.join(FILES)}, or hf-hub:OWNER/NAME"
+        )
     return folder, run
 
 
@@ -77,8 +81,10 @@ def from_repository(source: str) -> Path:
             reach(huggingface_hub.constants.ENDPOINT, "the Hugging Face hub")
             paths = [huggingface_hub.hf_hub_download(*file, revision=revision or None) for file in asked]
     except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
-        raise RecipeError(f"can't fetch {' and '.join(FILES)} of {source}: {str(error).strip().partition(chr(10))[0]}\n"
-                          "  a copy you have: give the folder with these files") from error
+        raise RecipeError(
+            f"can't fetch {' and '.join(FILES)} of {source}: {str(error).strip().partition(chr(10))[0]}\n"
+            "  a copy you have: give the folder with these files"
+        ) from error
     return Path(paths[0]).parent
 
 
@@ -86,8 +92,17 @@ def known_settings(run: Path | None) -> SimpleNamespace:
     """The fields of a run's recipe.json, or what stands for them; fp16 without a GPU becomes float32."""
     recipe = {"data": {}} if run is None else read_json(run / "recipe.json")
     data = {"source": "(unknown)", "batch_size": 32, "on_bad_image": "stop", "holdout": 0.0, **recipe["data"]}
-    fields = {"backbone": "", "head": None, "weights": "model.safetensors", "loss": "cross_entropy", "flip_test": False,
-              "mixed_precision": "no", "seed": 0, **recipe, "data": SimpleNamespace(**data)}
+    fields = {
+        "backbone": "",
+        "head": None,
+        "weights": "model.safetensors",
+        "loss": "cross_entropy",
+        "flip_test": False,
+        "mixed_precision": "no",
+        "seed": 0,
+        **recipe,
+        "data": SimpleNamespace(**data),
+    }
     if fields["mixed_precision"] == "fp16" and not torch.accelerator.is_available():
         fields["mixed_precision"] = "no"
     return SimpleNamespace(**fields)

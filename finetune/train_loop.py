@@ -24,8 +24,16 @@ from finetune.scores import scores
 from finetune.unfreeze import begins_stage, stage_in_words, train_mode, unfreeze, wrap
 
 
-def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImages], record: RunRecord,
-          accelerator: Accelerator, accumulate: int = 1, workers: int = 0, checkpoint_every: int = 0) -> nn.Module:
+def train(
+    recipe: Recipe,
+    net: nn.Module,
+    images: tuple[SeededImages, SeededImages],
+    record: RunRecord,
+    accelerator: Accelerator,
+    accumulate: int = 1,
+    workers: int = 0,
+    checkpoint_every: int = 0,
+) -> nn.Module:
     """Fine-tune `net` in place, as the recipe says, writing what happens to `record`; goes on from its newest checkpoint.
 
     `images` are the training and the validation set, `accumulate` the micro-batches of an update on each process (more if
@@ -70,9 +78,18 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
                 accumulate = fitting_accumulation(recipe, net, accelerator, accumulate, record.say)
                 model = wrap(net, accelerator, recipe.torch_compile)
             train_mode(net, recipe.norm_stats)
-            updates = plan_epoch(len(train_images), recipe.data.batch_size, recipe.seed, epoch, accelerator.process_index,
-                                 accelerator.num_processes, accumulate, chances, recipe.augment.mixes)
-            updates = updates[step - epoch * steps_per_epoch:]
+            updates = plan_epoch(
+                len(train_images),
+                recipe.data.batch_size,
+                recipe.seed,
+                epoch,
+                accelerator.process_index,
+                accelerator.num_processes,
+                accumulate,
+                chances,
+                recipe.augment.mixes,
+            )
+            updates = updates[step - epoch * steps_per_epoch :]
             loaded = load_updates(train_images, epoch, updates, workers, accelerator.device)
             for update, batches in record.progress(loaded, epoch, len(updates)):
                 rates = set_rates(optimizer, groups, step, steps_per_epoch, recipe.epochs, record.epochs)
@@ -95,8 +112,15 @@ def train(recipe: Recipe, net: nn.Module, images: tuple[SeededImages, SeededImag
     return scored
 
 
-def fit_head(recipe: Recipe, objective: Objective, net: nn.Module, images: tuple[SeededImages, SeededImages],
-             accelerator: Accelerator, accumulate: int, workers: int) -> None:
+def fit_head(
+    recipe: Recipe,
+    objective: Objective,
+    net: nn.Module,
+    images: tuple[SeededImages, SeededImages],
+    accelerator: Accelerator,
+    accumulate: int,
+    workers: int,
+) -> None:
     """Fit the head alone to the frozen backbone's features, which are computed once for each view of the training images.
 
     The first view is as images are scored, the others are varied as for training.
@@ -104,17 +128,37 @@ def fit_head(recipe: Recipe, objective: Objective, net: nn.Module, images: tuple
     train_images, val_images = images
     layer = head_layer(recipe, net)
     with returns_features(layer):
-        views = [evaluate(recipe, net, train_images.seen_as(val_images) if view == 0 else train_images, accelerator, accumulate,
-                          workers, epoch=-view) for view in range(recipe.linear_probe.views)]
+        views = [
+            evaluate(
+                recipe,
+                net,
+                train_images.seen_as(val_images) if view == 0 else train_images,
+                accelerator,
+                accumulate,
+                workers,
+                epoch=-view,
+            )
+            for view in range(recipe.linear_probe.views)
+        ]
     device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # Apple's GPUs know no float64
     features, labels = (torch.cat(parts).to(device) for parts in zip(*views, strict=True))
     fit(layer, features, labels, objective.loss, recipe.linear_probe.l2)
     share([layer.weight.data, layer.bias.data], accelerator)
 
 
-def take_step(recipe: Recipe, objective: Objective, model: nn.Module, trained: list[nn.Parameter], optimizer, update: Update,
-              batches: list, step: int, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+def take_step(
+    recipe: Recipe,
+    objective: Objective,
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    optimizer,
+    update: Update,
+    batches: list,
+    step: int,
+    accelerator: Accelerator,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One update: gradient, clipping, optimizer; returns this process's share of the loss, and the norm before clipping."""
+
     def gradient() -> tuple[torch.Tensor, torch.Tensor]:
         optimizer.zero_grad()
         loss = backward(recipe, objective, model, update, batches, step, accelerator)
@@ -130,8 +174,9 @@ def take_step(recipe: Recipe, objective: Objective, model: nn.Module, trained: l
     return loss, norm
 
 
-def backward(recipe: Recipe, objective: Objective, model: nn.Module, update: Update, batches: list, step: int,
-             accelerator: Accelerator) -> torch.Tensor:
+def backward(
+    recipe: Recipe, objective: Objective, model: nn.Module, update: Update, batches: list, step: int, accelerator: Accelerator
+) -> torch.Tensor:
     """Leave the gradient of the update's mean loss in the parameters; returns this process's share of that loss.
 
     Each micro-batch adds a sum divided by the size of the whole update, not a mean of means: a short last batch then weighs
@@ -156,8 +201,15 @@ def backward(recipe: Recipe, objective: Objective, model: nn.Module, update: Upd
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: Accelerator, accumulate: int = 1,
-             workers: int = 0, epoch: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def evaluate(
+    recipe: Recipe,
+    net: nn.Module,
+    images: SeededImages,
+    accelerator: Accelerator,
+    accumulate: int = 1,
+    workers: int = 0,
+    epoch: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
 
     `epoch` decides how images that are varied are.
@@ -168,8 +220,9 @@ def evaluate(recipe: Recipe, net: nn.Module, images: SeededImages, accelerator: 
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
     outputs, targets = [], []
-    for batch, labels in load(images, epoch, [mine[i:i + size] for i in range(0, len(mine), size)], workers,
-                              accelerator.device):
+    for batch, labels in load(
+        images, epoch, [mine[i : i + size] for i in range(0, len(mine), size)], workers, accelerator.device
+    ):
         batch = batch.contiguous(memory_format=memory_format(recipe))
         with accelerator.autocast():
             logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)

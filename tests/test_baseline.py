@@ -20,9 +20,19 @@ def finished(folder, recipe, top1, **result):
     """A run folder with a result."""
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(as_dict(recipe)))
-    scores = {"top1": top1, "loss": 0.1, "macro_f1": top1, "best_top1": top1, "seconds": 1.0, "images_per_second": 1.0,
-              "peak_memory_gib": 1.0, "seed": recipe.seed, "val_images": 400,
-              "versions": {"torch": "2.15.0+cu132"}, "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2}}
+    scores = {
+        "top1": top1,
+        "loss": 0.1,
+        "macro_f1": top1,
+        "best_top1": top1,
+        "seconds": 1.0,
+        "images_per_second": 1.0,
+        "peak_memory_gib": 1.0,
+        "seed": recipe.seed,
+        "val_images": 400,
+        "versions": {"torch": "2.15.0+cu132"},
+        "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2},
+    }
     (folder / "result.json").write_text(json.dumps(scores | result))
     return folder
 
@@ -32,8 +42,11 @@ def test_a_record_is_made_of_runs_of_one_recipe(tmp_path):
     runs = [finished(tmp_path / str(seed), small_recipe(seed=seed), 0.9 + seed / 100) for seed in range(3)]
     assert summary(record_runs(runs)) == "91.0 % (90.0 to 92.0, 3 seeds)"
     assert summary(record_runs(runs[:1])) == "90.0 % (1 seed)"
-    for name, recipe, result in (("other", small_recipe(epochs=5, seed=7), {}), ("again", small_recipe(), {}),
-                                 ("smoke", small_recipe(seed=8), {"smoke": True})):
+    for name, recipe, result in (
+        ("other", small_recipe(epochs=5, seed=7), {}),
+        ("again", small_recipe(), {}),
+        ("smoke", small_recipe(seed=8), {"smoke": True}),
+    ):
         with pytest.raises(RecipeError):
             record_runs([*runs, finished(tmp_path / name, recipe, 0.9, **result)])
     with pytest.raises(RecipeError, match="no finished run"):
@@ -59,9 +72,12 @@ def test_records_name_no_machine():
 
 
 def record_of(scores, val_images=400):
-    return {"recipe": as_dict(small_recipe()), "runs": [{"seed": seed, "top1": score, "val_images": val_images, "seconds": 90.0}
-            for seed, score in enumerate(scores)], "versions": {"torch": "2.15.0+cu132"},
-            "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2}}
+    return {
+        "recipe": as_dict(small_recipe()),
+        "runs": [{"seed": seed, "top1": score, "val_images": val_images, "seconds": 90.0} for seed, score in enumerate(scores)],
+        "versions": {"torch": "2.15.0+cu132"},
+        "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2},
+    }
 
 
 @pytest.mark.parametrize("seeds,new", [(1, 1), (3, 1), (3, 3), (5, 2)])
@@ -99,8 +115,10 @@ def test_a_baseline_is_written_into_its_recipe(tmp_path, monkeypatch, capsys):
     (tmp_path / "baselines").mkdir()
     recipe = load_recipe("efficientnet_lite0_digits")[0]
     file.write_text((ROOT / "recipes" / "efficientnet_lite0_digits.py").read_text().partition("\nbaseline = ")[0])
-    runs = [finished(tmp_path / str(seed), small_recipe(**{**vars(recipe), "seed": seed}), top1)
-            for seed, top1 in enumerate((0.95, 0.97))]
+    runs = [
+        finished(tmp_path / str(seed), small_recipe(**{**vars(recipe), "seed": seed}), top1)
+        for seed, top1 in enumerate((0.95, 0.97))
+    ]
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["baseline", str(file), *map(str, runs)])
         assert baseline.main() == 0 and "96.0 % (95.0 to 97.0, 2 seeds)" in capsys.readouterr().out

@@ -124,12 +124,24 @@ def make_mnist(name):
         for part in ("train", "t10k"):
             put(root / f"{name}/raw/{part}-images-idx3-ubyte", idx(PIXELS[:3, :28, :28, 0]))
             put(root / f"{name}/raw/{part}-labels-idx1-ubyte", idx(np.array([7, 0, 2], np.uint8)))
+
     return make
 
 
-MADE = {"DTD": make_dtd, "EuroSAT": make_eurosat, "FGVCAircraft": make_aircraft, "Flowers102": make_flowers,
-        "Food101": make_food, "GTSRB": make_signs, "Imagenette": make_imagenette, "OxfordIIITPet": make_pets, "STL10": make_stl,
-        "SVHN": make_svhn, "MNIST": make_mnist("MNIST"), "FashionMNIST": make_mnist("FashionMNIST")}
+MADE = {
+    "DTD": make_dtd,
+    "EuroSAT": make_eurosat,
+    "FGVCAircraft": make_aircraft,
+    "Flowers102": make_flowers,
+    "Food101": make_food,
+    "GTSRB": make_signs,
+    "Imagenette": make_imagenette,
+    "OxfordIIITPet": make_pets,
+    "STL10": make_stl,
+    "SVHN": make_svhn,
+    "MNIST": make_mnist("MNIST"),
+    "FashionMNIST": make_mnist("FashionMNIST"),
+}
 
 
 @pytest.fixture
@@ -147,8 +159,10 @@ def same(ours, theirs):
     """Whether a set of ours has the images and labels of another library's, in its order."""
     theirs = [(np.asarray(image.convert("RGB")), int(label)) for image, label in theirs]
     assert list(ours.labels) == [label for _, label in theirs]
-    assert all(np.array_equal(image, other) and label == number and image.mode == "RGB" and type(label) is int
-               for (image, label), (other, number) in zip((ours[i] for i in range(len(ours))), theirs, strict=True))
+    assert all(
+        np.array_equal(image, other) and label == number and image.mode == "RGB" and type(label) is int
+        for (image, label), (other, number) in zip((ours[i] for i in range(len(ours))), theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -157,22 +171,28 @@ def test_torchvisions_sets_are_what_torchvision_reads(torchvision_folder, name):
     MADE[name](torchvision_folder)
     data = load_data(source(f"torchvision/{name}"))
     argument, values, *_ = TORCHVISION[name]
-    theirs = [getattr(torchvision.datasets, name)(torchvision_folder, **({argument: value} if argument else {}))
-              for value in values]
+    theirs = [
+        getattr(torchvision.datasets, name)(torchvision_folder, **({argument: value} if argument else {})) for value in values
+    ]
     if len(values) == 2:
         same(data.train, theirs[0]), same(data.val, theirs[1])
     else:
-        assert sorted(zip(map(str, data.train.items + data.val.items), [*data.train.labels, *data.val.labels],
-                          strict=True)) == sorted(theirs[0].samples)
+        assert sorted(
+            zip(map(str, data.train.items + data.val.items), [*data.train.labels, *data.val.labels], strict=True)
+        ) == sorted(theirs[0].samples)
         assert sorted(data.val.labels) == [0, 1] and len(data.train) == 10
     known = getattr(theirs[0], "classes", None)
-    assert data.classes == (tuple(each if isinstance(each, str) else each[0] for each in known) if known else
-                            tuple(str(i) for i in range(TORCHVISION[name][3])))
+    assert data.classes == (
+        tuple(each if isinstance(each, str) else each[0] for each in known)
+        if known
+        else tuple(str(i) for i in range(TORCHVISION[name][3]))
+    )
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_a_set_that_can_not_be_downloaded_is_named(torchvision_folder, monkeypatch, name):
     """Without a network one message has the set, where it belongs and the reason; its size is known all the same."""
+
     def refuse(*args, **options):
         raise urllib.error.URLError("no network")
 
@@ -196,13 +216,17 @@ def write_csv(root, rows, header="path,label,split"):
     return put(root / "labels.csv", "\n".join([header, *rows]) + "\n")
 
 
-@pytest.mark.parametrize("header,val", [("path,label,split", "val"), ("Split, class ,FILE", "Validation"),
-                                        ("\ufefffilename,target,split", "test")])
+@pytest.mark.parametrize(
+    "header,val", [("path,label,split", "val"), ("Split, class ,FILE", "Validation"), ("\ufefffilename,target,split", "test")]
+)
 def test_a_csv_has_the_images_and_labels_of_the_folders(image_folder, tmp_path, header, val):
     """A table with a split column is read as the same files in torchvision's class folders are; val comes before test."""
     order = (0, 1, 2) if header[0] != "S" else (2, 1, 0)
-    rows = [(str(path), path.parent.name, {"train": "train", "val": val}[part]) for part in ("train", "val")
-            for path in sorted((image_folder / part).rglob("*.png"))]
+    rows = [
+        (str(path), path.parent.name, {"train": "train", "val": val}[part])
+        for part in ("train", "val")
+        for path in sorted((image_folder / part).rglob("*.png"))
+    ]
     rows += [(rows[0][0], "blue", "test")] * (val != "test")
     data = load_data(source(write_csv(tmp_path, [",".join(row[i] for i in order) for row in rows], header)))
     assert data.classes == ("blue", "green", "red")
@@ -228,8 +252,10 @@ def test_a_csv_without_a_split_is_split_as_the_folders_are(image_folder, tmp_pat
 def test_several_labels_in_a_cell_are_vectors(tmp_path, split):
     """Cells with several labels become scikit-learn's indicator vectors, empty ones zeros, in both parts of a split."""
     cells = ["a;b", "c", "b|c", "", "a; b ;c", "a"] * 5 + ["a;d", "b;d", "c;d"]
-    rows = [f"{put_image(tmp_path / f'{i}.png', i).name},{cell}" + f",{('train', 'val')[i % 5 == 0]}" * split
-            for i, cell in enumerate(cells)]
+    rows = [
+        f"{put_image(tmp_path / f'{i}.png', i).name},{cell}" + f",{('train', 'val')[i % 5 == 0]}" * split
+        for i, cell in enumerate(cells)
+    ]
     file = write_csv(tmp_path, rows, "path,label" + ",split" * split)
     data = load_data(source(file, **MULTI))
     binarizer = MultiLabelBinarizer()
@@ -251,8 +277,14 @@ def test_a_csv_that_is_not_in_order(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_data(source(write_csv(tmp_path, rows)))
     message = str(caught.value)
-    for fault in ("7 of 11 files are missing: ", "no4.png, ...", "2 rows have no label or several, first row 4",
-                  "split 'trian' is none of", "only in train: a, c; only in val: none", str(tmp_path / "labels.csv")):
+    for fault in (
+        "7 of 11 files are missing: ",
+        "no4.png, ...",
+        "2 rows have no label or several, first row 4",
+        "split 'trian' is none of",
+        "only in train: a, c; only in val: none",
+        str(tmp_path / "labels.csv"),
+    ):
         assert fault in message, fault
     assert "no5.png" not in message
     with pytest.raises(RecipeError) as caught:
@@ -268,8 +300,11 @@ def test_a_csv_that_is_not_in_order(tmp_path):
 def hub_set(numbers, **more):
     """A set of the package datasets with 12 images, or as many as are asked for."""
     datasets = pytest.importorskip("datasets")
-    columns = {"note": ["x"] * len(numbers), "picture": [{"bytes": png(i), "path": None} for i in numbers],
-               "kind": [i % 2 for i in numbers]}
+    columns = {
+        "note": ["x"] * len(numbers),
+        "picture": [{"bytes": png(i), "path": None} for i in numbers],
+        "kind": [i % 2 for i in numbers],
+    }
     features = {"note": datasets.Value("string"), "picture": datasets.Image(), "kind": datasets.ClassLabel(names=list(NAMES))}
     for name, feature in more.items():
         columns[name], features[name] = columns["picture" if isinstance(feature, datasets.Image) else "kind"], feature
@@ -319,14 +354,19 @@ def test_parquet_and_image_folders_are_what_datasets_reads(tmp_path, image_folde
     assert data.classes == ("blue", "green", "red")
 
 
-@pytest.mark.parametrize("change,fault", [
-    (lambda rows: {"train": rows.remove_columns("kind")}, "Image: picture; ClassLabel: none; all columns: note, picture"),
-    (lambda rows: {"train": hub_set(range(4), second=rows.features["kind"])}, "ClassLabel: kind, second"),
-    (lambda rows: {"train": hub_set(range(4), mask=rows.features["picture"])}, "Image: picture, mask"),
-    (lambda rows: {"valid": rows}, "has no split 'train', but valid"),
-    (lambda rows: {"train": rows, "test": rows.map(lambda row: {"kind": -1}, load_from_cache_file=False)},
-     "4 images of 'test' have no label"),
-])
+@pytest.mark.parametrize(
+    "change,fault",
+    [
+        (lambda rows: {"train": rows.remove_columns("kind")}, "Image: picture; ClassLabel: none; all columns: note, picture"),
+        (lambda rows: {"train": hub_set(range(4), second=rows.features["kind"])}, "ClassLabel: kind, second"),
+        (lambda rows: {"train": hub_set(range(4), mask=rows.features["picture"])}, "Image: picture, mask"),
+        (lambda rows: {"valid": rows}, "has no split 'train', but valid"),
+        (
+            lambda rows: {"train": rows, "test": rows.map(lambda row: {"kind": -1}, load_from_cache_file=False)},
+            "4 images of 'test' have no label",
+        ),
+    ],
+)
 def test_a_saved_set_that_is_not_in_order(tmp_path, change, fault):
     """Columns that are missing or not unique, and labels that are missing, are named."""
     datasets = pytest.importorskip("datasets")
@@ -340,6 +380,7 @@ def test_a_hub_that_can_not_be_reached_is_said_within_seconds(monkeypatch):
     """Without a network, or with HF_HUB_OFFLINE for what is not in the cache, one message comes in seconds."""
     pytest.importorskip("datasets")
     import huggingface_hub
+
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     for offline in (False, True):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
@@ -367,8 +408,15 @@ def write_shards(folder, part, numbers, **more):
     folder.mkdir(exist_ok=True)
     with webdataset.ShardWriter(str(folder / f"{part}-%04d.tar"), maxcount=3, verbose=0) as writer:
         for i in numbers:
-            writer.write({"__key__": f"some.where/of a long name {'x' * 60}/{i:03d}", "png": Image.fromarray(PIXELS[i]),
-                          "cls": i % 2, "json": {"number": i}, **more})
+            writer.write(
+                {
+                    "__key__": f"some.where/of a long name {'x' * 60}/{i:03d}",
+                    "png": Image.fromarray(PIXELS[i]),
+                    "cls": i % 2,
+                    "json": {"number": i},
+                    **more,
+                }
+            )
 
 
 def test_shards_are_what_webdataset_reads(tmp_path):
@@ -399,15 +447,18 @@ def spoil_shard(file, **changes):
                 tar.addfile(member, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("spoil,fault", [
-    (lambda file: file.write_bytes(gzip.compress(file.read_bytes())), "Wanted: a tar, not compressed"),
-    (lambda file: file.write_bytes(file.read_bytes()[:4000]), "unexpected end of data"),
-    (lambda file: spoil_shard(file, cls=b""), "0 has 1 images and no .cls"),
-    (lambda file: spoil_shard(file, jpg=b"x"), "0 has 2 images and a .cls"),
-    (lambda file: spoil_shard(file, cls=b"ant"), "invalid literal for int()"),
-    (lambda file: spoil_shard(file, cls=b"2"), "has labels from 0 to 2, and 2 classes"),
-    (lambda file: spoil_shard(file, cls=b"-1"), "has labels from -1 to 1, and 2 classes"),
-])
+@pytest.mark.parametrize(
+    "spoil,fault",
+    [
+        (lambda file: file.write_bytes(gzip.compress(file.read_bytes())), "Wanted: a tar, not compressed"),
+        (lambda file: file.write_bytes(file.read_bytes()[:4000]), "unexpected end of data"),
+        (lambda file: spoil_shard(file, cls=b""), "0 has 1 images and no .cls"),
+        (lambda file: spoil_shard(file, jpg=b"x"), "0 has 2 images and a .cls"),
+        (lambda file: spoil_shard(file, cls=b"ant"), "invalid literal for int()"),
+        (lambda file: spoil_shard(file, cls=b"2"), "has labels from 0 to 2, and 2 classes"),
+        (lambda file: spoil_shard(file, cls=b"-1"), "has labels from -1 to 1, and 2 classes"),
+    ],
+)
 def test_shards_that_are_not_in_order(tmp_path, spoil, fault):
     """A tar that is compressed, cut, or without one image and one label a sample is named."""
     write_shards(tmp_path / "s", "train", range(4)), write_shards(tmp_path / "s", "val", range(4))

@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from conftest import ROOT
 from finetune import export as exporting
 from finetune.baseline import summary
 from finetune.export import compare, export, save_model
@@ -31,10 +31,34 @@ from finetune.saved_model import load_model
 def finished(tmp_path_factory, image_folder):
     """A run of resnet18_cifar on the image folder, from random weights."""
     output = tmp_path_factory.mktemp("run") / "out"
-    done = subprocess.run([sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data",
-                           str(image_folder), "--weights", "none", "--set", "data.image_size=32", "--set", "data.batch_size=8",
-                           "--set", "mixed_precision=no", "--set", "epochs=4", "--set", "groups.layer4.lr=2e-4", "--seed", "3",
-                           "--output", str(output)], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "finetune" / "run.py"),
+            "--recipe",
+            "resnet18_cifar",
+            "--data",
+            str(image_folder),
+            "--weights",
+            "none",
+            "--set",
+            "data.image_size=32",
+            "--set",
+            "data.batch_size=8",
+            "--set",
+            "mixed_precision=no",
+            "--set",
+            "epochs=4",
+            "--set",
+            "groups.layer4.lr=2e-4",
+            "--seed",
+            "3",
+            "--output",
+            str(output),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return output
 
@@ -43,9 +67,16 @@ def finished(tmp_path_factory, image_folder):
 def foreign(tmp_path_factory):
     """A run folder of a network that is none of timm's."""
     run = tmp_path_factory.mktemp("foreign")
-    inputs = {"input_size": (3, 64, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
-              "crop_mode": "squash"}
+    inputs = {
+        "input_size": (3, 64, 64),
+        "interpolation": "bilinear",
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+    }
     from torchvision.models import squeezenet1_1
+
     save_model(run / "model", squeezenet1_1(num_classes=2), inputs, ("a", "b"))
     (run / "recipe.json").write_text(json.dumps({"backbone": "torchvision/squeezenet1_1", "loss": "binary", "data": {}}))
     (run / "result.json").write_text("{}")
@@ -92,11 +123,21 @@ def test_the_model_card_is_one_of_the_hubs(finished, tmp_path):
     result = json.loads((finished / "result.json").read_text())
     assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("timm", "unknown", "image-classification")
     assert card.data.tags == ["image-classification", "timm"] and card.data.metrics == ["accuracy", "f1"]
-    assert [(row.metric_type, row.metric_value) for row in card.data.eval_results] == \
-        [("accuracy", result["top1"]), ("f1", result["macro_f1"])]
-    for text in ("`resnet18`, fine-tuned on", "from random weights", f"| top-1 | {result['top1']:.2%} |",
-                 "That is 1 run, seed 3.", "crop_pct: 0.95", f"torch {torch.__version__}", "Data: not known here",
-                 "](curves.png)", "Classes, in the order of the logits: blue, green, red."):
+    assert [(row.metric_type, row.metric_value) for row in card.data.eval_results] == [
+        ("accuracy", result["top1"]),
+        ("f1", result["macro_f1"]),
+    ]
+    for text in (
+        "`resnet18`, fine-tuned on",
+        "from random weights",
+        f"| top-1 | {result['top1']:.2%} |",
+        "That is 1 run, seed 3.",
+        "crop_pct: 0.95",
+        f"torch {torch.__version__}",
+        "Data: not known here",
+        "](curves.png)",
+        "Classes, in the order of the logits: blue, green, red.",
+    ):
         assert text in card.text
     assert str(finished.parent) not in card.content and "/images" not in card.content
 
@@ -161,14 +202,25 @@ def test_torch_alone_loads_the_torchscript(finished, image_folder, tmp_path):
     about = json.loads((folder / "model.json").read_text())
     expected, files = logits_and_files(finished, image_folder)
     safetensors.torch.save_file({"images": torch.from_numpy(by_hand(files, about)), "logits": expected}, tmp_path / "tensors")
-    done = subprocess.run([sys.executable, "-c", "\n".join((
-        "import sys, json, torch, safetensors.torch",
-        "net = torch.jit.load('exported/model.pt', _extra_files=(extra := {'model.json': ''}))",
-        "tensors = safetensors.torch.load_file('tensors')",
-        "for rows in (slice(15), slice(3, 4)):",
-        "    torch.testing.assert_close(net(tensors['images'][rows]), tensors['logits'][rows], atol=5e-3, rtol=0)",
-        "print(json.loads(extra['model.json'])['classes'], {'timm', 'finetune'} & set(sys.modules))"))],
-        cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "\n".join(
+                (
+                    "import sys, json, torch, safetensors.torch",
+                    "net = torch.jit.load('exported/model.pt', _extra_files=(extra := {'model.json': ''}))",
+                    "tensors = safetensors.torch.load_file('tensors')",
+                    "for rows in (slice(15), slice(3, 4)):",
+                    "    torch.testing.assert_close(net(tensors['images'][rows]), tensors['logits'][rows], atol=5e-3, rtol=0)",
+                    "print(json.loads(extra['model.json'])['classes'], {'timm', 'finetune'} & set(sys.modules))",
+                )
+            ),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "['blue', 'green', 'red'] set()\n", done.stderr
     assert "The file holds code" in about["use"]
 
@@ -204,12 +256,13 @@ def test_what_is_wrong_is_named(finished, foreign, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     for call, fault in (
-            (lambda: export(finished, "tflite"), "--to tflite: there are timm, onnx, torchscript"),
-            (lambda: export(finished, "timm", tmp_path / "full"), "full already holds files; name another --output"),
-            (lambda: export(foreign, "timm"), "not one of timm's; --to onnx and torchscript take any"),
-            (lambda: export(tmp_path / "alone", "onnx"), "no run folder to write into: name one with --output"),
-            (lambda: export(tmp_path / "alone", "timm", tmp_path / "new"), "describes a finished run, and there is none"),
-            (lambda: export(finished, "onnx"), "pip install onnx onnxscript onnxruntime")):
+        (lambda: export(finished, "tflite"), "--to tflite: there are timm, onnx, torchscript"),
+        (lambda: export(finished, "timm", tmp_path / "full"), "full already holds files; name another --output"),
+        (lambda: export(foreign, "timm"), "not one of timm's; --to onnx and torchscript take any"),
+        (lambda: export(tmp_path / "alone", "onnx"), "no run folder to write into: name one with --output"),
+        (lambda: export(tmp_path / "alone", "timm", tmp_path / "new"), "describes a finished run, and there is none"),
+        (lambda: export(finished, "onnx"), "pip install onnx onnxscript onnxruntime"),
+    ):
         with pytest.raises(RecipeError, match=fault):
             call()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"] and not (tmp_path / "new").exists()

@@ -12,8 +12,16 @@ from finetune import train_loop
 from finetune.folding import fold_norms
 from finetune.recipe import Data, Group
 
-NETWORKS = {"test_resnet": 15, "resnet18": 20, "tf_efficientnet_lite0": 49, "mobilenetv3_small_050": 34, "densenet121": 59,
-            "regnetx_002": 44, "convnext_atto": 0, "vit_tiny_patch16_224": 0}  # and the convolutions that take a norm in
+NETWORKS = {
+    "test_resnet": 15,
+    "resnet18": 20,
+    "tf_efficientnet_lite0": 49,
+    "mobilenetv3_small_050": 34,
+    "densenet121": 59,
+    "regnetx_002": 44,
+    "convnext_atto": 0,
+    "vit_tiny_patch16_224": 0,
+}  # and the convolutions that take a norm in
 
 
 def lively(name):

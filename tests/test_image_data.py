@@ -40,6 +40,7 @@ def test_an_epoch_is_the_same_however_it_is_cut(images, batch, parts):
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     """Another epoch or seed is another order, the same is the same."""
+
     def order(seed, epoch):
         return [i for update in plan_epoch(50, 8, seed, epoch) for i in update.micro_batches[0]]
 
@@ -90,9 +91,13 @@ def test_solar_cells_keep_their_shares_of_label_and_type():
     assert sum(data.train.labels) / 1969 == pytest.approx(sum(data.val.labels) / 655, abs=0.002)
 
 
-@pytest.mark.parametrize("name,label_bytes,train,val,names,classes", [
-    ("cifar-10-batches-bin", 1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 10),
-    ("cifar-100-binary", 2, ["train.bin"], "test.bin", "fine_label_names.txt", 100)])
+@pytest.mark.parametrize(
+    "name,label_bytes,train,val,names,classes",
+    [
+        ("cifar-10-batches-bin", 1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 10),
+        ("cifar-100-binary", 2, ["train.bin"], "test.bin", "fine_label_names.txt", 100),
+    ],
+)
 def test_cifar_is_read_from_its_binary_form(tmp_path, monkeypatch, name, label_bytes, train, val, names, classes):
     """Rows of label bytes and planes of red, green and blue come back as the images they were."""
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
@@ -100,8 +105,10 @@ def test_cifar_is_read_from_its_binary_form(tmp_path, monkeypatch, name, label_b
     folder.mkdir()
     pixels = np.random.RandomState(0).randint(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     labels = [3, 0, 9, classes - 1]
-    rows = b"".join(bytes([0] * (label_bytes - 1) + [label]) + image.transpose(2, 0, 1).tobytes()
-                    for image, label in zip(pixels, labels, strict=True))
+    rows = b"".join(
+        bytes([0] * (label_bytes - 1) + [label]) + image.transpose(2, 0, 1).tobytes()
+        for image, label in zip(pixels, labels, strict=True)
+    )
     for file in [*train, val]:
         (folder / file).write_bytes(rows)
     (folder / names).write_text("\n".join(f"class{i}" for i in range(classes)) + "\n\n")
@@ -135,14 +142,17 @@ def test_folders(image_folder, tmp_path):
     assert first.val.items == again.val.items != other.val.items
 
 
-@pytest.mark.parametrize("spoil,fault", [
-    (lambda root: shutil.rmtree(root / "val"), "has train/ but neither val/ nor test/"),
-    (lambda root: (root / "train" / "violet").mkdir(), "no images in class folder"),
-    (lambda root: shutil.rmtree(root / "val" / "red"), "only in train: red; only in val: none"),
-    (lambda root: (root / "train" / "red" / "3.png").write_bytes(b"<html>"), "can't read the image"),
-    (lambda root: [shutil.rmtree(root / "train" / name) for name in ("red", "green")], "one class, 'blue'"),
-    (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "has no class folders"),
-])
+@pytest.mark.parametrize(
+    "spoil,fault",
+    [
+        (lambda root: shutil.rmtree(root / "val"), "has train/ but neither val/ nor test/"),
+        (lambda root: (root / "train" / "violet").mkdir(), "no images in class folder"),
+        (lambda root: shutil.rmtree(root / "val" / "red"), "only in train: red; only in val: none"),
+        (lambda root: (root / "train" / "red" / "3.png").write_bytes(b"<html>"), "can't read the image"),
+        (lambda root: [shutil.rmtree(root / "train" / name) for name in ("red", "green")], "one class, 'blue'"),
+        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "has no class folders"),
+    ],
+)
 def test_a_folder_that_is_not_in_order(image_folder, tmp_path, spoil, fault):
     """Each thing that can be wrong with a folder of images is named before training."""
     root = tmp_path / "spoilt"
@@ -202,6 +212,7 @@ class Images(ImageList):
 
 def test_a_function_brings_its_own_images():
     """A function's (train, validation) are used as they are, in any image mode, and its classes make the head."""
+
     def mine():
         return Images([0, 1, 1]), Images([1, 0])
 
@@ -210,12 +221,15 @@ def test_a_function_brings_its_own_images():
     assert next(load(images[0], 0, [[0]], 0))[0].shape == (1, 3, 24, 24)
 
 
-@pytest.mark.parametrize("made,fault", [
-    (lambda: None, "must return (train, validation)"),
-    (lambda: (Images([0, 1]), Images([])), "gave 2 training and 0 validation images"),
-    (lambda: ([(torch.zeros(3, 8, 8), 0)], [1]), "the first with a list `classes`"),
-    (lambda: (Images([0], classes=("a",)), Images([0])), "of 1 classes"),
-])
+@pytest.mark.parametrize(
+    "made,fault",
+    [
+        (lambda: None, "must return (train, validation)"),
+        (lambda: (Images([0, 1]), Images([])), "gave 2 training and 0 validation images"),
+        (lambda: ([(torch.zeros(3, 8, 8), 0)], [1]), "the first with a list `classes`"),
+        (lambda: (Images([0], classes=("a",)), Images([0])), "of 1 classes"),
+    ],
+)
 def test_a_function_that_returns_something_else(made, fault):
     """A function that does not return two sets of labelled images is told what is wanted."""
     with pytest.raises(RecipeError) as caught:
@@ -225,8 +239,9 @@ def test_a_function_that_returns_something_else(made, fault):
 
 def test_a_label_out_of_range_is_named():
     """A label that no class has names the image and the range."""
-    images = SeededImages(Images([0, 1, 5]), scoring_transform(preprocessing(source("digits"), outline(source("digits")))), 0,
-                          ("a", "b"))
+    images = SeededImages(
+        Images([0, 1, 5]), scoring_transform(preprocessing(source("digits"), outline(source("digits")))), 0, ("a", "b")
+    )
     with pytest.raises(RecipeError, match="image 2 has label 5, but there are 2 classes, 0 to 1"):
         list(load(images, 0, [[0, 1, 2]], 0))
 

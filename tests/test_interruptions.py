@@ -61,8 +61,13 @@ def everything(folder):
     """All that a run's last checkpoint holds, and its metrics."""
     last = newest_checkpoint(folder)
     moments = torch.load(last / "optimizer.pt", weights_only=True)
-    flat = {f"{name} {key} {i}": torch.as_tensor(item) for name, state in moments.items() for key, value in state.items()
-            for i, item in enumerate(value if isinstance(value, list) else [value]) if item is not None}
+    flat = {
+        f"{name} {key} {i}": torch.as_tensor(item)
+        for name, state in moments.items()
+        for key, value in state.items()
+        for i, item in enumerate(value if isinstance(value, list) else [value])
+        if item is not None
+    }
     average = last / "average.safetensors"
     weights = safetensors.torch.load_file(last / "model.safetensors")
     weights |= {f"average {name}": t for name, t in (safetensors.torch.load_file(average) if average.exists() else {}).items()}
@@ -90,15 +95,18 @@ def interrupted_recipe():
     return small_recipe(backbone=DroppingNet, norm_stats="train", optimizer=AdamW(weight_decay=0.05))
 
 
-@pytest.mark.parametrize("before,call,accumulate,every,workers", [
-    ("set_rates", 5, 1, 0, (0, 0)),        # in an epoch, with the checkpoint at its start
-    ("set_rates", 6, 1, 1, (0, 2)),        # in an epoch, with a checkpoint after each update
-    ("set_rates", 6, 2, 2, (2, 0)),        # with fewer workers than before
-    ("seed_all", 9, 2, 1, (0, 0)),         # in the middle of an accumulation
-    ("unfreeze", 2, 1, 1, (2, 2)),         # at an unfreezing boundary
-    ("evaluate", 3, 1, 1, (0, 0)),         # after an epoch's last update, before its scores
-    ("save_checkpoint", 8, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
-])
+@pytest.mark.parametrize(
+    "before,call,accumulate,every,workers",
+    [
+        ("set_rates", 5, 1, 0, (0, 0)),  # in an epoch, with the checkpoint at its start
+        ("set_rates", 6, 1, 1, (0, 2)),  # in an epoch, with a checkpoint after each update
+        ("set_rates", 6, 2, 2, (2, 0)),  # with fewer workers than before
+        ("seed_all", 9, 2, 1, (0, 0)),  # in the middle of an accumulation
+        ("unfreeze", 2, 1, 1, (2, 2)),  # at an unfreezing boundary
+        ("evaluate", 3, 1, 1, (0, 0)),  # after an epoch's last update, before its scores
+        ("save_checkpoint", 8, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
+    ],
+)
 def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, before, call, accumulate, every, workers):
     """Parameters, buffers, optimizer state and the metrics file are the same, to the bit, wherever the run was cut."""
     monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
@@ -118,8 +126,12 @@ LEVERS = {
     "switch": {"groups": (HEAD, REST), "switch": Switch(at=2, optimizer=SGD(momentum=0.9), lr_factor=3.0)},
     "lbfgs": {"groups": (HEAD, Frozen("rest", ".")), "optimizer": Optimizer("LBFGS", max_iter=3)},
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
-    "own columns": {"groups": (Group("head", "fc", lr=1e-2, schedule=Plateau(patience=0)), Group(
-        "rest", ".", lr=1e-3, unfreeze_at=1, warmup_epochs=1.0, weight_decay=0.3))},
+    "own columns": {
+        "groups": (
+            Group("head", "fc", lr=1e-2, schedule=Plateau(patience=0)),
+            Group("rest", ".", lr=1e-3, unfreeze_at=1, warmup_epochs=1.0, weight_decay=0.3),
+        )
+    },
 }
 
 
@@ -191,6 +203,7 @@ def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypa
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
     """Pressed again a while later, Ctrl-C does not wait for the update."""
+
     def stuck(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the launcher passing the same one on
@@ -207,10 +220,30 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
     """A scheduler's SIGTERM ends the command with exit code 75 and the line that goes on; --resume auto then finishes."""
-    command = [sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data", str(image_folder),
-               "--weights", "none", "--set", "backbone=test_resnet", "--set", "mixed_precision=no",
-               "--set", "data.image_size=32", "--set", "data.batch_size=4", "--set", "epochs=40",
-               "--output", str(tmp_path / "out"), "--resume", "auto"]
+    command = [
+        sys.executable,
+        str(ROOT / "finetune" / "run.py"),
+        "--recipe",
+        "resnet18_cifar",
+        "--data",
+        str(image_folder),
+        "--weights",
+        "none",
+        "--set",
+        "backbone=test_resnet",
+        "--set",
+        "mixed_precision=no",
+        "--set",
+        "data.image_size=32",
+        "--set",
+        "data.batch_size=4",
+        "--set",
+        "epochs=40",
+        "--output",
+        str(tmp_path / "out"),
+        "--resume",
+        "auto",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.stdout.read()
@@ -269,9 +302,24 @@ def test_no_checkpoint_is_taken_away_before_the_next_is_there(tmp_path, monkeypa
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_folder, capsys, fault):
     """A write that fails ends in one message; the checkpoint before it is whole, and the run goes on from it."""
-    arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--set",
-                 "backbone=test_resnet", "--set", "data.image_size=32", "--set", "data.batch_size=8", "--set", "epochs=4",
-                 "--output", str(tmp_path / "out")]
+    arguments = [
+        "--recipe",
+        "resnet18_cifar",
+        "--data",
+        str(image_folder),
+        "--weights",
+        "none",
+        "--set",
+        "backbone=test_resnet",
+        "--set",
+        "data.image_size=32",
+        "--set",
+        "data.batch_size=8",
+        "--set",
+        "epochs=4",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     real, calls = Path.write_bytes, []
 
     def full(path, data):
@@ -309,9 +357,11 @@ def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """A folder is locked while a run in it is alive, and only then: a loader's worker that outlives its run holds nothing."""
-    code = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
-            f"from finetune.run_folder import lock; held = lock(Path({str(tmp_path)!r})); "
-            "worker = os.fork() or time.sleep(60); print(worker, flush=True); time.sleep(60)")
+    code = (
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+        f"from finetune.run_folder import lock; held = lock(Path({str(tmp_path)!r})); "
+        "worker = os.fork() or time.sleep(60); print(worker, flush=True); time.sleep(60)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     worker = int(holder.stdout.readline())
     with pytest.raises(RecipeError, match=f"process {holder.pid} is alive"):

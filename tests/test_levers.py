@@ -33,8 +33,9 @@ ALL = (Group("all", ".", lr=1e-2),)
 
 def plain(**changes):
     """Two epochs of SGD at one rate, everything trained, nothing clipped."""
-    return small_recipe(**{"groups": ALL, "optimizer": SGD(momentum=0.9), "schedule": Constant(), "epochs": 2,
-                           "clip_norm": None, **changes})
+    return small_recipe(
+        **{"groups": ALL, "optimizer": SGD(momentum=0.9), "schedule": Constant(), "epochs": 2, "clip_norm": None, **changes}
+    )
 
 
 def bare_loop(recipe, loss_of, clip_gradients=lambda parameters: None):
@@ -43,7 +44,7 @@ def bare_loop(recipe, loss_of, clip_gradients=lambda parameters: None):
     optimizer, trail = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9), []
     for epoch in range(recipe.epochs):
         for update in plan_epoch(22, 8, recipe.seed, epoch):
-            (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
+            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
             optimizer.zero_grad()
             loss_of(net, net(batch), labels).backward()
             clip_gradients(net.parameters())
@@ -83,12 +84,17 @@ class SimpleSet(SeededImages):
 
 # clipping
 
-@pytest.mark.parametrize("changes,theirs", [
-    ({"clip_norm": 0.1, "clip_norm_type": math.inf}, lambda p: torch.nn.utils.clip_grad_norm_(p, 0.1, math.inf)),
-    ({"clip_norm": 0.3, "clip_norm_type": 1.0}, lambda p: torch.nn.utils.clip_grad_norm_(p, 0.3, 1.0)),
-    ({"clip_value": 0.01}, lambda p: torch.nn.utils.clip_grad_value_(p, 0.01)),
-    ({"clip_adaptive": 0.01}, lambda p: timm.utils.adaptive_clip_grad(list(p), 0.01)),
-], ids=["largest element", "sum", "value", "adaptive"])
+
+@pytest.mark.parametrize(
+    "changes,theirs",
+    [
+        ({"clip_norm": 0.1, "clip_norm_type": math.inf}, lambda p: torch.nn.utils.clip_grad_norm_(p, 0.1, math.inf)),
+        ({"clip_norm": 0.3, "clip_norm_type": 1.0}, lambda p: torch.nn.utils.clip_grad_norm_(p, 0.3, 1.0)),
+        ({"clip_value": 0.01}, lambda p: torch.nn.utils.clip_grad_value_(p, 0.01)),
+        ({"clip_adaptive": 0.01}, lambda p: timm.utils.adaptive_clip_grad(list(p), 0.01)),
+    ],
+    ids=["largest element", "sum", "value", "adaptive"],
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping_is_torchs_and_timms(tmp_path, changes, theirs, accumulate):
     """Each way of clipping acts once an update on its whole gradient, as the library's own function in a bare loop."""
@@ -114,6 +120,7 @@ def test_the_logged_norm_is_from_before_clipping():
 
 
 # losses
+
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_binary_loss_is_timms(smoothing):
@@ -159,14 +166,16 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
     assert found[labels].mean().item() == pytest.approx(1.0)
     weights = tuple(float(i + 1) for i in range(10))
     recipe = plain(class_weights=weights)
-    trail = bare_loop(recipe, lambda net, logits, labels: cross_entropy(
-        logits, labels, torch.tensor(weights), reduction="sum") / len(labels))[1]
+    trail = bare_loop(
+        recipe, lambda net, logits, labels: cross_entropy(logits, labels, torch.tensor(weights), reduction="sum") / len(labels)
+    )[1]
     assert_same_weights(run_here(recipe, tmp_path, 2)[0], trail[-1], 1e-5)
 
 
 @pytest.mark.parametrize("weights,fault", [((1.0, 2.0), "class_weights: 2 for 10 classes"), ("balanced", "a list `targets`")])
 def test_class_weights_that_do_not_fit_are_refused(weights, fault):
     """A wrong number of weights, and a data set that does not tell its labels, each get one message."""
+
     class Untold:
         classes = tuple("0123456789")
 
@@ -185,7 +194,8 @@ def test_l2_sp_is_its_closed_form(tmp_path):
     def loss(net, logits, labels):
         pulled = [p for name, p in net.named_parameters() if name in ("stem.weight", "body.weight")]
         return cross_entropy(logits, labels) + 0.25 * sum(
-            (p - start[name]).square().sum() for name, p in net.named_parameters() if any(p is one for one in pulled))
+            (p - start[name]).square().sum() for name, p in net.named_parameters() if any(p is one for one in pulled)
+        )
 
     trail = bare_loop(recipe, loss)[1]
     for accumulate in (1, 2):
@@ -194,9 +204,15 @@ def test_l2_sp_is_its_closed_form(tmp_path):
     assert (trail[-1]["body.weight"] - without["body.weight"]).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("backbone,head,expected", [
-    ("test_resnet", None, {"fc.weight", "fc.bias"}), ("torchvision/resnet18", None, {"fc.weight", "fc.bias"}),
-    (SmallNet, "fc", {"fc.weight", "fc.bias"}), (SmallNet, None, set())])
+@pytest.mark.parametrize(
+    "backbone,head,expected",
+    [
+        ("test_resnet", None, {"fc.weight", "fc.bias"}),
+        ("torchvision/resnet18", None, {"fc.weight", "fc.bias"}),
+        (SmallNet, "fc", {"fc.weight", "fc.bias"}),
+        (SmallNet, None, set()),
+    ],
+)
 def test_the_new_head_is_known(backbone, head, expected):
     """The parameters that no pretrained weights have are the classifier's, or the named layer's."""
     recipe = small_recipe(backbone=backbone, head=head)
@@ -205,18 +221,20 @@ def test_the_new_head_is_known(backbone, head, expected):
 
 # mixing
 
+
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
 def test_neighbours_are_mixed_as_timm_mixes(alphas):
     """Each pair of neighbours comes out as timm's Mixup of that pair alone under the same draw; a last odd one stays itself."""
     mixup = timm.data.Mixup(alphas.get("mixup", 0), alphas.get("cutmix", 0), label_smoothing=0.0, num_classes=10)
     images, labels = torch.randn(7, 3, 16, 16), torch.randint(0, 10, (7,))
     from finetune.batches import seed_all
+
     for key in range(4):
         mixed, targets = mix_neighbours(mixup, images.clone(), labels, (0, key))
         order = [0, 2, 4, 6, 5, 3, 1]
         for first in (0, 2, 4):
             seed_all("mix", 0, key)
-            theirs, soft = mixup(images[first:first + 2].clone(), labels[first:first + 2])
+            theirs, soft = mixup(images[first : first + 2].clone(), labels[first : first + 2])
             for i in (0, 1):
                 at = order.index(first + i)
                 assert torch.equal(mixed[at], theirs[i]) and torch.equal(targets[at], soft[i])
@@ -227,13 +245,15 @@ def test_neighbours_are_mixed_as_timm_mixes(alphas):
 @pytest.mark.parametrize("processes,accumulate", [(1, 2), (2, 1), (1, 3), (3, 2), (4, 1)])
 def test_pairs_stay_together_however_an_update_is_cut(processes, accumulate):
     """Over all micro-batches the same pairs come together, in the same updates, as when nothing is cut."""
+
     def pairs(processes, accumulate):
         found = []
-        for update in zip(*(plan_epoch(23, 12, 0, 1, p, processes, accumulate, pairs=True) for p in range(processes)),
-                          strict=True):
+        for update in zip(
+            *(plan_epoch(23, 12, 0, 1, p, processes, accumulate, pairs=True) for p in range(processes)), strict=True
+        ):
             cuts = [cut for part in update if part.weight for cut in part.micro_batches]
             assert sorted(i for cut in cuts for i in cut) == sorted(update[0].images)
-            found.append({tuple(cut[i:i + 2]) for cut in cuts for i in range(0, len(cut), 2)})
+            found.append({tuple(cut[i : i + 2]) for cut in cuts for i in range(0, len(cut), 2)})
         return found
 
     assert pairs(processes, accumulate) == pairs(1, 1)
@@ -263,6 +283,7 @@ def test_each_update_and_each_seed_mixes_by_its_own_draw():
 
 # sampling
 
+
 def test_balanced_sampling_draws_each_class_equally():
     """Chances are those of torch's WeightedRandomSampler with weights 1 / count; drawn classes come equally often, by epoch."""
     labels = np.array([0] * 700 + [1] * 200 + [2] * 100)
@@ -273,8 +294,9 @@ def test_balanced_sampling_draws_each_class_equally():
     assert len(draw) == 1000 and len(set(draw)) < 1000
     drawn = np.bincount(labels[draw])
     assert abs(drawn - 1000 / 3).max() < 4 * math.sqrt(1000 * 1 / 3 * 2 / 3)  # four standard deviations of a binomial
-    again, other = ([i for update in plan_epoch(1000, 64, 0, epoch, chances=chances) for i in update.images]
-                    for epoch in (3, 4))
+    again, other = (
+        [i for update in plan_epoch(1000, 64, 0, epoch, chances=chances) for i in update.images] for epoch in (3, 4)
+    )
     assert draw == again != other
 
 
@@ -292,6 +314,7 @@ def test_balanced_sampling_reaches_the_run(tmp_path):
         return train, Coloured([0, 1, 0, 1])
 
     from finetune import augment
+
     recipe = small_recipe(groups=ALL, epochs=8, data=Data(uneven, 24, 8, sampling="balanced"))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(augment, "SeededImages", Watching)
@@ -319,6 +342,7 @@ class Coloured:
 
 # what is scored
 
+
 def test_several_labels_are_scored_as_scikit_learn_does(tmp_path):
     """A multi-label run from start to end; its scores equal scikit-learn's on the same logits."""
     labels = [np.array([i % 2, (i // 2) % 2, 0], dtype=np.float32) for i in range(24)]
@@ -345,7 +369,7 @@ def test_flipped_logits_are_averaged():
     recipe = small_recipe(flip_test=True)
     net, _, images = prepare(recipe)
     logits, _ = evaluate(recipe, net, images[1], Accelerator(cpu=True))
-    (batch, _), = load(images[1], 0, [list(range(len(images[1])))], 0)
+    ((batch, _),) = load(images[1], 0, [list(range(len(images[1])))], 0)
     with torch.no_grad():
         torch.testing.assert_close(logits, (net(batch) + net(hflip(batch))) / 2)
         assert (logits - net(batch)).abs().max() > 1e-4
@@ -361,6 +385,7 @@ def test_the_score_chooses_the_best_epoch(tmp_path):
 
 
 # averaging, stopping, saving memory
+
 
 def test_the_average_is_its_recurrence(tmp_path):
     """Scores and network are of the average: a float64 recurrence over the weights of a bare loop, timm's warmup in it."""
@@ -411,8 +436,9 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(tmp_path, backbon
     """The weights of a run are the same to rounding, and autograd keeps less for the backward pass."""
     kept, nets = [], []
     for checkpointing in (False, True):
-        recipe = plain(backbone=backbone, head=None, data=Data("generated", 160, 8), epochs=1,
-                       gradient_checkpointing=checkpointing)
+        recipe = plain(
+            backbone=backbone, head=None, data=Data("generated", 160, 8), epochs=1, gradient_checkpointing=checkpointing
+        )
         sizes = []
 
         def keep(tensor, sizes=sizes):
@@ -434,8 +460,12 @@ def test_a_compiled_run_is_the_same(tmp_path):
     with pytest.MonkeyPatch.context() as patched:
         real = torch.compile
         patched.setattr(torch, "compile", lambda model: compiled.append(model) or real(model))
-        recipe = small_recipe(groups=(Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=1)), epochs=2,
-                              optimizer=SGD(), torch_compile=True)
+        recipe = small_recipe(
+            groups=(Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=1)),
+            epochs=2,
+            optimizer=SGD(),
+            torch_compile=True,
+        )
         fast, _ = run_here(recipe, tmp_path / "compiled")
     plain_run, _ = run_here(small_recipe(groups=recipe.groups, epochs=2, optimizer=SGD()), tmp_path / "plain")
     assert len(compiled) == 2
@@ -443,6 +473,7 @@ def test_a_compiled_run_is_the_same(tmp_path):
 
 
 # the network's and the transforms' own
+
 
 def test_dropout_and_drop_path_are_timms():
     """The rates reach timm: before the classifier, and rising over the blocks as timm lays them out."""
@@ -454,10 +485,13 @@ def test_dropout_and_drop_path_are_timms():
     assert rates == [m.drop_prob for m in theirs.modules() if isinstance(m, timm.layers.DropPath)] and max(rates) == 0.2
 
 
-@pytest.mark.parametrize("changes,fault", [
-    ({"backbone": "vgg11", "drop_path": 0.1}, "vgg11 does not take dropout=0.0, drop_path=0.1"),
-    ({"backbone": "vgg11", "gradient_checkpointing": True}, "gradient_checkpointing=True"),
-])
+@pytest.mark.parametrize(
+    "changes,fault",
+    [
+        ({"backbone": "vgg11", "drop_path": 0.1}, "vgg11 does not take dropout=0.0, drop_path=0.1"),
+        ({"backbone": "vgg11", "gradient_checkpointing": True}, "gradient_checkpointing=True"),
+    ],
+)
 def test_a_network_without_the_lever_is_said(changes, fault):
     """A timm network that does not know drop path or checkpointing is named with the option."""
     with pytest.raises(RecipeError) as caught:
@@ -478,19 +512,27 @@ def test_random_erasing_is_timms():
     erased = (seen(training_transform(recipe, inputs)) - seen(scoring_transform(inputs))).abs().amax(0) > 1e-4
     rows, columns = erased.any(1).nonzero().flatten(), erased.any(0).nonzero().flatten()
     assert 0.02 <= erased.float().mean() <= 1 / 3 + 0.1  # timm's range of areas
-    assert erased[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all()  # one rectangle
+    assert erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # one rectangle
     plain = small_recipe(augment=Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0))
     torch.testing.assert_close(seen(training_transform(plain, inputs)), seen(scoring_transform(inputs)))
 
 
 # rates of single groups
 
+
 def test_a_groups_own_schedule_and_warmup_are_torchs():
     """Every 5 epochs times 0.9 is torch's StepLR; warmup from the unfreezing on is torch's LinearLR begun at that epoch."""
     from finetune.lr_schedule import Step
-    recipe = small_recipe(epochs=20, schedule=Constant(), groups=(
-        Group("head", "fc", lr=1e-2, schedule=Step(every=5, factor=0.9)),
-        Group("late", "body", lr=1e-3, unfreeze_at=4, warmup_epochs=1.5), Frozen("rest", ".")))
+
+    recipe = small_recipe(
+        epochs=20,
+        schedule=Constant(),
+        groups=(
+            Group("head", "fc", lr=1e-2, schedule=Step(every=5, factor=0.9)),
+            Group("late", "body", lr=1e-3, unfreeze_at=4, warmup_epochs=1.5),
+            Frozen("rest", "."),
+        ),
+    )
     head, late, rest = split_parameters(recipe, SmallNet())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     theirs = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5 * 6, gamma=0.9)
@@ -510,11 +552,16 @@ def test_a_groups_own_schedule_and_warmup_are_torchs():
 
 def test_a_default_rate_for_what_is_not_named():
     """Two linear layers of a classifier at 1e-2 and everything else at 1e-5, by two rows."""
-    recipe = small_recipe(backbone="torchvision/vgg11", head=None, data=Data("digits", 64, 8), groups=(
-        Group("classifier", r"classifier\.[36]", lr=1e-2), Group("rest", ".", lr=1e-5)))
+    recipe = small_recipe(
+        backbone="torchvision/vgg11",
+        head=None,
+        data=Data("digits", 64, 8),
+        groups=(Group("classifier", r"classifier\.[36]", lr=1e-2), Group("rest", ".", lr=1e-5)),
+    )
     with torch.device("meta"):
         net = build_backbone(recipe, 10)
     rates = {name: group.lr for group in split_parameters(recipe, net) for name in group.params}
-    assert {name for name, rate in rates.items() if rate == 1e-2} == {f"classifier.{i}.{kind}" for i in (3, 6)
-                                                                      for kind in ("weight", "bias")}
+    assert {name for name, rate in rates.items() if rate == 1e-2} == {
+        f"classifier.{i}.{kind}" for i in (3, 6) for kind in ("weight", "bias")
+    }
     assert set(rates) == {name for name, _ in net.named_parameters()} and set(rates.values()) == {1e-2, 1e-5}

@@ -38,8 +38,13 @@ def test_the_head_is_scikit_learns():
     labels[:40] = features[:40, 0].gt(5).long()
     unread = torch.cat([labels, torch.tensor([-100])])
     layer = nn.Linear(12, 4)
-    linear_probe.fit(layer, torch.cat([features, features[:1]]), unread,
-                     lambda logits, targets: cross_entropy(logits, targets, reduction="sum"), l2=0.05)
+    linear_probe.fit(
+        layer,
+        torch.cat([features, features[:1]]),
+        unread,
+        lambda logits, targets: cross_entropy(logits, targets, reduction="sum"),
+        l2=0.05,
+    )
     scaled = features.double() - features.double().mean(0)
     scaled = scaled / scaled.square().mean().sqrt()
     theirs = LogisticRegression(C=1 / (0.05 * 200), tol=1e-10, max_iter=10_000).fit(scaled.numpy(), labels.numpy())
@@ -59,10 +64,10 @@ def test_features_are_what_the_head_is_given(tmp_path, monkeypatch, views):
     everything = [list(range(len(train_images)))]
     with torch.no_grad():
         for view in range(views):
-            (images, labels), = load(train_images if view else train_images.seen_as(val_images), -view, everything, 0)
+            ((images, labels),) = load(train_images if view else train_images.seen_as(val_images), -view, everything, 0)
             net(images)
     run_here(recipe, tmp_path)
-    (features, targets), = seen
+    ((features, targets),) = seen
     torch.testing.assert_close(features, torch.cat(inputs), rtol=0, atol=1e-6)
     assert torch.equal(targets, labels.repeat(views)) and len({part.sum().item() for part in inputs}) == views
 
@@ -78,7 +83,7 @@ def test_the_head_alone_is_the_first_candidate(tmp_path):
     objective = train_loop.Objective(recipe, net, images[0], torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     train_loop.fit_head(recipe, objective, net, images, Accelerator(cpu=True), 1, 0)
-    (name, weight), = saved
+    ((name, weight),) = saved
     assert name == "model-best" and torch.equal(weight, net.fc.weight)
     moved = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"fc.weight", "fc.bias"}
@@ -93,9 +98,15 @@ def test_the_average_begins_with_the_fitted_head(tmp_path):
     assert firsts[0] == firsts[1] and firsts[0]["epoch"] == -1
 
 
-@pytest.mark.parametrize("before,after,words", [
-    (0.8, 0.8, "did not pay"), (0.8, 0.75, "did not pay"), (0.8, 0.82, "added 2.00 points, which may be chance"),
-    (0.7, 0.8, "added 10.00 points\n")])
+@pytest.mark.parametrize(
+    "before,after,words",
+    [
+        (0.8, 0.8, "did not pay"),
+        (0.8, 0.75, "did not pay"),
+        (0.8, 0.82, "added 2.00 points, which may be chance"),
+        (0.7, 0.8, "added 10.00 points\n"),
+    ],
+)
 def test_the_report_says_whether_fine_tuning_paid(before, after, words):
     """Two of 1,000 images are no gain, and a hundred are: the standard error of the difference is 1.8 to 1.9 points."""
     said = paid("top1", {"head_top1": before, "top1": after, "val_images": 1000})
@@ -106,6 +117,7 @@ def test_the_report_says_whether_fine_tuning_paid(before, after, words):
 def test_a_finished_run_tells_both(tmp_path, capsys, monkeypatch):
     """result.json has the head's score, and the seconds at which each score was there, in order."""
     from finetune.run import main
+
     monkeypatch.chdir(tmp_path)
     assert main(["--recipe", "efficientnet_lite0_digits", "--smoke", "--output", "out", "--set", "linear_probe.l2=0.1"]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())

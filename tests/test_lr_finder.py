@@ -32,8 +32,13 @@ class DropNet(SmallNet):
 
 RECIPES = {
     "dropout": small_recipe(backbone=DropNet),
-    "norms": small_recipe(backbone="test_resnet", head=None, norm_stats="train", groups=(
-        Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1), Frozen("early", ".")))}
+    "norms": small_recipe(
+        backbone="test_resnet",
+        head=None,
+        norm_stats="train",
+        groups=(Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1), Frozen("early", ".")),
+    ),
+}
 
 
 def same(a, b):
@@ -42,10 +47,12 @@ def same(a, b):
 
 def state(net):
     """All but tensors that a range test might leave behind."""
-    return {"flags": [parameter.requires_grad for parameter in net.parameters()],
-            "modes": [module.training for module in net.modules()],
-            "gradients": [parameter.grad for parameter in net.parameters()],
-            "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())}
+    return {
+        "flags": [parameter.requires_grad for parameter in net.parameters()],
+        "modes": [module.training for module in net.modules()],
+        "gradients": [parameter.grad for parameter in net.parameters()],
+        "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -79,10 +86,13 @@ def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
 
 def test_every_rate_rises_by_the_same_progression(monkeypatch):
     """In each update each group's rate is its peak times numpy's geomspace, whatever its row says; a frozen row has none."""
-    recipe = small_recipe(groups=(
-        Group("head", "fc", lr=1e-2, optimizer=SGD(momentum=0.9)),
-        Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5, schedule=Step(every=1, factor=0.5)),
-        Frozen("stem", "stem|norm")))
+    recipe = small_recipe(
+        groups=(
+            Group("head", "fc", lr=1e-2, optimizer=SGD(momentum=0.9)),
+            Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5, schedule=Step(every=1, factor=0.5)),
+            Frozen("stem", "stem|norm"),
+        )
+    )
     net, _, images = prepare(recipe)
     seen, networks, step = [], [], lr_finder.take_step
 
@@ -118,8 +128,9 @@ def test_losses_are_those_of_a_bare_loop():
 
     The bound is float32 rounding through 15 updates, of which the last have rates at which differences grow.
     """
-    recipe = small_recipe(groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), clip_norm=None,
-                          label_smoothing=0.1)
+    recipe = small_recipe(
+        groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), clip_norm=None, label_smoothing=0.1
+    )
     net, _, images = prepare(recipe)
     multipliers, losses = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e2, num_updates=15)
 
@@ -128,7 +139,7 @@ def test_losses_are_those_of_a_bare_loop():
     expected = []
     for epoch in range(5):
         for update in plan_epoch(22, 8, recipe.seed, epoch):
-            (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
+            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
             optimizer.zero_grad()
             loss = cross_entropy(net(batch), labels, label_smoothing=0.1)
             loss.backward()
@@ -142,7 +153,7 @@ def test_losses_are_those_of_a_bare_loop():
 def test_smoothing_is_a_weighted_mean():
     """Each smoothed loss is numpy's average of all up to it, with weights that fall by beta from each to the one before."""
     losses = np.random.RandomState(0).rand(30)
-    expected = [np.average(losses[:i + 1], weights=0.7 ** np.arange(i, -1, -1)) for i in range(30)]
+    expected = [np.average(losses[: i + 1], weights=0.7 ** np.arange(i, -1, -1)) for i in range(30)]
     assert smooth(losses, 0.7) == pytest.approx(expected, rel=1e-12)
 
 
@@ -169,8 +180,9 @@ def test_suggestions_are_where_the_curve_was_made_to_have_them():
 NOISE = 0.3 * np.random.RandomState(0).randn(100)
 
 
-@pytest.mark.parametrize("losses", [[2.0] * 40, np.linspace(1, 3, 40), 2 + NOISE, np.linspace(2, 3, 100) + NOISE,
-                                    np.linspace(2, 1, 9)])
+@pytest.mark.parametrize(
+    "losses", [[2.0] * 40, np.linspace(1, 3, 40), 2 + NOISE, np.linspace(2, 3, 100) + NOISE, np.linspace(2, 1, 9)]
+)
 def test_a_loss_that_never_falls_suggests_nothing(losses):
     """A level, a rising, a merely noisy and a very short curve are refused with what to do about it."""
     with pytest.raises(RecipeError, match="start .*lower"):
@@ -217,8 +229,11 @@ def test_the_line_is_read_back():
         if recipe is layers:
             expected = dataclasses.replace(layers.groups, head_lr=6.3e-4)
         else:
-            expected = (dataclasses.replace(rows.groups[0], lr=3.2e-3), dataclasses.replace(rows.groups[1], lr=9.5e-4),
-                        rows.groups[2])
+            expected = (
+                dataclasses.replace(rows.groups[0], lr=3.2e-3),
+                dataclasses.replace(rows.groups[1], lr=9.5e-4),
+                rows.groups[2],
+            )
         assert changed == dataclasses.replace(recipe, groups=expected)
 
 
@@ -227,8 +242,13 @@ def test_the_picture_shows_the_suggestions(tmp_path, monkeypatch):
     shown, tidy = [], lr_finder.tidy
     monkeypatch.setattr(lr_finder, "tidy", lambda figure, axes, file: shown.extend(axes) or tidy(figure, axes, file))
     losses = [3.0] * 15 + np.linspace(3, 1, 25).tolist() + np.geomspace(1, 1e4, 10).tolist()
-    file = picture(tmp_path / "find_lr.png", np.geomspace(1e-3, 1e3, 50), losses, {"steepest": 0.234, "valley": 0.0678},
-                   {"head": 1e-2, "body": 3e-3})
+    file = picture(
+        tmp_path / "find_lr.png",
+        np.geomspace(1e-3, 1e3, 50),
+        losses,
+        {"steepest": 0.234, "valley": 0.0678},
+        {"head": 1e-2, "body": 3e-3},
+    )
     assert file == tmp_path / "find_lr.png" and matplotlib.image.imread(file).std() > 0
     legend = {text.get_text() for text in shown[0].get_legend().get_texts()}
     assert {"steepest: 0.23", "valley: 0.068"} <= legend

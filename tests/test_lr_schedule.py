@@ -62,12 +62,19 @@ def test_cosine_is_torchs_at_every_update(peak, floor, warmup_epochs):
     theirs = cosine if not warmup else None
     if warmup:
         opt = optimizer(peak)
-        theirs = SequentialLR(opt, [LinearLR(opt, start_factor=0.01, total_iters=warmup),
-                                    CosineAnnealingLR(opt, T_max=updates * epochs - warmup, eta_min=peak * floor)], [warmup])
+        theirs = SequentialLR(
+            opt,
+            [
+                LinearLR(opt, start_factor=0.01, total_iters=warmup),
+                CosineAnnealingLR(opt, T_max=updates * epochs - warmup, eta_min=peak * floor),
+            ],
+            [warmup],
+        )
     expected = rates_of(theirs, opt, updates * epochs)
     ours = Cosine(warmup_epochs=warmup_epochs, floor=floor)
-    assert [peak * ours.scale(step, updates, epochs) for step in range(updates * epochs)] == pytest.approx(expected, rel=1e-12,
-                                                                                                            abs=1e-12 * peak)
+    assert [peak * ours.scale(step, updates, epochs) for step in range(updates * epochs)] == pytest.approx(
+        expected, rel=1e-12, abs=1e-12 * peak
+    )
 
 
 def test_constant_with_warmup_is_torchs_linear_lr():
@@ -80,18 +87,36 @@ def test_constant_with_warmup_is_torchs_linear_lr():
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize("threshold_mode", ["rel", "abs"])
-@pytest.mark.parametrize("patience,cooldown,factor,min_scale,threshold", [
-    (0, 0, 0.5, 0.0, 1e-4), (2, 0, 0.1, 0.0, 1e-4), (1, 2, 0.3, 0.05, 0.02), (0, 3, 0.5, 0.2, 0.1)])
+@pytest.mark.parametrize(
+    "patience,cooldown,factor,min_scale,threshold",
+    [(0, 0, 0.5, 0.0, 1e-4), (2, 0, 0.1, 0.0, 1e-4), (1, 2, 0.3, 0.05, 0.02), (0, 3, 0.5, 0.2, 0.1)],
+)
 def test_plateau_is_torchs_after_every_epoch(mode, threshold_mode, patience, cooldown, factor, min_scale, threshold):
     """Replaying the scores gives the rates of ReduceLROnPlateau, in all its settings, on 20 random histories."""
     cuts = 0
     for seed in range(20):
         rng = random.Random(seed)
         opt = optimizer(0.1)
-        theirs = ReduceLROnPlateau(opt, mode=mode, factor=factor, patience=patience, threshold=threshold, eps=0.0,
-                                   threshold_mode=threshold_mode, cooldown=cooldown, min_lr=0.1 * min_scale)
-        ours = Plateau(mode=mode, factor=factor, patience=patience, threshold=threshold, threshold_mode=threshold_mode,
-                       cooldown=cooldown, min_scale=min_scale)
+        theirs = ReduceLROnPlateau(
+            opt,
+            mode=mode,
+            factor=factor,
+            patience=patience,
+            threshold=threshold,
+            eps=0.0,
+            threshold_mode=threshold_mode,
+            cooldown=cooldown,
+            min_lr=0.1 * min_scale,
+        )
+        ours = Plateau(
+            mode=mode,
+            factor=factor,
+            patience=patience,
+            threshold=threshold,
+            threshold_mode=threshold_mode,
+            cooldown=cooldown,
+            min_scale=min_scale,
+        )
         scores = []
         for epoch in range(30):
             assert 0.1 * ours.scale(epoch * 5, 5, 30, scores) == pytest.approx(opt.param_groups[0]["lr"], rel=1e-12)
@@ -130,11 +155,15 @@ TORCH = {
     "step": (Step(every=5, factor=0.9), lambda opt, peak: StepLR(opt, step_size=50, gamma=0.9)),
     "step of updates": (Step(every=0.3, factor=0.9), lambda opt, peak: StepLR(opt, step_size=3, gamma=0.9)),
     "multistep": (MultiStep(at=(3, 7.5), factor=0.3), lambda opt, peak: MultiStepLR(opt, milestones=[30, 75], gamma=0.3)),
-    "exponential": (Exponential(factor=0.8), lambda opt, peak: ExponentialLR(opt, gamma=0.8 ** 0.1)),
-    "restarts": (CosineRestarts(period=2, stretch=2, floor=0.1),
-                 lambda opt, peak: CosineAnnealingWarmRestarts(opt, T_0=20, T_mult=2, eta_min=0.1 * peak)),
-    "onecycle": (OneCycle(rise=0.25, start_div=10, end_div=100), lambda opt, peak: OneCycleLR(
-        opt, max_lr=peak, total_steps=120, pct_start=0.25, div_factor=10, final_div_factor=100)),
+    "exponential": (Exponential(factor=0.8), lambda opt, peak: ExponentialLR(opt, gamma=0.8**0.1)),
+    "restarts": (
+        CosineRestarts(period=2, stretch=2, floor=0.1),
+        lambda opt, peak: CosineAnnealingWarmRestarts(opt, T_0=20, T_mult=2, eta_min=0.1 * peak),
+    ),
+    "onecycle": (
+        OneCycle(rise=0.25, start_div=10, end_div=100),
+        lambda opt, peak: OneCycleLR(opt, max_lr=peak, total_steps=120, pct_start=0.25, div_factor=10, final_div_factor=100),
+    ),
     "lambda": (Lambda(function=lambda epoch: 0.95**epoch), lambda opt, peak: LambdaLR(opt, lambda step: 0.95 ** (step / 10))),
 }
 
@@ -158,17 +187,27 @@ def test_warmup_multiplies_what_counts_from_the_start(name):
     opt, warm = optimizer(0.1), optimizer(1.0)
     plain, ramp = rates_of(theirs(opt, 0.1), opt, 120), rates_of(LinearLR(warm, start_factor=0.1, total_iters=15), warm, 120)
     assert [0.1 * ours.scale(step, UPDATES, EPOCHS) for step in range(120)] == pytest.approx(
-        [a * b for a, b in zip(plain, ramp, strict=True)], rel=1e-12)
+        [a * b for a, b in zip(plain, ramp, strict=True)], rel=1e-12
+    )
 
 
-@pytest.mark.parametrize("schedule,fault", [
-    (Polynomial(power=0.0), "power must be above 0"), (Linear(end=1.5), "end is a fraction of the peak"),
-    (Step(every=0.0), "every must be above 0"), (Step(every=1, factor=1.0), "factor must be above 0 and below 1"),
-    (MultiStep(at=(3, 2)), "at must be rising epochs above 0, not (3, 2)"), (MultiStep(at=()), "at must be rising epochs"),
-    (Exponential(factor=0.0), "factor must be above 0"), (CosineRestarts(period=0.0), "period must be above 0"),
-    (CosineRestarts(period=1.0, stretch=0), "stretch must be 1 or more"), (OneCycle(rise=1.0), "rise must be above 0"),
-    (OneCycle(warmup_epochs=1.0), "a OneCycle is its own warmup"), (Lambda(function=3), "schedule.function must be a function"),
-])
+@pytest.mark.parametrize(
+    "schedule,fault",
+    [
+        (Polynomial(power=0.0), "power must be above 0"),
+        (Linear(end=1.5), "end is a fraction of the peak"),
+        (Step(every=0.0), "every must be above 0"),
+        (Step(every=1, factor=1.0), "factor must be above 0 and below 1"),
+        (MultiStep(at=(3, 2)), "at must be rising epochs above 0, not (3, 2)"),
+        (MultiStep(at=()), "at must be rising epochs"),
+        (Exponential(factor=0.0), "factor must be above 0"),
+        (CosineRestarts(period=0.0), "period must be above 0"),
+        (CosineRestarts(period=1.0, stretch=0), "stretch must be 1 or more"),
+        (OneCycle(rise=1.0), "rise must be above 0"),
+        (OneCycle(warmup_epochs=1.0), "a OneCycle is its own warmup"),
+        (Lambda(function=3), "schedule.function must be a function"),
+    ],
+)
 def test_wrong_schedules_are_named(schedule, fault):
     """A schedule's value out of range is refused with its name."""
     with pytest.raises(RecipeError) as caught:

@@ -18,8 +18,18 @@ from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimiz
 from finetune.recipe_file import load_recipe
 from finetune.unfreeze import train_mode, unfreeze
 
-ARCHITECTURES = ["resnet18", "resnet50", "vit_tiny_patch16_224", "convnext_atto", "tf_efficientnet_lite0",
-                 "mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "efficientformer_l1", "torchvision/vgg11", SmallNet]
+ARCHITECTURES = [
+    "resnet18",
+    "resnet50",
+    "vit_tiny_patch16_224",
+    "convnext_atto",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+    "efficientformer_l1",
+    "torchvision/vgg11",
+    SmallNet,
+]
 HEADS = r"fc\.|head\.|head_dist|classifier\."
 
 
@@ -37,8 +47,15 @@ class ShiftedNet(SmallNet):
 def recipe_for(backbone, size=224, **changes):
     """The head alone in epoch 0, everything from epoch 1."""
     groups = (Group("head", HEADS, lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=1))
-    return small_recipe(**{"backbone": backbone, "head": "fc" if callable(backbone) else None, "groups": groups,
-                           "data": Data("generated", size, 8), **changes})
+    return small_recipe(
+        **{
+            "backbone": backbone,
+            "head": "fc" if callable(backbone) else None,
+            "groups": groups,
+            "data": Data("generated", size, 8),
+            **changes,
+        }
+    )
 
 
 def columns(text):
@@ -46,7 +63,7 @@ def columns(text):
     lines = text.splitlines()
     found, start = {}, 0
     for title in re.finditer(r"\S+( \S+)*", lines[0]):
-        cells = [line[start:title.end()] if start else line[:max(map(len, lines))].split()[0] for line in lines[1:]]
+        cells = [line[start : title.end()] if start else line[: max(map(len, lines))].split()[0] for line in lines[1:]]
         found[title[0]], start = [cell.strip() for cell in cells], title.end()
     return found
 
@@ -85,7 +102,8 @@ def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
     net, seen = build_backbone(recipe, 10).eval(), {}
     for name in shapes:
         net.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: seen.update({name: output.shape}))
+            lambda module, inputs, output, name=name: seen.update({name: output.shape})
+        )
     net(torch.zeros(1, 3, size, size))
     assert list(seen) == list(shapes)
     assert {name: " x ".join(map(str, shape[1:])) for name, shape in seen.items()} == shapes
@@ -107,8 +125,13 @@ def test_the_shapes_are_timms(backbone):
 
 def test_the_layers_name_who_trains_them():
     """A layer has its groups and their first epochs, or never; of more than two the first and the last."""
-    rows = (Group("head", "fc", lr=1.0), Group("bias", r"body\.bias", lr=1.0, unfreeze_at=2), Frozen("norm", "norm"),
-            Group("body", "body", lr=1.0, unfreeze_at=1), Group("stem", "stem", lr=1.0))
+    rows = (
+        Group("head", "fc", lr=1.0),
+        Group("bias", r"body\.bias", lr=1.0, unfreeze_at=2),
+        Frozen("norm", "norm"),
+        Group("body", "body", lr=1.0, unfreeze_at=1),
+        Group("stem", "stem", lr=1.0),
+    )
     table = columns(layers(small_recipe(groups=rows), outline(small_recipe(groups=rows))))
     assert table["layer"] == ["stem", "norm", "body", "fc", "all"]
     assert table["group"] == ["stem", "norm", "bias, body", "head", ""]
@@ -136,10 +159,17 @@ def allocated(recipe, epoch, images):
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("backbone,size,norm_stats,checkpointing", [
-    ("test_resnet", 64, "train", False), ("resnet18", 64, "eval", True), ("vit_tiny_patch16_224", 64, "eval", False),
-    ("vit_tiny_patch16_224", 64, "eval", True), ("torchvision/mobilenet_v3_small", 32, "eval", False),
-    (ShiftedNet, 32, "eval", False)])
+@pytest.mark.parametrize(
+    "backbone,size,norm_stats,checkpointing",
+    [
+        ("test_resnet", 64, "train", False),
+        ("resnet18", 64, "eval", True),
+        ("vit_tiny_patch16_224", 64, "eval", False),
+        ("vit_tiny_patch16_224", 64, "eval", True),
+        ("torchvision/mobilenet_v3_small", 32, "eval", False),
+        (ShiftedNet, 32, "eval", False),
+    ],
+)
 def test_activations_are_what_a_real_pass_leaves(backbone, size, norm_stats, checkpointing, epoch):
     """The bytes of activations are what the allocator has handed out by the end of a real forward pass, and not taken back.
 
@@ -162,9 +192,20 @@ def test_frozen_layers_and_checkpoints_save_memory(backbone):
     assert head < stage_memory(recipe, outline(recipe), 1, 8)["activations"] < 0.6 * everything
 
 
-@pytest.mark.parametrize("optimizer", [
-    AdamW(), AdamW(amsgrad=True), SGD(), SGD(momentum=0.9), Optimizer("Adagrad"), Optimizer("RMSprop"), Optimizer("lamb"),
-    Optimizer("muon")], ids=str)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        AdamW(),
+        AdamW(amsgrad=True),
+        SGD(),
+        SGD(momentum=0.9),
+        Optimizer("Adagrad"),
+        Optimizer("RMSprop"),
+        Optimizer("lamb"),
+        Optimizer("muon"),
+    ],
+    ids=str,
+)
 def test_the_optimizers_state_is_the_real_ones(optimizer):
     """In every stage the bytes of the state are those that the real optimizer would save after a real step."""
     recipe = small_recipe(optimizer=optimizer)
@@ -175,7 +216,8 @@ def test_the_optimizers_state_is_the_real_ones(optimizer):
         real.step()
         state = [value for row in real.state_dict()["state"].values() for value in row.values()]
         assert stage_memory(recipe, outline(recipe), epoch, 2)["optimizer"] == sum(
-            value.nbytes for value in state if isinstance(value, torch.Tensor))
+            value.nbytes for value in state if isinstance(value, torch.Tensor)
+        )
 
 
 @pytest.mark.parametrize("optimizer,copies,step", [(AdamW(), 2, 4), (SGD(), 0, 0), (SGD(momentum=0.9), 1, 0)], ids=str)
@@ -210,9 +252,18 @@ def test_parameters_and_their_average_are_the_real_ones():
 
 def test_the_table_has_every_stage_and_its_sum():
     """A row for each epoch in which something unfreezes, with the optimizer that holds then; MiB that add up."""
-    recipe = recipe_for("resnet18", 64, groups=(
-        Group("head", "fc", lr=1.0), Group("top", r"layer4", lr=1.0, unfreeze_at=1), Frozen("stem", r"conv1|bn1"),
-        Group("rest", r"layer", lr=1.0, unfreeze_at=3)), switch=Switch(at=3, optimizer=SGD(momentum=0.9)), ema_decay=0.9)
+    recipe = recipe_for(
+        "resnet18",
+        64,
+        groups=(
+            Group("head", "fc", lr=1.0),
+            Group("top", r"layer4", lr=1.0, unfreeze_at=1),
+            Frozen("stem", r"conv1|bn1"),
+            Group("rest", r"layer", lr=1.0, unfreeze_at=3),
+        ),
+        switch=Switch(at=3, optimizer=SGD(momentum=0.9)),
+        ema_decay=0.9,
+    )
     net = outline(recipe)
     text = memory_table(recipe, net, 4)
     table = columns("\n".join(text.splitlines()[:-2]))
@@ -238,7 +289,8 @@ def test_the_network_stays_as_it_was():
     def state():
         tensors = [*net.named_parameters(), *net.named_buffers()]
         return [(name, id(tensor), tensor.requires_grad, tensor.grad) for name, tensor in tensors], [
-            (name, module.training, len(module._forward_hooks)) for name, module in net.named_modules()]
+            (name, module.training, len(module._forward_hooks)) for name, module in net.named_modules()
+        ]
 
     before = state()
     layers(recipe, net)

@@ -14,8 +14,13 @@ from finetune.optimizers import SeveralOptimizers, build_optimizer
 from finetune.param_groups import split_parameters
 from finetune.recipe import SGD, AdamW, Data, Frozen, Group, Optimizer, RecipeError, Switch
 
-TORCH = sorted(name for name, kind in vars(torch.optim).items() if inspect.isclass(kind)
-               and issubclass(kind, torch.optim.Optimizer) and name not in ("Optimizer", "SparseAdam", "LBFGS", "Muon"))
+TORCH = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, torch.optim.Optimizer)
+    and name not in ("Optimizer", "SparseAdam", "LBFGS", "Muon")
+)
 HEAD = (Group("head", "fc", lr=1e-2), Frozen("rest", "."))
 
 
@@ -31,7 +36,7 @@ def bare_loop(recipe, optimizers_of, before_epoch=lambda epoch, net, optimizers:
     for epoch in range(recipe.epochs):
         optimizers = before_epoch(epoch, net, optimizers)
         for update in plan_epoch(22, 8, recipe.seed, epoch):
-            (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
+            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
 
             def loss(batch=batch, labels=labels):
                 net.zero_grad()
@@ -63,9 +68,17 @@ def test_every_optimizer_of_torch_works_by_its_name(tmp_path, name):
     name, *switches = name.split()
     options = dict.fromkeys(switches, True)
     recipe = constant(groups=(Group("all", ".", lr=1e-2),), optimizer=Optimizer(name, **options))
-    reference = bare_loop(recipe, lambda net: [getattr(torch.optim, name)(
-        net.parameters(), lr=1e-2, **options, **({"weight_decay": 0.0} if "weight_decay" in inspect.signature(
-            getattr(torch.optim, name)).parameters else {}))])
+    reference = bare_loop(
+        recipe,
+        lambda net: [
+            getattr(torch.optim, name)(
+                net.parameters(),
+                lr=1e-2,
+                **options,
+                **({"weight_decay": 0.0} if "weight_decay" in inspect.signature(getattr(torch.optim, name)).parameters else {}),
+            )
+        ],
+    )
     net, _ = run_here(recipe, tmp_path)
     assert_same_weights(net, reference)
     assert (net.fc.weight - prepare(recipe)[0].fc.weight).abs().max() > (0 if name == "Adadelta" else 1e-4)  # slow by nature
@@ -84,13 +97,26 @@ def test_lbfgs_is_given_its_closure(tmp_path, accumulate):
 
 def test_several_optimizers_in_one_run(tmp_path):
     """Convolutions by Adam, the linear layer by SGD, the norm by RMSprop: torch's own three side by side, clipped as one."""
-    recipe = constant(clip_norm=0.5, optimizer=Optimizer("Adam"), groups=(
-        Group("linear", "fc", lr=1e-2, optimizer=SGD(momentum=0.9, weight_decay=0.1)),
-        Group("norm", "norm", lr=1e-3, optimizer=Optimizer("RMSprop")), Group("convolutions", ".", lr=3e-3)))
-    reference = bare_loop(recipe, lambda net: [
-        torch.optim.SGD([{"params": [net.fc.weight], "weight_decay": 0.1}, {"params": [net.fc.bias]}], lr=1e-2, momentum=0.9),
-        torch.optim.RMSprop(net.norm.parameters(), lr=1e-3),
-        torch.optim.Adam([*net.stem.parameters(), *net.body.parameters()], lr=3e-3)], clip=0.5)
+    recipe = constant(
+        clip_norm=0.5,
+        optimizer=Optimizer("Adam"),
+        groups=(
+            Group("linear", "fc", lr=1e-2, optimizer=SGD(momentum=0.9, weight_decay=0.1)),
+            Group("norm", "norm", lr=1e-3, optimizer=Optimizer("RMSprop")),
+            Group("convolutions", ".", lr=3e-3),
+        ),
+    )
+    reference = bare_loop(
+        recipe,
+        lambda net: [
+            torch.optim.SGD(
+                [{"params": [net.fc.weight], "weight_decay": 0.1}, {"params": [net.fc.bias]}], lr=1e-2, momentum=0.9
+            ),
+            torch.optim.RMSprop(net.norm.parameters(), lr=1e-3),
+            torch.optim.Adam([*net.stem.parameters(), *net.body.parameters()], lr=3e-3),
+        ],
+        clip=0.5,
+    )
     net, rows = run_here(recipe, tmp_path)
     assert_same_weights(net, reference)
     assert min(row["grad_norm"] for row in rows if "grad_norm" in row) > 0.5  # all were clipped
@@ -98,18 +124,26 @@ def test_several_optimizers_in_one_run(tmp_path):
 
 def test_muon_for_matrices_and_adamw_for_the_rest():
     """In a ViT, Muon takes the matrices and AdamW all else; every parameter is in one of them and each steps as torch's own."""
-    recipe = small_recipe(backbone="test_vit", head=None, data=Data("generated", 96, 8), groups=(
-        Group("matrices", r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", lr=2e-2, optimizer=Optimizer("Muon")),
-        Group("rest", ".", lr=1e-3)))
+    recipe = small_recipe(
+        backbone="test_vit",
+        head=None,
+        data=Data("generated", 96, 8),
+        groups=(
+            Group("matrices", r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight", lr=2e-2, optimizer=Optimizer("Muon")),
+            Group("rest", ".", lr=1e-3),
+        ),
+    )
     net, groups, _ = prepare(recipe)
     other, _, _ = prepare(recipe)
     optimizer = build_optimizer(groups)
     matrices = {name for name, p in other.named_parameters() if name.startswith("blocks") and p.ndim == 2}
     assert matrices == set(groups[0].params) and len(matrices) > 10
     of = dict(other.named_parameters())
-    theirs = [torch.optim.Muon([of[name] for name in matrices], lr=2e-2, weight_decay=0.0),
-              torch.optim.AdamW([of[name] for name in groups[1].decayed], lr=1e-3, weight_decay=0.05, fused=True),
-              torch.optim.AdamW([of[name] for name in groups[1].undecayed], lr=1e-3, weight_decay=0, fused=True)]
+    theirs = [
+        torch.optim.Muon([of[name] for name in matrices], lr=2e-2, weight_decay=0.0),
+        torch.optim.AdamW([of[name] for name in groups[1].decayed], lr=1e-3, weight_decay=0.05, fused=True),
+        torch.optim.AdamW([of[name] for name in groups[1].undecayed], lr=1e-3, weight_decay=0, fused=True),
+    ]
     for _ in range(3):
         for network in (net, other):
             network.zero_grad()
@@ -124,13 +158,17 @@ def test_muon_for_matrices_and_adamw_for_the_rest():
 def test_several_optimizers_under_a_loss_scaler(tmp_path):
     """With a scaler, two optimizers are unscaled once, skip an overflow together, and step as one optimizer does."""
     from test_interruptions import scaling_accelerator
+
     plain = SGD(momentum=0.9, fused=False)  # as on a GPU, where scalers are
-    rows = (Group("head", "fc", lr=1e-2),
-            Group("rest", ".", lr=3e-3, optimizer=SGD(momentum=0.9, fused=False, dampening=0.0)))
-    one, _ = run_here(constant(optimizer=plain, groups=(rows[0], Group("rest", ".", lr=3e-3)), epochs=6), tmp_path / "one",
-                      accelerator=scaling_accelerator())
-    two, updates = run_here(constant(optimizer=plain, groups=rows, epochs=6), tmp_path / "two",
-                            accelerator=scaling_accelerator())
+    rows = (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=3e-3, optimizer=SGD(momentum=0.9, fused=False, dampening=0.0)))
+    one, _ = run_here(
+        constant(optimizer=plain, groups=(rows[0], Group("rest", ".", lr=3e-3)), epochs=6),
+        tmp_path / "one",
+        accelerator=scaling_accelerator(),
+    )
+    two, updates = run_here(
+        constant(optimizer=plain, groups=rows, epochs=6), tmp_path / "two", accelerator=scaling_accelerator()
+    )
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
     skipped = [row for row in updates if "grad_norm" in row and row["grad_norm"] == float("inf")]
     assert 0 < len(skipped) < 18
@@ -151,15 +189,18 @@ def test_several_optimizers_share_rows_and_state():
         assert set(optimizer.state_dict()["state"]) == set(range(8)) and optimizer.optimizers[0].state is optimizer.state
 
 
-@pytest.mark.parametrize("later,theirs", [
-    (SGD(momentum=0.9), lambda rows: torch.optim.SGD(rows, momentum=0.9)),
-    (AdamW(), lambda rows: torch.optim.AdamW(rows, weight_decay=0)),
-], ids=["SGD", "AdamW"])
+@pytest.mark.parametrize(
+    "later,theirs",
+    [
+        (SGD(momentum=0.9), lambda rows: torch.optim.SGD(rows, momentum=0.9)),
+        (AdamW(), lambda rows: torch.optim.AdamW(rows, weight_decay=0)),
+    ],
+    ids=["SGD", "AdamW"],
+)
 def test_a_switch_starts_another_optimizer_afresh(tmp_path, later, theirs):
     """From its epoch on the run takes the steps of a new optimizer at its own rates, without the first one's state."""
     rows = (Group("head", "fc", lr=1e-3), Group("rest", ".", lr=1e-4, unfreeze_at=1))
-    recipe = constant(groups=rows, optimizer=AdamW(), epochs=3,
-                      switch=Switch(at=1, optimizer=later, lr_factor=10.0))
+    recipe = constant(groups=rows, optimizer=AdamW(), epochs=3, switch=Switch(at=1, optimizer=later, lr_factor=10.0))
 
     def switch(epoch, net, optimizers):
         for name, parameter in net.named_parameters():
@@ -178,8 +219,9 @@ def test_a_switch_starts_another_optimizer_afresh(tmp_path, later, theirs):
 
 def test_changing_rates_keeps_momentum(tmp_path):
     """A step of the schedule changes the rate alone: torch's SGD under torch's StepLR, one state throughout."""
-    recipe = constant(groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), epochs=3,
-                      schedule=Step(every=1, factor=0.5))
+    recipe = constant(
+        groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), epochs=3, schedule=Step(every=1, factor=0.5)
+    )
 
     def halve(epoch, net, optimizers):
         if epoch:
@@ -201,12 +243,17 @@ def test_frozen_rows_keep_every_bit_and_are_in_no_optimizer(tmp_path):
     assert sum(len(row["params"]) for row in optimizer.param_groups) == 2
 
 
-@pytest.mark.parametrize("changes,fault", [
-    ({"optimizer": Optimizer("LBFGS")}, "LBFGS takes one group, not head, body, stem"),
-    ({"groups": (Group("a", "fc", lr=1.0, optimizer=Optimizer("sdg")), Group("b", ".", lr=1.0))}, "Did you mean sgd?"),
-    ({"groups": (Group("a", "fc", lr=1.0, weight_decay=0.1, optimizer=Optimizer("Rprop")), Group("b", ".", lr=1.0))},
-     "Rprop knows no weight_decay"),
-])
+@pytest.mark.parametrize(
+    "changes,fault",
+    [
+        ({"optimizer": Optimizer("LBFGS")}, "LBFGS takes one group, not head, body, stem"),
+        ({"groups": (Group("a", "fc", lr=1.0, optimizer=Optimizer("sdg")), Group("b", ".", lr=1.0))}, "Did you mean sgd?"),
+        (
+            {"groups": (Group("a", "fc", lr=1.0, weight_decay=0.1, optimizer=Optimizer("Rprop")), Group("b", ".", lr=1.0))},
+            "Rprop knows no weight_decay",
+        ),
+    ],
+)
 def test_optimizers_that_do_not_fit_are_named(changes, fault):
     """An optimizer that can't take its groups is refused before training, with the remedy."""
     recipe = small_recipe(**changes)
@@ -217,8 +264,15 @@ def test_optimizers_that_do_not_fit_are_named(changes, fault):
 
 def test_columns_are_independent(tmp_path):
     """A group's own decay, schedule, warmup and optimizer change nothing of its neighbour: each moves as when alone."""
-    own = Group("head", "fc", lr=1e-2, weight_decay=0.3, schedule=Step(every=1, factor=0.5), warmup_epochs=0.5,
-                optimizer=SGD(momentum=0.9))
+    own = Group(
+        "head",
+        "fc",
+        lr=1e-2,
+        weight_decay=0.3,
+        schedule=Step(every=1, factor=0.5),
+        warmup_epochs=0.5,
+        optimizer=SGD(momentum=0.9),
+    )
     rest = Group("rest", ".", lr=1e-3)
     recipe = small_recipe(groups=(own, rest), clip_norm=None)
     plain = small_recipe(groups=(Group("head", "fc", lr=1e-2), rest), clip_norm=None)

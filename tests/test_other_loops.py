@@ -20,9 +20,19 @@ STEPS = 3  # an epoch: 22 images in batches of 8
 
 def recipe_of(**changes):
     """Three stages of a small network with batch norm whose pretrained statistics must not move."""
-    return small_recipe(**{"backbone": "test_resnet", "head": None, "norm_stats": "eval", "groups": (
-        Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5),
-        Group("rest", ".", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9), weight_decay=0.3)), **changes})
+    return small_recipe(
+        **{
+            "backbone": "test_resnet",
+            "head": None,
+            "norm_stats": "eval",
+            "groups": (
+                Group("head", "fc", lr=1e-2),
+                Group("late", r"layer[34]", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5),
+                Group("rest", ".", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9), weight_decay=0.3),
+            ),
+            **changes,
+        }
+    )
 
 
 class Watch:
@@ -40,8 +50,13 @@ class Watch:
         if epoch is not None:
             unfreeze(self.recipe, self.net, epoch)
         self.rates.append({row["name"]: row["lr"] for row in self.optimizer.param_groups})
-        self.trained.append({group.name for group in split_parameters(self.recipe, self.net)
-                             if all(p.requires_grad for p in group.params.values())})
+        self.trained.append(
+            {
+                group.name
+                for group in split_parameters(self.recipe, self.net)
+                if all(p.requires_grad for p in group.params.values())
+            }
+        )
 
     def check(self):
         """Rates are the plan's, to the bit; decays and optimizers are ours; stages came when they should; norms stayed."""
@@ -49,7 +64,8 @@ class Watch:
         assert self.rates == [{name: values[step] for name, values in planned.items()} for step in range(4 * STEPS)]
         ours = build_optimizer(split_parameters(self.recipe, self.net))
         assert [(row["name"], row["weight_decay"], len(row["params"])) for row in self.optimizer.param_groups] == [
-            (row["name"], row["weight_decay"], len(row["params"])) for row in ours.param_groups]
+            (row["name"], row["weight_decay"], len(row["params"])) for row in ours.param_groups
+        ]
         assert self.trained == [{"head"}] * 3 + [{"head", "late"}] * 3 + [{"head", "late", "rest"}] * 6
         moved = {name for name, tensor in self.net.state_dict().items() if not torch.equal(tensor, self.start[name])}
         assert not any("running" in name or "batches" in name for name in moved)
@@ -69,7 +85,7 @@ def test_a_bare_pytorch_loop_is_ours_to_the_bit(tmp_path):
     for epoch in range(recipe.epochs):
         unfreeze(recipe, net, epoch)
         for update in plan_epoch(22, 8, recipe.seed, epoch):
-            (batch, labels), = load(images, epoch, update.micro_batches, 0)
+            ((batch, labels),) = load(images, epoch, update.micro_batches, 0)
             optimizer.zero_grad()
             (cross_entropy(net(batch.contiguous()), labels, reduction="sum") / len(labels)).backward()
             optimizer.step()
@@ -147,11 +163,20 @@ def test_transformers_trainer(tmp_path):
             watch.note()
 
     arguments = transformers.TrainingArguments(
-        str(tmp_path), num_train_epochs=4, per_device_train_batch_size=8, max_grad_norm=watch.recipe.clip_norm, use_cpu=True,
-        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        str(tmp_path),
+        num_train_epochs=4,
+        per_device_train_batch_size=8,
+        max_grad_norm=watch.recipe.clip_norm,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
     data = [{"pixel_values": image, "labels": label} for image, label in watch.images]
-    transformers.Trainer(WithLoss(), arguments, train_dataset=data, callbacks=[Stages()],
-                         optimizers=(watch.optimizer, watch.scheduler)).train()
+    transformers.Trainer(
+        WithLoss(), arguments, train_dataset=data, callbacks=[Stages()], optimizers=(watch.optimizer, watch.scheduler)
+    ).train()
     watch.check()
 
 
@@ -177,8 +202,15 @@ def test_lightning(tmp_path):
         def on_train_batch_start(self, batch, index):
             watch.note()
 
-    lightning.Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False, default_root_dir=tmp_path).fit(Module(), watch.loader())
+    lightning.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(Module(), watch.loader())
     watch.check()
 
 
@@ -203,8 +235,13 @@ def test_fastai():
             watch.scheduler.step()
 
     loaders = fastai.DataLoaders(watch.loader(), watch.loader())
-    learner = fastai.Learner(loaders, watch.net, loss_func=cross_entropy, cbs=[Stages()],
-                             opt_func=lambda params, **options: fastai.OptimWrapper(opt=watch.optimizer))
+    learner = fastai.Learner(
+        loaders,
+        watch.net,
+        loss_func=cross_entropy,
+        cbs=[Stages()],
+        opt_func=lambda params, **options: fastai.OptimWrapper(opt=watch.optimizer),
+    )
     with learner.no_bar(), learner.no_logging():
         learner.fit(4)
     watch.check()

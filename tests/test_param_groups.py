@@ -8,14 +8,22 @@ import torch
 from conftest import ROOT, SmallNet, small_recipe
 from finetune.augment import training_transform
 from finetune.backbone import outline, preprocessing
+from finetune.lr_schedule import Constant
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters, table
-from finetune.lr_schedule import Constant
 from finetune.recipe import SGD, AdamW, Group, LayerDecay, Optimizer, RecipeError
 from finetune.recipe_file import load_recipe
 
-ARCHITECTURES = ["resnet18", "resnet50", "vit_tiny_patch16_224", "convnext_atto", "tf_efficientnet_lite0",
-                 "mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"]
+ARCHITECTURES = [
+    "resnet18",
+    "resnet50",
+    "vit_tiny_patch16_224",
+    "convnext_atto",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224",
+    "eva02_tiny_patch14_224",
+]
 
 
 def layered(name):
@@ -57,8 +65,9 @@ def test_layer_decay_is_timms(name):
     """Stated as an exponent, the same rates come out of timm's param_groups_layer_decay."""
     net, groups = layered(name)
     exponent = 0.01 ** (1 / (len(groups) - 1))
-    theirs = {id(p): row["lr_scale"] for row in timm.optim.param_groups_layer_decay(net, layer_decay=exponent)
-              for p in row["params"]}
+    theirs = {
+        id(p): row["lr_scale"] for row in timm.optim.param_groups_layer_decay(net, layer_decay=exponent) for p in row["params"]
+    }
     for group in groups:
         for p in group.params.values():
             assert group.lr == pytest.approx(1e-3 * theirs[id(p)], rel=1e-9)
@@ -75,11 +84,14 @@ def test_what_decays_is_what_timm_decays(name):
     assert ours == theirs and ours
 
 
-@pytest.mark.parametrize("name,spared", [
-    ("vit_tiny_patch16_224", ["cls_token", "pos_embed"]),
-    ("swin_tiny_patch4_window7_224", ["layers.0.blocks.0.attn.relative_position_bias_table"]),
-    ("fastvit_t8", ["stages.0.blocks.0.layer_scale.gamma", "stem.0.conv_kxk.0.bn.bias"]),  # a gamma of 4 axes
-])
+@pytest.mark.parametrize(
+    "name,spared",
+    [
+        ("vit_tiny_patch16_224", ["cls_token", "pos_embed"]),
+        ("swin_tiny_patch4_window7_224", ["layers.0.blocks.0.attn.relative_position_bias_table"]),
+        ("fastvit_t8", ["stages.0.blocks.0.layer_scale.gamma", "stem.0.conv_kxk.0.bn.bias"]),  # a gamma of 4 axes
+    ],
+)
 def test_tokens_tables_and_scales_never_decay(name, spared):
     """Parameters of several axes that are no weights are spared."""
     _, groups = layered(name)
@@ -142,10 +154,12 @@ def test_rows_that_do_not_fit_are_all_named():
     recipe = small_recipe(groups=rows)
     with pytest.raises(RecipeError) as caught:
         split_parameters(recipe, SmallNet())
-    for text in ("group 'again' (pattern 'fc\\.b') matches no parameter that an earlier row has not taken",
-                 "group 'top' (pattern 'layer5') matches no parameter\n",
-                 "no group matches 6 parameters, the first of them 'stem.weight'",
-                 "the model's top-level names are: stem, norm, body, fc"):
+    for text in (
+        "group 'again' (pattern 'fc\\.b') matches no parameter that an earlier row has not taken",
+        "group 'top' (pattern 'layer5') matches no parameter\n",
+        "no group matches 6 parameters, the first of them 'stem.weight'",
+        "the model's top-level names are: stem, norm, body, fc",
+    ):
         assert text in str(caught.value)
 
 
@@ -155,14 +169,17 @@ def test_layer_decay_needs_a_model_that_knows_its_layers():
         split_parameters(small_recipe(groups=LayerDecay(head_lr=1.0, stem_ratio=0.1)), SmallNet())
 
 
-@pytest.mark.parametrize("optimizer,fault", [
-    (AdamW(betaz=1), "has no option 'betaz'. Did you mean betas?"),
-    (AdamW(betas=(2, 2)), "refuses its options: Invalid beta parameter"),
-    (SGD(momentum=0.0, nesterov=True), "refuses its options: Nesterov momentum requires"),
-    (Optimizer("AdmaW"), "no optimizer 'AdmaW'. Did you mean AdamW?"),
-    (Optimizer("Rprop", weight_decay=0.1), "knows no weight_decay"),
-    (Optimizer("SparseAdam"), "works on sparse gradients only"),
-])
+@pytest.mark.parametrize(
+    "optimizer,fault",
+    [
+        (AdamW(betaz=1), "has no option 'betaz'. Did you mean betas?"),
+        (AdamW(betas=(2, 2)), "refuses its options: Invalid beta parameter"),
+        (SGD(momentum=0.0, nesterov=True), "refuses its options: Nesterov momentum requires"),
+        (Optimizer("AdmaW"), "no optimizer 'AdmaW'. Did you mean AdamW?"),
+        (Optimizer("Rprop", weight_decay=0.1), "knows no weight_decay"),
+        (Optimizer("SparseAdam"), "works on sparse gradients only"),
+    ],
+)
 def test_wrong_optimizers_are_named(optimizer, fault):
     """An optimizer that does not exist, or not with these options, is refused before training."""
     with pytest.raises(RecipeError) as caught:

@@ -16,11 +16,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import classification_report
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
+from conftest import ROOT
 from finetune.backbone import build_backbone
 from finetune.export import save_model
 from finetune.image_data import load_data
@@ -37,7 +37,7 @@ from finetune.predict import (
 from finetune.recipe import RecipeError
 from finetune.saved_model import load_model
 
-OWN = '''
+OWN = """
 from torch import nn
 from finetune.image_data import generated
 from finetune.lr_schedule import Constant
@@ -56,14 +56,23 @@ def images():
 
 recipe = Recipe(backbone=net, head="4", data=Data(images, image_size=28, batch_size=8), groups=(Group("all", ".", lr=0.01),),
                 optimizer=SGD(momentum=0.9), schedule=Constant(), norm_stats="train", epochs=1, flip_test=True)
-'''
-PREPROCESSING = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0,
-                 "crop_mode": "center"}
+"""
+PREPROCESSING = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bilinear",
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 
 
 def run(recipe, output, *arguments):
-    done = subprocess.run([sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", str(recipe), "--output", str(output),
-                           *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", str(recipe), "--output", str(output), *arguments],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return output
 
@@ -73,8 +82,22 @@ def finished(tmp_path_factory, image_folder):
     """A run of a timm network on the image folder, from random weights."""
     recipe = tmp_path_factory.mktemp("recipe") / "small.py"
     recipe.write_text((ROOT / "recipes" / "resnet18_cifar.py").read_text())
-    return run(recipe, tmp_path_factory.mktemp("run") / "out", "--data", str(image_folder), "--weights", "none", "--set",
-               "data.image_size=32", "--set", "data.batch_size=8", "--set", "mixed_precision=no", "--set", "epochs=4")
+    return run(
+        recipe,
+        tmp_path_factory.mktemp("run") / "out",
+        "--data",
+        str(image_folder),
+        "--weights",
+        "none",
+        "--set",
+        "data.image_size=32",
+        "--set",
+        "data.batch_size=8",
+        "--set",
+        "mixed_precision=no",
+        "--set",
+        "epochs=4",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +123,9 @@ def mixed(image_folder, tmp_path):
 def test_evaluate_gives_the_runs_own_number(finished, image_folder, part):
     """On the run's validation images a loaded model has the scores of result.json, and its loss to rounding."""
     found, result = evaluate(finished, image_folder / part), json.loads((finished / "result.json").read_text())
-    assert {key: found[key] for key in ("top1", "macro_f1", "val_images")} == \
-        {key: result[key] for key in ("top1", "macro_f1", "val_images")}
+    assert {key: found[key] for key in ("top1", "macro_f1", "val_images")} == {
+        key: result[key] for key in ("top1", "macro_f1", "val_images")
+    }
     assert found["loss"] == pytest.approx(result["loss"], rel=1e-5)
     assert [row["recall"] for row in found["classes"]] == result["class_accuracy"]
 
@@ -121,8 +145,9 @@ def test_evaluate_agrees_with_scikit_learn(finished, mixed):
     assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
     for row in found["classes"]:
         theirs = report[row["class"]]
-        assert [row[key] for key in ("images", "precision", "recall", "f1")] == \
-            pytest.approx([theirs[key] for key in ("support", "precision", "recall", "f1-score")])
+        assert [row[key] for key in ("images", "precision", "recall", "f1")] == pytest.approx(
+            [theirs[key] for key in ("support", "precision", "recall", "f1-score")]
+        )
     assert found["confusion"] == sklearn_confusion(truth, said).tolist()
     with Image.open(mixed / "out" / "confusion.png") as picture:
         assert picture.size[0] > 300
@@ -165,8 +190,9 @@ def test_predictions_can_be_read_back(finished, image_folder):
     """The CSV and the table hold what the rows hold, an image a line."""
     rows = predict(finished, [image_folder / "val" / "red"])
     back = list(csv.DictReader(io.StringIO(predictions_as_csv(rows))))
-    assert [(row["file"], row["predicted"], float(row["probability_1"]), row["class_3"]) for row in back] == \
-        [(row["file"], row["predicted"], row["probability"], row["top"][2][0]) for row in rows]
+    assert [(row["file"], row["predicted"], float(row["probability_1"]), row["class_3"]) for row in back] == [
+        (row["file"], row["predicted"], row["probability"], row["top"][2][0]) for row in rows
+    ]
     lines = predictions_as_table(rows).splitlines()
     assert len(lines) == 6 and lines[1].split()[:2] == [rows[0]["file"], rows[0]["predicted"]]
     assert f"{rows[0]['top'][0][0]} {rows[0]['probability']:.1%}" in lines[1]
@@ -268,15 +294,21 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-@pytest.mark.parametrize("files,fault", [
-    ({}, "no model in foreign: no foreign/config.json"),
-    ({"config.json": '{"architecture": "resnet18"}', "pytorch_model.bin": pickle.dumps(Trap())}, "foreign/model.safetensors"),
-    ({"config.json": '{"architecture": "resnet18"}', "model.safetensors": pickle.dumps(Trap())}, "timm can't load foreign"),
-    ({"config.json": '{"architecture": "resnet81"}', "model.safetensors": ""}, "Unknown model .resnet81."),
-    ({"config.json": '{"architectures": ["ResNetForImages"]}', "model.safetensors": ""}, "names no architecture"),
-    ({"config.json": '{"architec', "model.safetensors": ""}, "can't read foreign/config.json"),
-    ({"config.json": "[1, 2]", "model.safetensors": ""}, "can't read foreign/config.json"),
-])
+@pytest.mark.parametrize(
+    "files,fault",
+    [
+        ({}, "no model in foreign: no foreign/config.json"),
+        (
+            {"config.json": '{"architecture": "resnet18"}', "pytorch_model.bin": pickle.dumps(Trap())},
+            "foreign/model.safetensors",
+        ),
+        ({"config.json": '{"architecture": "resnet18"}', "model.safetensors": pickle.dumps(Trap())}, "timm can't load foreign"),
+        ({"config.json": '{"architecture": "resnet81"}', "model.safetensors": ""}, "Unknown model .resnet81."),
+        ({"config.json": '{"architectures": ["ResNetForImages"]}', "model.safetensors": ""}, "names no architecture"),
+        ({"config.json": '{"architec', "model.safetensors": ""}, "can't read foreign/config.json"),
+        ({"config.json": "[1, 2]", "model.safetensors": ""}, "can't read foreign/config.json"),
+    ],
+)
 def test_a_foreign_folder_is_one_message_and_runs_nothing(tmp_path, monkeypatch, files, fault):
     """What is missing, cut or foreign is named; a pickle in the folder stays shut."""
     monkeypatch.chdir(tmp_path)
@@ -293,9 +325,10 @@ def test_what_is_wrong_is_named(finished, image_folder, tmp_path):
     for name in ("blue", "green", "violet"):
         shutil.copytree(image_folder / "val" / "red", tmp_path / "data" / name)
     for call, fault in (
-            (lambda: evaluate(finished, tmp_path / "data"), "differ: only the model has: red; only .*data has: violet"),
-            (lambda: evaluate(finished, tmp_path / "nowhere"), "nowhere: no such folder"),
-            (lambda: predict(finished, [image_folder], top=0), "--top starts at 1"),
-            (lambda: load_model(finished.parent), "Wanted: the folder of a finished run")):
+        (lambda: evaluate(finished, tmp_path / "data"), "differ: only the model has: red; only .*data has: violet"),
+        (lambda: evaluate(finished, tmp_path / "nowhere"), "nowhere: no such folder"),
+        (lambda: predict(finished, [image_folder], top=0), "--top starts at 1"),
+        (lambda: load_model(finished.parent), "Wanted: the folder of a finished run"),
+    ):
         with pytest.raises(RecipeError, match=fault):
             call()

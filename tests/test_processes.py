@@ -17,7 +17,7 @@ import torch
 
 from conftest import ROOT
 
-RECIPE = '''
+RECIPE = """
 from torch import nn
 
 from finetune.lr_schedule import Cosine
@@ -37,7 +37,7 @@ recipe = Recipe(backbone=Net, head="fc", data=Data("IMAGES", image_size=24, batc
                 groups=(Group("head", "fc", lr=1e-2), Group("body", "body", lr=3e-3, unfreeze_at=1),
                         Group("stem", "stem|norm", lr=1e-3, unfreeze_at=2)),
                 optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), norm_stats="train", epochs=5)
-'''
+"""
 
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -103,21 +103,39 @@ def test_any_number_of_processes_computes_the_same(tmp_path, image_folder, alone
     assert len(re.findall("^epoch ", out, re.M)) == 5
 
 
-SET = ("augment.mixup=0.4", "augment.cutmix=1.0", "data.sampling=balanced", "ema_decay=0.6", "l2_sp=0.1", "flip_test=True",
-       "class_weights=balanced", "clip_value=0.1", "linear_probe.views=2")
+SET = (
+    "augment.mixup=0.4",
+    "augment.cutmix=1.0",
+    "data.sampling=balanced",
+    "ema_decay=0.6",
+    "l2_sp=0.1",
+    "flip_test=True",
+    "class_weights=balanced",
+    "clip_value=0.1",
+    "linear_probe.views=2",
+)
 
 
-@pytest.mark.parametrize("fields,head,stem", [
-    (SET, 'lr=1e-2', 'lr=1e-3, optimizer=SGD(momentum=0.9)'),
-    (("clip_norm=None",), 'lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)', 'lr=1e-3'),
-], ids=["mixing, averaging, two optimizers", "LBFGS"])
+@pytest.mark.parametrize(
+    "fields,head,stem",
+    [
+        (SET, "lr=1e-2", "lr=1e-3, optimizer=SGD(momentum=0.9)"),
+        (("clip_norm=None",), 'lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)', "lr=1e-3"),
+    ],
+    ids=["mixing, averaging, two optimizers", "LBFGS"],
+)
 def test_two_processes_pull_every_lever_alike(tmp_path, image_folder, fields, head, stem):
     """Whatever lever is pulled, two processes take the updates of one, and their weights are the same to rounding."""
     runs = []
     for name, launcher in (("one", [sys.executable]), ("two", several(2))):
         (tmp_path / name).mkdir()
-        line = command(tmp_path / name, image_folder, tmp_path / name / "out", launcher,
-                       [word for field in fields for word in ("--set", field)])
+        line = command(
+            tmp_path / name,
+            image_folder,
+            tmp_path / name / "out",
+            launcher,
+            [word for field in fields for word in ("--set", field)],
+        )
         recipe = Path(line[line.index("--recipe") + 1])
         text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Optimizer,")
         text = text.replace('"fc", lr=1e-2', f'"fc", {head}')
@@ -146,8 +164,11 @@ def test_processes_decide_from_one_score(tmp_path, image_folder):
     for count, launcher in ((1, [sys.executable]), (2, several(2))):
         line = command(tmp_path, image_folder, tmp_path / str(count), launcher)
         file = tmp_path / "net.py"
-        file.write_text(file.read_text().replace("import Cosine", "import Plateau").replace(
-            "Cosine(warmup_epochs=0.5)", "Plateau(mode='min', patience=0, factor=0.5, threshold=0.3)"))
+        file.write_text(
+            file.read_text()
+            .replace("import Cosine", "import Plateau")
+            .replace("Cosine(warmup_epochs=0.5)", "Plateau(mode='min', patience=0, factor=0.5, threshold=0.3)")
+        )
         finish(line)
         runs.append(contents(tmp_path / str(count)))
     rates = [[row["lr"]["head"] for row in rows if "lr" in row] for _, rows, _ in runs]
@@ -162,11 +183,32 @@ def test_two_machines_finish_with_the_result_of_one(tmp_path, image_folder, alon
         port = str(free.getsockname()[1])
     machines = []
     for rank in ("0", "1"):
-        launcher = [*ACCELERATE, "--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", rank,
-                    "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--mixed_precision", "no",
-                    "--dynamo_backend", "no"]
-        machines.append(subprocess.Popen(command(tmp_path, image_folder, tmp_path / "out", launcher), stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.PIPE, text=True))
+        launcher = [
+            *ACCELERATE,
+            "--multi_gpu",
+            "--num_machines",
+            "2",
+            "--num_processes",
+            "2",
+            "--machine_rank",
+            rank,
+            "--main_process_ip",
+            "127.0.0.1",
+            "--main_process_port",
+            port,
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
+        machines.append(
+            subprocess.Popen(
+                command(tmp_path, image_folder, tmp_path / "out", launcher),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     errors = [machine.communicate(timeout=180)[1] for machine in machines]
     assert (tmp_path / "out" / "result.json").is_file(), errors
     assert_same_run(contents(tmp_path / "out"), alone)
@@ -185,8 +227,13 @@ def unharmed(tmp_path_factory, image_folder):
 
 def launched(folder, images, launcher):
     """The same run, started and well on its way."""
-    started = subprocess.Popen(command(folder, images, folder / "out", launcher, LONGER), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    started = subprocess.Popen(
+        command(folder, images, folder / "out", launcher, LONGER),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 60
     while not list((folder / "out" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -239,8 +286,21 @@ def test_the_configuration_file_as_it_stands_starts_one_process(tmp_path, image_
 
 def test_an_error_is_said_once_by_two_processes(tmp_path):
     """What every process finds out, one says, and nothing hangs."""
-    done = subprocess.run([*several(2), str(ROOT / "finetune" / "run.py"), "--recipe", "efficientnet_lite0_digits", "--weights",
-                           "nowhere.pth", "--output", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            *several(2),
+            str(ROOT / "finetune" / "run.py"),
+            "--recipe",
+            "efficientnet_lite0_digits",
+            "--weights",
+            "nowhere.pth",
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0 and done.stderr.count("finetune: no weights file nowhere.pth") == 1
     assert not (tmp_path / "out").exists()
 
@@ -249,8 +309,20 @@ def test_processes_that_were_asked_for_and_not_started_are_missed(tmp_path):
     """Without GPUs `accelerate launch --num_processes 2` starts one process: that is refused, with what does start two."""
     if torch.cuda.device_count() > 1:
         pytest.skip("with several GPUs it starts two")
-    done = subprocess.run([*ACCELERATE, "--num_processes", "2", str(ROOT / "finetune" / "run.py"), "--recipe",
-                           "efficientnet_lite0_digits", "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *ACCELERATE,
+            "--num_processes",
+            "2",
+            str(ROOT / "finetune" / "run.py"),
+            "--recipe",
+            "efficientnet_lite0_digits",
+            "--output",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and "finetune: accelerate launch was asked for several processes" in done.stderr
     assert "--multi_gpu" in done.stderr
 
@@ -260,6 +332,7 @@ def drifting(answers):
     from accelerate import Accelerator
 
     from finetune.processes import check_agreement
+
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     accelerator = Accelerator(cpu=True)
     for parameter in net.parameters():
@@ -277,8 +350,10 @@ def drifting(answers):
 
 def test_processes_that_went_apart_are_found(tmp_path):
     """A single number that differs between processes stops both, with the tensor's name."""
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n" \
-           f"import test_processes; test_processes.drifting({str(tmp_path)!r})"
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"import test_processes; test_processes.drifting({str(tmp_path)!r})"
+    )
     (tmp_path / "drift.py").write_text(code)
     subprocess.run([*several(2), str(tmp_path / "drift.py")], capture_output=True)
     for rank in ("0", "1"):
@@ -287,8 +362,12 @@ def test_processes_that_went_apart_are_found(tmp_path):
 
 def test_killed_runs_end_as_if_unharmed():
     """A short version of the benchmark: processes killed in each of its ways go on to the bits of an unbroken run."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "benchmarks" / "kills.py"), "--kills", "6"],
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "benchmarks" / "kills.py"), "--kills", "6"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0 and "| all | | 6 | 6 | 6 | 0 |" in done.stdout, done.stdout + done.stderr
 
 
@@ -311,7 +390,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="about Linux's C library")
 def test_freed_memory_is_kept_for_the_next_update():
     """A large tensor made anew takes the memory of the one before it: the system maps none, where otherwise it maps all."""
-    faults = {name: int(subprocess.run([sys.executable, "-c", ALLOCATES, name], capture_output=True, text=True, check=True,
-                                       cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout.split()[-1])
-              for name in ("kept", "returned")}
+    faults = {
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", ALLOCATES, name],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=ROOT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            ).stdout.split()[-1]
+        )
+        for name in ("kept", "returned")
+    }
     assert faults["kept"] < faults["returned"] / 10 and faults["returned"] > 100

@@ -22,7 +22,7 @@ from finetune.recipe import LayerDecay
 README = (ROOT / "README.md").read_text()
 KEPT = ROOT / "recipes" / "baselines" / "others"
 NAMES = {**vars(recipe), **vars(lr_schedule)}
-TABLE = README[README.index("## Levers"):README.index("## In other loops")]
+TABLE = README[README.index("## Levers") : README.index("## In other loops")]
 LEVERS = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", TABLE, re.M)
 OF_TIMM = {"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.1), "backbone": "resnet18", "head": None}
 
@@ -40,10 +40,24 @@ def test_every_lever_of_the_table_is_a_recipe(fields):
 def test_the_table_has_every_field():
     """Each field of a recipe that changes training has its line."""
     told = {name for fields in LEVERS for name in re.findall(r"(\w+)=", fields)}
-    fields = set(recipe.Recipe.__dataclass_fields__) | set(recipe.Group.__dataclass_fields__) | set(
-        recipe.Augment.__dataclass_fields__)
-    elsewhere = {"backbone", "weights", "head", "seed", "epochs", "name", "pattern", "crop_scale", "crop_ratio", "hflip",
-                 "color_jitter"}  # shown with the recipe itself
+    fields = (
+        set(recipe.Recipe.__dataclass_fields__)
+        | set(recipe.Group.__dataclass_fields__)
+        | set(recipe.Augment.__dataclass_fields__)
+    )
+    elsewhere = {
+        "backbone",
+        "weights",
+        "head",
+        "seed",
+        "epochs",
+        "name",
+        "pattern",
+        "crop_scale",
+        "crop_ratio",
+        "hflip",
+        "color_jitter",
+    }  # shown with the recipe itself
     assert fields - told == elsewhere
     assert all(f"`{kind.__name__}`" in TABLE for kind in lr_schedule.Schedule.__subclasses__())
 
@@ -59,8 +73,23 @@ def run_folder(tmp_path_factory, image_folder):
     """A finished run on the photographs of the tests."""
     folder = tmp_path_factory.mktemp("readme") / "run"
     fields = ("data.image_size=32", "data.batch_size=8", "epochs=4", "mixed_precision=no")
-    assert run.main(["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--output", str(folder),
-                     "--quiet", *(word for field in fields for word in ("--set", field))]) == 0
+    assert (
+        run.main(
+            [
+                "--recipe",
+                "resnet18_cifar",
+                "--data",
+                str(image_folder),
+                "--weights",
+                "none",
+                "--output",
+                str(folder),
+                "--quiet",
+                *(word for field in fields for word in ("--set", field)),
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -87,8 +116,9 @@ def test_every_verb_of_the_readme_runs(tmp_path, monkeypatch, capsys, image_fold
     assert set(re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.M)) == set(told)
 
 
-@pytest.mark.parametrize("name", ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "reproduce", "suggest", "export",
-                                  "predict", "evaluate"])
+@pytest.mark.parametrize(
+    "name", ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "reproduce", "suggest", "export", "predict", "evaluate"]
+)
 def test_help_has_an_example(capsys, name):
     """Every verb's --help ends in an example that its own parser takes."""
     with pytest.raises(SystemExit):
@@ -142,15 +172,23 @@ def test_the_benchmarks_tables_are_their_runs(monkeypatch, capsys):
 def test_the_performance_table_is_what_was_kept():
     """The figures of the performance table are those of the benchmarks' kept last lines, what does not hold among them."""
     kept = json.loads((KEPT / "benchmarks.json").read_text())["now"]
-    table = README[README.index("## Performance"):README.index("## The files")]
-    rows = [f"{row['ours_us']:.0f} us, timm {row['timm_us']:.0f}, torchvision {row['torchvision_us']:.0f}: "
-            f"{row['times_faster']:.1f} times | {'yes' if row['holds'] else 'no'} |"
-            for row in (kept["images"]["small"], kept["images"]["large"])]
-    rows += [f"{row['case']}, {row['processes']} process{'es' * (row['processes'] > 1)}: {row['ratio']:.2f}"
-             for row in kept["loop"]["cases"]]
-    rows += [f"{kept['frozen']['memory_share']:.0%} |", f"{kept['frozen']['times_faster']:.0f} times |",
-             f"{max(kept['start']['seconds'].values()):.2f} s |", f"{kept['start']['first_update']:.1f} s |",
-             f"{sum(kept['start']['shares'].values()):.1%} |"]
+    table = README[README.index("## Performance") : README.index("## The files")]
+    rows = [
+        f"{row['ours_us']:.0f} us, timm {row['timm_us']:.0f}, torchvision {row['torchvision_us']:.0f}: "
+        f"{row['times_faster']:.1f} times | {'yes' if row['holds'] else 'no'} |"
+        for row in (kept["images"]["small"], kept["images"]["large"])
+    ]
+    rows += [
+        f"{row['case']}, {row['processes']} process{'es' * (row['processes'] > 1)}: {row['ratio']:.2f}"
+        for row in kept["loop"]["cases"]
+    ]
+    rows += [
+        f"{kept['frozen']['memory_share']:.0%} |",
+        f"{kept['frozen']['times_faster']:.0f} times |",
+        f"{max(kept['start']['seconds'].values()):.2f} s |",
+        f"{kept['start']['first_update']:.1f} s |",
+        f"{sum(kept['start']['shares'].values()):.1%} |",
+    ]
     assert len(rows) == 11 and all(row in table for row in rows), [row for row in rows if row not in table]
 
 
@@ -158,7 +196,8 @@ def test_more_images_are_as_recorded():
     """What the CIFAR-10 recipe reaches on ten times the images is the mean of the kept runs."""
     kept = json.loads((KEPT / "cifar_10000.json").read_text())
     number = "{:.1f} % ({:.1f} to {:.1f}, {} seeds)".format(
-        *(100 * of([run["top1"] for run in kept["runs"]]) for of in (fmean, min, max)), len(kept["runs"]))
+        *(100 * of([run["top1"] for run in kept["runs"]]) for of in (fmean, min, max)), len(kept["runs"])
+    )
     head = 100 * fmean(run["head_top1"] for run in kept["runs"])
     assert f"reaches {number}; the head alone {head:.1f} %" in " ".join(README.split())
     assert kept["recipe"]["data"]["source"] == "--data" and {run["val_images"] for run in kept["runs"]} == {2000}
@@ -168,8 +207,10 @@ def test_the_larger_networks_are_as_recorded():
     """What EfficientNet-Lite1 and 2 reach with the CIFAR-10 recipe is the mean of the kept runs."""
     for number, kept in enumerate(json.loads((KEPT / "lite.json").read_text()), 1):
         top1, heads = ([100 * run[key] for run in kept["runs"]] for key in ("top1", "head_top1"))
-        told = (f"EfficientNet-Lite{number} {fmean(top1):.1f} % ({min(top1):.1f} to {max(top1):.1f}, {len(top1)} seeds; "
-                f"head alone {fmean(heads):.1f} %)")
+        told = (
+            f"EfficientNet-Lite{number} {fmean(top1):.1f} % ({min(top1):.1f} to {max(top1):.1f}, {len(top1)} seeds; "
+            f"head alone {fmean(heads):.1f} %)"
+        )
         assert told in " ".join(README.split()) and kept["recipe"]["backbone"] == f"tf_efficientnet_lite{number}"
 
 
@@ -177,9 +218,11 @@ def test_the_solar_cells_by_kind_are_as_recorded():
     """Macro F1, each kind of cell and the head alone are the means over the kept runs."""
     runs = json.loads((KEPT.parent / "efficientnet_lite0_elpv.json").read_text())["runs"]
     text = " ".join(README.split())
-    for row, words in ((lambda run: run["macro_f1"], "Macro F1 is {:.1f} %"),
-                       (lambda run: run["by_kind"]["mono"]["top1"], "monocrystalline ones {:.1f} %"),
-                       (lambda run: run["by_kind"]["poly"]["top1"], "polycrystalline ones {:.1f} %"),
-                       (lambda run: run["head_top1"], "the head alone reaches {:.1f} %")):
+    for row, words in (
+        (lambda run: run["macro_f1"], "Macro F1 is {:.1f} %"),
+        (lambda run: run["by_kind"]["mono"]["top1"], "monocrystalline ones {:.1f} %"),
+        (lambda run: run["by_kind"]["poly"]["top1"], "polycrystalline ones {:.1f} %"),
+        (lambda run: run["head_top1"], "the head alone reaches {:.1f} %"),
+    ):
         assert words.format(100 * sum(map(row, runs)) / len(runs)) in text
     assert len(runs) >= 3 and sum(run["top1"] for run in runs) / len(runs) > 0.8842

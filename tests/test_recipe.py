@@ -16,45 +16,53 @@ NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 
 def test_recipes_load_without_torch():
     """A misspelt recipe must fail in well under a second, so reading recipes imports nothing heavy."""
-    code = ("import sys; from finetune.recipe_file import load_recipe; "
-            f"[load_recipe(name) for name in {NAMES}]; "
-            "heavy = {'torch', 'timm', 'numpy', 'accelerate'} & sys.modules.keys(); assert not heavy, heavy")
+    code = (
+        "import sys; from finetune.recipe_file import load_recipe; "
+        f"[load_recipe(name) for name in {NAMES}]; "
+        "heavy = {'torch', 'timm', 'numpy', 'accelerate'} & sys.modules.keys(); assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("changes,fault", [
-    ({"epochs": 0}, "epochs must be at least 1, not 0"),
-    ({"epochs": "3"}, "epochs must be a whole number, not '3'"),
-    ({"epochs": True}, "epochs must be a whole number, not True"),
-    ({"clip_norm": -1.0}, "clip_norm must be above 0, or None, not -1.0"),
-    ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
-    ({"norm_stats": "frozen"}, "norm_stats must be 'train' or 'eval' or 'sync', not 'frozen'"),
-    ({"mixed_precision": "fp8"}, "mixed_precision must be 'no' or 'bf16' or 'fp16', not 'fp8'"),
-    ({"seed": -1}, "seed must be 0 or more"),
-    ({"data": Data("digits", image_size=0, batch_size=8)}, "data: image_size must be at least 1, not 0"),
-    ({"data": Data("digits", 8, 8, crop_pct=2.0)}, "crop_pct must be above 0 and at most 1, not 2.0"),
-    ({"augment": Augment(crop_scale=(1.0, 0.5))}, "crop_scale must be two rising fractions"),
-    ({"augment": Augment(hflip=2)}, "hflip must be a probability, not 2"),
-    ({"augment": Augment(randaugment="m9")}, "randaugment must start with 'rand-'"),
-    ({"optimizer": AdamW(weight_decay=-0.1)}, "weight_decay must be 0 or more, not -0.1"),
-    ({"optimizer": AdamW(lr=1e-3)}, "lr belongs to the groups"),
-    ({"optimizer": "AdamW"}, "optimizer must be an Optimizer, not 'AdamW'"),
-    ({"schedule": Cosine(floor=1.0)}, "floor is a fraction of the peak"),
-    ({"schedule": Cosine(warmup_epochs=4)}, "warmup_epochs=4 does not end within epochs=4"),
-    ({"schedule": Plateau(factor=1.0)}, "factor must be above 0 and below 1, not 1.0"),
-    ({"schedule": Plateau(mode="best")}, "schedule.mode must be 'max' or 'min', not 'best'"),
-    ({"groups": ()}, "groups: at least one is needed"),
-    ({"groups": (Group("a", "fc", lr=0.0),)}, "group 'a': lr must be a finite number above 0, not 0.0"),
-    ({"groups": (Group("a", "fc", lr=-1.0),)}, "group 'a': lr must be a finite number above 0, not -1.0"),
-    ({"groups": (Group("a", "fc", lr=float("nan")),)}, "group 'a': lr must be a finite number above 0, not nan"),
-    ({"groups": (Group("a", "f(c", lr=1.0),)}, "group 'a': pattern 'f(c' is no regular expression"),
-    ({"groups": (Group("a", "fc", lr=1.0), Group("a", "body", lr=1.0))}, "group 'a' is there twice"),
-    ({"groups": (Group("a", "fc", lr=1.0, unfreeze_at=4), Group("b", ".", lr=1.0))}, "unfreeze_at=4 is past the last epoch, 3"),
-    ({"groups": (Group("a", ".", lr=1.0, unfreeze_at=1),)}, "nothing trains in epoch 0"),
-    ({"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.0)}, "stem_ratio must be above 0 and at most 1, not 0.0"),
-    ({"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.1, unfreeze_at=9)}, "unfreeze_at=9 is past the last epoch, 3"),
-    ({"backbone": "resnet18"}, "a timm or torchvision backbone knows its own head"),
-])
+@pytest.mark.parametrize(
+    "changes,fault",
+    [
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"epochs": "3"}, "epochs must be a whole number, not '3'"),
+        ({"epochs": True}, "epochs must be a whole number, not True"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0, or None, not -1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
+        ({"norm_stats": "frozen"}, "norm_stats must be 'train' or 'eval' or 'sync', not 'frozen'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be 'no' or 'bf16' or 'fp16', not 'fp8'"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"data": Data("digits", image_size=0, batch_size=8)}, "data: image_size must be at least 1, not 0"),
+        ({"data": Data("digits", 8, 8, crop_pct=2.0)}, "crop_pct must be above 0 and at most 1, not 2.0"),
+        ({"augment": Augment(crop_scale=(1.0, 0.5))}, "crop_scale must be two rising fractions"),
+        ({"augment": Augment(hflip=2)}, "hflip must be a probability, not 2"),
+        ({"augment": Augment(randaugment="m9")}, "randaugment must start with 'rand-'"),
+        ({"optimizer": AdamW(weight_decay=-0.1)}, "weight_decay must be 0 or more, not -0.1"),
+        ({"optimizer": AdamW(lr=1e-3)}, "lr belongs to the groups"),
+        ({"optimizer": "AdamW"}, "optimizer must be an Optimizer, not 'AdamW'"),
+        ({"schedule": Cosine(floor=1.0)}, "floor is a fraction of the peak"),
+        ({"schedule": Cosine(warmup_epochs=4)}, "warmup_epochs=4 does not end within epochs=4"),
+        ({"schedule": Plateau(factor=1.0)}, "factor must be above 0 and below 1, not 1.0"),
+        ({"schedule": Plateau(mode="best")}, "schedule.mode must be 'max' or 'min', not 'best'"),
+        ({"groups": ()}, "groups: at least one is needed"),
+        ({"groups": (Group("a", "fc", lr=0.0),)}, "group 'a': lr must be a finite number above 0, not 0.0"),
+        ({"groups": (Group("a", "fc", lr=-1.0),)}, "group 'a': lr must be a finite number above 0, not -1.0"),
+        ({"groups": (Group("a", "fc", lr=float("nan")),)}, "group 'a': lr must be a finite number above 0, not nan"),
+        ({"groups": (Group("a", "f(c", lr=1.0),)}, "group 'a': pattern 'f(c' is no regular expression"),
+        ({"groups": (Group("a", "fc", lr=1.0), Group("a", "body", lr=1.0))}, "group 'a' is there twice"),
+        (
+            {"groups": (Group("a", "fc", lr=1.0, unfreeze_at=4), Group("b", ".", lr=1.0))},
+            "unfreeze_at=4 is past the last epoch, 3",
+        ),
+        ({"groups": (Group("a", ".", lr=1.0, unfreeze_at=1),)}, "nothing trains in epoch 0"),
+        ({"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.0)}, "stem_ratio must be above 0 and at most 1, not 0.0"),
+        ({"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.1, unfreeze_at=9)}, "unfreeze_at=9 is past the last epoch, 3"),
+        ({"backbone": "resnet18"}, "a timm or torchvision backbone knows its own head"),
+    ],
+)
 def test_faults_are_named(changes, fault):
     """Every wrong value ends in a message that names it."""
     with pytest.raises(RecipeError) as caught:
@@ -71,9 +79,20 @@ def test_all_faults_at_once():
 
 def test_set_reaches_every_part():
     """--set changes fields of the recipe, its parts, its groups by name, and the optimizer's options."""
-    changed = override(small_recipe(), ["epochs=5", "data.image_size=128", "groups.body.lr=5e-3", "clip_norm=None",
-                                        "optimizer.betas=(0.9, 0.95)", "optimizer.weight_decay=0.1", "schedule.floor=0.1",
-                                        "mixed_precision=bf16", "augment.crop_scale=[0.2, 1.0]"])
+    changed = override(
+        small_recipe(),
+        [
+            "epochs=5",
+            "data.image_size=128",
+            "groups.body.lr=5e-3",
+            "clip_norm=None",
+            "optimizer.betas=(0.9, 0.95)",
+            "optimizer.weight_decay=0.1",
+            "schedule.floor=0.1",
+            "mixed_precision=bf16",
+            "augment.crop_scale=[0.2, 1.0]",
+        ],
+    )
     assert (changed.epochs, changed.data.image_size, changed.groups[1].lr, changed.clip_norm) == (5, 128, 5e-3, None)
     assert changed.optimizer == Optimizer("AdamW", weight_decay=0.1, betas=(0.9, 0.95))
     assert (changed.schedule.floor, changed.mixed_precision, changed.augment.crop_scale) == (0.1, "bf16", (0.2, 1.0))
@@ -89,18 +108,21 @@ def test_set_is_checked_as_a_whole():
         override(small_recipe(), ["epochs=2"])
 
 
-@pytest.mark.parametrize("assignment,fault", [
-    ("epoch=3", "no 'epoch'. Did you mean epochs?"),
-    ("groups.haed.lr=1", "no 'haed'. Did you mean head? There are: head, body, stem"),
-    ("groups.head.lrr=1", "no 'lrr'. Did you mean lr?"),
-    ("data.imagesize=3", "no 'imagesize'. Did you mean image_size?"),
-    ("seed.x=3", "no 'x'. Nothing lies below it."),
-    ("epochs", "write FIELD=VALUE"),
-    ("linear_probe.view=2", "no 'view'. Did you mean views?"),
-    ("switch.at=2", "the recipe has no switch yet, and one needs more than that: at, optimizer, lr_factor"),
-    ("epochs=3.5", "epochs must be a whole number, not 3.5"),
-    ("groups.head.lr=fast", "groups.head.lr must be a number, not 'fast'"),
-])
+@pytest.mark.parametrize(
+    "assignment,fault",
+    [
+        ("epoch=3", "no 'epoch'. Did you mean epochs?"),
+        ("groups.haed.lr=1", "no 'haed'. Did you mean head? There are: head, body, stem"),
+        ("groups.head.lrr=1", "no 'lrr'. Did you mean lr?"),
+        ("data.imagesize=3", "no 'imagesize'. Did you mean image_size?"),
+        ("seed.x=3", "no 'x'. Nothing lies below it."),
+        ("epochs", "write FIELD=VALUE"),
+        ("linear_probe.view=2", "no 'view'. Did you mean views?"),
+        ("switch.at=2", "the recipe has no switch yet, and one needs more than that: at, optimizer, lr_factor"),
+        ("epochs=3.5", "epochs must be a whole number, not 3.5"),
+        ("groups.head.lr=fast", "groups.head.lr must be a number, not 'fast'"),
+    ],
+)
 def test_wrong_set_is_named(assignment, fault):
     """A --set that can't be done says which, and what there is instead."""
     with pytest.raises(RecipeError) as caught:
@@ -108,15 +130,20 @@ def test_wrong_set_is_named(assignment, fault):
     assert fault in str(caught.value)
 
 
-@pytest.mark.parametrize("text,fault", [
-    ("x = 1", "is no recipe: it needs a line 'recipe = Recipe(...)'"),
-    ("recipe = ", ":1: SyntaxError"),
-    ("from finetune.recipe import Group\n\nrecipe = Group('a', 'b', lr=1.0, unfreze_at=3)",
-     ":3: Group has no field 'unfreze_at'. Did you mean unfreeze_at?"),
-    ("from finetune.lr_schedule import Cosine\nCosine(warmup=3)", ":2: Cosine has no field 'warmup'. Did you mean"),
-    ("from finetune.lr_schedule import Cosinus", "cannot import name 'Cosinus'"),
-    ("\n1/0", ":2: ZeroDivisionError"),
-])
+@pytest.mark.parametrize(
+    "text,fault",
+    [
+        ("x = 1", "is no recipe: it needs a line 'recipe = Recipe(...)'"),
+        ("recipe = ", ":1: SyntaxError"),
+        (
+            "from finetune.recipe import Group\n\nrecipe = Group('a', 'b', lr=1.0, unfreze_at=3)",
+            ":3: Group has no field 'unfreze_at'. Did you mean unfreeze_at?",
+        ),
+        ("from finetune.lr_schedule import Cosine\nCosine(warmup=3)", ":2: Cosine has no field 'warmup'. Did you mean"),
+        ("from finetune.lr_schedule import Cosinus", "cannot import name 'Cosinus'"),
+        ("\n1/0", ":2: ZeroDivisionError"),
+    ],
+)
 def test_a_file_that_is_no_recipe(tmp_path, text, fault):
     """What is wrong in a recipe's file is said with its line."""
     file = tmp_path / "mine.py"

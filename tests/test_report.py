@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.metrics import confusion_matrix as theirs
+from test_interruptions import Cut, cut_before
 
 from conftest import ROOT, SmallNet, prepare, run_here, small_recipe
 from finetune import image_data, plots, run_record
@@ -24,10 +25,13 @@ from finetune.recipe_file import load_recipe
 from finetune.report import drift
 from finetune.run import main
 from finetune.scores import confusion_matrix
-from test_interruptions import Cut, cut_before
 
-ROWS = (Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)), Group("body", "body", lr=3e-3, unfreeze_at=1,
-        warmup_epochs=0.5), Group("norm", "norm", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9)), Frozen("stem", "."))
+ROWS = (
+    Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),
+    Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5),
+    Group("norm", "norm", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9)),
+    Frozen("stem", "."),
+)
 
 
 def drawn(monkeypatch, draw):
@@ -85,8 +89,16 @@ def test_plan_shows_everything_and_trains_nothing(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("finetune.weights.pretrained_state", lambda *args: pytest.fail("weights were asked for"))
     assert verb(["plan", "resnet18_cifar", "--set", "epochs=5", "--output", "plans"]) == 0
     out = capsys.readouterr().out
-    for text in ("5 epochs of 196 updates of 256 images", "layer4 ", "rate at the start of each epoch", "stages", "activations",
-                 "layers, for one image", "512 x 7 x 7", "11,181,642"):
+    for text in (
+        "5 epochs of 196 updates of 256 images",
+        "layer4 ",
+        "rate at the start of each epoch",
+        "stages",
+        "activations",
+        "layers, for one image",
+        "512 x 7 x 7",
+        "11,181,642",
+    ):
         assert text in out
     with Image.open(tmp_path / "plans" / "resnet18_cifar-plan.png") as picture:
         assert picture.size[0] > 600
@@ -105,16 +117,37 @@ def test_a_dry_run_is_the_plan(tmp_path, monkeypatch, capsys):
 def test_find_lr_says_what_to_paste(tmp_path, monkeypatch, capsys):
     """The verb prints two suggestions as overrides of every group's rate, draws the picture, and writes nothing else."""
     monkeypatch.chdir(tmp_path)
-    assert verb(["find-lr", "efficientnet_lite0_digits", "--weights", "none", "--set", "data.image_size=32", "--set",
-                 "augment.randaugment=None", "--output", "out"]) == 0
+    assert (
+        verb(
+            [
+                "find-lr",
+                "efficientnet_lite0_digits",
+                "--weights",
+                "none",
+                "--set",
+                "data.image_size=32",
+                "--set",
+                "augment.randaugment=None",
+                "--output",
+                "out",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["steepest", "valley", "picture"]
     assert all(line.count("--set groups.") == 4 for line in out[:2])
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "efficientnet_lite0_digits-lr.png"]
 
 
-@pytest.mark.parametrize("arguments", [["plan", "resnet81_cifar"], ["plan", "resnet18_cifar", "--set", "groups.head.pattern=x"],
-                                       ["find-lr", "resnet18_cifar", "--data", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "resnet81_cifar"],
+        ["plan", "resnet18_cifar", "--set", "groups.head.pattern=x"],
+        ["find-lr", "resnet18_cifar", "--data", "nowhere"],
+    ],
+)
 def test_a_verb_that_fails_says_one_message(capsys, arguments):
     """Exit code 2 and one message, as with a run."""
     assert verb(arguments) == 2
@@ -128,8 +161,10 @@ def test_drift_is_the_norm_of_the_change(tmp_path):
     net, _ = run_here(recipe, tmp_path)
     found = drift(recipe, net, start)
     assert list(found) == ["head", "body", "norm", "stem"] and found["stem"] == 0.0
-    before, after = (np.concatenate([tensors[f"fc.{kind}"].detach().double().numpy().ravel() for kind in ("weight", "bias")])
-                     for tensors in (start, dict(net.named_parameters())))
+    before, after = (
+        np.concatenate([tensors[f"fc.{kind}"].detach().double().numpy().ravel() for kind in ("weight", "bias")])
+        for tensors in (start, dict(net.named_parameters()))
+    )
     assert found["head"] == pytest.approx(np.linalg.norm(after - before) / np.linalg.norm(before), rel=1e-6)
     assert found["head"] > 0
 
@@ -174,9 +209,23 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path, monkeypatch, image_fol
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
-    arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--track", "tensorboard",
-                 "--output", "out", *(word for field in ("data.image_size=32", "data.batch_size=8", "mixed_precision=no",
-                                                         "epochs=4") for word in ("--set", field))]
+    arguments = [
+        "--recipe",
+        "resnet18_cifar",
+        "--data",
+        str(image_folder),
+        "--weights",
+        "none",
+        "--track",
+        "tensorboard",
+        "--output",
+        "out",
+        *(
+            word
+            for field in ("data.image_size=32", "data.batch_size=8", "mixed_precision=no", "epochs=4")
+            for word in ("--set", field)
+        ),
+    ]
     with monkeypatch.context() as patched:
         patched.setattr(run_record, "FLUSH_EVERY", 1)
         cut_before(patched, "set_rates", 11)  # two updates after the checkpoint of epoch 1
@@ -186,8 +235,11 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path, monkeypatch, image_fol
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(Path("out/finetune"))).Reload()
     updates, epochs = [row for row in rows if "grad_norm" in row], [row for row in rows if "val_images" in row]
-    for tag, key, kind, last in (("train/loss", "loss", updates, 0), ("train/grad_norm", "grad_norm", updates, 0),
-                                 ("val/top1", "top1", epochs, 1)):
+    for tag, key, kind, last in (
+        ("train/loss", "loss", updates, 0),
+        ("train/grad_norm", "grad_norm", updates, 0),
+        ("val/top1", "top1", epochs, 1),
+    ):
         expected = [(max(0, row["step"] - last), pytest.approx(row[key], rel=1e-6)) for row in kind]
         assert [(event.step, event.value) for event in events.Scalars(tag)] == expected
     assert [e.value for e in events.Scalars("lr/stem")] == pytest.approx([row["lr"]["stem"] for row in updates])
@@ -202,13 +254,16 @@ def test_wandb_is_told_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert main(["--recipe", "resnet18_cifar", "--smoke", "--track", "wandb", "--output", "out"]) == 0
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
-    file, = Path("out").rglob("*.wandb")
+    (file,) = Path("out").rglob("*.wandb")
     losses, config = [], {}
     for data in log_records(file):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        losses += [float(item.value_json) for item in record.history.item if "/".join(item.nested_key) == "train/loss"
-                   or item.key == "train/loss"]
+        losses += [
+            float(item.value_json)
+            for item in record.history.item
+            if "/".join(item.nested_key) == "train/loss" or item.key == "train/loss"
+        ]
         config |= {item.key: item.value_json for update in (record.run.config, record.config) for item in update.update}
     assert losses == pytest.approx([row["loss"] for row in rows if "grad_norm" in row])
     assert config["optimizer.name"] == '"AdamW"'
@@ -221,8 +276,8 @@ def log_records(file):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768
             continue
-        length, kind = struct.unpack("<HB", data[at + 4:at + 7])
-        record += data[at + 7:at + 7 + length]
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
             yield record
@@ -240,6 +295,7 @@ def test_a_tracker_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
 def test_every_recipe_has_a_plan():
     """Each shipped recipe's table and rates can be had for any number of images."""
     from finetune.backbone import outline
+
     for file in sorted((ROOT / "recipes").glob("*.py")):
         recipe, _ = load_recipe(str(file))
         text = group_tables(recipe, outline(recipe), 1000)

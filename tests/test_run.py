@@ -28,10 +28,32 @@ def here(tmp_path, monkeypatch):
 def finished(tmp_path_factory, image_folder):
     """A run of resnet18_cifar on the image folder, from random weights, with its terminal's output."""
     output = tmp_path_factory.mktemp("run") / "out"
-    done = subprocess.run([sys.executable, str(ROOT / "finetune" / "run.py"), "--recipe", "resnet18_cifar", "--data",
-                           str(image_folder), "--weights", "none", "--set", "data.image_size=32", "--set", "data.batch_size=8",
-                           "--set", "mixed_precision=no", "--set", "epochs=4", "--seed", "3", "--output", str(output)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "finetune" / "run.py"),
+            "--recipe",
+            "resnet18_cifar",
+            "--data",
+            str(image_folder),
+            "--weights",
+            "none",
+            "--set",
+            "data.image_size=32",
+            "--set",
+            "data.batch_size=8",
+            "--set",
+            "mixed_precision=no",
+            "--set",
+            "epochs=4",
+            "--seed",
+            "3",
+            "--output",
+            str(output),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return output, done.stdout, done.stderr
 
@@ -45,7 +67,7 @@ def test_every_recipe_smokes(here, capsys, name):
     assert json.loads((here / "out" / "result.json").read_text())["smoke"] is True
 
 
-LEVERS = '''
+LEVERS = """
 from finetune.lr_schedule import Constant, Step
 from finetune.recipe import *
 
@@ -58,7 +80,7 @@ recipe = Recipe(
     class_weights=tuple(range(1, 11)), early_stop=EarlyStop(patience=1), augment=Augment(mixup=0.2, cutmix=1.0, erasing=0.1),
     dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, score="macro_f1", loss="LOSS",
     linear_probe=LinearProbe(views=2))
-'''
+"""
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "multi_label"])
@@ -89,8 +111,22 @@ def test_a_run_folder_is_complete(finished, image_folder):
     assert [row["step"] for row in updates] == list(range(16)) and len(rows) == 1 + 16 + 4  # the head alone first
     assert updates[0].keys() == {"step", "epoch", "loss", "grad_norm", "lr"}
     result = json.loads((folder / "result.json").read_text())
-    assert result.keys() >= {"top1", "loss", "macro_f1", "class_accuracy", "seconds", "images_per_second", "peak_memory_gib",
-                             "seed", "versions", "hardware", "best_epoch", "best_top1", "val_images", "updates"}
+    assert result.keys() >= {
+        "top1",
+        "loss",
+        "macro_f1",
+        "class_accuracy",
+        "seconds",
+        "images_per_second",
+        "peak_memory_gib",
+        "seed",
+        "versions",
+        "hardware",
+        "best_epoch",
+        "best_top1",
+        "val_images",
+        "updates",
+    }
     assert "top5" not in result and 0 <= result["top1"] <= 1 and result["val_images"] == 15  # 3 classes: top-5 says nothing
     assert result["versions"]["torch"] == torch.__version__ and result["hardware"]["processes"] == 1
     with Image.open(folder / "curves.png") as picture:
@@ -117,26 +153,38 @@ def test_timm_alone_gets_the_same_score(finished, image_folder):
 def test_the_terminal_tells_it_all_in_lines(finished):
     """Without a terminal there are lines and no bars: the group table, a line an epoch, what was reached, where it lies."""
     folder, out, err = finished
-    for text in ("group   tensors  parameters", "epoch   0  training loss", "reached   top-1", "promised  nothing:",
-                 f"model     {folder / 'model'}", "layer4"):
+    for text in (
+        "group   tensors  parameters",
+        "epoch   0  training loss",
+        "reached   top-1",
+        "promised  nothing:",
+        f"model     {folder / 'model'}",
+        "layer4",
+    ):
         assert text in out
     assert "\r" not in out + err and "it/s" not in err and out.count("top-1") == 1 + 4 + 3
 
 
-@pytest.mark.parametrize("arguments,fault", [
-    (["--recipe", "resnet81_cifar"], "no recipe 'resnet81_cifar'. Did you mean resnet18_cifar?"),
-    (["--recipe", "mine.py"], "no recipe file mine.py"),
-    (["--recipe", "resnet18_cifar", "--set", "epoch=3"], "no 'epoch'. Did you mean epochs?"),
-    (["--recipe", "resnet18_cifar", "--set", "groups.head.lr=0"], "group 'head': lr must be a finite number above 0"),
-    (["--recipe", "resnet18_cifar", "--set", "data.batch_size=10", "--accumulate", "4"], "can't be divided by 1 processes x 4"),
-    (["--recipe", "resnet18_cifar", "--data", "nowhere"], "no data set or folder 'nowhere'"),
-    (["--recipe", "resnet18_cifar", "--weights", "none", "--set", "mixed_precision=fp16"], "needs a GPU"),
-    (["--recipe", "efficientnet_lite0_digits", "--weights", "nowhere.pth"], "no weights file nowhere.pth"),
-    (["--recipe", "efficientnet_lite0_digits", "--set", "augment.randaugment=rand-x9"], "can't read randaugment='rand-x9'"),
-    (["--recipe", "resnet18_cifar", "--output", "used"], "output folder used already holds files"),
-    (["--recipe", "resnet18_cifar", "--resume"], "no run to resume in runs/"),
-    (["--recipe", "resnet18_cifar", "--resume", "used"], "no run to resume in used"),
-])
+@pytest.mark.parametrize(
+    "arguments,fault",
+    [
+        (["--recipe", "resnet81_cifar"], "no recipe 'resnet81_cifar'. Did you mean resnet18_cifar?"),
+        (["--recipe", "mine.py"], "no recipe file mine.py"),
+        (["--recipe", "resnet18_cifar", "--set", "epoch=3"], "no 'epoch'. Did you mean epochs?"),
+        (["--recipe", "resnet18_cifar", "--set", "groups.head.lr=0"], "group 'head': lr must be a finite number above 0"),
+        (
+            ["--recipe", "resnet18_cifar", "--set", "data.batch_size=10", "--accumulate", "4"],
+            "can't be divided by 1 processes x 4",
+        ),
+        (["--recipe", "resnet18_cifar", "--data", "nowhere"], "no data set or folder 'nowhere'"),
+        (["--recipe", "resnet18_cifar", "--weights", "none", "--set", "mixed_precision=fp16"], "needs a GPU"),
+        (["--recipe", "efficientnet_lite0_digits", "--weights", "nowhere.pth"], "no weights file nowhere.pth"),
+        (["--recipe", "efficientnet_lite0_digits", "--set", "augment.randaugment=rand-x9"], "can't read randaugment='rand-x9'"),
+        (["--recipe", "resnet18_cifar", "--output", "used"], "output folder used already holds files"),
+        (["--recipe", "resnet18_cifar", "--resume"], "no run to resume in runs/"),
+        (["--recipe", "resnet18_cifar", "--resume", "used"], "no run to resume in used"),
+    ],
+)
 def test_what_is_wrong_ends_in_one_message(here, capsys, arguments, fault):
     """Exit code 2, one message, no traceback, and nothing written."""
     (here / "used").mkdir()
@@ -149,10 +197,13 @@ def test_what_is_wrong_ends_in_one_message(here, capsys, arguments, fault):
     assert sorted(path.name for path in here.rglob("*")) == ["notes.txt", "used"]
 
 
-@pytest.mark.parametrize("variable,value,fault", [
-    ("ACCELERATE_MIXED_PRECISION", "bf16", "precision belongs to the recipe"),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asked for with --accumulate"),
-])
+@pytest.mark.parametrize(
+    "variable,value,fault",
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "precision belongs to the recipe"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asked for with --accumulate"),
+    ],
+)
 def test_the_launcher_may_not_change_the_recipe(here, capsys, monkeypatch, variable, value, fault):
     """What Accelerate's flags would change, or would seem to, is refused."""
     monkeypatch.setenv(variable, value)
@@ -178,8 +229,24 @@ def test_resume_goes_on_and_refuses_another_recipe(finished, image_folder, tmp_p
     (folder / "result.json").unlink()
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 99}\n')  # a line written after the checkpoint
-    arguments = ["--recipe", "resnet18_cifar", "--data", str(image_folder), "--weights", "none", "--set", "data.image_size=32",
-                 "--set", "data.batch_size=8", "--set", "mixed_precision=no", "--seed", "3", "--resume", str(folder)]
+    arguments = [
+        "--recipe",
+        "resnet18_cifar",
+        "--data",
+        str(image_folder),
+        "--weights",
+        "none",
+        "--set",
+        "data.image_size=32",
+        "--set",
+        "data.batch_size=8",
+        "--set",
+        "mixed_precision=no",
+        "--seed",
+        "3",
+        "--resume",
+        str(folder),
+    ]
     assert main([*arguments, "--set", "epochs=5"]) == 2
     assert "was started with another recipe:\n  epochs: 4 before, 5 now" in capsys.readouterr().err
     assert main([*arguments, "--set", "epochs=4"]) == 0
@@ -202,8 +269,9 @@ def test_dry_run_needs_neither_data_nor_weights(here, capsys):
 
 def test_an_unknown_recipe_fails_before_torch_is_loaded(command):
     """A misspelt name is answered by the script itself with exit code 2, without importing torch."""
-    done = subprocess.run([command[0], "-X", "importtime", *command[1:], "--recipe", "resnet81_cifar"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [command[0], "-X", "importtime", *command[1:], "--recipe", "resnet81_cifar"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "finetune: no recipe" in done.stderr and "torch" not in done.stderr
 
 
@@ -239,9 +307,13 @@ def test_a_copied_recipe_runs_from_any_folder(tmp_path, command, start):
     """A file anywhere, with its own network and data, runs from its folder with nothing else edited, and learns."""
     (tmp_path / "mine.py").write_text(MINE)
     starts = {"script": command, "module": [sys.executable, "-m", "finetune.run"]}
-    done = subprocess.run([*starts[start], "--recipe", "mine.py", "--output", "out", "--workers", "1"], cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)} if start == "module" else None,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [*starts[start], "--recipe", "mine.py", "--output", "out", "--workers", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)} if start == "module" else None,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "result.json").read_text())["top1"] == 1.0
     assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["label_names"] == ["dark", "light"]

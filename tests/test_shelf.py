@@ -19,8 +19,18 @@ from finetune.recipe_file import as_dict, load_recipe, override
 from finetune.shelf import copied, differences
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-CHANGES = ["epochs=7", "data.image_size=96", "data.sampling=balanced", "augment.erasing=0.25", "optimizer.weight_decay=0.1",
-           "optimizer.betas=[0.9, 0.95]", "schedule.warmup_epochs=1.5", "clip_value=0.5", "seed=3", "mixed_precision=no"]
+CHANGES = [
+    "epochs=7",
+    "data.image_size=96",
+    "data.sampling=balanced",
+    "augment.erasing=0.25",
+    "optimizer.weight_decay=0.1",
+    "optimizer.betas=[0.9, 0.95]",
+    "schedule.warmup_epochs=1.5",
+    "clip_value=0.5",
+    "seed=3",
+    "mixed_precision=no",
+]
 
 
 @pytest.fixture
@@ -32,8 +42,13 @@ def here(tmp_path, monkeypatch):
 def test_ls_has_every_recipe_at_once(here):
     """Every recipe with its backbone, data, number and cost, in well under a second and without torch."""
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "finetune", "ls"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "finetune", "ls"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
     assert time.monotonic() - start < 5 and " torch" not in done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == RECIPES
@@ -80,21 +95,25 @@ def test_changes_are_written_into_the_copy(here, name):
 def test_what_is_computed_is_not_rewritten_wrongly(here):
     """Where a field is not written as a value, cp refuses rather than writing another recipe."""
     text = (ROOT / "recipes" / "resnet18_cifar.py").read_text().replace("recipe = Recipe(", "width = 64\nrecipe = Recipe(")
-    text = text.replace('data=Data("cifar10", image_size=224, batch_size=256)', 'data=made(width)').replace(
-        "width = 64", "def made(width):\n    return Data('cifar10', width, 256)\n\n\nwidth = 64")
+    text = text.replace('data=Data("cifar10", image_size=224, batch_size=256)', "data=made(width)").replace(
+        "width = 64", "def made(width):\n    return Data('cifar10', width, 256)\n\n\nwidth = 64"
+    )
     (here / "odd.py").write_text(text)
     with pytest.raises(RecipeError, match="copy it"):
         copied("odd.py", here / "mine.py", ["data.image_size=96"])
 
 
-@pytest.mark.parametrize("arguments,fault", [
-    (["cp", "resnet81_cifar", "mine.py"], "Did you mean resnet18_cifar?"),
-    (["cp", "resnet18_cifar", "there.py"], "there.py is there already"),
-    (["cp", "resnet18_cifar", "mine"], "mine is no .py file"),
-    (["cp", "resnet18_cifar", "mine.py", "--set", "epoch=3"], "Did you mean epochs?"),
-    (["validate", "there.py"], "there.py is no recipe"),
-    (["diff", "resnet18_cifar", "nowhere.py"], "no recipe file nowhere.py"),
-])
+@pytest.mark.parametrize(
+    "arguments,fault",
+    [
+        (["cp", "resnet81_cifar", "mine.py"], "Did you mean resnet18_cifar?"),
+        (["cp", "resnet18_cifar", "there.py"], "there.py is there already"),
+        (["cp", "resnet18_cifar", "mine"], "mine is no .py file"),
+        (["cp", "resnet18_cifar", "mine.py", "--set", "epoch=3"], "Did you mean epochs?"),
+        (["validate", "there.py"], "there.py is no recipe"),
+        (["diff", "resnet18_cifar", "nowhere.py"], "no recipe file nowhere.py"),
+    ],
+)
 def test_what_is_wrong_is_said_and_nothing_written(here, capsys, arguments, fault):
     """Exit code 2, one message, no file."""
     (here / "there.py").write_text("x = 1\n")
@@ -123,8 +142,21 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
-                    str(folder), str(folder)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(folder),
+            str(folder),
+        ],
+        check=True,
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -144,17 +176,37 @@ def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
     work.mkdir()
 
     def run(*words):
-        done = subprocess.run([str(python), "-m", *words], cwd=work, capture_output=True, text=True,
-                              env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+        done = subprocess.run(
+            [str(python), "-m", *words],
+            cwd=work,
+            capture_output=True,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = subprocess.run([str(python), "-c", "import finetune.recipe_file as f; print(f.RECIPES)"], cwd=work,
-                           capture_output=True, text=True).stdout.strip()
+    where = subprocess.run(
+        [str(python), "-c", "import finetune.recipe_file as f; print(f.RECIPES)"], cwd=work, capture_output=True, text=True
+    ).stdout.strip()
     assert where == str(site / "finetune" / "recipes")
     assert "resnet18_cifar" in run("finetune", "ls")
     run("finetune", "cp", "efficientnet_lite0_digits", "mine.py", "--set", "epochs=9")
     assert "mine.py is a valid recipe" in run("finetune", "validate", "mine.py")
-    assert "SMOKE RUN" in run("accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
-                              "no", "--dynamo_backend", "no", "-m", "finetune.run", "--recipe", "mine.py", "--smoke")
+    assert "SMOKE RUN" in run(
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "finetune.run",
+        "--recipe",
+        "mine.py",
+        "--smoke",
+    )
     run("finetune", "show", "resnet18_cifar")

@@ -13,27 +13,55 @@ from PIL import Image
 from finetune import plan
 from finetune.backbone import outline
 from finetune.image_data import data_size
+from finetune.image_facts import Facts, look
 from finetune.recipe import LayerDecay, RecipeError
 from finetune.recipe_file import load_recipe
-from finetune.suggest import Facts, look, suggestion
+from finetune.suggest import suggestion
 
-PHOTOS = Facts(source="digits", train=1500, val=500, classes=("cat", "dog", "horse"), smallest=500, largest=500, side=300,
-               least=200, aspect=1.33, grey=False)
-KINDS = {"a handful": {"train": 12, "val": 3, "smallest": 4, "largest": 4}, "many": {"train": 1_000_000},
-         "grey": {"grey": True}, "tiny": {"side": 8, "least": 8}, "large": {"side": 4000},
-         "uneven": {"largest": 5000, "smallest": 50},
-         "long": {"aspect": 4.0}, "signs": {"classes": ("0", "1", "2")}, "odd path": {"source": '/a "b"/ü \\ {c}'}}
-BACKBONES = ["resnet18", "vit_small_patch16_224", "convnext_atto", "tf_efficientnet_lite0", "torchvision/resnet18",
-             "torchvision/vgg11", "torchvision/vit_b_16", "caformer_s18"]
+PHOTOS = Facts(
+    source="digits",
+    train=1500,
+    val=500,
+    classes=("cat", "dog", "horse"),
+    smallest=500,
+    largest=500,
+    side=300,
+    least=200,
+    aspect=1.33,
+    grey=False,
+)
+KINDS = {
+    "a handful": {"train": 12, "val": 3, "smallest": 4, "largest": 4},
+    "many": {"train": 1_000_000},
+    "grey": {"grey": True},
+    "tiny": {"side": 8, "least": 8},
+    "large": {"side": 4000},
+    "uneven": {"largest": 5000, "smallest": 50},
+    "long": {"aspect": 4.0},
+    "signs": {"classes": ("0", "1", "2")},
+    "odd path": {"source": '/a "b"/ü \\ {c}'},
+}
+BACKBONES = [
+    "resnet18",
+    "vit_small_patch16_224",
+    "convnext_atto",
+    "tf_efficientnet_lite0",
+    "torchvision/resnet18",
+    "torchvision/vgg11",
+    "torchvision/vit_b_16",
+    "caformer_s18",
+]
 
 
 @pytest.fixture
 def written(tmp_path):
     """A function from changed facts to the recipe that is suggested for them, loaded from its file."""
+
     def load(backbone="resnet18", weights=None, **changes):
         file = tmp_path / "my recipe.py"
         file.write_text(suggestion(dataclasses.replace(PHOTOS, **changes), backbone, weights, file.name))
         return load_recipe(str(file))[0]
+
     return load
 
 
@@ -55,12 +83,12 @@ def test_each_choice_has_its_reason(kind, backbone):
     for node in ast.walk(ast.parse(text)):
         fields = node.keywords if isinstance(node, ast.Call) and node.func.id not in ("Group", "AdamW", "Cosine") else []
         for field in [field for field in fields if field.arg != "weights"]:
-            assert any("  # " in line for line in lines[field.lineno - 1:field.end_lineno]), lines[field.lineno - 1]
+            assert any("  # " in line for line in lines[field.lineno - 1 : field.end_lineno]), lines[field.lineno - 1]
 
 
 def test_more_images_never_get_more_epochs(written):
     """Epochs fall, batches and rates grow up to a bound."""
-    recipes = [written(train=round(1.7 ** i)) for i in range(3, 26)]
+    recipes = [written(train=round(1.7**i)) for i in range(3, 26)]
     epochs, batches = ([get(recipe) for recipe in recipes] for get in (lambda r: r.epochs, lambda r: r.data.batch_size))
     assert epochs == sorted(epochs, reverse=True) and batches == sorted(batches)
     assert (epochs[0], epochs[-1], batches[0], batches[-1]) == (30, 8, 8, 128)
@@ -88,8 +116,15 @@ def test_choices_follow_the_images(written):
     assert [written(side=side).data.image_size for side in (8, 28, 32, 50, 60, 1000)] == [64, 128, 128, 224, 224, 224]
     for own in ("vit_small_patch16_224", "torchvision/vit_b_16", "halonet26t"):  # networks for one size, or not for every one
         assert written(own, side=8).data.image_size in (224, 256), own
-    for classes, flip in {("0", "1"): 0, ("a", "b"): 0, ("one", "two"): 0, ("turn-left", "stop"): 0, ("cat", "dog"): 0.5,
-                          ("class 1", "class 2"): 0.5, ("bright", "dark"): 0.5}.items():
+    for classes, flip in {
+        ("0", "1"): 0,
+        ("a", "b"): 0,
+        ("one", "two"): 0,
+        ("turn-left", "stop"): 0,
+        ("cat", "dog"): 0.5,
+        ("class 1", "class 2"): 0.5,
+        ("bright", "dark"): 0.5,
+    }.items():
         assert written(classes=classes).augment.hflip == flip, classes
     even, uneven = written(), written(largest=900, smallest=300)
     assert (even.class_weights, even.score, uneven.class_weights, uneven.score) == (None, "top1", "balanced", "macro_f1")
@@ -131,7 +166,8 @@ def test_look_finds_what_was_drawn(tmp_path):
     images(tmp_path / "val" / "a", 1, (9, 9))
     images(tmp_path / "val" / "b", 1, (9, 9))
     assert look(os.path.relpath(tmp_path)) == Facts(
-        str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=2, largest=6, side=20, least=20, aspect=2.0, grey=False)
+        str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=2, largest=6, side=20, least=20, aspect=2.0, grey=False
+    )
     assert look("digits") == Facts("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
 
 
@@ -160,12 +196,15 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
-@pytest.mark.parametrize("spoil,fault", [
-    (lambda root: root.rename(root.parent / "away"), "no data set or folder"),
-    (lambda root: (root / "b").rename(root.parent / "b"), "there must be at least 2"),
-    (lambda root: (root / "a" / "0.png").write_text("no image"), "can't read the image .*0.png"),
-    (lambda root: [cut(path) for path in root.glob("a/*")], "can't read the image .*png"),
-])
+@pytest.mark.parametrize(
+    "spoil,fault",
+    [
+        (lambda root: root.rename(root.parent / "away"), "no data set or folder"),
+        (lambda root: (root / "b").rename(root.parent / "b"), "there must be at least 2"),
+        (lambda root: (root / "a" / "0.png").write_text("no image"), "can't read the image .*0.png"),
+        (lambda root: [cut(path) for path in root.glob("a/*")], "can't read the image .*png"),
+    ],
+)
 def test_faults_are_one_message(tmp_path, spoil, fault):
     """No folder, one class, files that are no images or cut short: RecipeError with what and where."""
     for name in ("a", "b"):

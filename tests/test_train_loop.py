@@ -33,8 +33,15 @@ def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
     22 images in batches of 8 leave a last one of 6, which 4 micro-batches share unevenly. The bound is float32 rounding
     through 9 updates.
     """
-    recipe = small_recipe(groups=ALL, epochs=3, schedule=Constant(), clip_norm=clip_norm, label_smoothing=0.1,
-                          optimizer=SGD(momentum=0.9), data=Data("generated", 24, 8))
+    recipe = small_recipe(
+        groups=ALL,
+        epochs=3,
+        schedule=Constant(),
+        clip_norm=clip_norm,
+        label_smoothing=0.1,
+        optimizer=SGD(momentum=0.9),
+        data=Data("generated", 24, 8),
+    )
     net, rows = run_here(recipe, tmp_path, accumulate)
 
     reference, _, images = prepare(recipe)
@@ -42,7 +49,7 @@ def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
     norms = []
     for epoch in range(3):
         for update in plan_epoch(22, 8, recipe.seed, epoch):
-            (batch, labels), = load(images[0], epoch, update.micro_batches, 0)
+            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
             optimizer.zero_grad()
             cross_entropy(reference(batch), labels, label_smoothing=0.1).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm or float("inf")).item())
@@ -106,8 +113,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     with pytest.raises(RecipeError, match="is of another network"):
         run_here(other, tmp_path / "other")
-    for number, spoil in enumerate((lambda file: file.write_bytes(file.read_bytes()[:100]),
-                                    lambda file: torch.save(Cut, file))):
+    for number, spoil in enumerate(
+        (lambda file: file.write_bytes(file.read_bytes()[:100]), lambda file: torch.save(Cut, file))
+    ):
         shutil.copytree(tmp_path / "run", tmp_path / str(number))
         spoil(newest_checkpoint(tmp_path / str(number)) / "optimizer.pt")
         with pytest.raises(RecipeError, match="can't be read"):

@@ -12,8 +12,11 @@ from finetune import train_loop
 from finetune.recipe import SGD, AdamW, Group, RecipeError
 from finetune.unfreeze import begins_stage, synchronise_norms, train_mode, unfreeze
 
-ROWS = (Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1),
-        Group("early", r"conv1|bn1|layer[12]", lr=1e-2, unfreeze_at=2))
+ROWS = (
+    Group("head", "fc", lr=1e-2),
+    Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1),
+    Group("early", r"conv1|bn1|layer[12]", lr=1e-2, unfreeze_at=2),
+)
 
 
 def residual_recipe(**changes):
@@ -27,8 +30,11 @@ def test_frozen_groups_keep_every_bit(tmp_path, monkeypatch, optimizer, norm_sta
     """Through training and evaluation, tensors of frozen groups keep every bit, and each group moves once it trains."""
     recipe = residual_recipe(epochs=3, optimizer=optimizer, norm_stats=norm_stats)
     states = [{n: t.clone() for n, t in prepare(recipe)[0].state_dict().items()}]
-    monkeypatch.setattr(train_loop, "save_checkpoint", lambda record, net, *rest: states.append(
-        {n: t.clone() for n, t in net.state_dict().items()}))
+    monkeypatch.setattr(
+        train_loop,
+        "save_checkpoint",
+        lambda record, net, *rest: states.append({n: t.clone() for n, t in net.state_dict().items()}),
+    )
     run_here(recipe, tmp_path)
 
     for epoch, trained in enumerate(["fc", "fc|layer[34]", "."]):

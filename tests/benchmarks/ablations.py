@@ -39,13 +39,13 @@ ARMS = {  # what is appended to the recipe's file
     "weight decay on biases and norms, too": "from finetune import param_groups; param_groups.is_exempt = lambda *args: False",
     "no weight decay": "change(optimizer=AdamW(weight_decay=0.0, **recipe.optimizer.options))",
     "step: a third of the rate after each third": "change(schedule=Step(every=max(1, recipe.epochs // 3), factor=1 / 3, "
-                                                  "warmup_epochs=recipe.schedule.warmup_epochs))",
+    "warmup_epochs=recipe.schedule.warmup_epochs))",
     "plateau: a third of the rate after an epoch without gain": "change(schedule=Plateau(factor=1 / 3, patience=0, "
-                                                                "warmup_epochs=recipe.schedule.warmup_epochs))",
+    "warmup_epochs=recipe.schedule.warmup_epochs))",
     "no warmup": "change(schedule=Cosine())",
     "no clipping": "change(clip_norm=None)",
 }
-APPENDED = '''
+APPENDED = """
 
 from dataclasses import replace
 from finetune.lr_schedule import *
@@ -66,7 +66,7 @@ def starts(of):
 
 
 {change}
-'''
+"""
 
 
 def main() -> int:
@@ -83,11 +83,15 @@ def main() -> int:
                     lines.write(json.dumps(done[-1]) + "\n")
                 print(f"{arm}, seed {seed}: {done[-1]['score']:.2%} in {done[-1]['seconds']:.0f} s", flush=True)
     rows = compared(done)
-    print(f"\n{label}: {done[0]['recipe']}, {done[0]['val_images']} validation images, {args.seeds} seeds\n\n"
-          "| changed | top-1 | range | difference | |\n|---|---|---|---|---|")
+    print(
+        f"\n{label}: {done[0]['recipe']}, {done[0]['val_images']} validation images, {args.seeds} seeds\n\n"
+        "| changed | top-1 | range | difference | |\n|---|---|---|---|---|"
+    )
     for row in rows:
-        print(f"| {row['arm']} | {row['mean']:.1%} | {row['low']:.1%} to {row['high']:.1%} | {100 * row['difference']:+.1f} | "
-              f"{row['verdict']} |")
+        print(
+            f"| {row['arm']} | {row['mean']:.1%} | {row['low']:.1%} to {row['high']:.1%} | {100 * row['difference']:+.1f} | "
+            f"{row['verdict']} |"
+        )
     print(json.dumps({"images": label, "arms": rows}))
     return 0
 
@@ -137,8 +141,17 @@ def compared(done: list[dict]) -> list[dict]:
         of_images = [share * (1 - share) / images for share in (mean, statistics.mean(base))]
         error = math.sqrt(max(sum(of_seeds), sum(of_images)))
         verdict = "within chance" if abs(difference) < 2 * error else "better" if difference > 0 else "worse"
-        rows.append({"arm": arm, "seeds": len(found), "mean": mean, "low": min(found), "high": max(found),
-                     "difference": difference, "verdict": verdict if arm != "the recipe" else ""})
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(found),
+                "mean": mean,
+                "low": min(found),
+                "high": max(found),
+                "difference": difference,
+                "verdict": verdict if arm != "the recipe" else "",
+            }
+        )
     return rows
 
 

@@ -23,17 +23,27 @@ from finetune.optimizers import build_optimizer  # noqa: E402
 from finetune.param_groups import split_parameters  # noqa: E402
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
 
-WAYS = {"none, but the norm logged": {"clip_norm": None},
-        "norm": {"clip_norm": 1.0},
-        "norm of type inf": {"clip_norm": 1.0, "clip_norm_type": float("inf")},
-        "value": {"clip_norm": None, "clip_value": 0.1},
-        "adaptive": {"clip_norm": None, "clip_adaptive": 0.01}}
+WAYS = {
+    "none, but the norm logged": {"clip_norm": None},
+    "norm": {"clip_norm": 1.0},
+    "norm of type inf": {"clip_norm": 1.0, "clip_norm_type": float("inf")},
+    "value": {"clip_norm": None, "clip_value": 0.1},
+    "adaptive": {"clip_norm": None, "clip_adaptive": 0.01},
+}
 
 
 def recipe(args: argparse.Namespace, **changes) -> Recipe:
-    return Recipe(backbone=args.backbone, weights="none", data=Data("generated", args.image_size, args.batch_size), epochs=1,
-                  groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1), optimizer=AdamW(), schedule=Constant(), norm_stats="eval",
-                  **changes)
+    return Recipe(
+        backbone=args.backbone,
+        weights="none",
+        data=Data("generated", args.image_size, args.batch_size),
+        epochs=1,
+        groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        norm_stats="eval",
+        **changes,
+    )
 
 
 def main() -> None:

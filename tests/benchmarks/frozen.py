@@ -19,8 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-STAGES = {"everything trains": "Group('all', '.', lr=1e-3)",
-          "the head alone": "Group('head', '{head}', lr=1e-3), Frozen('rest', '.')"}
+STAGES = {
+    "everything trains": "Group('all', '.', lr=1e-3)",
+    "the head alone": "Group('head', '{head}', lr=1e-3), Frozen('rest', '.')",
+}
 
 
 def main() -> int:
@@ -47,10 +49,20 @@ def main() -> int:
     print(f"{args.backbone}, {args.batch_size} images of {args.image_size} px")
     for name in STAGES:
         print(f"{name:20} {1e3 * found[name]['seconds']:8.1f} ms an update, {found[name]['gib']:.3f} GiB")
-    print(f"{'features kept':20} {1e3 * kept['seconds']:8.1f} ms as many images\nmemory of the head alone: {memory:.0%}; kept "
-          f"features: {faster:.0f} times faster than computing them")
-    print(json.dumps({**found, "memory_share": round(memory, 3), "times_faster": round(faster, 1), "holds": {
-        "memory_at_most_40_percent": memory <= 0.4, "kept_features_10_times_faster": faster >= 10}}))
+    print(
+        f"{'features kept':20} {1e3 * kept['seconds']:8.1f} ms as many images\nmemory of the head alone: {memory:.0%}; kept "
+        f"features: {faster:.0f} times faster than computing them"
+    )
+    print(
+        json.dumps(
+            {
+                **found,
+                "memory_share": round(memory, 3),
+                "times_faster": round(faster, 1),
+                "holds": {"memory_at_most_40_percent": memory <= 0.4, "kept_features_10_times_faster": faster >= 10},
+            }
+        )
+    )
     return 0
 
 
@@ -59,8 +71,16 @@ def recipe_of(args: argparse.Namespace, stage: str):
     from finetune.recipe import AdamW, Data, Frozen, Group, Recipe
 
     rows = eval(f"({STAGES[stage].format(head=args.head)},)", {"Group": Group, "Frozen": Frozen})
-    return Recipe(backbone=args.backbone, weights="none", data=Data("generated", args.image_size, args.batch_size), groups=rows,
-                  optimizer=AdamW(), schedule=Constant(), norm_stats="eval", epochs=1)
+    return Recipe(
+        backbone=args.backbone,
+        weights="none",
+        data=Data("generated", args.image_size, args.batch_size),
+        groups=rows,
+        optimizer=AdamW(),
+        schedule=Constant(),
+        norm_stats="eval",
+        epochs=1,
+    )
 
 
 def updates(args: argparse.Namespace) -> dict:

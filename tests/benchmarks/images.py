@@ -58,12 +58,21 @@ def main() -> int:
                     seconds[name].append((time.perf_counter() - start) / count)
         micros = {name: 1e6 * statistics.median(times[1:]) for name, times in seconds.items()}
         times_faster = min(micros["timm"], micros["torchvision"]) / micros["ours"]
-        print(f"{kind:6} {pixels} to {size} px: " + ", ".join(f"{name} {each:.0f} us an image" for name, each in micros.items())
-              + f"; ours in its first epoch {1e6 * seconds['ours'][0]:.0f}; {times_faster:.1f} times faster")
-        figures[kind] = {**{f"{name}_us": round(each, 1) for name, each in micros.items()},
-                         "times_faster": round(times_faster, 2), "holds": times_faster >= bar}
-    print(json.dumps({**figures, "holds": {f"{kind}_{KINDS[kind][3]:g}_times_faster": row["holds"]
-                                           for kind, row in figures.items()}}))
+        print(
+            f"{kind:6} {pixels} to {size} px: "
+            + ", ".join(f"{name} {each:.0f} us an image" for name, each in micros.items())
+            + f"; ours in its first epoch {1e6 * seconds['ours'][0]:.0f}; {times_faster:.1f} times faster"
+        )
+        figures[kind] = {
+            **{f"{name}_us": round(each, 1) for name, each in micros.items()},
+            "times_faster": round(times_faster, 2),
+            "holds": times_faster >= bar,
+        }
+    print(
+        json.dumps(
+            {**figures, "holds": {f"{kind}_{KINDS[kind][3]:g}_times_faster": row["holds"] for kind, row in figures.items()}}
+        )
+    )
     return 0
 
 
@@ -73,19 +82,33 @@ def write_images(folder: Path, number: int, pixels: int, suffix: str) -> None:
     for i in range(number):
         side = pixels if pixels > 100 else 4 * pixels
         top, left = random.randint(427 - side), random.randint(640 - side)
-        image = Image.fromarray(photographs[i % 2][top:top + side, left:left + side]).resize((pixels, pixels))
-        for part in ("train", "val")[:2 if i < 2 else 1]:
+        image = Image.fromarray(photographs[i % 2][top : top + side, left : left + side]).resize((pixels, pixels))
+        for part in ("train", "val")[: 2 if i < 2 else 1]:
             file = folder / part / f"class_{i % 2}" / f"{i:05}.{suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
 
 
 def ours(folder: str, size: int):
-    recipe = Recipe(backbone="resnet18", weights="none", data=Data(folder, size, BATCH), optimizer=AdamW(), schedule=Constant(),
-                    groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1), norm_stats="eval", epochs=1,
-                    augment=Augment(crop_scale=SCALE, crop_ratio=RATIO, hflip=0.5))
-    inputs = {"input_size": (3, size, size), "interpolation": "bicubic", "mean": MEAN, "std": STD, "crop_pct": 1.0,
-              "crop_mode": "center"}
+    recipe = Recipe(
+        backbone="resnet18",
+        weights="none",
+        data=Data(folder, size, BATCH),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
+        norm_stats="eval",
+        epochs=1,
+        augment=Augment(crop_scale=SCALE, crop_ratio=RATIO, hflip=0.5),
+    )
+    inputs = {
+        "input_size": (3, size, size),
+        "interpolation": "bicubic",
+        "mean": MEAN,
+        "std": STD,
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
     data = load_data(recipe)
     images = SeededImages(data.train, training_transform(recipe, inputs), 0, data.classes)
     return lambda epoch: load(images, epoch, [update.images for update in plan_epoch(len(images), BATCH, 0, epoch)], 0)
@@ -93,16 +116,34 @@ def ours(folder: str, size: int):
 
 def timms(folder: str, size: int):
     loader = timm.data.create_loader(
-        timm.data.create_dataset("", f"{folder}/train"), (3, size, size), BATCH, is_training=True, use_prefetcher=False,
-        scale=SCALE, ratio=RATIO, hflip=0.5, color_jitter=None, interpolation="bicubic", mean=MEAN, std=STD, num_workers=0,
-        persistent_workers=False, device=torch.device("cpu"))
+        timm.data.create_dataset("", f"{folder}/train"),
+        (3, size, size),
+        BATCH,
+        is_training=True,
+        use_prefetcher=False,
+        scale=SCALE,
+        ratio=RATIO,
+        hflip=0.5,
+        color_jitter=None,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+    )
     return lambda epoch: loader
 
 
 def torchvisions(folder: str, size: int):
-    transform = transforms.Compose([
-        transforms.RandomResizedCrop(size, SCALE, RATIO, transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, SCALE, RATIO, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
     loader = DataLoader(ImageFolder(f"{folder}/train", transform), BATCH, shuffle=True, drop_last=True)
     return lambda epoch: loader
 

@@ -29,7 +29,7 @@ from finetune.run import main  # noqa: E402
 from finetune.run_folder import newest_checkpoint  # noqa: E402
 
 WAYS = ("all processes", "one process", "while a checkpoint is written")
-RECIPE = '''
+RECIPE = """
 from torch import nn
 from finetune.lr_schedule import Cosine
 from finetune.recipe import AdamW, Data, Group, Recipe
@@ -49,7 +49,7 @@ recipe = Recipe(backbone=Net, head="fc", data=Data("generated", image_size=24, b
                 groups=(Group("head", "fc", lr=1e-2), Group("body", "body", lr=3e-3, unfreeze_at=2),
                         Group("stem", "stem|norm", lr=1e-3, unfreeze_at=4)),
                 optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), norm_stats="train", epochs=8)
-'''
+"""
 
 
 def start(folder: Path, count: int, workers: int, fatal_flush: int = 0) -> list[int]:
@@ -65,15 +65,33 @@ def start(folder: Path, count: int, workers: int, fatal_flush: int = 0) -> list[
             os.dup2(log, 1)
             os.dup2(log, 2)
             if count > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                               "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(count),
+                    "LOCAL_WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
             if fatal_flush and rank == 0:
                 die_at_flush(fatal_flush)
             torch.set_num_threads(1)
             code = 1
             try:
-                code = main(["--recipe", str(folder.parent / "recipe.py"), "--output", str(folder), "--resume", "auto",
-                             "--checkpoint-every", "2", "--workers", str(workers)])
+                code = main(
+                    [
+                        "--recipe",
+                        str(folder.parent / "recipe.py"),
+                        "--output",
+                        str(folder),
+                        "--resume",
+                        "auto",
+                        "--checkpoint-every",
+                        "2",
+                        "--workers",
+                        str(workers),
+                    ]
+                )
             finally:
                 sys.stdout.flush()
                 os._exit(code)

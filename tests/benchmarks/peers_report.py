@@ -1,6 +1,6 @@
 """What the runs of peers.py make: a table for each set of images with each kind of rates, and one picture of all.
 
-    python tests/benchmarks/peers_report.py recipes/baselines/others/peers.jsonl --picture peers.png
+python tests/benchmarks/peers_report.py recipes/baselines/others/peers.jsonl --picture peers.png
 """
 
 import argparse
@@ -33,8 +33,9 @@ def report(rows: list[dict], picture: Path | None = None) -> None:
         for tuned in (False, True):
             own = [row for row in rows if tuple(row[key] for key in SET) == one and row["tuned"] == tuned]
             by_peer = {peer: [row for row in own if row["peer"] == peer] for peer in PEERS}
-            by_peer = {peer: [row for row in runs if row["factor"] == runs[-1]["factor"]] for peer, runs in by_peer.items()
-                       if runs}
+            by_peer = {
+                peer: [row for row in runs if row["factor"] == runs[-1]["factor"]] for peer, runs in by_peer.items() if runs
+            }
             if by_peer:
                 title = f"{one[0]}, {one[1]} px, {one[2]} epochs: {'tuned' if tuned else 'default'} rates"
                 print(f"\n{title}; {own[0]['train_images']} training images, {own[0]['val_images']} validation images")
@@ -48,17 +49,27 @@ def report(rows: list[dict], picture: Path | None = None) -> None:
 
 def figures(rows: list[dict]) -> dict:
     """A peer's runs in numbers: means over seeds, the mean curve among them."""
+
     def mean(key):
         return statistics.mean(row[key] for row in rows)
 
     top1 = [row["top1"] for row in rows]
     curves = np.array([row["curve"] for row in rows])
     curve = curves.mean(0).round(5).tolist()
-    return {"mean_top1": curve[-1][1], "range_top1": [min(top1), max(top1)], "seeds": len(rows),
-            "factor": rows[0]["factor"], "rate": rows[0]["rate"], "seconds": round(mean("seconds"), 2),
-            "images_per_second": round(mean("images_per_second"), 1), "peak_memory_gib": round(mean("peak_memory_gib"), 3),
-            "lines": rows[0]["lines"], "curve": curve, "lowest": curves[:, :, 1].min(0).tolist(),
-            "highest": curves[:, :, 1].max(0).tolist()}
+    return {
+        "mean_top1": curve[-1][1],
+        "range_top1": [min(top1), max(top1)],
+        "seeds": len(rows),
+        "factor": rows[0]["factor"],
+        "rate": rows[0]["rate"],
+        "seconds": round(mean("seconds"), 2),
+        "images_per_second": round(mean("images_per_second"), 1),
+        "peak_memory_gib": round(mean("peak_memory_gib"), 3),
+        "lines": rows[0]["lines"],
+        "curve": curve,
+        "lowest": curves[:, :, 1].min(0).tolist(),
+        "highest": curves[:, :, 1].max(0).tolist(),
+    }
 
 
 def section(table: dict[str, dict]) -> dict:
@@ -66,22 +77,36 @@ def section(table: dict[str, dict]) -> dict:
     print("| | rates | top-1 | seconds | images/s | GiB | lines |\n|---|---|---|---|---|---|---|")
     for name, peer in sorted(table.items(), key=lambda item: -item[1]["mean_top1"]):
         low, high = peer["range_top1"]
-        print(f"| {name} | x {peer['factor']:g} | {peer['mean_top1']:.1%} ({low:.1%} to {high:.1%}, {peer['seeds']} seeds) | "
-              f"{peer['seconds']:.1f} | {peer['images_per_second']:.1f} | {peer['peak_memory_gib']:.2f} | {peer['lines']} |")
+        print(
+            f"| {name} | x {peer['factor']:g} | {peer['mean_top1']:.1%} ({low:.1%} to {high:.1%}, {peer['seeds']} seeds) | "
+            f"{peer['seconds']:.1f} | {peer['images_per_second']:.1f} | {peer['peak_memory_gib']:.2f} | {peer['lines']} |"
+        )
     others = {name: peer for name, peer in table.items() if name != "ours"}
     if "ours" not in table or not others:
         return {"peers": table}
     mine, best = table["ours"], max(others, key=lambda name: (others[name]["mean_top1"], -others[name]["seconds"]))
     level = others[best]["mean_top1"]  # the last point of its curve
-    times = {name: next(moment for moment, top1 in peer["curve"] if top1 >= level) for name, peer in table.items()
-             if max(top1 for _, top1 in peer["curve"]) >= level}
+    times = {
+        name: next(moment for moment, top1 in peer["curve"] if top1 >= level)
+        for name, peer in table.items()
+        if max(top1 for _, top1 in peer["curve"]) >= level
+    }
     first = min(times, key=times.get)
-    print(f"\nThe best other peer, {best}, ends at {level:.2%}. First there: {first}, after {times[first]:.1f} s "
-          f"({best}: {times[best]:.1f} s; ours: {round(times['ours'], 1) if 'ours' in times else 'never'})")
-    return {"peers": table, "best_peer": best, "first": first, "seconds_to_best_peer": times, "holds": {
-        "best_mean_top1": mine["mean_top1"] >= level,
-        "time_to_best_peer_at_most_half": "ours" in times and times["ours"] <= times[best] / 2,
-        "peak_memory_not_above_best_peer": mine["peak_memory_gib"] <= others[best]["peak_memory_gib"]}}
+    print(
+        f"\nThe best other peer, {best}, ends at {level:.2%}. First there: {first}, after {times[first]:.1f} s "
+        f"({best}: {times[best]:.1f} s; ours: {round(times['ours'], 1) if 'ours' in times else 'never'})"
+    )
+    return {
+        "peers": table,
+        "best_peer": best,
+        "first": first,
+        "seconds_to_best_peer": times,
+        "holds": {
+            "best_mean_top1": mine["mean_top1"] >= level,
+            "time_to_best_peer_at_most_half": "ours" in times and times["ours"] <= times[best] / 2,
+            "peak_memory_not_above_best_peer": mine["peak_memory_gib"] <= others[best]["peak_memory_gib"],
+        },
+    }
 
 
 def draw(sections: dict[str, dict], file: Path) -> None:
@@ -89,22 +114,34 @@ def draw(sections: dict[str, dict], file: Path) -> None:
     from finetune.plots import plt, tidy
 
     columns = 2 if len(sections) > 1 else 1
-    figure, panels = plt.subplots(-(-len(sections) // columns), columns, squeeze=False, layout="constrained",
-                                  figsize=(7.5 * columns, 5.8 * -(-len(sections) // columns)))
-    for axes in panels.flat[len(sections):]:
+    figure, panels = plt.subplots(
+        -(-len(sections) // columns),
+        columns,
+        squeeze=False,
+        layout="constrained",
+        figsize=(7.5 * columns, 5.8 * -(-len(sections) // columns)),
+    )
+    for axes in panels.flat[len(sections) :]:
         axes.remove()
     for axes, (title, part) in zip(panels.flat, sections.items(), strict=False):
         for label, peer in sorted(part["peers"].items(), key=lambda item: -item[1]["mean_top1"]):
             seconds, top1 = np.array(peer["curve"]).T
             colour = "black" if label == "ours" else f"C{PEERS.index(label)}"
-            axes.plot(seconds, 100 * top1, "o-", color=colour, linewidth=2.5 if label == "ours" else 1.5, markersize=4,
-                      label=f"{label}, {peer['mean_top1']:.1%} after {peer['seconds']:.0f} s")
+            axes.plot(
+                seconds,
+                100 * top1,
+                "o-",
+                color=colour,
+                linewidth=2.5 if label == "ours" else 1.5,
+                markersize=4,
+                label=f"{label}, {peer['mean_top1']:.1%} after {peer['seconds']:.0f} s",
+            )
             band = [100 * np.array(peer[edge]) for edge in ("lowest", "highest")]
             axes.fill_between(seconds, *band, color=colour, alpha=0.15, lw=0)
         axes.set(title=title, xlabel="seconds of training; a dot for each epoch", xlim=(0, None))
         axes.set_ylabel("validation top-1, %")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
-    tidy(figure, list(panels.flat[:len(sections)]), file)
+    tidy(figure, list(panels.flat[: len(sections)]), file)
 
 
 if __name__ == "__main__":

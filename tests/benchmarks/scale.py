@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--numbers", type=lambda text: [int(word) for word in text.split(",")],
-                        default=[1000, 30_000, 1_000_000])
+    parser.add_argument(
+        "--numbers", type=lambda text: [int(word) for word in text.split(",")], default=[1000, 30_000, 1_000_000]
+    )
     parser.add_argument("--loaded", type=int, default=1000, help="images of each set that are loaded")
     parser.add_argument("--worker", choices=["images", "updates"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -37,24 +38,39 @@ def main() -> int:
     speeds = {}
     for count, launcher in ((1, []), (2, two)):
         speeds[count] = worker([*launcher, __file__, "--worker", "updates"], cores // count)["images_per_second"]
-    print(f"{cores} cores: one process {speeds[1]:.0f} images/s, two with {cores // 2} each {speeds[2]:.0f}: "
-          f"{speeds[2] / speeds[1]:.2f} times")
-    rows = [worker([__file__, "--worker", "images", "--numbers", str(number), "--loaded", str(args.loaded)], cores)
-            for number in args.numbers]
+    print(
+        f"{cores} cores: one process {speeds[1]:.0f} images/s, two with {cores // 2} each {speeds[2]:.0f}: "
+        f"{speeds[2] / speeds[1]:.2f} times"
+    )
+    rows = [
+        worker([__file__, "--worker", "images", "--numbers", str(number), "--loaded", str(args.loaded)], cores)
+        for number in args.numbers
+    ]
     print("| images | planning an epoch, us an image | loading, us an image | bytes an image |\n|---|---|---|---|")
     for row in rows:
         print("| {images:,} | {plan_us:.2f} | {load_us:.0f} | {bytes:.0f} |".format(**row))
     first, last = rows[0], rows[-1]
-    print(json.dumps({"images_per_second": speeds, "images": rows, "holds": {
-        "two_processes_not_slower": speeds[2] >= 0.95 * speeds[1],
-        "loading_time_flat": last["load_us"] <= 1.2 * first["load_us"], "planning_below_1_percent_of_loading":
-        last["plan_us"] <= 0.01 * last["load_us"], "below_200_bytes_an_image": last["bytes"] < 200}}))
+    print(
+        json.dumps(
+            {
+                "images_per_second": speeds,
+                "images": rows,
+                "holds": {
+                    "two_processes_not_slower": speeds[2] >= 0.95 * speeds[1],
+                    "loading_time_flat": last["load_us"] <= 1.2 * first["load_us"],
+                    "planning_below_1_percent_of_loading": last["plan_us"] <= 0.01 * last["load_us"],
+                    "below_200_bytes_an_image": last["bytes"] < 200,
+                },
+            }
+        )
+    )
     return 0
 
 
 def worker(words: list[str], threads: int) -> dict:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
@@ -101,9 +117,13 @@ def images(number: int, loaded: int) -> dict:
     plan = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     start = time.perf_counter()
-    count = sum(len(batch) for batch, _ in load(images, 0, [update.images for update in planned[:loaded // 64]], 0))
-    return {"images": number, "plan_us": 1e6 * plan / number, "load_us": 1e6 * (time.perf_counter() - start) / count,
-            "bytes": 1024 * used / number}
+    count = sum(len(batch) for batch, _ in load(images, 0, [update.images for update in planned[: loaded // 64]], 0))
+    return {
+        "images": number,
+        "plan_us": 1e6 * plan / number,
+        "load_us": 1e6 * (time.perf_counter() - start) / count,
+        "bytes": 1024 * used / number,
+    }
 
 
 if __name__ == "__main__":

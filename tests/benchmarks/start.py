@@ -21,8 +21,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 RUN = [sys.executable, str(ROOT / "finetune" / "run.py")]
-COMMANDS = {"run.py --help": [*RUN, "--help"], "an unknown recipe": [*RUN, "--recipe", "resnet81"],
-            "finetune ls": [sys.executable, "-m", "finetune", "ls"]}
+COMMANDS = {
+    "run.py --help": [*RUN, "--help"],
+    "an unknown recipe": [*RUN, "--recipe", "resnet81"],
+    "finetune ls": [sys.executable, "-m", "finetune", "ls"],
+}
 BESIDE = ("evaluate", "save_checkpoint")  # of train_loop; and keep_best and log_epoch of the record
 
 
@@ -37,19 +40,35 @@ def main() -> int:
         return inside(args.recipe, args.epochs)
     seconds = {name: statistics.median(timed(command) for _ in range(args.repeat)) for name, command in COMMANDS.items()}
     first = statistics.median(first_update(args.recipe) for _ in range(max(1, args.repeat // 2)))
-    done = subprocess.run([sys.executable, __file__, "--worker", "--recipe", args.recipe, "--epochs", str(args.epochs)],
-                          capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", "--recipe", args.recipe, "--epochs", str(args.epochs)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     shares = json.loads(done.stdout.splitlines()[-1])
     for name, each in seconds.items():
         print(f"{name:20} {each:.2f} s")
-    print(f"{args.recipe}: first update after {first:.1f} s\nof the time of its epochs: "
-          + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    print(json.dumps({"seconds": {name: round(each, 3) for name, each in seconds.items()}, "first_update": round(first, 2),
-                      "shares": {name: round(share, 4) for name, share in shares.items()}, "holds": {
-                          "commands_under_half_a_second": max(seconds.values()) < 0.5, "first_update_within_10_s": first < 10,
-                          "scoring_and_checkpoints_under_a_tenth": sum(shares.values()) < 0.1}}))
+    print(
+        f"{args.recipe}: first update after {first:.1f} s\nof the time of its epochs: "
+        + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    )
+    print(
+        json.dumps(
+            {
+                "seconds": {name: round(each, 3) for name, each in seconds.items()},
+                "first_update": round(first, 2),
+                "shares": {name: round(share, 4) for name, share in shares.items()},
+                "holds": {
+                    "commands_under_half_a_second": max(seconds.values()) < 0.5,
+                    "first_update_within_10_s": first < 10,
+                    "scoring_and_checkpoints_under_a_tenth": sum(shares.values()) < 0.1,
+                },
+            }
+        )
+    )
     return 0
 
 
@@ -63,8 +82,12 @@ def first_update(recipe: str) -> float:
     """Seconds from the command to the first line of an update; a checkpoint each update has it written at once."""
     with tempfile.TemporaryDirectory() as folder:
         start, metrics = time.perf_counter(), Path(folder) / "run" / "metrics.jsonl"
-        process = subprocess.Popen([*RUN, "--recipe", recipe, "--output", str(metrics.parent), "--checkpoint-every", "1"],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        process = subprocess.Popen(
+            [*RUN, "--recipe", recipe, "--output", str(metrics.parent), "--checkpoint-every", "1"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+        )
         try:
             while not (metrics.is_file() and "grad_norm" in metrics.read_text()):
                 if process.poll() is not None:
@@ -92,6 +115,7 @@ def inside(recipe: str, epochs: int) -> int:
             finally:
                 if started:
                     spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
+
         setattr(owner, name, timed_call)
 
     for name in BESIDE:

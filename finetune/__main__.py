@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from finetune.recipe import RecipeError
@@ -32,7 +33,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    def add(name: str, verb, example: str) -> argparse.ArgumentParser:
+    def add(name: str, verb: Callable[[argparse.Namespace], int | None], example: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__, epilog=f"example: finetune {name} {example}")
         sub.set_defaults(verb=verb)
         return sub

@@ -1,7 +1,9 @@
 """A recipe's accelerator, data, weights and network, put together."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,7 @@ from finetune.unfreeze import synchronise_norms
 from finetune.weights import pretrained_state
 
 
-def make_accelerator(recipe: Recipe, trackers: list[str] = (), folder: Path | None = None) -> Accelerator:
+def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The Accelerator; on a machine without GPUs its processes use the CPU, with all cores if there is one process.
 
     Raises:
@@ -29,7 +31,7 @@ def make_accelerator(recipe: Recipe, trackers: list[str] = (), folder: Path | No
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
     if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if cpu:
         keep_freed_memory()
     try:
@@ -44,7 +46,9 @@ def make_accelerator(recipe: Recipe, trackers: list[str] = (), folder: Path | No
     return accelerator
 
 
-def assemble(recipe: Recipe, accelerator: Accelerator) -> tuple[ImageData, nn.Module, dict, tuple[SeededImages, SeededImages]]:
+def assemble(
+    recipe: Recipe, accelerator: Accelerator
+) -> tuple[ImageData, nn.Module, dict[str, Any], tuple[SeededImages, SeededImages]]:
     """(data, network, its preprocessing, training and validation images) as a run begins with them.
 
     What lies here is checked first, then come weights over the network, then data.

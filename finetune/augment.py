@@ -1,11 +1,13 @@
 """How images are varied for training, and prepared for scoring."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import timm.data
 import torch
 from PIL import Image
+from timm.data import Mixup, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -22,7 +24,7 @@ class Pixels:
     `augment` images are prepared for scoring: resized and cropped in the middle.
     """
 
-    def __init__(self, preprocessing: dict, augment: Augment | None = None):
+    def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None):
         self.augment, self.size = augment, preprocessing["input_size"][-1]
         self.resized = math.floor(self.size / preprocessing["crop_pct"])
         self.interpolation = InterpolationMode(preprocessing["interpolation"])
@@ -51,7 +53,7 @@ class Pixels:
 class Timm:
     """Any of timm's transforms, of PIL images one by one to normalised floats."""
 
-    def __init__(self, transform):
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]):
         self.transform = transform
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
@@ -66,7 +68,7 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def training_transform(recipe: Recipe, preprocessing: dict) -> Pixels | Timm:
+def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
     """How a recipe varies its training images.
 
     Raises:
@@ -77,13 +79,12 @@ def training_transform(recipe: Recipe, preprocessing: dict) -> Pixels | Timm:
         return Pixels(preprocessing, augment)
     try:
         return Timm(
-            timm.data.create_transform(
-                **preprocessing,
+            create_transform(
+                **preprocessing | {"color_jitter": augment.color_jitter or None},
                 is_training=True,
                 scale=augment.crop_scale,
                 ratio=augment.crop_ratio,
                 hflip=augment.hflip,
-                color_jitter=augment.color_jitter or None,
                 auto_augment=augment.randaugment,
                 re_prob=augment.erasing,
                 re_mode="pixel",
@@ -95,12 +96,12 @@ def training_transform(recipe: Recipe, preprocessing: dict) -> Pixels | Timm:
         ) from error
 
 
-def scoring_transform(preprocessing: dict) -> Pixels | Timm:
+def scoring_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
     """How images are prepared for scoring."""
-    return Pixels(preprocessing) if does_timms(preprocessing) else Timm(timm.data.create_transform(**preprocessing))
+    return Pixels(preprocessing) if does_timms(preprocessing) else Timm(create_transform(**preprocessing))
 
 
-def does_timms(preprocessing: dict) -> bool:
+def does_timms(preprocessing: dict[str, Any]) -> bool:
     """Whether `Pixels` knows how these images are resized and cropped."""
     _, height, width = preprocessing["input_size"]
     return (
@@ -108,9 +109,9 @@ def does_timms(preprocessing: dict) -> bool:
     )
 
 
-def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict) -> tuple[SeededImages, SeededImages]:
+def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[SeededImages, SeededImages]:
     """The training images as they are varied, and the validation images as they are scored."""
-    return tuple(
+    train, val = (
         SeededImages(
             part, transform, recipe.seed, data.classes, recipe.data.on_bad_image, multi_label=recipe.loss == "multi_label"
         )
@@ -119,14 +120,15 @@ def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict) -> tuple[Se
             (data.val, scoring_transform(preprocessing)),
         )
     )
+    return train, val
 
 
-def make_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
+def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     """timm's Mixup with one draw for a whole update, or None; labels are smoothed later, by the loss."""
     augment = recipe.augment
     if not augment.mixes:
         return None
-    return timm.data.Mixup(
+    return Mixup(
         augment.mixup,
         augment.cutmix,
         mode="batch",
@@ -137,7 +139,7 @@ def make_mixup(recipe: Recipe, num_classes: int) -> timm.data.Mixup | None:
 
 
 def mix_neighbours(
-    mixup: timm.data.Mixup, images: torch.Tensor, labels: torch.Tensor, key: tuple
+    mixup: Mixup, images: torch.Tensor, labels: torch.Tensor, key: tuple[int | str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [n, 3, H, W], each mixed with its neighbour (0 with 1, 2 with 3, ...), and their mixed targets [n, classes].
 

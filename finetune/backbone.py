@@ -1,12 +1,17 @@
 """A pretrained model with a new head: a timm name, a torchvision name, or a function of the recipe."""
 
+from typing import Any
+
 import timm
 import torch
 import torchvision
+from timm.data import resolve_data_config
 from torch import nn
 
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_file import nearest
+
+TimmModel = Any  # an nn.Module, with methods that torch's class does not have
 
 
 def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None = None) -> nn.Module:
@@ -23,7 +28,7 @@ def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tens
         net = torchvision_model(recipe.backbone.removeprefix("torchvision/"))
     else:
         try:
-            net = timm_model(recipe, num_classes, state)
+            net = timm_model(recipe.backbone, recipe, num_classes, state)
             if recipe.gradient_checkpointing:
                 net.set_grad_checkpointing()
         except (TypeError, AttributeError, AssertionError) as error:
@@ -38,7 +43,7 @@ def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tens
         except RuntimeError as error:
             raise misfit(recipe.weights, error) from error
     head = recipe.head if callable(recipe.backbone) else last_layer(net)
-    return replace_head(net, head, num_classes).to(memory_format=memory_format(recipe))
+    return replace_head(net, str(head), num_classes).to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
@@ -77,9 +82,8 @@ def backbone_name(recipe: Recipe) -> str:
     return f"function {recipe.backbone.__name__}" if callable(recipe.backbone) else recipe.backbone
 
 
-def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None) -> nn.Module:
+def timm_model(name: str, recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None) -> TimmModel:
     """A timm model. It is built as large as the weights' own head so that every tensor must fit, then given a new one."""
-    name = recipe.backbone
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise RecipeError(f"timm has no model '{architecture}'.{nearest(architecture, timm.list_models())}")
@@ -87,18 +91,20 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
     if tag and name not in tags:
         raise RecipeError(f"timm has no weights '{tag}' for {architecture}. There are: {', '.join(tags)}")
     config = timm.models.get_pretrained_cfg(name)
+    assert config is not None  # as of every model of timm's list
     # None is timm's way of leaving an option out; not every network knows drop_path_rate.
-    options = {
+    options: dict[str, Any] = {
         "img_size": recipe.data.image_size if config.fixed_input_size else None,
         "drop_rate": recipe.dropout or None,
         "drop_path_rate": recipe.drop_path or None,
     }
     if state is None:
         return timm.create_model(name, num_classes=num_classes, **options)
-    head = state.get(f"{config.classifier if isinstance(config.classifier, str) else config.classifier[0]}.weight")
-    in_file = {"state_dict": state, "num_classes": 0 if head is None else head.shape[0], "label_offset": 0}
+    classifier: Any = config.classifier  # a name, or several
+    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    in_file: dict[str, Any] = {"state_dict": state, "num_classes": 0 if head is None else head.shape[0], "label_offset": 0}
     try:
-        net = timm.create_model(
+        net: TimmModel = timm.create_model(
             name, pretrained=True, num_classes=in_file["num_classes"], pretrained_cfg_overlay=in_file, **options
         )
     except RuntimeError as error:
@@ -120,14 +126,13 @@ def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
     """The network with the layer named `head` (linear or convolution) replaced by a new one with `num_classes` outputs."""
     layer = dict(net.named_modules()).get(head)
     if isinstance(layer, nn.Linear):
-        new = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
+        new: nn.Module = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
     elif isinstance(layer, nn.Conv2d):
-        new = nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size, layer.stride, layer.padding)
+        new = nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
     else:
         names = [n for n, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         raise RecipeError(
-            f"head: no linear or convolution layer '{head}'.{nearest(str(head), names)} "
-            f"The last ones are: {', '.join(names[-4:])}"
+            f"head: no linear or convolution layer '{head}'.{nearest(head, names)} The last ones are: {', '.join(names[-4:])}"
         )
     net.set_submodule(head, new)
     return net
@@ -141,7 +146,7 @@ def head_parameters(recipe: Recipe, net: nn.Module) -> set[str]:
     return {f"{head}.{name}" for name, _ in net.get_submodule(head).named_parameters()} if head else set()
 
 
-def classifier_parameters(net: nn.Module) -> set[str]:
+def classifier_parameters(net: TimmModel) -> set[str]:
     """The names of the parameters of a timm model's classifier, or classifiers.
 
     By identity: the last layer of some models' own list has pretrained norms beside the classifier, and these are no new head.
@@ -162,7 +167,7 @@ def misfit(source: str, error: Exception) -> RecipeError:
     return RecipeError("\n    ".join([f"the weights {source} do not fit:", *lines[:5]]))
 
 
-def preprocessing(recipe: Recipe, net: nn.Module) -> dict:
+def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
     """How images are turned into the network's input: timm's mean, std, interpolation, crop_pct and input_size.
 
     The constants belong to the weights: with ImageNet's instead of its own, a linear probe on EfficientNet-Lite0 lost 4.6
@@ -178,7 +183,5 @@ def preprocessing(recipe: Recipe, net: nn.Module) -> dict:
             "crop_pct": preset.crop_size[0] / preset.resize_size[0],
         }
     size = recipe.data.image_size
-    resolved = timm.data.resolve_data_config(
-        {"input_size": (3, size, size), "crop_pct": recipe.data.crop_pct}, pretrained_cfg=config
-    )
+    resolved = resolve_data_config({"input_size": (3, size, size), "crop_pct": recipe.data.crop_pct}, pretrained_cfg=config)
     return {key: resolved[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}

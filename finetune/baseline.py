@@ -8,12 +8,14 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.recipe import SCORES, Recipe, RecipeError
 from finetune.recipe_file import RECIPES
 from finetune.run_folder import changes
 
 IMPORT = "from finetune.baseline import Baseline\n"
+Record = dict[str, Any]  # a file of baselines/, which record_runs writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Baseline:
     versions: str
 
 
-def baseline_of(record: dict) -> Baseline:
+def baseline_of(record: Record) -> Baseline:
     """What a record promises."""
     runs, hardware = record["runs"], record["hardware"]
     (low, high), metric = interval(record, 1), metric_of(record)
@@ -52,17 +54,17 @@ def baseline_of(record: dict) -> Baseline:
     )
 
 
-def place(hardware: dict) -> str:
+def place(hardware: dict[str, Any]) -> str:
     """What a recorded run had: its processes, and each one's cores or GPU."""
     cores = f"{hardware['threads']} CPU core{'s' * (hardware['threads'] > 1)}"
     return f"{hardware['processes']} x {cores if hardware['device'] == 'cpu' else hardware['name']}"
 
 
-def metric_of(record: dict) -> str:
+def metric_of(record: Record) -> str:
     return record["recipe"].get("score", "top1")
 
 
-def spread(record: dict, new: int) -> tuple[float, float]:
+def spread(record: Record, new: int) -> tuple[float, float]:
     """(mean, standard error) of the difference between the mean of `new` runs and that of the recorded ones.
 
     The error of one run is the larger of two: the standard deviation over the recorded seeds, and the binomial error of as many
@@ -77,19 +79,19 @@ def spread(record: dict, new: int) -> tuple[float, float]:
     return mean, max(of_seeds, of_images) * math.sqrt(1 / len(scores) + 1 / new)
 
 
-def interval(record: dict, new: int) -> tuple[float, float]:
+def interval(record: Record, new: int) -> tuple[float, float]:
     """Where the mean of `new` runs lies with a chance of 95 % if nothing has changed."""
     mean, error = spread(record, new)
     return max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
 
 
-def odds(record: dict, scores: list[float]) -> float:
+def odds(record: Record, scores: list[float]) -> float:
     """The chance that runs like the recorded ones differ from them at least as much as these `scores` do in the mean."""
     mean, error = spread(record, len(scores))
     return math.erfc(abs(statistics.mean(scores) - mean) / error / math.sqrt(2))
 
 
-def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[dict | None, list[str]]:
+def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[str]]:
     """(the record that is about this recipe, what a record beside it differs in).
 
     A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. It is
@@ -97,7 +99,7 @@ def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[dict | None, list[st
     by --data, the record says in words which they were.
     """
 
-    def changed(record: dict) -> list[str]:
+    def changed(record: Record) -> list[str]:
         before = record["recipe"] | {"seed": recipe.seed}
         if "images" in record:
             before["data"] = before["data"] | {"source": recipe.data.source}
@@ -118,7 +120,7 @@ def promise(recipe_file: Path, recipe: Recipe) -> str:
     return f"nothing: {', '.join(differing)} differs from what was measured" if differing else "nothing: not measured"
 
 
-def summary(record: dict) -> str:
+def summary(record: Record) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
     scores = [100 * run[metric_of(record)] for run in record["runs"]]
     ends = f"{min(scores):.1f} to {max(scores):.1f}, {len(scores)} seeds" if len(scores) > 1 else "1 seed"
@@ -126,7 +128,7 @@ def summary(record: dict) -> str:
     return f"{statistics.mean(scores):.1f} % ({ends}){images}"
 
 
-def record_runs(folders: list[Path]) -> dict:
+def record_runs(folders: list[Path]) -> Record:
     """The record of finished runs of one recipe that differ in their seeds alone.
 
     Raises:

@@ -6,16 +6,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from finetune.image_lists import ImageList, labels_of
+from finetune.image_lists import ImageList, Images, labels_of
 from finetune.image_memory import ImageMemory
 from finetune.recipe import RecipeError
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
+Batch = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
+
+
+class Transform(Protocol):
+    """How images become the network's input: one by one as they are loaded, then the batch on the device."""
+
+    def image(self, pixels: np.ndarray) -> torch.Tensor: ...
+
+    def batch(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def seed_cpu(number: int) -> None:
     torch.default_generator.manual_seed(number)
 
 
-class SeededImages:
+class SeededImages(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     """Varied images and labels, asked for by (epoch, index): random variation is a function of that alone.
 
     `transform` is one of finetune.augment. Images of a list are decoded once, those of a recipe's own function each time.
@@ -103,8 +113,8 @@ class SeededImages:
 
     def __init__(
         self,
-        images: Sequence,
-        transform,
+        images: Images,
+        transform: Transform,
         seed: int,
         classes: Sequence[str],
         on_bad_image: str = "stop",
@@ -114,7 +124,7 @@ class SeededImages:
         self.on_bad_image, self.multi_label = on_bad_image, multi_label
         self.memory = ImageMemory(len(images)) if isinstance(images, ImageList) else None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
     def seen_as(self, other: "SeededImages") -> "SeededImages":
@@ -123,7 +133,7 @@ class SeededImages:
         same.transform = other.transform
         return same
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
         seed_cpu(keyed_seed(self.seed, epoch, index))
         try:
@@ -138,6 +148,7 @@ class SeededImages:
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
         """The image's pixels, uint8 [H, W, 3], and its label."""
         if self.memory is not None and (pixels := self.memory.get(index)) is not None:
+            assert isinstance(self.images, ImageList)  # only a list is kept in memory
             return pixels, self.images.labels[index]
         image, label = self.images[index]
         pixels = np.array(image.convert("RGB"))
@@ -145,19 +156,18 @@ class SeededImages:
             self.memory.keep(index, pixels)
         return pixels, label
 
-    def target(self, label, index: int = 0) -> int | torch.Tensor:
+    def target(self, label: Any, index: int = 0) -> int | torch.Tensor:
         """A label as the loss takes it: a number, or where images have several a float vector [classes] of 0 and 1."""
         if np.ndim(label) == 1:
             return torch.as_tensor(label, dtype=torch.float32)
         if label == UNREADABLE:
             return torch.full((len(self.classes),), float(label)) if self.multi_label else label
         if not 0 <= label < len(self.classes):
-            fault = RecipeError(
+            raise RecipeError(
                 f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
-                f"{len(self.classes) - 1}"
+                f"{len(self.classes) - 1}",
+                one_process=True,
             )
-            fault.one_process = True
-            raise fault
         if self.multi_label:  # one label where there could be several
             return torch.nn.functional.one_hot(torch.tensor(int(label)), len(self.classes)).float()
         return int(label)
@@ -180,7 +190,7 @@ def balanced_chances(labels: np.ndarray) -> np.ndarray:
 
 def load(
     images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
     keys = ([(epoch, index) for index in batch] for batch in batches)
     loader = DataLoader(
@@ -191,14 +201,12 @@ def load(
             batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))
             yield images.transform.batch(batch), labels
     except RecipeError as error:  # a worker's error arrives with its traceback in the text: keep the sentence
-        fault = RecipeError(str(error).rpartition("RecipeError: ")[2].strip())
-        fault.one_process = True
-        raise fault from None
+        raise RecipeError(str(error).rpartition("RecipeError: ")[2].strip(), one_process=True) from None
 
 
 def load_updates(
     images: SeededImages, epoch: int, updates: Sequence[Update], workers: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Update, list]]:
+) -> Iterator[tuple[Update, list[Batch]]]:
     """Each update with the loaded micro-batches of this process."""
     loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers, device)
     for update in updates:

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from finetune.recipe import RecipeError
 from finetune.run_folder import newest_checkpoint
 from finetune.run_record import RunRecord
+
+T = TypeVar("T")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -59,7 +62,12 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(
-    record: RunRecord, net: nn.Module, scored: nn.Module, optimizer, accelerator: Accelerator, step: int
+    record: RunRecord,
+    net: nn.Module,
+    scored: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    step: int,
 ) -> None:
     """Write checkpoints/step-N-epochs-M, after which N updates are done and M epochs scored, and then remove older ones.
 
@@ -114,13 +122,14 @@ def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: A
     return state["step"]
 
 
-def restore_optimizer(record: RunRecord, net: nn.Module, optimizer) -> None:
+def restore_optimizer(record: RunRecord, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that the run's newest checkpoint has for each parameter.
 
     Raises:
         RecipeError: if the file is damaged or is of another table of groups.
     """
     folder = newest_checkpoint(record.folder)
+    assert folder is not None  # `restore` went on from it
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
     ids = {name: i for i, name in enumerate(parameter_names(net, optimizer))}
     if not moments.keys() <= ids.keys():
@@ -133,7 +142,7 @@ def restore_optimizer(record: RunRecord, net: nn.Module, optimizer) -> None:
     )
 
 
-def read(file: Path, reader: Callable):
+def read(file: Path, reader: Callable[[Path], T]) -> T:
     """reader(file), or one message if the file is cut, foreign, or holding code."""
     try:
         return reader(file)
@@ -144,7 +153,7 @@ def read(file: Path, reader: Callable):
         ) from error
 
 
-def parameter_names(net: nn.Module, optimizer) -> list[str]:
+def parameter_names(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Every parameter's name in the optimizer's order."""
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     return [names[id(parameter)] for row in optimizer.param_groups for parameter in row["params"]]

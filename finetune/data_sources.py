@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from finetune.image_lists import Listed
 from finetune.recipe import RecipeError
 from finetune.recipe_file import nearest
 from finetune.weights import reach
@@ -39,7 +41,7 @@ COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "cl
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def other_lists(source: str, multi_label: bool) -> tuple[list[tuple], Sequence[str]] | None:
+def other_lists(source: str, multi_label: bool) -> tuple[list[Listed], Sequence[str]] | None:
     """([(items, labels, read) for training and validation], classes), or None if it is no source of this module.
 
     One triple alone is still to be split. `read(item)` is an RGB image; labels are numbers [n] or 0 and 1 [n, classes].
@@ -56,7 +58,7 @@ def other_lists(source: str, multi_label: bool) -> tuple[list[tuple], Sequence[s
     return from_shards(Path(source)) if any(Path(source).glob("train-*.tar")) else None
 
 
-def from_torchvision(name: str) -> tuple[list[tuple], Sequence[str]]:
+def from_torchvision(name: str) -> tuple[list[Listed], Sequence[str]]:
     """A data set that torchvision reads, fetched if it is not here."""
     if name not in TORCHVISION:
         raise RecipeError(f"data: no 'torchvision/{name}'.{nearest(name, TORCHVISION)} There are: {', '.join(TORCHVISION)}")
@@ -68,7 +70,7 @@ def from_torchvision(name: str) -> tuple[list[tuple], Sequence[str]]:
     return [torchvision_lists(part) for part in sets], [text if isinstance(text, str) else text[0] for text in classes]
 
 
-def open_torchvision(name: str, arguments: dict, place: Path):
+def open_torchvision(name: str, arguments: dict[str, Any], place: Path) -> Any:
     """torchvision's own object, without a network if the files are here."""
     kind, before = getattr(torchvision.datasets, name), socket.getdefaulttimeout()
     with suppress(RuntimeError, OSError):  # not here yet
@@ -85,7 +87,7 @@ def open_torchvision(name: str, arguments: dict, place: Path):
         socket.setdefaulttimeout(before)
 
 
-def torchvision_lists(part) -> tuple[Sequence, Sequence[int], Callable]:
+def torchvision_lists(part: Any) -> Listed:
     """Items, labels and reader of a torchvision set; each keeps them under names of its own."""
     if samples := getattr(part, "samples", getattr(part, "_samples", None)):
         return [path for path, _ in samples], [int(label) for _, label in samples], read_image
@@ -96,7 +98,7 @@ def torchvision_lists(part) -> tuple[Sequence, Sequence[int], Callable]:
     return pixels, labels, partial(read_image, load=Image.fromarray)
 
 
-def from_hub(name: str) -> tuple[list[tuple], Sequence[str]]:
+def from_hub(name: str) -> tuple[list[Listed], Sequence[str]]:
     """A data set that the package datasets reads: of the hub, OWNER/NAME or OWNER/NAME:CONFIG, or a folder."""
     require_package("datasets", "datasets", '"finetune-recipes[hf]"')
     import datasets
@@ -117,7 +119,7 @@ def from_hub(name: str) -> tuple[list[tuple], Sequence[str]]:
             f"{', '.join(labels) or 'none'}; all columns: {', '.join(features)}\n  with the package datasets: cast_column or "
             "remove_columns, save_to_disk(PATH), then Data('hf/PATH')"
         )
-    parts = []
+    parts: list[Listed] = []
     for split in ["train", *val]:
         rows = splits[split].with_format(None)
         numbers = [-1 if label is None else label for label in rows.select_columns(labels)[:][labels[0]]]
@@ -128,7 +130,7 @@ def from_hub(name: str) -> tuple[list[tuple], Sequence[str]]:
     return parts, features[labels[0]].names
 
 
-def load_hub(name: str):
+def load_hub(name: str) -> Any:
     """What the package datasets makes of a folder, or of a name on the hub."""
     import datasets
     from huggingface_hub import constants
@@ -148,11 +150,11 @@ def load_hub(name: str):
         ) from None
 
 
-def hub_image(rows, index: int) -> Image.Image:
+def hub_image(rows: Any, index: int) -> Image.Image:
     return next(iter(rows[int(index)].values())) or Image.open(io.BytesIO())  # a row without one
 
 
-def from_csv(file: Path, multi_label: bool) -> tuple[list[tuple], Sequence[str]]:
+def from_csv(file: Path, multi_label: bool) -> tuple[list[Listed], Sequence[str]]:
     """A table with the columns path (relative to the file), label and, if it likes, split; see COLUMNS and SPLITS."""
     columns, faults = read_columns(file)
     paths = [file.parent / cell for cell in columns["path"]]
@@ -165,7 +167,7 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[tuple], Sequence[str]]
     texts = [cell.strip().lower() for cell in columns["split"]]
     faults += [f"split '{text}' is none of {', '.join(SPLITS)}" for text in sorted(set(texts) - set(SPLITS))]
     splits = [SPLITS.get(text) for text in texts]
-    wanted = ("train", "val" if "val" in splits else "test") if splits else ()
+    wanted = ["train", "val" if "val" in splits else "test"] if splits else []
     seen = [{name for at, found in zip(splits, names, strict=False) if at == split for name in found} for split in wanted]
     if seen and seen[0] != seen[1]:
         only = [", ".join(sorted(a - b)) or "none" for a, b in (seen, seen[::-1])]
@@ -179,7 +181,7 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[tuple], Sequence[str]]
         if not multi_label
         else np.array([[name in found for name in classes] for found in names], np.uint8)
     )
-    chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [range(len(paths))]
+    chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [list(range(len(paths)))]
     return [([paths[i] for i in part], [labels[i] for i in part], read_image) for part in chosen], classes
 
 
@@ -199,10 +201,10 @@ def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
     return columns, faults
 
 
-def from_shards(root: Path) -> tuple[list[tuple], Sequence[str]]:
+def from_shards(root: Path) -> tuple[list[Listed], Sequence[str]]:
     """WebDataset's train-*.tar and val-*.tar (or test-*.tar), read where they lie; class names from classes.txt, one a line."""
     val = [split for split in ("val", "test") if any(root.glob(f"{split}-*.tar"))][:1]
-    parts = []
+    parts: list[Listed] = []
     for split in ["train", *val]:
         tars = sorted(root.glob(f"{split}-*.tar"))
         members = np.concatenate([np.array(tar_members(tar, i), np.int64).reshape(-1, 4) for i, tar in enumerate(tars)])
@@ -218,7 +220,8 @@ def from_shards(root: Path) -> tuple[list[tuple], Sequence[str]]:
 
 def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
     """(number, offset, bytes, label) of every image in a tar file, where KEY.jpg (or .png, ...) has its label in KEY.cls."""
-    samples = {}
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    found = []
     try:
         with tarfile.open(tar, "r:") as file:
             for member in file:
@@ -229,13 +232,15 @@ def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
                 images = [members[ending] for ending in members if f".{ending}" in IMG_EXTENSIONS]
                 if len(images) != 1 or "cls" not in members:
                     raise ValueError(f"{key} has {len(images)} images and {'a' if 'cls' in members else 'no'} .cls")
-                samples[key] = number, images[0].offset_data, images[0].size, int(file.extractfile(members["cls"]).read())
+                label = file.extractfile(members["cls"])
+                assert label is not None  # only files are among the members
+                found.append((number, images[0].offset_data, images[0].size, int(label.read())))
     except (OSError, ValueError, tarfile.TarError) as error:
         raise RecipeError(
             f"data: can't use {tar}: {error}. Wanted: a tar, not compressed, with KEY.jpg (or .png, ...) and "
             "KEY.cls, a number, for each image"
         ) from None
-    return list(samples.values())
+    return found
 
 
 def open_member(tars: Sequence[Path], member: np.ndarray) -> Image.Image:
@@ -262,12 +267,11 @@ def require_package(module: str, package: str, install: str = "") -> None:
         )
 
 
-def read_image(item, load: Callable = Image.open, where: Callable = str) -> Image.Image:
+def read_image(item: Any, load: Callable[[Any], Image.Image] = Image.open, where: Callable[[Any], str] = str) -> Image.Image:
     """An image file, or what `load` makes of an item, as RGB; raises RecipeError with its path if it can't be read."""
     try:
         with load(item) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
-        fault = RecipeError(f"can't read the image {where(item)}: {str(error).partition(' <')[0]}")
-        fault.one_process = True
-        raise fault from error
+        text = f"can't read the image {where(item)}: {str(error).partition(' <')[0]}"
+        raise RecipeError(text, one_process=True) from error

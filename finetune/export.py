@@ -9,18 +9,19 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import safetensors.torch
 import timm.models
 import torch
+from timm.data import create_transform
 from torch import nn
 
 from finetune.checkpoint import plain_state, write_folder
 from finetune.image_data import generated, load_data
 from finetune.model_card import card
 from finetune.recipe import RecipeError
-from finetune.saved_model import load_model, locate, read_json
+from finetune.saved_model import Settings, load_model, locate, read_json
 
 OPSET = 18
 TOLERANCE = 1e-4  # between the logits of torch and of an exported file, as a share of the largest, or of 1
@@ -35,7 +36,7 @@ those you trust. It takes images of exactly this size, any number at once, and i
 TorchScript in favour of torch.export."""
 
 
-def save_model(folder: Path, net: nn.Module, preprocessing: dict, classes: tuple[str, ...]) -> None:
+def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: tuple[str, ...]) -> None:
     """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
 
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
@@ -48,7 +49,7 @@ def save_model(folder: Path, net: nn.Module, preprocessing: dict, classes: tuple
             try:
                 timm.models.save_for_hf(
                     plain,
-                    aside,
+                    str(aside),
                     model_config={"label_names": list(classes)},
                     safe_serialization=True,
                     data_config=preprocessing,
@@ -115,6 +116,7 @@ def onnx_files(source: Path) -> dict[str, bytes]:
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise RecipeError(f"torch can't export this network to ONNX ({reason}); --to torchscript may") from error
+    assert program is not None  # as with dynamo=True
     model = program.model_proto  # made anew at each access
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
     content = model.SerializeToString()
@@ -142,7 +144,7 @@ def torchscript_files(source: Path) -> dict[str, bytes]:
     return {"model.pt": file.getvalue(), "model.json": as_json(about)}
 
 
-def prepared(source: Path) -> tuple[nn.Module, dict, torch.Tensor, str]:
+def prepared(source: Path) -> tuple[nn.Module, dict[str, Any], torch.Tensor, str]:
     """(the network as exporters take it, what goes into model.json, images [8, 3, H, W] to try it on, their kind in words).
 
     They are validation images of the run's, fetched if need be, or generated ones where these can't be had.
@@ -152,12 +154,12 @@ def prepared(source: Path) -> tuple[nn.Module, dict, torch.Tensor, str]:
         images, kind = load_data(settings).val, "validation images"
     except RecipeError:
         images, kind = generated().val, "generated images"
-    transform = timm.data.create_transform(**preprocessing)
+    transform = create_transform(**preprocessing)
     chosen = torch.stack([transform(images[i * len(images) // 8][0].convert("RGB")) for i in range(8)])
     return net.to(memory_format=torch.contiguous_format), described(classes, preprocessing, settings), chosen, f"8 {kind}"
 
 
-def described(classes: tuple[str, ...], preprocessing: dict, settings: SimpleNamespace) -> dict:
+def described(classes: tuple[str, ...], preprocessing: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """All that a program needs beside the network to get from an image file to probabilities."""
     size, chance = preprocessing["input_size"][1], "softmax" if settings.loss == "cross_entropy" else "sigmoid"
     resize = math.floor(size / preprocessing["crop_pct"])
@@ -178,7 +180,9 @@ def described(classes: tuple[str, ...], preprocessing: dict, settings: SimpleNam
 
 
 @torch.no_grad()
-def compare(net: nn.Module, images: torch.Tensor, kind: str, exported: Callable) -> dict:
+def compare(
+    net: nn.Module, images: torch.Tensor, kind: str, exported: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
     """How far the exported network is from torch's, on all images at once and on one alone; RecipeError if too far."""
     pairs = [(net(batch), exported(batch)) for batch in (images, images[:1])]
     worst = torch.stack([(theirs - ours).abs().max() / ours.abs().max().clamp(min=1) for ours, theirs in pairs]).max().item()
@@ -190,7 +194,7 @@ def compare(net: nn.Module, images: torch.Tensor, kind: str, exported: Callable)
     return {"on": kind, "largest_difference": worst, "torch": torch.__version__}
 
 
-def as_json(content: dict) -> bytes:
+def as_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 

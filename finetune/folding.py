@@ -9,8 +9,10 @@ from torch import nn
 
 from finetune.recipe import Recipe
 
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
-def fold_norms(recipe: Recipe, net: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+
+def fold_norms(recipe: Recipe, net: nn.Module) -> list[Pair]:
     """Let each convolution with a batch norm behind it do that norm's part as well; returns these pairs.
 
     With fixed statistics a norm is a factor and a summand for each channel, and so is a convolution's weight times that factor:
@@ -29,28 +31,29 @@ def fold_norms(recipe: Recipe, net: nn.Module) -> list[tuple[nn.Module, nn.Modul
     with torch.no_grad():
         pairs, before = neighbours(net, images, recipe.data.batch_size)
         for conv, norm in pairs:
-            conv.forward, norm.forward = partial(folded, conv, norm), partial(after_norm, norm)
+            conv.forward, norm.forward = partial(folded, conv, norm), partial(after_norm, norm)  # type: ignore[method-assign]
         if some.is_meta or torch.allclose(net(images), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
             return pairs
     unfold_norms(pairs)
     return []
 
 
-def unfold_norms(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+def unfold_norms(pairs: list[Pair]) -> None:
     """Have convolutions and norms do their own part again."""
     for pair in pairs:
         for module in pair:
             del module.forward
 
 
-def neighbours(net: nn.Module, images: torch.Tensor, batch: int) -> tuple[list[tuple[nn.Module, nn.Module]], torch.Tensor]:
+def neighbours(net: nn.Module, images: torch.Tensor, batch: int) -> tuple[list[Pair], torch.Tensor]:
     """The convolutions and batch norms of which the second takes what the first returns; and what the network says.
 
     Left out are those with more than half as many weights as activations in a batch of that size.
     """
-    made, pairs, hooks = {}, [], []
+    made: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
+    pairs, hooks = [], []
 
-    def meet(norm: nn.Module, inputs: tuple) -> None:
+    def meet(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...]) -> None:
         conv, _ = made.get(id(inputs[0]), (None, None))
         if conv is not None and batch * inputs[0][0].numel() > 2 * conv.weight.numel():
             pairs.append((conv, norm))
@@ -68,12 +71,13 @@ def neighbours(net: nn.Module, images: torch.Tensor, batch: int) -> tuple[list[t
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, images: torch.Tensor) -> torch.Tensor:
     """What `norm` in eval mode makes of what `conv` returns."""
+    assert norm.running_mean is not None and norm.running_var is not None  # as of those that `neighbours` finds
     factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     weight, bias = conv.weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
     if conv.bias is not None:
         bias = bias + conv.bias * factor
     if type(conv) is Conv2dSame:
-        return conv2d_same(images, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return conv2d_same(images, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
     return conv._conv_forward(images, weight, bias)
 
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,7 +78,9 @@ def elpv() -> ImageData:
     A cell counts as defective from a stated defect probability of 0.5. A fixed quarter of each label and cell type validates.
     """
     require_package("elpv_dataset", "elpv-dataset")
-    folder = Path(importlib.util.find_spec("elpv_dataset").origin).parent / "data"
+    spec = importlib.util.find_spec("elpv_dataset")
+    assert spec and spec.origin  # it was required just now
+    folder = Path(spec.origin).parent / "data"
     with open(folder / "labels.csv", newline="") as file:
         rows = [
             (folder / path, float(chance), kind)
@@ -109,7 +112,7 @@ def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str],
                 f"{folder / val[0]} exists (FINETUNE_DATA names another folder than {root})"
             ) from None
 
-    def split(files):
+    def split(files: list[str]) -> ImageList:
         rows = np.concatenate([np.fromfile(folder / file, np.uint8) for file in files])
         rows = rows.reshape(-1, label_bytes + 3072)
         pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -147,19 +150,19 @@ def cifar100() -> ImageData:
 def generated() -> ImageData:
     """A few coloured patches for --smoke. They show that everything runs, and nothing else."""
 
-    def patch(number):
+    def patch(number: int) -> Image.Image:
         noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
         return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
 
-    parts = [ImageList(numbers, [number % 10 for number in numbers], patch) for numbers in (range(22), range(22, 32))]
-    return ImageData(*parts, tuple(f"patch {i}" for i in range(10)))
+    train, val = (ImageList(numbers, [number % 10 for number in numbers], patch) for numbers in (range(22), range(22, 32)))
+    return ImageData(train, val, tuple(f"patch {i}" for i in range(10)))
 
 
 NAMED = {"digits": digits, "elpv": elpv, "cifar10": cifar10, "cifar100": cifar100, "generated": generated}
 DOWNLOADED = ("cifar10", "cifar100", *map("torchvision/{}".format, TORCHVISION))  # the others come with packages
 
 
-def is_downloaded(source: str | Callable) -> bool:
+def is_downloaded(source: str | Callable[[], Any]) -> bool:
     """Whether images may come over a network."""
     return source in DOWNLOADED or (isinstance(source, str) and source.startswith("hf/") and not Path(source[3:]).is_dir())
 
@@ -168,7 +171,7 @@ def read_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def from_function(source: Callable, multi_label: bool) -> ImageData:
+def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
     """What a function of the recipe file returns, checked."""
     try:
         train, val = source()
@@ -211,7 +214,7 @@ def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
                 f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}"
             )
         lists = [ImageList([path for path, _ in part.samples], part.targets, read_image) for part in parts]
-        return ImageData(*lists, tuple(parts[0].classes))
+        return ImageData(lists[0], lists[1], tuple(parts[0].classes))
     whole = class_folders(root, check)
     return from_lists([([path for path, _ in whole.samples], whole.targets, read_image)], whole.classes, root, seed)
 

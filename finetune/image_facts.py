@@ -43,6 +43,7 @@ def look(source: str) -> Facts:
     """
     source = source if source in NAMED else str(Path(source).resolve())
     data = load_data(trial("resnet18", source, 32))
+    assert isinstance(data.train, ImageList)  # as of every source but a function
     sizes = np.array([pixels(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
     counts = Counter(map(int, data.train.labels))
     return Facts(

@@ -4,19 +4,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from finetune.recipe import RecipeError
 
+Many = Sequence[Any] | np.ndarray  # of images: their items, or their labels, numbers [n] or 0 and 1 [n, classes]
+Reader = Callable[[Any], Image.Image]  # makes the RGB image of an item
+Listed = tuple[Many, Many, Reader]  # items, labels, reader
+
+
+class Images(Protocol):
+    """A map-style set of (PIL image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
+
 
 @dataclass(frozen=True)
 class ImageData:
     """Two map-style sets of (PIL image, label), labels counting from 0 in the order of `classes`."""
 
-    train: Sequence
-    val: Sequence
+    train: Images
+    val: Images
     classes: tuple[str, ...]
 
 
@@ -26,23 +39,24 @@ class ImageList:
     `kinds` says what kind of image each is, beside its label; a run's result then has the scores of each kind, too.
     """
 
-    def __init__(self, items: Sequence, labels: Sequence, read: Callable, kinds: Sequence[str] | None = None):
+    def __init__(self, items: Many, labels: Many, read: Reader, kinds: Sequence[str] | None = None):
         self.items, self.labels, self.read, self.kinds = items, labels, read, kinds
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Image.Image, int | np.ndarray]:
         label = self.labels[index]
         return self.read(self.items[index]), label if np.ndim(label) else int(label)
 
 
-def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[list[int], list[int]]:
+def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tuple[list[int], list[int]]:
     """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
     random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
-    train, val, members_of = [], [], {}
+    members_of: dict[Any, list[int]] = {}
     for i, stratum in enumerate(strata):
         members_of.setdefault(stratum, []).append(i)
+    train, val = [], []
     for stratum in sorted(members_of):
         members = random.permutation(members_of[stratum]).tolist()
         cut = round(len(members) * val_share)
@@ -51,16 +65,24 @@ def stratified_split(strata: Sequence, val_share: float, seed: int) -> tuple[lis
     return sorted(train), sorted(val)
 
 
-def split_list(items, labels, strata, val_share, classes, read, kinds=None) -> ImageData:
+def split_list(
+    items: Many,
+    labels: Many,
+    strata: Many,
+    val_share: float,
+    classes: tuple[str, ...],
+    read: Reader,
+    kinds: Sequence[str] | None = None,
+) -> ImageData:
     """One list of images as a training and a validation set, by a split that no recipe changes."""
-    parts = [
+    train, val = (
         ImageList([items[i] for i in part], [labels[i] for i in part], read, kinds and [kinds[i] for i in part])
         for part in stratified_split(list(strata), val_share, seed=0)
-    ]
-    return ImageData(*parts, classes)
+    )
+    return ImageData(train, val, classes)
 
 
-def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
+def from_lists(lists: list[Listed], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
     """(items, labels, read) of the training and validation images; of one alone a fifth of each class validates.
 
     Raises:
@@ -70,11 +92,12 @@ def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, se
         items, labels, read = lists[0][0], np.asarray(lists[0][1]), lists[0][2]
         # of several labels the rarest counts, so that each class can have its share
         strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
+        parts = stratified_split(strata.tolist(), 0.2, seed)
         lists = [
-            (items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read)
-            for part in stratified_split(strata.tolist(), 0.2, seed)
+            (items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read) for part in parts
         ]
-        seen = [(lists[1][1] == i).any() if labels.ndim == 1 else lists[1][1][:, i].any() for i in range(len(classes))]
+        kept = labels[parts[1]]
+        seen = [(kept == i).any() if labels.ndim == 1 else kept[:, i].any() for i in range(len(classes))]
         if not all(seen):
             raise RecipeError(
                 f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
@@ -83,7 +106,8 @@ def from_lists(lists: list[tuple], classes: Sequence[str], where: str | Path, se
     sizes = [len(items) for items, *_ in lists]
     if not all(sizes) or len(classes) < 2:
         raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
-    return ImageData(*(ImageList(*each) for each in lists), tuple(classes))
+    train, val = (ImageList(*each) for each in lists)
+    return ImageData(train, val, tuple(classes))
 
 
 def held_out(data: ImageData, share: float) -> ImageData:
@@ -97,20 +121,20 @@ def held_out(data: ImageData, share: float) -> ImageData:
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    lists = [
+    train, val = (
         ImageList(part, labels[part].tolist(), partial(image_of, data.train))
         for part in stratified_split(labels.tolist(), share, seed=0)
-    ]
-    if set(lists[1].labels) != set(labels.tolist()):
+    )
+    if set(val.labels) != set(labels.tolist()):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
-    return ImageData(*lists, data.classes)
+    return ImageData(train, val, data.classes)
 
 
-def image_of(images: Sequence, index: int) -> Image.Image:
+def image_of(images: Images, index: int) -> Image.Image:
     return images[index][0]
 
 
-def labels_of(images: Sequence) -> np.ndarray:
+def labels_of(images: Images) -> np.ndarray:
     """The label of every image, without reading one.
 
     Raises:

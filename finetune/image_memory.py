@@ -23,7 +23,7 @@ class ImageMemory:
         self.places = np.frombuffer(mmap.mmap(-1, max(24 * num_images, 1)), np.int64, 3 * num_images).reshape(num_images, 3)
         self.used = multiprocessing.Value("q", 0)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["ImageMemory"], tuple[int, int]]:
         return ImageMemory, (len(self.places), 0)
 
     def get(self, index: int) -> np.ndarray | None:

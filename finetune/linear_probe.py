@@ -38,7 +38,13 @@ def returns_features(layer: nn.Linear) -> Iterator[None]:
         hook.remove()
 
 
-def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Callable, l2: float) -> None:
+def fit(
+    layer: nn.Linear,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    l2: float,
+) -> None:
     """Give `layer` the weights with the least mean loss plus `l2` / 2 times their square, for features [n, d] and labels.
 
     `loss(logits, labels)` is a sum over images. The penalty is on weights for features of mean 0 whose variances average 1, so

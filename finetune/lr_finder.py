@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.batches import SeededImages, Update, balanced_chances, load_updates, plan_epoch
+from finetune.batches import Batch, SeededImages, Update, balanced_chances, load_updates, plan_epoch
 from finetune.lr_schedule import Lambda
 from finetune.memory import fitting_accumulation
 from finetune.objective import Objective
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters
-from finetune.plots import plt, tidy
+from finetune.plots import blank, tidy
 from finetune.recipe import Group, LayerDecay, Recipe, RecipeError
 from finetune.train_loop import take_step
 from finetune.unfreeze import train_mode, unfreeze
@@ -95,7 +95,7 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 def endless(
     recipe: Recipe, images: SeededImages, accumulate: int, workers: int, device: torch.device
-) -> Iterator[tuple[Update, list]]:
+) -> Iterator[tuple[Update, list[Batch]]]:
     """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
     chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
     for epoch in count():
@@ -145,7 +145,7 @@ def suggestions(multipliers: Sequence[float], losses: Sequence[float]) -> dict[s
             f"find-lr: the loss does not fall between the multipliers {multipliers[0]:.2g} and "
             f"{multipliers[-1]:.2g}: start lower if it rises, end higher if it stays"
         )
-    lengths = []  # of the longest such sequence up to each point
+    lengths: list[int] = []  # of the longest such sequence up to each point
     for i, loss in enumerate(smoothed):
         lengths.append(1 + max((lengths[j] for j in range(i) if smoothed[j] > loss), default=0))
     end, length = int(np.argmax(lengths)), max(lengths)
@@ -160,7 +160,7 @@ def picture(
 ) -> Path:
     """The losses by multiplier, with the suggestions; `groups_lr` are the peak rates of which they are multiples."""
     smoothed = smooth(losses)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = blank()
     axes.plot(multipliers, losses, color="0.75", linewidth=0.8, label="each update")
     axes.plot(multipliers, smoothed, color="C0", label="smoothed")
     axes.axvline(1, color="0.3", linestyle="--", linewidth=1, label="1: the recipe")

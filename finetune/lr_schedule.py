@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from finetune.recipe_checks import Rules, broken
+
 
 class Time(NamedTuple):
     """Where a run is: updates done, the epoch as a fraction, and the share of the updates after warmup that is done."""
@@ -42,28 +44,33 @@ class Schedule:
 
     def faults(self) -> list[str]:
         """What is wrong with the values, a sentence each."""
-        rules = {
-            f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0,
-            f"warmup_start must be above 0 and at most 1, not {self.warmup_start}": 0 < self.warmup_start <= 1,
-            **self.rules(),
-        }
-        return [f"schedule: {rule}" for rule, kept in rules.items() if not kept]
+        rules = [
+            (self.warmup_epochs >= 0, f"warmup_epochs must be 0 or more, not {self.warmup_epochs}"),
+            (0 < self.warmup_start <= 1, f"warmup_start must be above 0 and at most 1, not {self.warmup_start}"),
+            *self.rules(),
+        ]
+        return broken(rules, "schedule: ")
 
-    def rules(self) -> dict[str, bool]:
+    def rules(self) -> Rules:
         """What the values of this kind of schedule must be, and whether they are."""
-        return {}
+        return []
 
 
-def ramp(step: int, steps: int, start: float) -> float:
+def ramp(step: float, steps: int, start: float) -> float:
     """A straight line from `start` at step 0 to 1 at step `steps`, and 1 from there on: torch's LinearLR."""
     return 1.0 if step >= steps else start + (1 - start) * step / steps
+
+
+def cosine_between(start: float, end: float, share: float) -> float:
+    """From `start` to `end` along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     """The peak rate throughout."""
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return 1.0
 
 
@@ -76,11 +83,13 @@ class Cosine(Schedule):
 
     floor: float = 0.0
 
-    def shape(self, time, scores):
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * time.progress)) / 2
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
+        return cosine_between(1.0, self.floor, time.progress)
 
-    def rules(self):
-        return {f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}": 0 <= self.floor < 1}
+    def rules(self) -> Rules:
+        return [
+            (0 <= self.floor < 1, f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +98,13 @@ class Polynomial(Schedule):
 
     power: float = 1.0
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return (1 - time.progress) ** self.power
 
-    def rules(self):
-        return {f"power must be above 0, not {self.power}": self.power > 0}
+    def rules(self) -> Rules:
+        return [
+            (self.power > 0, f"power must be above 0, not {self.power}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +113,13 @@ class Linear(Schedule):
 
     end: float = 0.0
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return 1 + (self.end - 1) * time.progress
 
-    def rules(self):
-        return {f"end is a fraction of the peak, at least 0 and at most 1, not {self.end}": 0 <= self.end <= 1}
+    def rules(self) -> Rules:
+        return [
+            (0 <= self.end <= 1, f"end is a fraction of the peak, at least 0 and at most 1, not {self.end}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +129,14 @@ class Step(Schedule):
     every: float
     factor: float = 0.1
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return self.factor ** math.floor(time.epoch / self.every + 1e-9)  # 3 x 0.1 epochs are 0.3 epochs, rounding or not
 
-    def rules(self):
-        return {
-            f"every must be above 0, not {self.every}": self.every > 0,
-            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
-        }
+    def rules(self) -> Rules:
+        return [
+            (self.every > 0, f"every must be above 0, not {self.every}"),
+            (0 < self.factor < 1, f"factor must be above 0 and below 1, not {self.factor}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +146,15 @@ class MultiStep(Schedule):
     at: tuple[float, ...]
     factor: float = 0.1
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return self.factor ** sum(time.epoch + 1e-9 >= epoch for epoch in self.at)
 
-    def rules(self):
+    def rules(self) -> Rules:
         rising = all(a < b for a, b in zip((0, *self.at), self.at, strict=False))
-        return {
-            f"at must be rising epochs above 0, not {self.at}": rising and len(self.at) > 0,
-            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
-        }
+        return [
+            (rising and len(self.at) > 0, f"at must be rising epochs above 0, not {self.at}"),
+            (0 < self.factor < 1, f"factor must be above 0 and below 1, not {self.factor}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +163,13 @@ class Exponential(Schedule):
 
     factor: float
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return self.factor**time.epoch
 
-    def rules(self):
-        return {f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1}
+    def rules(self) -> Rules:
+        return [
+            (0 < self.factor < 1, f"factor must be above 0 and below 1, not {self.factor}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,18 +183,18 @@ class CosineRestarts(Schedule):
     stretch: int = 1
     floor: float = 0.0
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         begun, length = 0.0, self.period
         while time.epoch + 1e-9 >= begun + length:
             begun, length = begun + length, length * self.stretch
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * max(0.0, time.epoch - begun) / length)) / 2
+        return cosine_between(1.0, self.floor, max(0.0, time.epoch - begun) / length)
 
-    def rules(self):
-        return {
-            f"period must be above 0, not {self.period}": self.period > 0,
-            f"stretch must be 1 or more, not {self.stretch}": self.stretch >= 1,
-            f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}": 0 <= self.floor < 1,
-        }
+    def rules(self) -> Rules:
+        return [
+            (self.period > 0, f"period must be above 0, not {self.period}"),
+            (self.stretch >= 1, f"stretch must be 1 or more, not {self.stretch}"),
+            (0 <= self.floor < 1, f"floor is a fraction of the peak, at least 0 and below 1, not {self.floor}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,33 +208,28 @@ class OneCycle(Schedule):
     start_div: float = 25.0
     end_div: float = 1e4
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         top, last, start = self.rise * time.steps - 1, time.steps - 1, 1 / self.start_div
         if time.step < top:
             return cosine_between(start, 1.0, time.step / top)
         return cosine_between(1.0, start / self.end_div, min(1.0, (time.step - top) / (last - top)))
 
-    def rules(self):
-        return {
-            f"rise must be above 0 and below 1, not {self.rise}": 0 < self.rise < 1,
-            f"start_div must be at least 1, not {self.start_div}": self.start_div >= 1,
-            f"end_div must be at least 1, not {self.end_div}": self.end_div >= 1,
-            "a OneCycle is its own warmup: leave out warmup_epochs": self.warmup_epochs == 0,
-        }
-
-
-def cosine_between(start: float, end: float, share: float) -> float:
-    """From `start` to `end` along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    def rules(self) -> Rules:
+        return [
+            (0 < self.rise < 1, f"rise must be above 0 and below 1, not {self.rise}"),
+            (self.start_div >= 1, f"start_div must be at least 1, not {self.start_div}"),
+            (self.end_div >= 1, f"end_div must be at least 1, not {self.end_div}"),
+            (self.warmup_epochs == 0, "a OneCycle is its own warmup: leave out warmup_epochs"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lambda(Schedule):
     """Any function of the epoch (a fraction, from 0) that returns the multiplier: torch's LambdaLR."""
 
-    function: Callable
+    function: Callable[[float], float]
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
         return self.function(time.epoch)
 
 
@@ -239,10 +249,14 @@ class Plateau(Schedule):
     cooldown: int = 0
     min_scale: float = 0.0
 
-    def watches(self, score):
+    def watches(self, score: str) -> str:
         return score if self.mode == "max" else "loss"
 
-    def shape(self, time, scores):
+    def shape(self, time: Time, scores: Sequence[float]) -> float:
+        return self.replayed(scores)
+
+    def replayed(self, scores: Sequence[float]) -> float:
+        """The multiplier after epochs with these scores."""
         scale, bad_epochs, cooling = 1.0, 0, 0
         best = -math.inf if self.mode == "max" else math.inf
         for score in scores:
@@ -262,11 +276,11 @@ class Plateau(Schedule):
         margin = best * (1 + sign * self.threshold) if self.threshold_mode == "rel" else best + sign * self.threshold
         return sign * score > sign * margin
 
-    def rules(self):
-        return {
-            f"factor must be above 0 and below 1, not {self.factor}": 0 < self.factor < 1,
-            f"patience must be 0 or more, not {self.patience}": self.patience >= 0,
-            f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
-            f"cooldown must be 0 or more, not {self.cooldown}": self.cooldown >= 0,
-            f"min_scale must be at least 0 and below 1, not {self.min_scale}": 0 <= self.min_scale < 1,
-        }
+    def rules(self) -> Rules:
+        return [
+            (0 < self.factor < 1, f"factor must be above 0 and below 1, not {self.factor}"),
+            (self.patience >= 0, f"patience must be 0 or more, not {self.patience}"),
+            (self.threshold >= 0, f"threshold must be 0 or more, not {self.threshold}"),
+            (self.cooldown >= 0, f"cooldown must be 0 or more, not {self.cooldown}"),
+            (0 <= self.min_scale < 1, f"min_scale must be at least 0 and below 1, not {self.min_scale}"),
+        ]

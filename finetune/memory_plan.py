@@ -4,6 +4,7 @@ import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,9 +48,10 @@ def layers(recipe: Recipe, net: nn.Module) -> str:
 
 def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
     """The modules that do something in the forward pass of one image, in its order, with the shapes that they return."""
-    size, shapes, names = recipe.data.image_size, {}, {module: name for name, module in net.named_modules()}
+    shapes: dict[str, str] = {}
+    size, names = recipe.data.image_size, {module: name for name, module in net.named_modules()}
 
-    def note(module: nn.Module, inputs: tuple, output) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         idle = isinstance(module, nn.Identity) or isinstance(module, nn.Dropout) and module.p == 0
         outputs = output if isinstance(output, tuple | list) else (output,)
         shape = next((tensor.shape[1:] for tensor in outputs if isinstance(tensor, torch.Tensor)), ())
@@ -81,7 +83,8 @@ def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
     groups = split_parameters(recipe, net)
     columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"]
     rows = [("from epoch", "trains", "trained parameters", *columns, "sum")]
-    for epoch in sorted({group.unfreeze_at for group in groups} - {math.inf}):  # a switch of optimizers is at one of these
+    epochs = {int(group.unfreeze_at) for group in groups if group.ever_trains}  # a switch of optimizers is at one of these
+    for epoch in sorted(epochs):
         trained = [group for group in groups if group.trains(epoch)]
         stage = stage_memory(recipe, net, epoch, images)
         cells = {name: f"{size / 2**20:,.1f}" for name, size in stage.items()}
@@ -167,7 +170,7 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
         return num_bytes([*own.values(), batch, logits, *(tensor() for tensor in kept)]) - num_bytes(own.values())
 
 
-def num_bytes(values: Iterable) -> int:
+def num_bytes(values: Iterable[object]) -> int:
     """Bytes of memory behind the tensors among `values`, however many of them share it."""
     storages = [value.untyped_storage() for value in values if isinstance(value, torch.Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
@@ -57,7 +58,7 @@ Licences. {start}: {licence}. Data: {data_licence}. The code that trained it: Ap
 """
 
 
-def card(run: Path, config: dict, best: bool) -> str:
+def card(run: Path, config: dict[str, Any], best: bool) -> str:
     """The model card of a run's network: what it is, how it was made, what it reached, how it is used."""
     result, recipe = read_json(run / "result.json"), read_json(run / "recipe.json")
     score, source, name = recipe.get("score", "top1"), recipe["data"]["source"], result["recipe"]
@@ -107,7 +108,7 @@ def card(run: Path, config: dict, best: bool) -> str:
     )
 
 
-def origin(run: Path, name: str, resolved: dict) -> tuple[str, str]:
+def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
     """(the command of a run, how its score is to be read: the record of its recipe, or that it is one run).
 
     The command is the run's recipe.py with what recipe.json says otherwise, given only where the two together are what was run.

@@ -1,8 +1,8 @@
 """What is minimised: the loss of the recipe, mixed images and their targets, the pull toward the pretrained weights."""
 
 import numpy as np
-import timm.utils
 import torch
+from timm.utils import adaptive_clip_grad
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
@@ -64,14 +64,16 @@ def class_weights(recipe: Recipe, images: SeededImages, device: torch.device) ->
         RecipeError: if there is not one for each class, or a class has no image.
     """
     weights, num_classes = recipe.class_weights, len(images.classes)
+    if weights is None:
+        return None
     if weights == "balanced":
         counts = np.bincount(images.labels(), minlength=num_classes)
         if not counts.all():
-            raise RecipeError(f"class_weights: class '{images.classes[counts.argmin()]}' has no training image")
-        weights = len(images) / (num_classes * counts)
-    elif weights is not None and len(weights) != num_classes:
+            raise RecipeError(f"class_weights: class '{images.classes[int(counts.argmin())]}' has no training image")
+        return torch.tensor(len(images) / (num_classes * counts), dtype=torch.float32, device=device)
+    if len(weights) != num_classes:
         raise RecipeError(f"class_weights: {len(weights)} for {num_classes} classes: {', '.join(images.classes)}")
-    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def clip(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -80,5 +82,5 @@ def clip(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.Tensor:
     if recipe.clip_value:
         nn.utils.clip_grad_value_(parameters, recipe.clip_value)
     if recipe.clip_adaptive:
-        timm.utils.adaptive_clip_grad(parameters, recipe.clip_adaptive)
+        adaptive_clip_grad(parameters, recipe.clip_adaptive)
     return norm

@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import timm.optim
 import torch
+from timm.optim import get_optimizer_class, list_optimizers
 
 from finetune.param_groups import ParamGroup
 from finetune.recipe import Optimizer, RecipeError
@@ -44,7 +45,7 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
             f"optimizer LBFGS takes one group, not {', '.join(group.name for group in groups)}: give the others "
             "an optimizer of their own, or keep them with Frozen(name, pattern)"
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for group in groups:
         parts = ((group.decayed, group.weight_decay), (group.undecayed, 0.0)) if decays else ((group.params, 0.0),)
         for params, decay in parts:
@@ -61,7 +62,7 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
         raise RecipeError(f"optimizer {wanted.name} refuses its options: {error}") from error
 
 
-def optimizer_class(name: str):
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """torch.optim's class of that exact name, or timm's of that registered name."""
     kinds = {
         n: kind
@@ -72,13 +73,13 @@ def optimizer_class(name: str):
         raise RecipeError("optimizer SparseAdam works on sparse gradients only, and images give none")
     if name in kinds:
         return kinds[name]
-    timm_names = timm.optim.list_optimizers()
+    timm_names = [str(name) for name in list_optimizers()]
     if name not in timm_names:
         raise RecipeError(
             f"no optimizer '{name}'.{nearest(name, [*kinds, *timm_names])} torch.optim has "
             f"{', '.join(kinds)}; timm has {', '.join(timm_names)}"
         )
-    return timm.optim.get_optimizer_class(name)
+    return get_optimizer_class(name)
 
 
 def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -104,11 +105,11 @@ class SeveralOptimizers(torch.optim.Optimizer):
             optimizer.param_groups = [next(rows) for _ in optimizer.param_groups]
             optimizer.state = self.state
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # makes new rows and a new state
         self.share()
 
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each by the gradients at hand, or by those of `closure`; returns the loss that it returns.
 
         LBFGS comes last: its evaluations replace the gradients the others step by.

@@ -10,7 +10,8 @@ for epoch in range(recipe.epochs):
         scheduler.step()
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,11 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_lr_scheduler(
-    recipe: Recipe, net: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int, scored: Sequence[dict] = ()
+    recipe: Recipe,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
+    scored: Sequence[dict[str, Any]] = (),
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The recipe's rates as torch's LambdaLR, to be stepped once after every update; 0 while a group is frozen.
 
@@ -42,7 +47,7 @@ def make_lr_scheduler(
     groups = {group.name: group for group in split_parameters(recipe, net)}
     last = recipe.epochs * steps_per_epoch - 1  # a scheduler steps once more after it: that rate is never used
 
-    def multiplier(group: ParamGroup):
+    def multiplier(group: ParamGroup) -> Callable[[int], float]:
         return lambda step: group.multiplier(min(step, last), steps_per_epoch, recipe.epochs, scored)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [multiplier(groups[row["name"]]) for row in optimizer.param_groups])

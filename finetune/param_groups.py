@@ -2,14 +2,15 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-from finetune.backbone import classifier_parameters
+from finetune.backbone import TimmModel, classifier_parameters
 from finetune.lr_schedule import Schedule, ramp
 from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
 
@@ -45,11 +46,11 @@ class ParamGroup:
         """Whether the group trains in that epoch. Asked anew each time, so a resumed run can't remember it wrongly."""
         return epoch >= self.unfreeze_at
 
-    def rate(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict] = ()) -> float:
+    def rate(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict[str, Any]] = ()) -> float:
         """The learning rate of update `step`, 0 while frozen; `scored` has a row of scores for each finished epoch."""
         return self.lr * self.multiplier(step, steps_per_epoch, epochs, scored) if self.ever_trains else 0.0
 
-    def multiplier(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict] = ()) -> float:
+    def multiplier(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict[str, Any]] = ()) -> float:
         """What part of `lr` is the rate of update `step`."""
         if not self.trains(step // steps_per_epoch):
             return 0.0
@@ -67,7 +68,10 @@ def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[Par
         RecipeError: naming every row without a parameter and the parameters without a row.
     """
     recipe = recipe.at(epoch)
-    rows, owner = layer_rows(recipe, net) if isinstance(recipe.groups, LayerDecay) else matched_rows(recipe, net)
+    if isinstance(recipe.groups, LayerDecay):
+        rows, owner = layer_rows(recipe, recipe.groups, net)
+    else:
+        rows, owner = matched_rows(recipe, recipe.groups, net)
     exempt = {name for name, parameter in net.named_parameters() if is_exempt(name, parameter, net)}
     groups = []
     for row in rows:
@@ -83,16 +87,19 @@ def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[Par
     return groups
 
 
-def fill_in(row: Group | Frozen, recipe: Recipe, decayed: dict, undecayed: dict) -> ParamGroup:
+def fill_in(
+    row: Group | Frozen, recipe: Recipe, decayed: dict[str, nn.Parameter], undecayed: dict[str, nn.Parameter]
+) -> ParamGroup:
     """A row with the recipe's values in the columns that it leaves open."""
+    unfreeze_at = math.inf if isinstance(row, Frozen) else row.unfreeze_at
     if isinstance(row, Frozen):
-        row = Group(row.name, row.pattern, lr=math.inf, unfreeze_at=math.inf)
+        row = Group(row.name, row.pattern, lr=math.inf)
     optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
     decay = optimizer.weight_decay if row.weight_decay is None else row.weight_decay
     return ParamGroup(
         row.name,
         row.lr,
-        row.unfreeze_at,
+        unfreeze_at,
         decay,
         schedule,
         schedule.watches(recipe.score),
@@ -109,33 +116,34 @@ def is_exempt(name: str, parameter: nn.Parameter, net: nn.Module) -> bool:
     The model names position embeddings and class tokens (`no_weight_decay`, by timm's convention). A tensor that is a vector
     but for axes of length 1 is a scale or a token whatever its rank, unless it is a layer's `weight`.
     """
-    named = net.no_weight_decay() if hasattr(net, "no_weight_decay") else ()
+    named: set[str] = getattr(net, "no_weight_decay", set)()
     vector = sum(size > 1 for size in parameter.shape) <= 1 and name.rpartition(".")[2] != "weight"
     return parameter.ndim <= 1 or vector or name in named
 
 
-def matched_rows(recipe: Recipe, net: nn.Module) -> tuple[list[Group], dict[str, str]]:
+def matched_rows(
+    recipe: Recipe, groups: Sequence[Group | Frozen], net: nn.Module
+) -> tuple[Sequence[Group | Frozen], dict[str, str]]:
     """The recipe's own rows, and the row of each parameter: the first whose pattern matches the start of its name."""
     names = [name for name, _ in net.named_parameters()]
-    owner = {name: next((g.name for g in recipe.groups if re.match(g.pattern, name)), None) for name in names}
+    owner = {name: next((g.name for g in groups if re.match(g.pattern, name)), "") for name in names}
     faults = [
         f"group '{group.name}' (pattern '{group.pattern}') matches no parameter"
         + (" that an earlier row has not taken" if any(re.match(group.pattern, name) for name in names) else "")
-        for group in recipe.groups
+        for group in groups
         if group.name not in owner.values()
     ]
-    left = [name for name in names if owner[name] is None]
+    left = [name for name in names if not owner[name]]
     if left:
         faults.append(f"no group matches {len(left)} parameter{'s' * (len(left) > 1)}, the first of them '{left[0]}'")
     if faults:
         faults.append("the model's top-level names are: " + ", ".join(dict.fromkeys(name.split(".")[0] for name in names)))
         raise RecipeError("\n  ".join([f"the recipe's groups do not fit {recipe.backbone}:", *faults]))
-    return list(recipe.groups), owner
+    return groups, owner
 
 
-def layer_rows(recipe: Recipe, net: nn.Module) -> tuple[list[Group], dict[str, str]]:
+def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Sequence[Group | Frozen], dict[str, str]]:
     """Rows made from a timm model's `group_matcher`: one a layer, the classifier alone on top."""
-    decay = recipe.groups
     try:
         layers = timm.models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
         head = classifier_parameters(net)
@@ -159,7 +167,7 @@ def set_rates(
     step: int,
     steps_per_epoch: int,
     epochs: int,
-    scored: Sequence[dict],
+    scored: Sequence[dict[str, Any]],
 ) -> dict[str, float]:
     """Give every group its rate for update `step`; returns the rates by group name, 0 for what is frozen."""
     rates = {group.name: group.rate(step, steps_per_epoch, epochs, scored) for group in groups}
@@ -168,9 +176,9 @@ def set_rates(
     return rates
 
 
-def table(groups: list[ParamGroup], rates: dict[str, Sequence[float]]) -> str:
+def table(groups: list[ParamGroup], rates: Mapping[str, Sequence[float]]) -> str:
     """The groups as lines of text, with the first, the highest and the last of each one's `rates`, which are all above 0."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer", "from epoch")
     ]
     for group in groups:

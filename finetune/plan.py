@@ -9,10 +9,11 @@ from torch import nn
 from finetune.augment import training_transform
 from finetune.backbone import outline, preprocessing
 from finetune.linear_probe import head_layer
+from finetune.lr_schedule import Schedule
 from finetune.memory_plan import layers, memory_table
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import aligned, split_parameters, table
-from finetune.recipe import Data, Frozen, LayerDecay, Recipe, RecipeError
+from finetune.recipe import Data, Frozen, Group, LayerDecay, Recipe, RecipeError
 from finetune.recipe_file import as_dict, override
 
 
@@ -90,25 +91,27 @@ def smoke(recipe: Recipe, parts: int) -> Recipe:
     rows = [recipe.groups] if isinstance(recipe.groups, LayerDecay) else recipe.groups
     stages = sorted({0} | {row.unfreeze_at for row in rows if not isinstance(row, Frozen)})
 
-    def early(row):
+    def early(row: Group) -> Group:
         """The row with its stage's epoch, and no time to lose on warmup."""
-        if isinstance(row, LayerDecay):
-            return dataclasses.replace(row, unfreeze_at=stages.index(row.unfreeze_at))
         own = row.schedule and quick(row.schedule)
         return dataclasses.replace(
             row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own, warmup_epochs=min(0.5, row.warmup_epochs)
         )
 
-    def quick(schedule):
+    def quick(schedule: Schedule) -> Schedule:
         return dataclasses.replace(schedule, warmup_epochs=min(0.5, schedule.warmup_epochs))
 
-    groups = tuple(row if isinstance(row, Frozen) else early(row) for row in rows)
+    groups: tuple[Group | Frozen, ...] | LayerDecay
+    if isinstance(recipe.groups, LayerDecay):
+        groups = dataclasses.replace(recipe.groups, unfreeze_at=stages.index(recipe.groups.unfreeze_at))
+    else:
+        groups = tuple(row if isinstance(row, Frozen) else early(row) for row in recipe.groups)
     switch = recipe.switch and dataclasses.replace(recipe.switch, at=stages.index(recipe.switch.at))
     weights = None if isinstance(recipe.class_weights, tuple) else recipe.class_weights  # for other classes
     small = dataclasses.replace(
         recipe,
         weights="none",
-        groups=groups[0] if isinstance(recipe.groups, LayerDecay) else groups,
+        groups=groups,
         switch=switch,
         schedule=quick(recipe.schedule),
         epochs=len(stages) + 1,

@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,12 +21,12 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 
-def draw_rates(axes, rates: dict[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
+def draw_rates(axes: Axes, rates: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
     """Every group's rate at the updates `steps`, by epoch, on a log axis; a dotted line where a group starts to train."""
     time = [step / steps_per_epoch for step in steps]
     trained = {name: values for name, values in rates.items() if any(values)}
     colours = plt.get_cmap("viridis")
-    starts = {}
+    starts: dict[int, list[str]] = {}
     for i, (name, values) in enumerate(trained.items()):
         axes.plot(time, [value or math.nan for value in values], color=colours(0.92 * i / max(1, len(trained) - 1)), label=name)
         first = next(at for at, value in zip(time, values, strict=True) if value)
@@ -47,7 +49,12 @@ def draw_rates(axes, rates: dict[str, Sequence[float]], steps: Sequence[int], st
     axes.legend(ncols=min(6, len(trained)), fontsize="small")
 
 
-def tidy(figure, axes: Sequence, file: Path) -> Path:
+def blank() -> tuple[Figure, Axes]:
+    """An empty picture of one diagram."""
+    return plt.subplots(figsize=(8, 4.5), layout="constrained")
+
+
+def tidy(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
     """Grid lines, no box, and the picture on the disk."""
     for one in axes:
         one.grid(alpha=0.3)
@@ -61,7 +68,7 @@ def planned(file: Path, recipe: Recipe, net: nn.Module, num_images: int) -> Path
     """The rates of a run that is still to come."""
     updates = updates_per_epoch(recipe, num_images)
     steps = shown_steps(0, recipe.epochs * updates)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = blank()
     draw_rates(axes, planned_rates(recipe, net, steps, updates), steps, updates)
     axes.set_xlim(0, recipe.epochs)
     return tidy(figure, [axes], file)
@@ -152,9 +159,9 @@ def mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: Seed
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, i in zip(grid.flat, worst, strict=False):
-        guess = logits[i].argmax()
+        label, guess = int(labels[i]), int(logits[i].argmax())
         axes.imshow(images.images[i][0].convert("RGB"))
-        axes.set_title(f"{images.classes[labels[i]]}\nas {images.classes[guess]}, {chances[i, guess]:.0%}", fontsize="small")
+        axes.set_title(f"{images.classes[label]}\nas {images.classes[guess]}, {chances[i, guess]:.0%}", fontsize="small")
     figure.suptitle(f"the {len(worst)} worst of {int(wrong.sum())} mistakes in {len(labels)} images", fontsize="medium")
     figure.savefig(run / "mistakes.png", dpi=110)
     plt.close(figure)

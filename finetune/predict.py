@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
@@ -17,13 +18,14 @@ from finetune.assemble import make_accelerator
 from finetune.augment import scoring_transform
 from finetune.backbone import memory_format
 from finetune.batches import SeededImages, unreadable
-from finetune.image_data import NAMED, class_folders, load_data, read_image
-from finetune.image_lists import ImageList
+from finetune.data_sources import read_image
+from finetune.image_data import NAMED, class_folders, load_data
+from finetune.image_lists import ImageList, Images
 from finetune.param_groups import aligned
 from finetune.plots import confusion
 from finetune.recipe import SCORES, RecipeError
 from finetune.recipe_file import in_columns
-from finetune.saved_model import load_model
+from finetune.saved_model import SavedModel, Settings, load_model
 from finetune.scores import confusion_matrix, scores
 
 
@@ -44,18 +46,18 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def logits_of(model: tuple, images: Sequence, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], labels) of a map-style set of (PIL image, label), computed as the run's own evaluation does."""
     net, classes, preprocessing, settings = model
     accelerator = make_accelerator(settings)
-    net.to(accelerator.device, memory_format=memory_format(settings))
+    net.to(accelerator.device).to(memory_format=memory_format(settings))
     inputs = SeededImages(
         images, scoring_transform(preprocessing), settings.seed, classes, on_bad_image, settings.loss == "multi_label"
     )
     return train_loop.evaluate(settings, net, inputs, accelerator, workers=workers)
 
 
-def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict]:
+def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
     """What a model says of images: {"file", "predicted", "probability", "top": [[class, probability], ...]} for each.
 
     Probabilities are a softmax over the classes, or where the loss asked a yes or no of each class, its sigmoid. With
@@ -87,16 +89,16 @@ def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, worke
     return rows
 
 
-def predictions_as_table(rows: Sequence[dict]) -> str:
+def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
     """An aligned line an image: the file, what was predicted, and the likeliest classes with their probabilities."""
-    lines = [["file", "predicted", "probabilities"]]
+    lines: list[tuple[str, ...]] = [("file", "predicted", "probabilities")]
     for row in rows:
         predicted = row["predicted"] if isinstance(row["predicted"], str) else ", ".join(row["predicted"]) or "-"
-        lines.append([row["file"], predicted, ", ".join(f"{name} {chance:.1%}" for name, chance in row["top"])])
+        lines.append((row["file"], predicted, ", ".join(f"{name} {chance:.1%}" for name, chance in row["top"])))
     return in_columns(lines)
 
 
-def predictions_as_csv(rows: Sequence[dict]) -> str:
+def predictions_as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """A header and a row an image: file, predicted (several joined by ;), class_1, probability_1, class_2, ..."""
     table = csv.writer(text := io.StringIO(), lineterminator="\n")
     ranks = range(1, len(rows[0]["top"]) + 1)
@@ -107,7 +109,7 @@ def predictions_as_csv(rows: Sequence[dict]) -> str:
     return text.getvalue()
 
 
-def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict:
+def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
     """Count a model's right and wrong on labelled images, which are chosen as `labelled_images` says.
 
     Returns the scores of finetune.scores, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0) and,
@@ -137,15 +139,18 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     return result
 
 
-def labelled_images(data: str, settings: SimpleNamespace, classes: tuple[str, ...]) -> ImageList:
+def labelled_images(data: str, settings: Settings, classes: tuple[str, ...]) -> ImageList:
     """The val/ of a folder, else its test/, else its class folders, with labels in the order of `classes`.
 
     Of the images that the run was trained on itself, by name or folder, it is those that the run kept for validation.
     """
     own = settings.data.source
     if data in NAMED or (isinstance(own, str) and Path(data).is_dir() and Path(own).absolute() == Path(data).absolute()):
-        split = SimpleNamespace(**vars(settings) | {"data": SimpleNamespace(**vars(settings.data) | {"source": data})})
+        split: Settings = SimpleNamespace(
+            **vars(settings) | {"data": SimpleNamespace(**vars(settings.data) | {"source": data})}
+        )
         loaded = load_data(split)
+        assert isinstance(loaded.val, ImageList)  # as of every source but a function
         names, images = loaded.classes, loaded.val
     elif Path(data).is_dir():
         part = next((Path(data) / name for name in ("val", "test") if (Path(data) / name).is_dir()), Path(data))
@@ -161,7 +166,7 @@ def labelled_images(data: str, settings: SimpleNamespace, classes: tuple[str, ..
     return ImageList(images.items, [classes.index(names[label]) for label in images.labels], images.read)
 
 
-def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict]:
+def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Images, precision, recall and F1 of each class, of labels [n], or [n, classes] of 0 and 1, that could be read."""
     seen = ~unreadable(labels)
     logits, labels = logits[seen], labels[seen]
@@ -180,18 +185,18 @@ def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
     ]
 
 
-def evaluation_as_text(result: dict) -> str:
+def evaluation_as_text(result: dict[str, Any]) -> str:
     """The scores in a line, a table of the classes and, of few classes, the confusion matrix."""
     words = {"top1": "top-1", "top5": "top-5", **SCORES}
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in words.items() if name in result)
-    rows = [["class", "images", "precision", "recall", "F1"]]
+    rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "F1")]
     rows += [
-        [row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1"))]
+        (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))
         for row in result["classes"]
     ]
     text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{aligned(rows)}"
     names = [row["class"] for row in result["classes"]]
     if "confusion" in result and len(names) <= 20:
-        counts = [[name, *map(str, row)] for name, row in zip(names, result["confusion"], strict=True)]
-        text += f"\n\n{aligned([['labelled, as', *names], *counts])}"
+        counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]
+        text += f"\n\n{aligned([('labelled, as', *names), *counts])}"
     return text

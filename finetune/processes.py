@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from finetune.recipe import RecipeError
+
+T = TypeVar("T")
 
 
 def join_after_restart() -> None:
@@ -21,29 +24,31 @@ def join_after_restart() -> None:
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
-        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        from torch.distributed import PrefixStore, TCPStore
+
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=torch.distributed.PrefixStore(f"attempt{attempt}", store),
+            store=PrefixStore(f"attempt{attempt}", store),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )
 
 
-def first_on_main(accelerator: Accelerator, make: Callable):
+def first_on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """make() on each machine's first process, so that one downloads, then on the others; a fault anywhere is raised by all."""
-    made = None
+    made: list[T] = []
     for first in (True, False):
         fault = ""
         if first == accelerator.is_local_main_process:
             try:
-                made = make()
+                made.append(make())
             except RecipeError as error:
                 fault = str(error)
         faults = [text for text in gather_object([fault]) if text]
         if faults:
             raise RecipeError(faults[0])
-    return made
+    return made[0]
 
 
 def gather_strided(parts: list[torch.Tensor], total: int, accelerator: Accelerator) -> torch.Tensor:
@@ -99,19 +104,20 @@ class StopRequest:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.asked_at, self.pending = None, None
+        self.asked_at: float | None = None
+        self.pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
         # On the CPU's own channel: asking after each update must not make a GPU wait.
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def remember(self, number, frame) -> None:
+    def remember(self, number: int, frame: object) -> None:
         if self.asked_at is None:
             self.asked_at = time.monotonic()
         elif time.monotonic() - self.asked_at > 1:  # sooner, it is the launcher passing the same Ctrl-C on

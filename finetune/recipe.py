@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
 
 from finetune.lr_schedule import Plateau, Schedule
-from finetune.recipe_checks import RecipeError, type_faults
+from finetune.recipe_checks import RecipeError, Rules, broken, type_faults
 from finetune.recipe_data import Augment, Data
 from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, LinearProbe, Optimizer, Switch
 
@@ -41,18 +41,18 @@ class EarlyStop:
     mode: Literal["max", "min"] = "max"
     threshold: float = 0.0
 
-    def stops(self, scored: Sequence[dict], score: str) -> bool:
+    def stops(self, scored: Sequence[dict[str, Any]], score: str) -> bool:
         """Whether to stop, given a row of scores for each finished epoch and the name of the recipe's."""
         scores = [row[score if self.mode == "max" else "loss"] for row in scored]
         watch = Plateau(mode=self.mode, patience=self.patience - 1, threshold=self.threshold, threshold_mode="abs")
-        return watch.shape(None, scores) < 1
+        return watch.replayed(scores) < 1
 
     def faults(self) -> list[str]:
-        rules = {
-            f"patience must be at least 1, not {self.patience}": self.patience >= 1,
-            f"threshold must be 0 or more, not {self.threshold}": self.threshold >= 0,
-        }
-        return [f"early_stop: {rule}" for rule, kept in rules.items() if not kept]
+        rules = [
+            (self.patience >= 1, f"patience must be at least 1, not {self.patience}"),
+            (self.threshold >= 0, f"threshold must be 0 or more, not {self.threshold}"),
+        ]
+        return broken(rules, "early_stop: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Recipe:
         RecipeError: naming every fault at once.
     """
 
-    backbone: str | Callable
+    backbone: str | Callable[[], Any]
     data: Data
     groups: tuple[Group | Frozen, ...] | LayerDecay
     optimizer: Optimizer
@@ -113,33 +113,25 @@ class Recipe:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         faults = type_faults(self)
         if not faults:  # values of a wrong type can't be compared
             faults = [fault for part in self.parts() for fault in part.faults()] + self.faults()
         if faults:
             raise RecipeError("\n  ".join(["this recipe is not valid:", *faults]))
 
-    def parts(self) -> list:
+    def parts(self) -> list[Any]:
         """The dataclasses a recipe is made of."""
-        groups = [self.groups] if isinstance(self.groups, LayerDecay) else list(self.groups)
-        parts = [
-            self.data,
-            self.augment,
-            *groups,
-            self.optimizer,
-            self.schedule,
-            self.switch,
-            self.early_stop,
-            self.linear_probe,
-        ]
-        return [part for part in parts if part is not None]
+        values = [getattr(self, field.name) for field in fields(self)]
+        flat = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        return [part for part in flat if is_dataclass(part)]
 
     def at(self, epoch: int) -> "Recipe":
         """The recipe as it holds in an epoch: itself, or from the switch on with the other optimizer and its rates."""
         switch = self.switch
         if switch is None or epoch < switch.at:
             return self
+        groups: tuple[Group | Frozen, ...] | LayerDecay
         if isinstance(self.groups, LayerDecay):
             groups = replace(self.groups, head_lr=self.groups.head_lr * switch.lr_factor)
         else:
@@ -155,77 +147,109 @@ class Recipe:
 
     def faults(self) -> list[str]:
         """What is wrong with the recipe's own fields, and with parts that do not fit each other."""
-        positive = ("clip_norm", "clip_value", "clip_adaptive")
-        rules = {
-            f"{name} must be above 0, or None, not {getattr(self, name)}": getattr(self, name) is None
-            or getattr(self, name) > 0
-            for name in positive
-        }
-        rules |= {
-            f"{name} must be at least 0 and below 1, not {getattr(self, name)}": 0 <= getattr(self, name) < 1
-            for name in ("label_smoothing", "dropout", "drop_path")
-        }
-        rules |= {
-            f"epochs must be at least 1, not {self.epochs}": self.epochs >= 1,
-            f"seed must be 0 or more, not {self.seed}": self.seed >= 0,
-            f"l2_sp must be 0 or more, not {self.l2_sp}": 0 <= self.l2_sp < math.inf,
-            f"ema_decay must be above 0 and below 1, or None, not {self.ema_decay}": self.ema_decay is None
-            or 0 < self.ema_decay < 1,
-            f"clip_norm_type must be above 0, not {self.clip_norm_type}": self.clip_norm_type > 0,
-            "clip_norm_type has no effect without clip_norm": self.clip_norm is not None or self.clip_norm_type == 2,
-            f"class_weights must be above 0, not {self.class_weights}": not isinstance(self.class_weights, tuple)
-            or all(weight > 0 for weight in self.class_weights),
-            "class_weights need loss='cross_entropy'": self.class_weights is None or self.loss == "cross_entropy",
-            "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure": self.mixed_precision != "fp16"
-            or "LBFGS" not in [part.optimizer.name for part in [self, *self.parts()] if getattr(part, "optimizer", None)],
-            "data: sampling='balanced' needs one label an image": self.data.sampling == "all" or self.loss != "multi_label",
-            f"score='{self.score}' and loss='{self.loss}' do not go together: several labels an image are scored by "
-            "'mean_average_precision', one label by 'top1' or 'macro_f1'": (self.score == "mean_average_precision")
-            == (self.loss == "multi_label"),
-            "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix": self.data.on_bad_image
-            == "stop"
-            or not self.augment.mixes,
-            "head: a timm or torchvision backbone knows its own head; remove the field": self.head is None
-            or callable(self.backbone),
-        } | self.timing_rules()
-        rules |= {
-            f"{name}: only timm's networks have it": isinstance(self.backbone, str) and "/" not in self.backbone
-            for name in ("dropout", "drop_path", "gradient_checkpointing")
-            if getattr(self, name)
-        }
-        return [rule for rule, kept in rules.items() if not kept]
+        optimizers = [part.optimizer for part in [self, *self.parts()] if getattr(part, "optimizer", None)]
+        weights = self.class_weights if isinstance(self.class_weights, tuple) else ()
+        of_timm = isinstance(self.backbone, str) and "/" not in self.backbone
+        rules = [
+            (self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}"),
+            (self.seed >= 0, f"seed must be 0 or more, not {self.seed}"),
+            (
+                self.head is None or callable(self.backbone),
+                "head: a timm or torchvision backbone knows its own head; remove the field",
+            ),
+            *(
+                (of_timm or not getattr(self, name), f"{name}: only timm's networks have it")
+                for name in ("dropout", "drop_path", "gradient_checkpointing")
+            ),
+            *(
+                (0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+                for name in ("label_smoothing", "dropout", "drop_path")
+            ),
+            (all(weight > 0 for weight in weights), f"class_weights must be above 0, not {self.class_weights}"),
+            (
+                self.class_weights is None or self.loss == "cross_entropy",
+                "class_weights need loss='cross_entropy'",
+            ),
+            (0 <= self.l2_sp < math.inf, f"l2_sp must be 0 or more, not {self.l2_sp}"),
+            *(
+                (
+                    getattr(self, name) is None or getattr(self, name) > 0,
+                    f"{name} must be above 0, or None, not {getattr(self, name)}",
+                )
+                for name in ("clip_norm", "clip_value", "clip_adaptive")
+            ),
+            (self.clip_norm_type > 0, f"clip_norm_type must be above 0, not {self.clip_norm_type}"),
+            (self.clip_norm is not None or self.clip_norm_type == 2, "clip_norm_type has no effect without clip_norm"),
+            (
+                self.ema_decay is None or 0 < self.ema_decay < 1,
+                f"ema_decay must be above 0 and below 1, or None, not {self.ema_decay}",
+            ),
+            (
+                self.mixed_precision != "fp16" or "LBFGS" not in [optimizer.name for optimizer in optimizers],
+                "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure",
+            ),
+            (
+                self.data.sampling == "all" or self.loss != "multi_label",
+                "data: sampling='balanced' needs one label an image",
+            ),
+            (
+                (self.score == "mean_average_precision") == (self.loss == "multi_label"),
+                f"score='{self.score}' and loss='{self.loss}' do not go together: several labels an image are scored by "
+                "'mean_average_precision', one label by 'top1' or 'macro_f1'",
+            ),
+            (
+                self.data.on_bad_image == "stop" or not self.augment.mixes,
+                "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix",
+            ),
+        ]
+        return broken(rules) + broken(self.row_rules()) + broken(self.timing_rules())
 
-    def timing_rules(self) -> dict[str, bool]:
+    def row_rules(self) -> Rules:
+        """What must hold among the rows of a table."""
+        if isinstance(self.groups, LayerDecay):
+            return []
+        names = [row.name for row in self.groups]
+        return [
+            (bool(names), "groups: at least one is needed"),
+            *((names.count(name) == 1, f"group '{name}' is there twice") for name in dict.fromkeys(names)),
+            (
+                any(isinstance(row, Group) and row.unfreeze_at == 0 for row in self.groups),
+                "nothing trains in epoch 0: give at least one group unfreeze_at=0",
+            ),
+        ]
+
+    def timing_rules(self) -> Rules:
         """What must hold among epochs: of the run, of schedules, of groups."""
-        rows = [group for group in self.groups if isinstance(group, Group)] if isinstance(self.groups, tuple) else []
-        starts = (
-            [("groups", self.groups.unfreeze_at)]
-            if isinstance(self.groups, LayerDecay)
-            else [(f"group '{group.name}'", group.unfreeze_at) for group in rows]
-        )
-        rules = {}
-        if isinstance(self.groups, tuple):
-            names = [group.name for group in self.groups]
-            rules["groups: at least one is needed"] = bool(names)
-            rules |= {f"group '{name}' is there twice": names.count(name) == 1 for name in names}
-            rules["nothing trains in epoch 0: give at least one group unfreeze_at=0"] = 0 in [epoch for _, epoch in starts]
+        rows = [] if isinstance(self.groups, LayerDecay) else [row for row in self.groups if isinstance(row, Group)]
+        starts = {f"group '{row.name}'": row.unfreeze_at for row in rows}
+        if isinstance(self.groups, LayerDecay):
+            starts = {"groups": self.groups.unfreeze_at}
+        rules = []
         if self.switch:
-            later = sorted({epoch for _, epoch in starts} - {0})
-            rules[
-                f"switch: at={self.switch.at} is no epoch at which a group unfreezes"
-                f" (those after the first: {', '.join(map(str, later)) or 'none'})"
-            ] = self.switch.at in later
-        if self.epochs >= 1:
-            rules |= {
-                f"{row}: unfreeze_at={epoch} is past the last epoch, {self.epochs - 1}": epoch < self.epochs
-                for row, epoch in starts
-            }
-            ends = [("schedule: ", self.schedule.warmup_epochs, 0)]
-            ends += [(f"group '{row.name}': schedule: ", row.schedule.warmup_epochs, 0) for row in rows if row.schedule]
-            ends += [(f"group '{row.name}': ", row.warmup_epochs, row.unfreeze_at) for row in rows]
-            rules |= {
-                f"{row}warmup_epochs={warmup} does not end within epochs={self.epochs}": start + warmup < self.epochs
-                for row, warmup, start in ends
-                if warmup
-            }
-        return rules
+            later = sorted({*starts.values()} - {0})
+            there = ", ".join(map(str, later)) or "none"
+            rules = [
+                (
+                    self.switch.at in later,
+                    f"switch: at={self.switch.at} is no epoch at which a group unfreezes (those after the first: {there})",
+                )
+            ]
+        if self.epochs < 1:
+            return rules
+        warmups = [("schedule: ", self.schedule.warmup_epochs, 0)]
+        warmups += [(f"group '{row.name}': schedule: ", row.schedule.warmup_epochs, 0) for row in rows if row.schedule]
+        warmups += [(f"group '{row.name}': ", row.warmup_epochs, row.unfreeze_at) for row in rows]
+        return [
+            *rules,
+            *(
+                (start < self.epochs, f"{row}: unfreeze_at={start} is past the last epoch, {self.epochs - 1}")
+                for row, start in starts.items()
+            ),
+            *(
+                (
+                    not length or start + length < self.epochs,
+                    f"{row}warmup_epochs={length} does not end within epochs={self.epochs}",
+                )
+                for row, length, start in warmups
+            ),
+        ]

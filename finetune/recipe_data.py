@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from finetune.recipe_checks import broken
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Data:
     left out ("skip").
     """
 
-    source: str | Callable
+    source: str | Callable[[], Any]
     image_size: int
     batch_size: int
     crop_pct: float | None = None
@@ -31,16 +33,16 @@ class Data:
     holdout: float = 0.0
 
     def faults(self) -> list[str]:
-        faults = [
-            f"data: {name} must be at least 1, not {getattr(self, name)}"
-            for name in ("image_size", "batch_size")
-            if getattr(self, name) < 1
+        rules = [
+            (self.image_size >= 1, f"image_size must be at least 1, not {self.image_size}"),
+            (self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}"),
+            (
+                self.crop_pct is None or 0 < self.crop_pct <= 1,
+                f"crop_pct must be above 0 and at most 1, not {self.crop_pct}",
+            ),
+            (0 <= self.holdout < 1, f"holdout must be at least 0 and below 1, not {self.holdout}"),
         ]
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            faults.append(f"data: crop_pct must be above 0 and at most 1, not {self.crop_pct}")
-        if not 0 <= self.holdout < 1:
-            faults.append(f"data: holdout must be at least 0 and below 1, not {self.holdout}")
-        return faults
+        return broken(rules, "data: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +70,23 @@ class Augment:
         return self.mixup > 0 or self.cutmix > 0
 
     def faults(self) -> list[str]:
-        rules = {
-            f"crop_scale must be two rising fractions of the area, not {self.crop_scale}": 0
-            < self.crop_scale[0]
-            <= self.crop_scale[1]
-            <= 1,
-            f"crop_ratio must be two rising positive numbers, not {self.crop_ratio}": 0
-            < self.crop_ratio[0]
-            <= self.crop_ratio[1],
-            f"hflip must be a probability, not {self.hflip}": 0 <= self.hflip <= 1,
-            f"color_jitter must be 0 or more, not {self.color_jitter}": self.color_jitter >= 0,
-            f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}": self.randaugment
-            is None
-            or self.randaugment.startswith("rand-"),
-            f"erasing must be a probability, not {self.erasing}": 0 <= self.erasing <= 1,
-            f"mixup must be 0 or more, not {self.mixup}": 0 <= self.mixup < math.inf,
-            f"cutmix must be 0 or more, not {self.cutmix}": 0 <= self.cutmix < math.inf,
-        }
-        return [f"augment: {rule}" for rule, kept in rules.items() if not kept]
+        rules = [
+            (
+                0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+                f"crop_scale must be two rising fractions of the area, not {self.crop_scale}",
+            ),
+            (
+                0 < self.crop_ratio[0] <= self.crop_ratio[1],
+                f"crop_ratio must be two rising positive numbers, not {self.crop_ratio}",
+            ),
+            (0 <= self.hflip <= 1, f"hflip must be a probability, not {self.hflip}"),
+            (self.color_jitter >= 0, f"color_jitter must be 0 or more, not {self.color_jitter}"),
+            (
+                self.randaugment is None or self.randaugment.startswith("rand-"),
+                f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}",
+            ),
+            (0 <= self.erasing <= 1, f"erasing must be a probability, not {self.erasing}"),
+            (0 <= self.mixup < math.inf, f"mixup must be 0 or more, not {self.mixup}"),
+            (0 <= self.cutmix < math.inf, f"cutmix must be 0 or more, not {self.cutmix}"),
+        ]
+        return broken(rules, "augment: ")

@@ -9,7 +9,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from finetune import lr_schedule
 from finetune import recipe as recipe_types
@@ -35,6 +35,7 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
     if not path.is_file():
         raise RecipeError(f"no recipe file {path}")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader  # a .py file has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # so that a function in the file can be pickled to a loader's worker
     try:
@@ -87,8 +88,7 @@ def line_of(error: Exception, path: Path) -> str:
 def explain(error: Exception) -> str:
     """The error in one sentence; for a misspelt field, with the fields there are."""
     misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kind = misspelt and (getattr(recipe_types, misspelt[1], None) or getattr(lr_schedule, misspelt[1], None))
-    if kind:
+    if misspelt and (kind := getattr(recipe_types, misspelt[1], None) or getattr(lr_schedule, misspelt[1], None)):
         names = [f.name for f in dataclasses.fields(kind)]
         return f"{misspelt[1]} has no field '{misspelt[2]}'.{nearest(misspelt[2], names)} Its fields: {', '.join(names)}"
     return f"{type(error).__name__}: {error}"
@@ -108,7 +108,7 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     Raises:
         RecipeError: for a path that does not exist, a text without '=', or values that do not fit.
     """
-    changed = {}
+    changed: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
@@ -126,9 +126,9 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         raise RecipeError(f"with --set {' '.join(assignments)}, {error}") from None
 
 
-def begun(field: str, keys: list[str], value):
+def begun(field: str, keys: list[str], value: Any) -> Any:
     """What a recipe's empty field holds once it is set, or one field of it: linear_probe.views=2."""
-    kinds = [kind for kind in get_args(get_type_hints(Recipe)[field]) if dataclasses.is_dataclass(kind)]
+    kinds: list[Any] = [kind for kind in get_args(get_type_hints(Recipe)[field]) if dataclasses.is_dataclass(kind)]
     if not keys or not kinds:
         return replaced(None, keys, value)
     names = [f.name for f in dataclasses.fields(kinds[0])]
@@ -139,7 +139,7 @@ def begun(field: str, keys: list[str], value):
         raise RecipeError(f"the recipe has no {field} yet, and one needs more than that: {', '.join(names)}") from None
 
 
-def parsed(text: str):
+def parsed(text: str) -> Any:
     """A Python literal, or the text itself: mixed_precision=bf16 needs no quotes."""
     try:
         value = literal_eval(text)
@@ -148,7 +148,7 @@ def parsed(text: str):
     return tuple(value) if isinstance(value, list) else value
 
 
-def replaced(part, keys: list[str], value):
+def replaced(part: Any, keys: list[str], value: Any) -> Any:
     """`part` with the field that `keys` leads to replaced, through dataclasses, groups by name and optimizer options."""
     if not keys:
         return value
@@ -169,7 +169,7 @@ def require(name: str, names: list[str]) -> None:
         raise RecipeError(f"no '{name}'.{nearest(name, names)}{there}")
 
 
-def flat(part, key: str = "") -> dict:
+def flat(part: Any, key: str = "") -> dict[str, Any]:
     """{path: value} of nested dicts and lists; an item with a name is found by it."""
     if not isinstance(part, dict | list) or not part:
         return {key: part}
@@ -187,7 +187,7 @@ def in_columns(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def as_dict(part) -> dict | list | str | float | int | None:
+def as_dict(part: Any) -> Any:
     """The resolved recipe in JSON's types; functions by their name, schedules and groups with their class as "type"."""
     if dataclasses.is_dataclass(part):
         values = {f.name: as_dict(getattr(part, f.name)) for f in dataclasses.fields(part)}

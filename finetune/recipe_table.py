@@ -3,8 +3,10 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.lr_schedule import Schedule
+from finetune.recipe_checks import broken
 
 
 @dataclass(frozen=True, init=False)
@@ -16,25 +18,24 @@ class Optimizer:
 
     name: str
     weight_decay: float
-    options: dict
+    options: dict[str, Any]
 
-    def __init__(self, name: str, *, weight_decay: float = 0.0, **options):
+    def __init__(self, name: str, *, weight_decay: float = 0.0, **options: Any):
         for key, value in {"name": name, "weight_decay": weight_decay, "options": options}.items():
             object.__setattr__(self, key, value)
 
     def faults(self) -> list[str]:
-        faults = [f"optimizer: {key} belongs to the groups" for key in ("lr", "params") if key in self.options]
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            faults.append(f"optimizer: weight_decay must be 0 or more, not {self.weight_decay}")
-        return faults
+        rules = [(key not in self.options, f"{key} belongs to the groups") for key in ("lr", "params")]
+        rules.append((0 <= self.weight_decay < math.inf, f"weight_decay must be 0 or more, not {self.weight_decay}"))
+        return broken(rules, "optimizer: ")
 
 
-def AdamW(**options) -> Optimizer:
+def AdamW(**options: Any) -> Optimizer:
     """torch.optim.AdamW (arXiv 1711.05101)."""
     return Optimizer("AdamW", **options)
 
 
-def SGD(**options) -> Optimizer:
+def SGD(**options: Any) -> Optimizer:
     return Optimizer("SGD", **options)
 
 
@@ -62,17 +63,20 @@ class Group:
     optimizer: Optimizer | None = None
 
     def faults(self) -> list[str]:
-        rules = {
-            f"lr must be a finite number above 0, not {self.lr}; to keep parameters as they are, Frozen(name, pattern)": self.lr
-            > 0
-            and math.isfinite(self.lr),
-            f"unfreeze_at must be an epoch from 0, not {self.unfreeze_at}": self.unfreeze_at >= 0,
-            f"weight_decay must be 0 or more, not {self.weight_decay}": self.weight_decay is None
-            or 0 <= self.weight_decay < math.inf,
-            f"warmup_epochs must be 0 or more, not {self.warmup_epochs}": self.warmup_epochs >= 0,
-        }
+        rules = [
+            (
+                0 < self.lr < math.inf,
+                f"lr must be a finite number above 0, not {self.lr}; to keep parameters as they are, Frozen(name, pattern)",
+            ),
+            (self.unfreeze_at >= 0, f"unfreeze_at must be an epoch from 0, not {self.unfreeze_at}"),
+            (
+                self.weight_decay is None or 0 <= self.weight_decay < math.inf,
+                f"weight_decay must be 0 or more, not {self.weight_decay}",
+            ),
+            (self.warmup_epochs >= 0, f"warmup_epochs must be 0 or more, not {self.warmup_epochs}"),
+        ]
         own = [part for part in (self.schedule, self.optimizer) if part is not None]
-        faults = [rule for rule, kept in rules.items() if not kept] + [fault for part in own for fault in part.faults()]
+        faults = broken(rules) + [fault for part in own for fault in part.faults()]
         return name_faults(self) + [f"group '{self.name}': {fault}" for fault in faults]
 
 
@@ -113,14 +117,12 @@ class LayerDecay:
     unfreeze_at: int = 0
 
     def faults(self) -> list[str]:
-        faults = []
-        if not (self.head_lr > 0 and math.isfinite(self.head_lr)):
-            faults.append(f"groups: head_lr must be a finite number above 0, not {self.head_lr}")
-        if not 0 < self.stem_ratio <= 1:
-            faults.append(f"groups: stem_ratio must be above 0 and at most 1, not {self.stem_ratio}")
-        if self.unfreeze_at < 0:
-            faults.append(f"groups: unfreeze_at must be an epoch from 0, not {self.unfreeze_at}")
-        return faults
+        rules = [
+            (0 < self.head_lr < math.inf, f"head_lr must be a finite number above 0, not {self.head_lr}"),
+            (0 < self.stem_ratio <= 1, f"stem_ratio must be above 0 and at most 1, not {self.stem_ratio}"),
+            (self.unfreeze_at >= 0, f"unfreeze_at must be an epoch from 0, not {self.unfreeze_at}"),
+        ]
+        return broken(rules, "groups: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +139,8 @@ class Switch:
     lr_factor: float = 1.0
 
     def faults(self) -> list[str]:
-        faults = [f"switch: {fault}" for fault in self.optimizer.faults()]
-        if not 0 < self.lr_factor < math.inf:
-            faults.append(f"switch: lr_factor must be a finite number above 0, not {self.lr_factor}")
-        return faults
+        rules = [(0 < self.lr_factor < math.inf, f"lr_factor must be a finite number above 0, not {self.lr_factor}")]
+        return [f"switch: {fault}" for fault in self.optimizer.faults()] + broken(rules, "switch: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ class LinearProbe:
     l2: float = 0.1
 
     def faults(self) -> list[str]:
-        rules = {
-            f"views must be at least 1, not {self.views}": self.views >= 1,
-            f"l2 must be a finite number above 0, not {self.l2}": 0 < self.l2 < math.inf,
-        }
-        return [f"linear_probe: {rule}" for rule, kept in rules.items() if not kept]
+        rules = [
+            (self.views >= 1, f"views must be at least 1, not {self.views}"),
+            (0 < self.l2 < math.inf, f"l2 must be a finite number above 0, not {self.l2}"),
+        ]
+        return broken(rules, "linear_probe: ")

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -40,14 +42,13 @@ def report(
     record.save_model(folder / "model", net)
     curves(folder, recipe.score)
     predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
+    logits, labels = predictions["logits"], predictions["labels"]
     if recipe.loss != "multi_label":
-        confusion(folder, **predictions, classes=val_images.classes)
-        mistakes(folder, **predictions, images=val_images)
+        confusion(folder, logits, labels, val_images.classes)
+        mistakes(folder, logits, labels, val_images)
     if kinds := getattr(val_images.images, "kinds", None):
         result["by_kind"] = {
-            kind: scores(
-                recipe, *(part[[one == kind for one in kinds]] for part in (predictions["logits"], predictions["labels"]))
-            )
+            kind: scores(recipe, *(part[[one == kind for one in kinds]] for part in (logits, labels)))
             for kind in sorted(set(kinds))
         }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -76,7 +77,7 @@ def report(
     )
 
 
-def paid(score: str, result: dict) -> str:
+def paid(score: str, result: dict[str, Any]) -> str:
     """A line on what fine-tuning has added to the head alone, or nothing for a run that did not begin with it.
 
     Within chance is what 2 standard errors of the difference of two binomial shares cover.
@@ -96,7 +97,7 @@ def paid(score: str, result: dict) -> str:
 def drift(recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:
     """How far each group moved: the norm of its change over the norm it began with; 0 for what was frozen."""
 
-    def norm(tensors) -> float:
+    def norm(tensors: Iterable[torch.Tensor]) -> float:
         return torch.nn.utils.get_total_norm([tensor.double() for tensor in tensors]).item()
 
     moved = {}

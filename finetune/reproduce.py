@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from finetune.baseline import interval, kept_record, metric_of, odds, promise, summary
 from finetune.recipe import SCORES, RecipeError
@@ -45,7 +46,7 @@ def reproduce(name: str, seeds: int, output: Path | None = None, data: str | Non
     return inside
 
 
-def score_of_run(file: Path, seed: int, folder: Path, data: str | None) -> dict:
+def score_of_run(file: Path, seed: int, folder: Path, data: str | None) -> dict[str, Any]:
     """The result of one run, which goes on if it was begun, on what Accelerate finds: every GPU, or the CPU."""
     line = [
         sys.executable,

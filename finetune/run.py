@@ -104,8 +104,8 @@ def launch(args: argparse.Namespace) -> int:
         folder = unfinished_folder(file.stem, Path(args.resume) if args.resume else args.output)
         if not args.resume_anyway:
             check_same_recipe(folder, recipe)
-    else:
-        folder = None if args.dry_run else new_folder(file.stem, args.output)
+    elif not args.dry_run:
+        folder = new_folder(file.stem, args.output)
 
     from finetune import plan  # from here on torch is needed, and seconds pass
     from finetune.backbone import outline
@@ -159,9 +159,8 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
             if accelerator.is_main_process
             else {}
         )  # the first process alone reports
-        scored = train(
-            recipe, net, images, record, accelerator, args.accumulate, default_workers(args, accelerator), args.checkpoint_every
-        )
+        workers = default_workers(args, accelerator.device.type)
+        scored = train(recipe, net, images, record, accelerator, args.accumulate, workers, args.checkpoint_every)
     except Stopped as stopped:
         record.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
         accelerator.end_training()
@@ -193,12 +192,12 @@ def check_launcher(recipe: Recipe) -> None:
         )
 
 
-def default_workers(args: argparse.Namespace, accelerator) -> int:
+def default_workers(args: argparse.Namespace, device: str) -> int:
     """Loader processes: those asked for; else none beside a CPU that trains, up to 8 a process for a GPU."""
     if args.workers is not None:
         return args.workers
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if accelerator.device.type == "cpu" else min(8, os.cpu_count() // local)
+    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,16 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
+from typing import Any, TextIO
 
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_file import as_dict
 
-try:
+if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
-except ImportError:  # Windows: two runs in one folder are then not told apart
-    fcntl = None
-
 
 BEGINNINGS = {".lock", "recipe.py", "groups.txt", ".recipe.json"}  # all that a run which died before it began can have left
 
@@ -57,7 +56,7 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max((run / "checkpoints").glob("step-*"), default=None)
 
 
-def lock(folder: Path):
+def lock(folder: Path) -> TextIO:
     """Keep other processes' runs out of a folder while the returned file is open, which ends with this process however it dies.
 
     Raises:
@@ -66,7 +65,7 @@ def lock(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a+")  # noqa: SIM115  (stays open as long as the lock is held)
     try:
-        if fcntl:
+        if sys.platform != "win32":
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a loader's orphaned workers would go on holding it
     except OSError:
         file.seek(0)
@@ -102,7 +101,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def changes(before: dict, recipe: Recipe) -> list[str]:
+def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
     """'FIELD: VALUE before, VALUE now' for each field of a recipe that differs from one resolved earlier.
 
     A field that did not exist then counts as having had its default.
@@ -111,7 +110,7 @@ def changes(before: dict, recipe: Recipe) -> list[str]:
     return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
 
 
-def with_defaults(resolved: dict, part) -> dict:
+def with_defaults(resolved: dict[str, Any], part: Any) -> dict[str, Any]:
     """A part of a recipe as resolved earlier, with the fields added that `part` has and that have defaults."""
     filled = dict(resolved)
     for field in dataclasses.fields(part):

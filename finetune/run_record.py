@@ -6,8 +6,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import safetensors.torch
@@ -17,27 +18,36 @@ import torchvision
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from finetune.batches import Update, unreadable
+from finetune.batches import Batch, Update, unreadable
 from finetune.recipe import SCORES, RecipeError
 from finetune.trackers import as_scalars
 
 FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
+Waiting = tuple[int, int, Update, torch.Tensor, torch.Tensor, dict[str, float]]  # step, epoch, ..., loss, norm, rates
 
 
 class RunRecord:
     """What a run writes. Every process has one and calls it alike; the first process alone writes and speaks."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, save_model, score: str = "top1", quiet: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        save_model: Callable[[Path, torch.nn.Module], None],
+        score: str = "top1",
+        quiet: bool = False,
+    ):
         """`save_model(folder, net)` writes a network, for keeping the best by `score`."""
         self.folder, self.accelerator, self.save_model, self.score = folder, accelerator, save_model, score
         self.quiet = quiet
-        self.epochs: list[dict] = []  # a row of scores for each finished epoch
-        self.head: dict | None = None  # the scores of the head alone, before the first epoch
+        self.epochs: list[dict[str, Any]] = []  # a row of scores for each finished epoch
+        self.head: dict[str, Any] | None = None  # the scores of the head alone, before the first epoch
         self.clock: list[float] = []  # seconds at which each of these was there
         self.losses: list[float] = []  # of the running epoch's updates
         self.skipped = 0  # images that could not be read in the running epoch
-        self.waiting: list[tuple] = []  # updates whose losses still lie on the device
-        self.best_epoch, self.seconds, self.images, self.bar = None, 0.0, 0, None
+        self.waiting: list[Waiting] = []  # updates whose losses still lie on the device
+        self.best_epoch: int | None = None
+        self.seconds, self.images = 0.0, 0
 
     @property
     def metrics(self) -> Path:
@@ -49,7 +59,7 @@ class RunRecord:
             self.metrics.write_text("")
         self.started = time.monotonic()
 
-    def go_on(self, state: dict) -> None:
+    def go_on(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; lines written after it are cut off, for these updates are done again."""
         self.epochs, self.best_epoch = state["epochs"], state["best_epoch"]
         self.head, self.clock = state.get("head"), state.get("clock", [])
@@ -62,7 +72,7 @@ class RunRecord:
         self.started = time.monotonic()
         self.say(f"going on after update {state['step']}, {len(self.epochs)} epochs done")
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What `go_on` needs; asked for after a flush, on the first process."""
         return {
             "epochs": self.epochs,
@@ -79,20 +89,24 @@ class RunRecord:
         """Seconds of this run so far, those before it broke off among them."""
         return self.seconds + time.monotonic() - self.started
 
-    def progress(self, updates: Iterator, epoch: int, total: int) -> Iterator:
+    def progress(
+        self, updates: Iterator[tuple[Update, list[Batch]]], epoch: int, total: int
+    ) -> Iterator[tuple[Update, list[Batch]]]:
         """The updates, with a bar on a terminal."""
         shown = self.accelerator.is_main_process and sys.stderr.isatty() and not self.quiet
         self.bar = tqdm(total=total, desc=f"epoch {epoch}", unit=" updates", leave=False, disable=not shown)
         self.epoch_started, self.epoch_images = time.monotonic(), 0
         with self.bar:
             for update, batches in updates:
-                self.unreadable = update.weight * sum(unreadable(labels).sum() for _, labels in batches)
+                self.unreadable = update.weight * unreadable(torch.cat([labels for _, labels in batches])).sum()
                 yield update, batches
                 self.bar.update()
             self.flush()
         self.epoch_seconds = time.monotonic() - self.epoch_started
 
-    def log_update(self, step: int, epoch: int, update: Update, loss: torch.Tensor, norm: torch.Tensor, rates: dict) -> None:
+    def log_update(
+        self, step: int, epoch: int, update: Update, loss: torch.Tensor, norm: torch.Tensor, rates: dict[str, float]
+    ) -> None:
         """A line for an update. `loss` is this process's share of the mean loss; it is added up over processes on flushing."""
         self.waiting.append((step, epoch, update, torch.stack([loss, self.unreadable.to(loss)]), norm, rates))
         self.images += update.size
@@ -111,7 +125,7 @@ class RunRecord:
         sums = self.accelerator.reduce(torch.stack([row[3] for row in self.waiting]), "sum")
         losses, skipped = sums[:, 0].tolist(), int(sums[:, 1].sum())
         norms = torch.stack([row[4] for row in self.waiting]).tolist()
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": rates}
             for (step, epoch, _, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)
         ]
@@ -131,7 +145,7 @@ class RunRecord:
         rate = self.epoch_images / (time.monotonic() - self.epoch_started)
         self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{max(rows[-1]['lr'].values()):.1e}", images_s=f"{rate:.0f}")
 
-    def log_head(self, scores: dict) -> None:
+    def log_head(self, scores: dict[str, Any]) -> None:
         """A line, as of epoch -1, for the head alone: what the epochs after it are to beat."""
         self.head = {"epoch": -1, "step": 0, **scores}
         self.clock.append(self.elapsed())
@@ -141,7 +155,7 @@ class RunRecord:
             f"{SCORES[self.score]} {scores[self.score]:7.2%}  in {self.clock[0]:.0f} s"
         )
 
-    def log_epoch(self, step: int, epoch: int, scores: dict, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def log_epoch(self, step: int, epoch: int, scores: dict[str, Any], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """A line for an epoch, in the file and on the terminal; what was scored goes to predictions.safetensors."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **scores}
         if not math.isfinite(row["loss"]):
@@ -165,17 +179,21 @@ class RunRecord:
 
     def keep_best(self, net: torch.nn.Module) -> None:
         """Write model-best/ if what was just logged has the highest score so far."""
-        latest = self.epochs[-1] if self.epochs else self.head
+        latest = self.rows()[-1]
         if self.best_epoch is None or latest[self.score] > self.best()[self.score]:
             self.best_epoch = latest["epoch"]
             if self.accelerator.is_main_process:
                 self.save_model(self.folder / "model-best", net)
 
-    def best(self) -> dict:
+    def best(self) -> dict[str, Any]:
         """The row of scores with the highest: an epoch's, or of the head alone."""
-        return self.head if self.best_epoch == -1 else self.epochs[self.best_epoch]
+        return next(row for row in self.rows() if row["epoch"] == self.best_epoch)
 
-    def write(self, rows: list[dict]) -> None:
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of scores so far, that of the head alone first."""
+        return [self.head, *self.epochs] if self.head else self.epochs
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
             with open(self.metrics, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -187,7 +205,7 @@ class RunRecord:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def result(self, seed: int) -> dict:
+    def result(self, seed: int) -> dict[str, Any]:
         """The run in numbers: the last epoch's scores (not the best's: that one was chosen on these very images)."""
         last, best, seconds = self.epochs[-1], self.best(), self.elapsed()
         head = {f"head_{self.score}": self.head[self.score]} if self.head else {}
@@ -219,7 +237,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def surroundings(accelerator: Accelerator) -> dict:
+def surroundings(accelerator: Accelerator) -> dict[str, Any]:
     """Versions and hardware: what a number must be read with."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

@@ -3,22 +3,26 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.backbone import build_backbone, misfit
+from finetune.backbone import TimmModel, build_backbone, misfit
 from finetune.recipe import RecipeError
 from finetune.recipe_file import as_dict, load_recipe
 from finetune.weights import reach, read_weights
 
 HUB = ("hf-hub:", "https://huggingface.co/")
 FILES = ("config.json", "model.safetensors")
+Settings = Any  # a SimpleNamespace with what is known of a recipe, which stands for the Recipe wherever one is read
+SavedModel = tuple[nn.Module, tuple[str, ...], dict[str, Any], Settings]
 
 
-def load_model(source: str | Path) -> tuple[nn.Module, tuple[str, ...], dict, SimpleNamespace]:
+def load_model(source: str | Path) -> SavedModel:
     """(network in eval mode on the CPU, its classes, its preprocessing, what is known of its recipe, by the recipe's names).
 
     `source` is a run folder (its model/), a model folder in it, any folder with a timm model's config.json and
@@ -33,14 +37,14 @@ def load_model(source: str | Path) -> tuple[nn.Module, tuple[str, ...], dict, Si
     settings, config = known_settings(run), read_json(folder / "config.json")
     if "architecture" in config:
         try:  # of what is in a folder, timm prefers model.safetensors
-            net = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            net: TimmModel = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except Exception as error:  # a foreign or cut file, each said in its own way
             raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
-        inputs = timm.data.resolve_model_data_config(net)
+        inputs = resolve_model_data_config(net)
         preprocessing = {key: inputs[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
         classes = config.get("label_names") or net.pretrained_cfg.get("label_names")
-        if not classes and (subset := timm.data.infer_imagenet_subset(net)):
-            classes = timm.data.ImageNetInfo(subset).label_descriptions()
+        if not classes and (subset := infer_imagenet_subset(net)):
+            classes = ImageNetInfo(subset).label_descriptions()
         classes = tuple(classes or map(str, range(net.num_classes)))
         if len(classes) != net.num_classes:
             raise RecipeError(f"{folder / 'config.json'} names {len(classes)} classes, but the network has {net.num_classes}")
@@ -76,8 +80,9 @@ def from_repository(source: str) -> Path:
     name, _, revision = source.removeprefix(HUB[0]).removeprefix(HUB[1]).partition("@")
     asked = [("/".join(name.split("/")[:2]), file) for file in FILES]
     try:
-        paths = [huggingface_hub.try_to_load_from_cache(*file, revision=revision or None) for file in asked]
-        if not all(isinstance(path, str) for path in paths):
+        cached = [huggingface_hub.try_to_load_from_cache(*file, revision=revision or None) for file in asked]
+        paths = [path for path in cached if isinstance(path, str)]
+        if len(paths) < len(FILES):
             reach(huggingface_hub.constants.ENDPOINT, "the Hugging Face hub")
             paths = [huggingface_hub.hf_hub_download(*file, revision=revision or None) for file in asked]
     except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
@@ -88,7 +93,7 @@ def from_repository(source: str) -> Path:
     return Path(paths[0]).parent
 
 
-def known_settings(run: Path | None) -> SimpleNamespace:
+def known_settings(run: Path | None) -> Settings:
     """The fields of a run's recipe.json, or what stands for them; fp16 without a GPU becomes float32."""
     recipe = {"data": {}} if run is None else read_json(run / "recipe.json")
     data = {"source": "(unknown)", "batch_size": 32, "on_bad_image": "stop", "holdout": 0.0, **recipe["data"]}
@@ -108,14 +113,14 @@ def known_settings(run: Path | None) -> SimpleNamespace:
     return SimpleNamespace(**fields)
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RecipeError(f"can't read {file}: {error}") from error
 
 
-def other_network(folder: Path, run: Path, settings: SimpleNamespace, num_classes: int) -> nn.Module:
+def other_network(folder: Path, run: Path, settings: Settings, num_classes: int) -> nn.Module:
     """A torchvision network, by its name in recipe.json, or that of the function in the run's recipe.py."""
     if not settings.backbone.startswith("torchvision/"):
         recipe, _ = load_recipe(str(run / "recipe.py"))

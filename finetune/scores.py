@@ -1,5 +1,7 @@
 """What is counted on the validation images: each one once, the same on any number of processes."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -8,7 +10,7 @@ from finetune.objective import binary_loss
 from finetune.recipe import Recipe
 
 
-def scores(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict:
+def scores(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """The scores of logits [n, classes] against labels [n], or [n, classes] of 0 and 1; images without a label are left out.
 
     Of one label an image: loss, top-1 (top-5 where there are more than 5 classes), macro F1 and the accuracy of each class. Of
@@ -25,7 +27,7 @@ def scores(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict:
     return {"loss": loss.item(), "val_images": len(labels), **several(logits, labels)}
 
 
-def of_one_label(logits: torch.Tensor, labels: torch.Tensor) -> dict:
+def of_one_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), 0 where that is 0 / 0."""
     matrix = confusion_matrix(logits, labels).double()
     right, there, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
@@ -44,7 +46,7 @@ def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def of_several_labels(logits: torch.Tensor, labels: torch.Tensor) -> dict:
+def of_several_labels(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """By torchmetrics; a class that no image has counts as 0."""
     from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score  # takes a second
 

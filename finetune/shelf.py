@@ -4,17 +4,18 @@ import ast
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from finetune import lr_schedule
 from finetune import recipe as recipe_types
-from finetune.baseline import IMPORT, place, promise
+from finetune.baseline import IMPORT, Record, place, promise
 from finetune.recipe import SCORES, Optimizer, RecipeError
 from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override, parsed
 
 
 def listing() -> list[tuple[str, ...]]:
     """A row for each recipe: name, backbone, data, promised number, cost."""
-    rows = [("recipe", "backbone", "data", "promised", "cost")]
+    rows: list[tuple[str, ...]] = [("recipe", "backbone", "data", "promised", "cost")]
     for file in sorted(RECIPES.glob("*.py")):
         recipe, _ = load_recipe(str(file))
         record = file.parent / "baselines" / f"{file.stem}.json"
@@ -25,7 +26,7 @@ def listing() -> list[tuple[str, ...]]:
     return rows
 
 
-def cost(record: dict) -> str:
+def cost(record: Record) -> str:
     """What a run of a recorded recipe took: minutes, and on what."""
     minutes = sum(run["seconds"] for run in record["runs"]) / len(record["runs"]) / 60
     return f"{minutes:.1f} min, {place(record['hardware'])}"
@@ -47,13 +48,14 @@ def copied(name: str, target: Path, assignments: list[str]) -> str:
     if assignments:  # its number is not the copy's
         text = text.partition("\nbaseline = Baseline(")[0].replace(IMPORT, "")
     docstring = ast.parse(text).body[0]
-    if isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant):
-        first = docstring.value.value.strip().splitlines()[0]
-        changed = f" with {', '.join(assignments)}: not measured" if assignments else ""
-        kept = docstring.value.value.partition("\n\n")[2].partition("\n\n")[2]
-        origin = f"A copy of {name}{changed}.\n" if assignments else kept
-        new = f'"""{first}\n\n    accelerate launch -m finetune.run --recipe {target}\n\n{origin}"""'
-        text = replaced_at(text, docstring, new)
+    match docstring:
+        case ast.Expr(ast.Constant(str(words))):
+            first = words.strip().splitlines()[0]
+            changed = f" with {', '.join(assignments)}: not measured" if assignments else ""
+            kept = words.partition("\n\n")[2].partition("\n\n")[2]
+            origin = f"A copy of {name}{changed}.\n" if assignments else kept
+            new = f'"""{first}\n\n    accelerate launch -m finetune.run --recipe {target}\n\n{origin}"""'
+            text = replaced_at(text, docstring, new)
     scope = {"__name__": "copied"}
     exec(compile(text, str(target), "exec"), scope)
     if as_dict(scope["recipe"]) != as_dict(wanted):
@@ -66,16 +68,20 @@ def copied(name: str, target: Path, assignments: list[str]) -> str:
 
 def with_field(text: str, keys: list[str], value: str) -> str:
     """A recipe's source with the field that `keys` lead to set to the source text `value`."""
-    call = next(node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and node.targets[0].id == "recipe")
+    call = next(
+        node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "recipe"
+    )
     for i, key in enumerate(keys):
         if isinstance(call, ast.Tuple):
-            call = next(row for row in call.elts if ast.literal_eval(argument(row, "name")) == key)
+            call = next(
+                row for row in call.elts if isinstance(name := argument(row, "name"), ast.Constant) and name.value == key
+            )
             continue
-        found = argument(call, key) if isinstance(call, ast.Call) else None
+        found = argument(call, key)
         if found is None and (i < len(keys) - 1 or not isinstance(call, ast.Call)):
             raise RecipeError(f"no {'.'.join(keys[: i + 1])} is written in the file: copy it, and change the copy by hand")
         if found is None:
-            inside = ast.get_source_segment(text, call)[:-1].rstrip()
+            inside = source(text, call)[:-1].rstrip()
             if inside.endswith(","):  # a field a line
                 return replaced_at(text, call, f"{inside}\n{' ' * 4}{key}={value},\n)")
             return replaced_at(text, call, f"{inside}{'' if inside.endswith('(') else ', '}{key}={value})")
@@ -83,11 +89,14 @@ def with_field(text: str, keys: list[str], value: str) -> str:
     return replaced_at(text, call, value)
 
 
-def argument(call: ast.Call, name: str) -> ast.expr | None:
+def argument(call: ast.expr, name: str) -> ast.expr | None:
     """The source of a field in a dataclass's call, by keyword or by position."""
-    kind = getattr(recipe_types, call.func.id, None) or getattr(lr_schedule, call.func.id, None)
+    if not isinstance(call, ast.Call):
+        return None
+    called = ast.unparse(call.func)
+    kind = getattr(recipe_types, called, None) or getattr(lr_schedule, called, None)
     if kind is None:
-        raise RecipeError(f"{name} is computed in the file, by {call.func.id}: copy it, and change the copy by hand")
+        raise RecipeError(f"{name} is computed in the file, by {called}: copy it, and change the copy by hand")
     for keyword in call.keywords:
         if keyword.arg == name:
             return keyword.value
@@ -97,13 +106,19 @@ def argument(call: ast.Call, name: str) -> ast.expr | None:
     return call.args[names.index(name)] if name in names[: len(call.args)] else None
 
 
-def replaced_at(text: str, node: ast.AST, new: str) -> str:
+def replaced_at(text: str, node: ast.expr | ast.stmt, new: str) -> str:
     """Source text with a node's own text replaced."""
-    lines = text.encode().splitlines(keepends=True)  # columns count bytes
-    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
-    whole = text.encode()
+    whole = text.encode()  # columns count bytes
+    start = sum(len(line) for line in whole.splitlines(keepends=True)[: node.lineno - 1]) + node.col_offset
+    end = start + len(source(text, node).encode())
     return (whole[:start] + new.encode() + whole[end:]).decode()
+
+
+def source(text: str, node: ast.expr | ast.stmt) -> str:
+    """A node's own text."""
+    own = ast.get_source_segment(text, node)
+    assert own is not None  # as for every node that was parsed
+    return own
 
 
 def differences(one: str, other: str) -> list[tuple[str, str, str]]:
@@ -113,7 +128,7 @@ def differences(one: str, other: str) -> list[tuple[str, str, str]]:
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def resolved(name: str) -> dict:
+def resolved(name: str) -> dict[str, Any]:
     """A recipe as plain data: by name, by file, or as a run's folder has it."""
     record = Path(name) / "recipe.json"
     return json.loads(record.read_text()) if record.is_file() else as_dict(load_recipe(name)[0])

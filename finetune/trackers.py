@@ -1,6 +1,7 @@
 """What trackers (TensorBoard, Weights & Biases, ...) are told, through Accelerate."""
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -9,7 +10,7 @@ from finetune.recipe_file import as_dict, flat
 from finetune.run_folder import newest_checkpoint
 
 
-def as_scalars(row: dict) -> tuple[dict[str, float], int]:
+def as_scalars(row: dict[str, Any]) -> tuple[dict[str, float], int]:
     """A line of the metrics under the names that a tracker sorts into panels, and its update: an epoch's is its last one."""
     panel, step = ("train", row["step"]) if "grad_norm" in row else ("val", max(row["step"] - 1, 0))
     values = {f"{panel}/{key}": value for key, value in row.items() if isinstance(value, float | int) and key != "step"}

@@ -5,11 +5,12 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from finetune.backbone import memory_format
-from finetune.batches import SeededImages, Update, balanced_chances, load, load_updates, plan_epoch, seed_all
+from finetune.batches import Batch, SeededImages, Update, balanced_chances, load, load_updates, plan_epoch, seed_all
 from finetune.checkpoint import restore, restore_optimizer, save_checkpoint
 from finetune.folding import fold_norms
 from finetune.linear_probe import fit, head_layer, returns_features
@@ -126,6 +127,8 @@ def fit_head(
     The first view is as images are scored, the others are varied as for training.
     """
     train_images, val_images = images
+    probe = recipe.linear_probe
+    assert probe is not None  # asked for by the caller
     layer = head_layer(recipe, net)
     with returns_features(layer):
         views = [
@@ -138,11 +141,11 @@ def fit_head(
                 workers,
                 epoch=-view,
             )
-            for view in range(recipe.linear_probe.views)
+            for view in range(probe.views)
         ]
     device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # Apple's GPUs know no float64
     features, labels = (torch.cat(parts).to(device) for parts in zip(*views, strict=True))
-    fit(layer, features, labels, objective.loss, recipe.linear_probe.l2)
+    fit(layer, features, labels, objective.loss, probe.l2)
     share([layer.weight.data, layer.bias.data], accelerator)
 
 
@@ -151,9 +154,9 @@ def take_step(
     objective: Objective,
     model: nn.Module,
     trained: list[nn.Parameter],
-    optimizer,
+    optimizer: AcceleratedOptimizer,
     update: Update,
-    batches: list,
+    batches: list[Batch],
     step: int,
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +178,13 @@ def take_step(
 
 
 def backward(
-    recipe: Recipe, objective: Objective, model: nn.Module, update: Update, batches: list, step: int, accelerator: Accelerator
+    recipe: Recipe,
+    objective: Objective,
+    model: nn.Module,
+    update: Update,
+    batches: list[Batch],
+    step: int,
+    accelerator: Accelerator,
 ) -> torch.Tensor:
     """Leave the gradient of the update's mean loss in the parameters; returns this process's share of that loss.
 
@@ -228,4 +237,5 @@ def evaluate(
             logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
         outputs.append(logits.float())
         targets.append(labels)
-    return tuple(gather_strided(parts, len(images), accelerator).cpu() for parts in (outputs, targets))
+    total = len(images)
+    return gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()

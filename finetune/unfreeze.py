@@ -1,10 +1,11 @@
 """The stages of a run; what frozen means for gradients, for batch norm and for the DDP wrapper."""
 
 from functools import partial
+from typing import Any, cast
 
-import timm.layers
 import torch
 from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -56,7 +57,7 @@ def synchronise_norms(net: nn.Module, norm_stats: str, accelerator: Accelerator)
         return net
     if accelerator.device.type == "cpu":
         raise RecipeError("norm_stats='sync' on several processes needs GPUs; here: --set norm_stats=eval or train")
-    return timm.layers.convert_sync_batchnorm(net)
+    return convert_sync_batchnorm(net)
 
 
 def train_mode(net: nn.Module, norm_stats: str) -> None:
@@ -71,7 +72,7 @@ def train_mode(net: nn.Module, norm_stats: str) -> None:
             hold_still(net, name, norm_stats, module)
 
 
-def hold_still(net: nn.Module, name: str, norm_stats: str, module: nn.Module, inputs: tuple = ()) -> None:
+def hold_still(net: nn.Module, name: str, norm_stats: str, module: nn.Module, inputs: tuple[Any, ...] = ()) -> None:
     """Put one norm into eval mode if its statistics must not move."""
     if norm_stats == "eval" or is_frozen(net, name):
         module.eval()
@@ -105,4 +106,4 @@ def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) 
     if accelerator.num_processes > 1:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
         model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False)
-    return torch.compile(model) if torch_compile else model
+    return cast(nn.Module, torch.compile(model)) if torch_compile else model

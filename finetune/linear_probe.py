@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from finetune.backbone import backbone_name, head_parameters
+from finetune.backbone import head_parameters
 from finetune.batches import unreadable
 from finetune.recipe import Recipe, RecipeError
+from finetune.recipe_file import as_dict
 
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
@@ -22,7 +23,7 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         there = ", ".join(sorted(paths)) or "unknown"
         raise RecipeError(
-            f"linear_probe needs a head that is one linear layer with a bias; that of {backbone_name(recipe)} is "
+            f"linear_probe needs a head that is one linear layer with a bias; that of {as_dict(recipe.backbone)} is "
             f"{there}. Remove the field, and let the head train alone first: unfreeze_at=1 for all else"
         )
     return layer

@@ -32,10 +32,13 @@ def fitting_accumulation(
 
     Tried before a stage is wrapped for several processes: in the middle of an update, one process that runs out of memory
     would leave the others waiting. The update is the same with any accumulation, so only time changes.
+    Not tried on a CPU.
 
     Raises:
         RecipeError: if not even one image fits.
     """
+    if not says_when_full(accelerator.device):
+        return accumulate
     share = recipe.data.batch_size // accelerator.num_processes
     while True:
         size = share // accumulate
@@ -59,6 +62,11 @@ def fitting_accumulation(
             f"out of memory with {size} images at once: now {size // 2}, {accumulate} times an update; the batch stays "
             f"{recipe.data.batch_size}"
         )
+
+
+def says_when_full(device: torch.device) -> bool:
+    """Whether memory that runs out is an error: where a CPU's does, the system ends the process instead."""
+    return device.type != "cpu"
 
 
 def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, size: int) -> None:

@@ -14,8 +14,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from finetune.backbone import memory_format
 from finetune.folding import fold_norms, unfold_norms
 from finetune.optimizers import build_optimizer, wants_closure
-from finetune.param_groups import aligned, split_parameters
+from finetune.param_groups import split_parameters
 from finetune.recipe import Recipe
+from finetune.recipe_file import in_columns
 from finetune.unfreeze import train_mode, unfreeze
 
 
@@ -43,7 +44,7 @@ def layers(recipe: Recipe, net: nn.Module) -> str:
                 span(epochs),
             )
         )
-    return aligned([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")])
+    return in_columns([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")], numbers=True)
 
 
 def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
@@ -100,7 +101,7 @@ def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
         )
     return "\n".join(
         [
-            aligned(rows),
+            in_columns(rows, numbers=True),
             f"MiB, estimated for {images} images at once, in float32; bf16 about halves the activations; on top come",
             "results dropped on the way (frozen layers drop all), the library's own workspace and the loader",
         ]

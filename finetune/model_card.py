@@ -117,7 +117,8 @@ def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
     try:
         given, file = load_recipe(str(run / "recipe.py"))
         before, now = flat(json.loads(json.dumps(as_dict(given)))), flat(resolved)
-        changed = {path: value for path, value in now.items() if before.get(path) != value}
+        changed = {path: value for path, value in now.items() if path not in before or before[path] != value}
+        changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
         recipe = override(given, [f"{path}={value!r}" for path, value in changed.items()])
         if changes(resolved, recipe):
             raise RecipeError("recipe.py was changed after the run")

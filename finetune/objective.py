@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetune.augment import make_mixup, mix_neighbours
 from finetune.backbone import head_parameters
 from finetune.batches import SeededImages, unreadable
-from finetune.param_groups import is_exempt
+from finetune.param_groups import exempt_parameters
 from finetune.recipe import Recipe, RecipeError
 
 
@@ -19,12 +19,10 @@ class Objective:
     def __init__(self, recipe: Recipe, net: nn.Module, images: SeededImages, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights = class_weights(recipe, images, device)
-        new = head_parameters(recipe, net) if recipe.l2_sp else set()
-        self.start = {
-            parameter: parameter.detach().clone()
-            for name, parameter in net.named_parameters()
-            if recipe.l2_sp and name not in new and not is_exempt(name, parameter, net)
-        }
+        self.start: dict[nn.Parameter, torch.Tensor] = {}
+        if recipe.l2_sp:
+            free = head_parameters(recipe, net) | exempt_parameters(net)
+            self.start = {own: own.detach().clone() for name, own in net.named_parameters() if name not in free}
 
     def mix(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A micro-batch as update `step` sees it: as it is, or with mixup or cutmix."""

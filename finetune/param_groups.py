@@ -13,6 +13,7 @@ from torch import nn
 from finetune.backbone import TimmModel, classifier_parameters
 from finetune.lr_schedule import Schedule, ramp
 from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
+from finetune.recipe_file import in_columns
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[Par
         rows, owner = layer_rows(recipe, recipe.groups, net)
     else:
         rows, owner = matched_rows(recipe, recipe.groups, net)
-    exempt = {name for name, parameter in net.named_parameters() if is_exempt(name, parameter, net)}
-    groups = []
+    exempt, groups = exempt_parameters(net), []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
         groups.append(
@@ -110,15 +110,18 @@ def fill_in(
     )
 
 
-def is_exempt(name: str, parameter: nn.Parameter, net: nn.Module) -> bool:
-    """Whether weight decay must leave a parameter alone: biases, norms, layer scales, and what the model itself names.
+def exempt_parameters(net: nn.Module) -> set[str]:
+    """The parameters that weight decay must leave alone: biases, norms, layer scales, and what the model itself names.
 
     The model names position embeddings and class tokens (`no_weight_decay`, by timm's convention). A tensor that is a vector
     but for axes of length 1 is a scale or a token whatever its rank, unless it is a layer's `weight`.
     """
-    named: set[str] = getattr(net, "no_weight_decay", set)()
-    vector = sum(size > 1 for size in parameter.shape) <= 1 and name.rpartition(".")[2] != "weight"
-    return parameter.ndim <= 1 or vector or name in named
+    named: set[str] = getattr(net, "no_weight_decay", set)()  # asked once: some walk the whole network for it
+
+    def is_vector(name: str, shape: torch.Size) -> bool:
+        return len(shape) <= 1 or (sum(size > 1 for size in shape) <= 1 and name.rpartition(".")[2] != "weight")
+
+    return {name for name, parameter in net.named_parameters() if name in named or is_vector(name, parameter.shape)}
 
 
 def matched_rows(
@@ -198,14 +201,4 @@ def table(groups: list[ParamGroup], rates: Mapping[str, Sequence[float]]) -> str
             rows.append((*size, *["-"] * 5, "frozen", "never"))
     everything = [p.numel() for group in groups for p in group.params.values()]
     rows.append(("all", f"{len(everything)}", f"{sum(everything):,}", *[""] * 7))
-    return aligned(rows)
-
-
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells as lines of text, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return in_columns(rows, numbers=True)

@@ -12,9 +12,9 @@ from finetune.linear_probe import head_layer
 from finetune.lr_schedule import Schedule
 from finetune.memory_plan import layers, memory_table
 from finetune.optimizers import build_optimizer
-from finetune.param_groups import aligned, split_parameters, table
+from finetune.param_groups import split_parameters, table
 from finetune.recipe import Data, Frozen, Group, LayerDecay, Recipe, RecipeError
-from finetune.recipe_file import as_dict, override
+from finetune.recipe_file import as_dict, in_columns, override
 
 
 def check(recipe: Recipe, net: nn.Module) -> None:
@@ -47,7 +47,7 @@ def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> s
         [
             in_one_line(recipe, num_images, num_classes),
             group_tables(recipe, net, num_images),
-            f"rate at the start of each epoch\n{aligned(by_epoch)}",
+            f"rate at the start of each epoch\n{in_columns(by_epoch, numbers=True)}",
             f"stages\n{memory_table(recipe, net, recipe.data.batch_size)}",
             f"layers, for one image\n{layers(recipe, net)}",
         ]

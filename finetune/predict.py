@@ -21,7 +21,6 @@ from finetune.batches import SeededImages, unreadable
 from finetune.data_sources import read_image
 from finetune.image_data import NAMED, class_folders, load_data
 from finetune.image_lists import ImageList, Images
-from finetune.param_groups import aligned
 from finetune.plots import confusion
 from finetune.recipe import SCORES, RecipeError
 from finetune.recipe_file import in_columns
@@ -194,9 +193,9 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
         (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))
         for row in result["classes"]
     ]
-    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{aligned(rows)}"
+    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{in_columns(rows, numbers=True)}"
     names = [row["class"] for row in result["classes"]]
     if "confusion" in result and len(names) <= 20:
         counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]
-        text += f"\n\n{aligned([('labelled, as', *names), *counts])}"
+        text += f"\n\n{in_columns([('labelled, as', *names), *counts], numbers=True)}"
     return text

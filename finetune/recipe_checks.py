@@ -73,7 +73,7 @@ def is_a(value: Any, hint: Any) -> bool:
     if origin is Callable:
         return callable(value)
     if origin is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin)

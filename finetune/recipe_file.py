@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 from ast import literal_eval
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -154,6 +154,8 @@ def replaced(part: Any, keys: list[str], value: Any) -> Any:
         return value
     key, rest = keys[0], keys[1:]
     if isinstance(part, Optimizer):  # any option may be added: the optimizer's own signature is checked later
+        if rest:
+            require(rest[0], [])
         return Optimizer(**{"name": part.name, "weight_decay": part.weight_decay, **part.options, key: value})
     if isinstance(part, tuple) and all(isinstance(group, Group | Frozen) for group in part):
         require(key, [group.name for group in part])
@@ -170,21 +172,19 @@ def require(name: str, names: list[str]) -> None:
 
 
 def flat(part: Any, key: str = "") -> dict[str, Any]:
-    """{path: value} of nested dicts and lists; an item with a name is found by it."""
-    if not isinstance(part, dict | list) or not part:
+    """{path: value} of nested dicts and of lists whose items have names, such as a recipe's groups."""
+    if isinstance(part, list) and part and all(isinstance(item, dict) and "name" in item for item in part):
+        part = {item["name"]: item for item in part}
+    if not isinstance(part, dict) or not part:
         return {key: part}
-    items = (
-        part.items()
-        if isinstance(part, dict)
-        else ((item["name"] if isinstance(item, dict) and "name" in item else i, item) for i, item in enumerate(part))
-    )
-    return {path: value for name, item in items for path, value in flat(item, f"{key}.{name}" if key else str(name)).items()}
+    return {path: value for name, item in part.items() for path, value in flat(item, f"{key}.{name}" if key else name).items()}
 
 
-def in_columns(rows: list[tuple[str, ...]]) -> str:
-    """Rows of cells as lines of text, aligned to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+def in_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+    """Rows of cells as lines of text, to the left; where they hold `numbers`, all but the first column to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
+    return "\n".join("  ".join(map(lambda cell, side, width: side(cell, width), row, sides, widths)).rstrip() for row in rows)
 
 
 def as_dict(part: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,14 +15,16 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import nn
+from torch.nn.functional import cross_entropy
 
+from finetune import train_loop
 from finetune.augment import image_sets
 from finetune.backbone import build_backbone, preprocessing
-from finetune.batches import seed_all
+from finetune.batches import load, plan_epoch, seed_all
 from finetune.image_data import load_data
-from finetune.lr_schedule import Cosine
+from finetune.lr_schedule import Constant, Cosine
 from finetune.param_groups import split_parameters
-from finetune.recipe import AdamW, Data, Group, Recipe
+from finetune.recipe import SGD, AdamW, Data, Group, Recipe
 from finetune.run_record import RunRecord
 from finetune.train_loop import train
 from finetune.weights import pretrained_state
@@ -98,6 +101,153 @@ def run_here(
         checkpoint_every,
     )
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+ALL = (Group("all", ".", lr=1e-2),)
+
+
+class DroppingNet(SmallNet):
+    """With dropout and batch norm: random numbers and running statistics must go on, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop.p = 0.5
+        self.norm = nn.BatchNorm2d(8)
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_before(monkeypatch, function, call):
+    """Let train() die as it calls one of its functions for the call-th time."""
+    real, calls = getattr(train_loop, function), []
+
+    def cutting(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise Cut
+        return real(*args, **options)
+
+    monkeypatch.setattr(train_loop, function, cutting)
+
+
+def scaling_accelerator():
+    """An Accelerator that scales losses as for fp16, by so much that the first gradients overflow.
+
+    Accelerate gives a CPU neither scaler nor fp16, so torch's own for the CPU are put in.
+    """
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    accelerator.autocast = lambda: torch.autocast("cpu", torch.float16)
+    return accelerator
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def plain(**changes):
+    """Two epochs of SGD at one rate, everything trained, nothing clipped."""
+    return small_recipe(
+        **{"groups": ALL, "optimizer": SGD(momentum=0.9), "schedule": Constant(), "epochs": 2, "clip_norm": None, **changes}
+    )
+
+
+def bare_loop(recipe, loss_of, clip_gradients=lambda parameters: None):
+    """(network, its weights after each update) of a bare SGD loop over the recipe's batches."""
+    net, _, images = prepare(recipe)
+    optimizer, trail = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9), []
+    for epoch in range(recipe.epochs):
+        for update in plan_epoch(22, 8, recipe.seed, epoch):
+            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
+            optimizer.zero_grad()
+            loss_of(net, net(batch), labels).backward()
+            clip_gradients(net.parameters())
+            optimizer.step()
+            trail.append({name: tensor.clone() for name, tensor in net.state_dict().items()})
+    return net, trail
+
+
+def mean_loss(net, logits, labels):
+    return cross_entropy(logits, labels)
+
+
+def assert_same_weights(net, reference, tolerance=1e-6):
+    for name, tensor in reference.items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=tolerance)
+
+
+class Coloured:
+    """Images of one colour for each label."""
+
+    def __init__(self, labels, classes=("dark", "light")):
+        self.targets, self.classes = labels, list(classes)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError
+        label = self.targets[index]
+        level = 60 + 40 * sum((i + 1) * int(bit) for i, bit in enumerate(np.atleast_1d(label)))
+        return Image.new("RGB", (20, 20), (level, level // 2, 255 - level)), label
+
+
+PREPROCESSING = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bilinear",
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to stand in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, image_folder):
+    """A run of resnet18_cifar on the image folder, from random weights, with its terminal's output."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "finetune" / "run.py"),
+            "--recipe",
+            "resnet18_cifar",
+            "--data",
+            str(image_folder),
+            "--weights",
+            "none",
+            "--set",
+            "data.image_size=32",
+            "--set",
+            "data.batch_size=8",
+            "--set",
+            "mixed_precision=no",
+            "--set",
+            "epochs=4",
+            "--seed",
+            "3",
+            "--output",
+            str(output),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout, done.stderr
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,300 +1,25 @@
-"""Images and labels from torchvision's sets, the package datasets, CSV files and tar shards are what those libraries read."""
+"""Sets of the package datasets and of tar shards, and what holds for every source."""
 
 import gzip
 import io
-import json
 import pickle
 import tarfile
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
-import torchvision
 from PIL import Image
-from sklearn.preprocessing import MultiLabelBinarizer
 
-from conftest import prepare, small_recipe
-from finetune.batches import load
-from finetune.data_sources import TORCHVISION
-from finetune.image_data import data_size, is_downloaded, known_size, load_data
-from finetune.recipe import Data, RecipeError
-
-NAMES = ("ant", "bee")
-PIXELS = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3)).astype(np.uint8)
-MULTI = {"loss": "multi_label", "score": "mean_average_precision"}
-
-
-def source(value, **changes):
-    return small_recipe(data=Data(str(value), image_size=24, batch_size=8), **changes)
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(PIXELS[number]).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def put(path: Path, content: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def put_image(path: Path, number: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(PIXELS[number % 12]).save(path)
-    return path
-
-
-def idx(array: np.ndarray) -> bytes:
-    """MNIST's format: type, dimensions, sizes, bytes."""
-    return bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
-
-
-def make_dtd(root):
-    for part, numbers in (("train", (0, 1)), ("val", (2, 3))):
-        put(root / f"dtd/dtd/labels/{part}1.txt", "".join(f"{NAMES[i % 2]}/{i}.jpg\n" for i in numbers))
-        [put_image(root / f"dtd/dtd/images/{NAMES[i % 2]}/{i}.jpg", i) for i in numbers]
-
-
-def make_eurosat(root):
-    for i in range(12):
-        put_image(root / f"eurosat/2750/{NAMES[i % 2]}/{i}.jpg", i)
-
-
-def make_aircraft(root):
-    folder = root / "fgvc-aircraft-2013b/data"
-    put(folder / "variants.txt", "bee 2\nant 1\n")
-    for part, numbers in (("train", (0, 1)), ("val", (2, 3))):
-        put(folder / f"images_variant_{part}.txt", "".join(f"00{i} {NAMES[i % 2]} {i % 2 + 1}\n" for i in numbers))
-        [put_image(folder / f"images/00{i}.jpg", i) for i in numbers]
-
-
-def make_flowers(root):
-    for i in range(6):
-        put_image(root / f"flowers-102/jpg/image_0000{i + 1}.jpg", i)
-    scipy.io.savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 1, 2]])})
-    scipy.io.savemat(root / "flowers-102/setid.mat", {"trnid": [[1, 2]], "valid": [[3, 4]], "tstid": [[5, 6]]})
-
-
-def make_food(root):
-    for part, numbers in (("train", (0, 1)), ("test", (2, 3))):
-        put(root / f"food-101/meta/{part}.json", json.dumps({NAMES[i % 2]: [f"{NAMES[i % 2]}/{i}"] for i in numbers}))
-        [put_image(root / f"food-101/images/{NAMES[i % 2]}/{i}.jpg", i) for i in numbers]
-
-
-def make_signs(root):
-    [put_image(root / f"gtsrb/GTSRB/Training/0000{i % 2}/{i}.ppm", i) for i in range(4)]
-    [put_image(root / f"gtsrb/GTSRB/Final_Test/Images/{i}.ppm", i) for i in (4, 5)]
-    put(root / "gtsrb/GT-final_test.csv", "Filename;Width;ClassId\n4.ppm;32;1\n5.ppm;32;0\n")
-
-
-def make_imagenette(root):
-    for part, numbers in (("train", (0, 1)), ("val", (2, 3))):
-        [put_image(root / f"imagenette2/{part}/{('n01440764', 'n02102040')[i % 2]}/{i}.jpeg", i) for i in numbers]
-
-
-def make_pets(root):
-    folder = root / "oxford-iiit-pet"
-    for part, numbers in (("trainval", (0, 1)), ("test", (2, 3))):
-        put(folder / f"annotations/{part}.txt", "".join(f"{NAMES[i % 2]}_dog_{i} {i % 2 + 1} 1 1\n" for i in numbers))
-        [put_image(folder / f"images/{NAMES[i % 2]}_dog_{i}.jpg", i) for i in numbers]
-
-
-def make_stl(root):
-    pixels = np.random.RandomState(1).randint(0, 256, (2, 3, 96, 96)).astype(np.uint8)
-    for part in ("train", "test"):
-        put(root / f"stl10_binary/{part}_X.bin", pixels.tobytes())
-        put(root / f"stl10_binary/{part}_y.bin", bytes([2, 1]))
-    put(root / "stl10_binary/unlabeled_X.bin", b"")
-    put(root / "stl10_binary/class_names.txt", "ant\nbee\n")
-
-
-def make_svhn(root):
-    for part in ("train", "test"):
-        scipy.io.savemat(root / f"{part}_32x32.mat", {"X": PIXELS[:3].transpose(1, 2, 3, 0), "y": [[10], [1], [9]]})
-
-
-def make_mnist(name):
-    def make(root):
-        for part in ("train", "t10k"):
-            put(root / f"{name}/raw/{part}-images-idx3-ubyte", idx(PIXELS[:3, :28, :28, 0]))
-            put(root / f"{name}/raw/{part}-labels-idx1-ubyte", idx(np.array([7, 0, 2], np.uint8)))
-
-    return make
-
-
-MADE = {
-    "DTD": make_dtd,
-    "EuroSAT": make_eurosat,
-    "FGVCAircraft": make_aircraft,
-    "Flowers102": make_flowers,
-    "Food101": make_food,
-    "GTSRB": make_signs,
-    "Imagenette": make_imagenette,
-    "OxfordIIITPet": make_pets,
-    "STL10": make_stl,
-    "SVHN": make_svhn,
-    "MNIST": make_mnist("MNIST"),
-    "FashionMNIST": make_mnist("FashionMNIST"),
-}
-
-
-@pytest.fixture
-def torchvision_folder(tmp_path, monkeypatch):
-    """An empty $FINETUNE_DATA, whose files are not held against the md5 of the real ones."""
-    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "sets"))
-    (tmp_path / "sets").mkdir()
-    for name in ("flowers102", "stl10", "svhn"):
-        module = getattr(torchvision.datasets, name)
-        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
-    return tmp_path / "sets"
-
-
-def same(ours, theirs):
-    """Whether a set of ours has the images and labels of another library's, in its order."""
-    theirs = [(np.asarray(image.convert("RGB")), int(label)) for image, label in theirs]
-    assert list(ours.labels) == [label for _, label in theirs]
-    assert all(
-        np.array_equal(image, other) and label == number and image.mode == "RGB" and type(label) is int
-        for (image, label), (other, number) in zip((ours[i] for i in range(len(ours))), theirs, strict=True)
-    )
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvisions_sets_are_what_torchvision_reads(torchvision_folder, name):
-    """Each set, in its own layout on disk, has the images, labels and class names of torchvision's own object."""
-    MADE[name](torchvision_folder)
-    data = load_data(source(f"torchvision/{name}"))
-    argument, values, *_ = TORCHVISION[name]
-    theirs = [
-        getattr(torchvision.datasets, name)(torchvision_folder, **({argument: value} if argument else {})) for value in values
-    ]
-    if len(values) == 2:
-        same(data.train, theirs[0]), same(data.val, theirs[1])
-    else:
-        assert sorted(
-            zip(map(str, data.train.items + data.val.items), [*data.train.labels, *data.val.labels], strict=True)
-        ) == sorted(theirs[0].samples)
-        assert sorted(data.val.labels) == [0, 1] and len(data.train) == 10
-    known = getattr(theirs[0], "classes", None)
-    assert data.classes == (
-        tuple(each if isinstance(each, str) else each[0] for each in known)
-        if known
-        else tuple(str(i) for i in range(TORCHVISION[name][3]))
-    )
-
-
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_a_set_that_can_not_be_downloaded_is_named(torchvision_folder, monkeypatch, name):
-    """Without a network one message has the set, where it belongs and the reason; its size is known all the same."""
-
-    def refuse(*args, **options):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    recipe = source(f"torchvision/{name}")
-    with pytest.raises(RecipeError) as caught:
-        load_data(recipe)
-    message = str(caught.value)
-    assert f"torchvision/{name}" in message and str(torchvision_folder / TORCHVISION[name][-1]) in message
-    assert "no network" in message or name == "MNIST"  # torchvision tells its mirrors' faults on the screen
-    assert data_size(recipe) == known_size(recipe) == TORCHVISION[name][2:4] and is_downloaded(f"torchvision/{name}")
-
-
-def test_an_unknown_set_of_torchvision_is_answered_with_the_nearest():
-    """A misspelt name gets the nearest, and all there are."""
-    with pytest.raises(RecipeError, match="no 'torchvision/Flower102'. Did you mean Flowers102"):
-        load_data(source("torchvision/Flower102"))
-
-
-def write_csv(root, rows, header="path,label,split"):
-    return put(root / "labels.csv", "\n".join([header, *rows]) + "\n")
-
-
-@pytest.mark.parametrize(
-    "header,val", [("path,label,split", "val"), ("Split, class ,FILE", "Validation"), ("\ufefffilename,target,split", "test")]
+from conftest import (
+    prepare,
+    small_recipe,
 )
-def test_a_csv_has_the_images_and_labels_of_the_folders(image_folder, tmp_path, header, val):
-    """A table with a split column is read as the same files in torchvision's class folders are; val comes before test."""
-    order = (0, 1, 2) if header[0] != "S" else (2, 1, 0)
-    rows = [
-        (str(path), path.parent.name, {"train": "train", "val": val}[part])
-        for part in ("train", "val")
-        for path in sorted((image_folder / part).rglob("*.png"))
-    ]
-    rows += [(rows[0][0], "blue", "test")] * (val != "test")
-    data = load_data(source(write_csv(tmp_path, [",".join(row[i] for i in order) for row in rows], header)))
-    assert data.classes == ("blue", "green", "red")
-    same(data.train, torchvision.datasets.ImageFolder(image_folder / "train"))
-    same(data.val, torchvision.datasets.ImageFolder(image_folder / "val"))
-
-
-def test_a_csv_without_a_split_is_split_as_the_folders_are(image_folder, tmp_path):
-    """Without a split column a fifth of each class validates, by the recipe's seed: the images that a folder would take."""
-    folder = torchvision.datasets.ImageFolder(image_folder / "train")
-    (tmp_path / "here").symlink_to(image_folder)
-    rows = [f"here/{Path(path).relative_to(image_folder)},{folder.classes[label]}" for path, label in folder.samples]
-    file = write_csv(tmp_path, rows, "image,label")
-    for seed in (0, 1):
-        ours, theirs = load_data(source(file, seed=seed)), load_data(source(image_folder / "train", seed=seed))
-        for part in ("train", "val"):
-            mine, other = getattr(ours, part), getattr(theirs, part)
-            assert [path.resolve() for path in mine.items] == [Path(path).resolve() for path in other.items]
-            assert list(mine.labels) == list(other.labels)
-
-
-@pytest.mark.parametrize("split", [True, False])
-def test_several_labels_in_a_cell_are_vectors(tmp_path, split):
-    """Cells with several labels become scikit-learn's indicator vectors, empty ones zeros, in both parts of a split."""
-    cells = ["a;b", "c", "b|c", "", "a; b ;c", "a"] * 5 + ["a;d", "b;d", "c;d"]
-    rows = [
-        f"{put_image(tmp_path / f'{i}.png', i).name},{cell}" + f",{('train', 'val')[i % 5 == 0]}" * split
-        for i, cell in enumerate(cells)
-    ]
-    file = write_csv(tmp_path, rows, "path,label" + ",split" * split)
-    data = load_data(source(file, **MULTI))
-    binarizer = MultiLabelBinarizer()
-    wanted = binarizer.fit_transform([[name.strip() for name in cell.replace("|", ";").split(";") if name] for cell in cells])
-    assert data.classes == tuple(binarizer.classes_) and (len(data.train), len(data.val)) == (26, 7)
-    for part in (data.train, data.val):
-        assert np.array_equal(np.stack(part.labels), [wanted[int(path.stem)] for path in part.items])
-        assert np.array_equal(np.stack([part[i][1] for i in range(len(part))]), np.stack(part.labels))
-    images = prepare(source(file, **MULTI))[2][0]
-    labels = next(load(images, 0, [[0, 1, 2]], 0))[1]
-    assert labels.dtype == torch.float32 and np.array_equal(labels, np.stack(data.train.labels[:3]))
-
-
-def test_a_csv_that_is_not_in_order(tmp_path):
-    """Missing columns, missing files, labels, splits and classes that differ are all named at once."""
-    for i in range(3):
-        put_image(tmp_path / f"{i}.png", i)
-    rows = ["0.png,a,train", "1.png,b,val", "2.png,a;b,train", "2.png,,trian", *(f"no{i}.png,c,train" for i in range(7))]
-    with pytest.raises(RecipeError) as caught:
-        load_data(source(write_csv(tmp_path, rows)))
-    message = str(caught.value)
-    for fault in (
-        "7 of 11 files are missing: ",
-        "no4.png, ...",
-        "2 rows have no label or several, first row 4",
-        "split 'trian' is none of",
-        "only in train: a, c; only in val: none",
-        str(tmp_path / "labels.csv"),
-    ):
-        assert fault in message, fault
-    assert "no5.png" not in message
-    with pytest.raises(RecipeError) as caught:
-        load_data(source(write_csv(tmp_path, rows, "picture,name,split")))
-    assert "no column path or file or filename or image; its columns: picture, name, split" in str(caught.value)
-    assert "no column label or class or target" in str(caught.value)
-    with pytest.raises(RecipeError, match="can't read .*none.csv"):
-        load_data(source(tmp_path / "none.csv"))
-    with pytest.raises(RecipeError, match="class 'b' in .* has too few images"):
-        load_data(source(write_csv(tmp_path, ["0.png,a"] * 5 + ["1.png,b"], "path,label")))
+from finetune.batches import load
+from finetune.image_data import data_size, is_downloaded, load_data
+from finetune.recipe import Data, RecipeError
+from sources import NAMES, PIXELS, png, put, same_set, source, write_csv
 
 
 def hub_set(numbers, **more):
@@ -328,7 +53,7 @@ def test_saved_sets_are_what_datasets_reads(tmp_path, val):
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"train": hub_set(range(8)), val: hub_set(range(8, 12))}).save_to_disk(tmp_path / "set")
     data, theirs = load_data(source(f"hf/{tmp_path / 'set'}")), datasets.load_from_disk(tmp_path / "set")
-    same(data.train, pairs(theirs["train"])), same(data.val, pairs(theirs[val]))
+    same_set(data.train, pairs(theirs["train"])), same_set(data.val, pairs(theirs[val]))
     assert data.classes == NAMES and not is_downloaded(f"hf/{tmp_path / 'set'}") and is_downloaded("hf/owner/name")
 
 
@@ -348,9 +73,12 @@ def test_parquet_and_image_folders_are_what_datasets_reads(tmp_path, image_folde
     for part, numbers in (("train", range(8)), ("test", range(8, 12))):
         hub_set(numbers).to_parquet(tmp_path / "set" / f"{part}-00000-of-00001.parquet")
     data, theirs = load_data(source(f"hf/{tmp_path / 'set'}")), datasets.load_dataset(str(tmp_path / "set"))
-    same(data.train, pairs(theirs["train"])), same(data.val, pairs(theirs["test"]))
+    same_set(data.train, pairs(theirs["train"])), same_set(data.val, pairs(theirs["test"]))
     data, theirs = load_data(source(f"hf/{image_folder}")), datasets.load_dataset(str(image_folder))
-    same(data.train, pairs(theirs["train"], "label", "image")), same(data.val, pairs(theirs["validation"], "label", "image"))
+    (
+        same_set(data.train, pairs(theirs["train"], "label", "image")),
+        same_set(data.val, pairs(theirs["validation"], "label", "image")),
+    )
     assert data.classes == ("blue", "green", "red")
 
 
@@ -428,7 +156,7 @@ def test_shards_are_what_webdataset_reads(tmp_path):
     for part, name in ((data.train, "train"), (data.val, "val")):
         urls = sorted(map(str, (tmp_path / "s").glob(f"{name}-*.tar")))
         assert len(urls) > 1
-        same(part, list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls")))
+        same_set(part, list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls")))
     assert data.classes == NAMES and np.array_equal(data.train[5][0], PIXELS[5])
     (tmp_path / "s" / "classes.txt").unlink()
     assert load_data(source(tmp_path / "s")).classes == ("0", "1")

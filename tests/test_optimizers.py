@@ -157,7 +157,7 @@ def test_muon_for_matrices_and_adamw_for_the_rest():
 
 def test_several_optimizers_under_a_loss_scaler(tmp_path):
     """With a scaler, two optimizers are unscaled once, skip an overflow together, and step as one optimizer does."""
-    from test_interruptions import scaling_accelerator
+    from conftest import scaling_accelerator
 
     plain = SGD(momentum=0.9, fused=False)  # as on a GPU, where scalers are
     rows = (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=3e-3, optimizer=SGD(momentum=0.9, fused=False, dampening=0.0)))

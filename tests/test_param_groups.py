@@ -2,16 +2,19 @@
 
 import pytest
 import timm
+import timm.data
+import timm.layers
+import timm.loss
 import timm.optim
 import torch
 
 from conftest import ROOT, SmallNet, small_recipe
 from finetune.augment import training_transform
-from finetune.backbone import outline, preprocessing
+from finetune.backbone import build_backbone, outline, preprocessing
 from finetune.lr_schedule import Constant
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters, table
-from finetune.recipe import SGD, AdamW, Group, LayerDecay, Optimizer, RecipeError
+from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, RecipeError
 from finetune.recipe_file import load_recipe
 
 ARCHITECTURES = [
@@ -195,3 +198,50 @@ def test_the_table_counts_everything():
     text = table(groups, {group.name: [group.lr] for group in groups})
     assert text.splitlines()[-1].split() == ["all", "62", f"{sum(p.numel() for p in net.parameters()):,}"]
     assert len(text.splitlines()) == 6
+
+
+def test_a_groups_own_schedule_and_warmup_are_torchs():
+    """Every 5 epochs times 0.9 is torch's StepLR; warmup from the unfreezing on is torch's LinearLR begun at that epoch."""
+    from finetune.lr_schedule import Step
+
+    recipe = small_recipe(
+        epochs=20,
+        schedule=Constant(),
+        groups=(
+            Group("head", "fc", lr=1e-2, schedule=Step(every=5, factor=0.9)),
+            Group("late", "body", lr=1e-3, unfreeze_at=4, warmup_epochs=1.5),
+            Frozen("rest", "."),
+        ),
+    )
+    head, late, rest = split_parameters(recipe, SmallNet())
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5 * 6, gamma=0.9)
+    for step in range(120):
+        assert head.rate(step, 6, 20) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=9)
+    assert [late.rate(step, 6, 20) for step in range(24)] == [0.0] * 24
+    for step in range(24, 120):
+        assert late.rate(step, 6, 20) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert {rest.rate(step, 6, 20) for step in range(120)} == {0.0}
+
+
+def test_a_default_rate_for_what_is_not_named():
+    """Two linear layers of a classifier at 1e-2 and everything else at 1e-5, by two rows."""
+    recipe = small_recipe(
+        backbone="torchvision/vgg11",
+        head=None,
+        data=Data("digits", 64, 8),
+        groups=(Group("classifier", r"classifier\.[36]", lr=1e-2), Group("rest", ".", lr=1e-5)),
+    )
+    with torch.device("meta"):
+        net = build_backbone(recipe, 10)
+    rates = {name: group.lr for group in split_parameters(recipe, net) for name in group.params}
+    assert {name for name, rate in rates.items() if rate == 1e-2} == {
+        f"classifier.{i}.{kind}" for i in (3, 6) for kind in ("weight", "bias")
+    }
+    assert set(rates) == {name for name, _ in net.named_parameters()} and set(rates.values()) == {1e-2, 1e-5}

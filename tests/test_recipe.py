@@ -50,7 +50,7 @@ def test_recipes_load_without_torch():
         ({"groups": ()}, "groups: at least one is needed"),
         ({"groups": (Group("a", "fc", lr=0.0),)}, "group 'a': lr must be a finite number above 0, not 0.0"),
         ({"groups": (Group("a", "fc", lr=-1.0),)}, "group 'a': lr must be a finite number above 0, not -1.0"),
-        ({"groups": (Group("a", "fc", lr=float("nan")),)}, "group 'a': lr must be a finite number above 0, not nan"),
+        ({"groups": (Group("a", "fc", lr=float("nan")),)}, "groups.a.lr must be a number, not nan"),
         ({"groups": (Group("a", "f(c", lr=1.0),)}, "group 'a': pattern 'f(c' is no regular expression"),
         ({"groups": (Group("a", "fc", lr=1.0), Group("a", "body", lr=1.0))}, "group 'a' is there twice"),
         (

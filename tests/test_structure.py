@@ -23,6 +23,7 @@ LIGHT = (
     "reproduce",
 )
 MODULES = sorted((ROOT / "finetune").glob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
 LAYERS = [
@@ -141,11 +142,11 @@ def test_each_thing_is_decided_in_one_place():
         assert [file.stem for file in MODULES if re.search(pattern, file.read_text())] == [place], pattern
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", MODULES + TESTS, ids=lambda file: file.stem)
 def test_files_and_functions_stay_small(file):
-    """A file is read in one sitting: no function over 90 lines, no file over 290."""
+    """A file is read in one sitting: no function over 90 lines, no file over 300."""
     text = file.read_text()
-    assert len(text.splitlines()) <= 290
+    assert len(text.splitlines()) <= 300
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 90, node.name

@@ -1,0 +1,51 @@
+"""Small sets of images in the layouts of other libraries."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from conftest import small_recipe
+from finetune.recipe import Data
+
+NAMES = ("ant", "bee")
+
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3)).astype(np.uint8)
+
+
+def source(value, **changes):
+    return small_recipe(data=Data(str(value), image_size=24, batch_size=8), **changes)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[number]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def put_image(path: Path, number: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(PIXELS[number % 12]).save(path)
+    return path
+
+
+def same_set(ours, theirs):
+    """Whether a set of ours has the images and labels of another library's, in its order."""
+    theirs = [(np.asarray(image.convert("RGB")), int(label)) for image, label in theirs]
+    assert list(ours.labels) == [label for _, label in theirs]
+    assert all(
+        np.array_equal(image, other) and label == number and image.mode == "RGB" and type(label) is int
+        for (image, label), (other, number) in zip((ours[i] for i in range(len(ours))), theirs, strict=True)
+    )
+
+
+def write_csv(root, rows, header="path,label,split"):
+    return put(root / "labels.csv", "\n".join([header, *rows]) + "\n")

@@ -1,0 +1,98 @@
+"""Tables of images and labels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from sklearn.preprocessing import MultiLabelBinarizer
+
+from conftest import prepare
+from finetune.batches import load
+from finetune.image_data import load_data
+from finetune.recipe import RecipeError
+from sources import put_image, same_set, source, write_csv
+
+MULTI = {"loss": "multi_label", "score": "mean_average_precision"}
+
+
+@pytest.mark.parametrize(
+    "header,val", [("path,label,split", "val"), ("Split, class ,FILE", "Validation"), ("\ufefffilename,target,split", "test")]
+)
+def test_a_csv_has_the_images_and_labels_of_the_folders(image_folder, tmp_path, header, val):
+    """A table with a split column is read as the same files in torchvision's class folders are; val comes before test."""
+    order = (0, 1, 2) if header[0] != "S" else (2, 1, 0)
+    rows = [
+        (str(path), path.parent.name, {"train": "train", "val": val}[part])
+        for part in ("train", "val")
+        for path in sorted((image_folder / part).rglob("*.png"))
+    ]
+    rows += [(rows[0][0], "blue", "test")] * (val != "test")
+    data = load_data(source(write_csv(tmp_path, [",".join(row[i] for i in order) for row in rows], header)))
+    assert data.classes == ("blue", "green", "red")
+    same_set(data.train, torchvision.datasets.ImageFolder(image_folder / "train"))
+    same_set(data.val, torchvision.datasets.ImageFolder(image_folder / "val"))
+
+
+def test_a_csv_without_a_split_is_split_as_the_folders_are(image_folder, tmp_path):
+    """Without a split column a fifth of each class validates, by the recipe's seed: the images that a folder would take."""
+    folder = torchvision.datasets.ImageFolder(image_folder / "train")
+    (tmp_path / "here").symlink_to(image_folder)
+    rows = [f"here/{Path(path).relative_to(image_folder)},{folder.classes[label]}" for path, label in folder.samples]
+    file = write_csv(tmp_path, rows, "image,label")
+    for seed in (0, 1):
+        ours, theirs = load_data(source(file, seed=seed)), load_data(source(image_folder / "train", seed=seed))
+        for part in ("train", "val"):
+            mine, other = getattr(ours, part), getattr(theirs, part)
+            assert [path.resolve() for path in mine.items] == [Path(path).resolve() for path in other.items]
+            assert list(mine.labels) == list(other.labels)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_several_labels_in_a_cell_are_vectors(tmp_path, split):
+    """Cells with several labels become scikit-learn's indicator vectors, empty ones zeros, in both parts of a split."""
+    cells = ["a;b", "c", "b|c", "", "a; b ;c", "a"] * 5 + ["a;d", "b;d", "c;d"]
+    rows = [
+        f"{put_image(tmp_path / f'{i}.png', i).name},{cell}" + f",{('train', 'val')[i % 5 == 0]}" * split
+        for i, cell in enumerate(cells)
+    ]
+    file = write_csv(tmp_path, rows, "path,label" + ",split" * split)
+    data = load_data(source(file, **MULTI))
+    binarizer = MultiLabelBinarizer()
+    wanted = binarizer.fit_transform([[name.strip() for name in cell.replace("|", ";").split(";") if name] for cell in cells])
+    assert data.classes == tuple(binarizer.classes_) and (len(data.train), len(data.val)) == (26, 7)
+    for part in (data.train, data.val):
+        assert np.array_equal(np.stack(part.labels), [wanted[int(path.stem)] for path in part.items])
+        assert np.array_equal(np.stack([part[i][1] for i in range(len(part))]), np.stack(part.labels))
+    images = prepare(source(file, **MULTI))[2][0]
+    labels = next(load(images, 0, [[0, 1, 2]], 0))[1]
+    assert labels.dtype == torch.float32 and np.array_equal(labels, np.stack(data.train.labels[:3]))
+
+
+def test_a_csv_that_is_not_in_order(tmp_path):
+    """Missing columns, missing files, labels, splits and classes that differ are all named at once."""
+    for i in range(3):
+        put_image(tmp_path / f"{i}.png", i)
+    rows = ["0.png,a,train", "1.png,b,val", "2.png,a;b,train", "2.png,,trian", *(f"no{i}.png,c,train" for i in range(7))]
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(write_csv(tmp_path, rows)))
+    message = str(caught.value)
+    for fault in (
+        "7 of 11 files are missing: ",
+        "no4.png, ...",
+        "2 rows have no label or several, first row 4",
+        "split 'trian' is none of",
+        "only in train: a, c; only in val: none",
+        str(tmp_path / "labels.csv"),
+    ):
+        assert fault in message, fault
+    assert "no5.png" not in message
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(write_csv(tmp_path, rows, "picture,name,split")))
+    assert "no column path or file or filename or image; its columns: picture, name, split" in str(caught.value)
+    assert "no column label or class or target" in str(caught.value)
+    with pytest.raises(RecipeError, match="can't read .*none.csv"):
+        load_data(source(tmp_path / "none.csv"))
+    with pytest.raises(RecipeError, match="class 'b' in .* has too few images"):
+        load_data(source(write_csv(tmp_path, ["0.png,a"] * 5 + ["1.png,b"], "path,label")))

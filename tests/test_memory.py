@@ -1,0 +1,86 @@
+"""Memory that runs out, and memory that is kept."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from conftest import ALL, ROOT, DroppingNet, SmallNet, prepare, run_here, small_recipe
+from finetune import memory, train_loop
+from finetune.memory import fitting_accumulation
+from finetune.recipe import SGD, RecipeError
+
+
+class Hungry(SmallNet):
+    """Runs out of memory with more than 3 images at once."""
+
+    def forward(self, images):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return super().forward(images)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(tmp_path, capsys, monkeypatch):
+    """The batch stays, one line says what is done, and the weights are those of a run with memory enough."""
+    recipe = small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9), backbone=Hungry)
+    monkeypatch.setattr(train_loop, "evaluate", lambda *args: (torch.zeros(4, 10), torch.zeros(4).long()))
+    monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
+    net, _ = run_here(recipe, tmp_path / "hungry")
+    out = capsys.readouterr().out
+    assert out.count("out of memory with 8 images at once: now 4, 2 times an update; the batch stays 8") == 1
+    assert out.count("now 2, 4 times an update") == 1
+    other, _ = run_here(small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9)), tmp_path / "plenty")
+    for name, tensor in other.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_try_for_memory_leaves_no_trace(monkeypatch):
+    """Trying a micro-batch changes no parameter, gradient or statistic; one image too many is refused."""
+    monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
+    net, groups, _ = prepare(small_recipe(backbone=DroppingNet, norm_stats="train"))
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    net.train()
+    assert fitting_accumulation(small_recipe(), net, Accelerator(cpu=True), 1, print) == 1
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    net.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    with pytest.raises(RecipeError, match="out of memory with 1 images of 24 px"):
+        fitting_accumulation(small_recipe(), net, Accelerator(cpu=True), 1, print)
+
+
+ALLOCATES = """
+import resource, sys, torch
+from finetune.assemble import make_accelerator
+from finetune.recipe_file import load_recipe
+
+if sys.argv[1] == "kept":
+    make_accelerator(load_recipe("efficientnet_lite0_digits")[0])
+for _ in range(10):
+    torch.empty(2**24).fill_(1)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about Linux's C library")
+def test_freed_memory_is_kept_for_the_next_update():
+    """A large tensor made anew takes the memory of the one before it: the system maps none, where otherwise it maps all."""
+    faults = {
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", ALLOCATES, name],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=ROOT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            ).stdout.split()[-1]
+        )
+        for name in ("kept", "returned")
+    }
+    assert faults["kept"] < faults["returned"] / 10 and faults["returned"] > 100

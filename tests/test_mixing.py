@@ -1,0 +1,108 @@
+"""Which images are drawn, and which are mixed."""
+
+import math
+
+import numpy as np
+import pytest
+import timm.data
+import timm.layers
+import timm.loss
+import torch
+
+from conftest import (
+    ALL,
+    Coloured,
+    assert_same_weights,
+    plain,
+    run_here,
+    small_recipe,
+)
+from finetune.augment import mix_neighbours
+from finetune.batches import SeededImages, balanced_chances, plan_epoch
+from finetune.recipe import Augment, Data
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)
+def test_neighbours_are_mixed_as_timm_mixes(alphas):
+    """Each pair of neighbours comes out as timm's Mixup of that pair alone under the same draw; a last odd one stays itself."""
+    mixup = timm.data.Mixup(alphas.get("mixup", 0), alphas.get("cutmix", 0), label_smoothing=0.0, num_classes=10)
+    images, labels = torch.randn(7, 3, 16, 16), torch.randint(0, 10, (7,))
+    from finetune.batches import seed_all
+
+    for key in range(4):
+        mixed, targets = mix_neighbours(mixup, images.clone(), labels, (0, key))
+        order = [0, 2, 4, 6, 5, 3, 1]
+        for first in (0, 2, 4):
+            seed_all("mix", 0, key)
+            theirs, soft = mixup(images[first : first + 2].clone(), labels[first : first + 2])
+            for i in (0, 1):
+                at = order.index(first + i)
+                assert torch.equal(mixed[at], theirs[i]) and torch.equal(targets[at], soft[i])
+        torch.testing.assert_close(mixed[3], images[6])
+        assert targets[3, labels[6]] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("processes,accumulate", [(1, 2), (2, 1), (1, 3), (3, 2), (4, 1)])
+def test_pairs_stay_together_however_an_update_is_cut(processes, accumulate):
+    """Over all micro-batches the same pairs come together, in the same updates, as when nothing is cut."""
+
+    def pairs(processes, accumulate):
+        found = []
+        for update in zip(
+            *(plan_epoch(23, 12, 0, 1, p, processes, accumulate, pairs=True) for p in range(processes)), strict=True
+        ):
+            cuts = [cut for part in update if part.weight for cut in part.micro_batches]
+            assert sorted(i for cut in cuts for i in cut) == sorted(update[0].images)
+            found.append({tuple(cut[i : i + 2]) for cut in cuts for i in range(0, len(cut), 2)})
+        return found
+
+    assert pairs(processes, accumulate) == pairs(1, 1)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_mixed_run_is_the_same_however_it_is_cut(tmp_path, accumulate):
+    """Mixup and cutmix with accumulation give the weights of whole batches, and other weights than without mixing."""
+    recipe = plain(augment=Augment(mixup=0.4, cutmix=1.0))
+    whole, _ = run_here(recipe, tmp_path / "whole")
+    assert_same_weights(run_here(recipe, tmp_path / "cut", accumulate)[0], whole.state_dict())
+    unmixed, _ = run_here(plain(), tmp_path / "unmixed")
+    assert (whole.fc.weight - unmixed.fc.weight).abs().max() > 1e-3
+
+
+def test_balanced_sampling_draws_each_class_equally():
+    """Chances are those of torch's WeightedRandomSampler with weights 1 / count; drawn classes come equally often, by epoch."""
+    labels = np.array([0] * 700 + [1] * 200 + [2] * 100)
+    chances = balanced_chances(labels)
+    weights = torch.tensor(1 / np.bincount(labels)[labels])
+    torch.testing.assert_close(torch.tensor(chances), weights / weights.sum())
+    draw = [i for update in plan_epoch(1000, 64, 0, 3, chances=chances) for i in update.images]
+    assert len(draw) == 1000 and len(set(draw)) < 1000
+    drawn = np.bincount(labels[draw])
+    assert abs(drawn - 1000 / 3).max() < 4 * math.sqrt(1000 * 1 / 3 * 2 / 3)  # four standard deviations of a binomial
+    again, other = (
+        [i for update in plan_epoch(1000, 64, 0, epoch, chances=chances) for i in update.images] for epoch in (3, 4)
+    )
+    assert draw == again != other
+
+
+def test_balanced_sampling_reaches_the_run(tmp_path):
+    """The rare class of an uneven folder is seen as often as the common one."""
+    seen = []
+
+    class Watching(SeededImages):
+        def __getitem__(self, key):
+            seen.append(self.labels()[key[1]])
+            return super().__getitem__(key)
+
+    def uneven():
+        train = Coloured([0] * 40 + [1] * 5)
+        return train, Coloured([0, 1, 0, 1])
+
+    from finetune import augment
+
+    recipe = small_recipe(groups=ALL, epochs=8, data=Data(uneven, 24, 8, sampling="balanced"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(augment, "SeededImages", Watching)
+        run_here(recipe, tmp_path)
+    drawn = np.bincount([label for i, label in enumerate(seen)])
+    assert drawn[1] > 100  # of 360 drawn; 40 if every image came once an epoch

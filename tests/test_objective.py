@@ -1,0 +1,190 @@
+"""What is minimised and clipped."""
+
+import math
+
+import numpy as np
+import pytest
+import timm.data
+import timm.layers
+import timm.loss
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn.functional import cross_entropy, multilabel_soft_margin_loss, one_hot
+
+from conftest import (
+    SmallNet,
+    assert_same_weights,
+    bare_loop,
+    mean_loss,
+    plain,
+    prepare,
+    run_here,
+    small_recipe,
+)
+from finetune.backbone import build_backbone, head_parameters
+from finetune.batches import SeededImages
+from finetune.objective import Objective, clip
+from finetune.recipe import Augment, RecipeError
+
+
+def objective(recipe, labels=None, device="cpu"):
+    """The objective of SmallNet on a set of these labels."""
+    images = prepare(recipe)[2][0] if labels is None else SimpleSet(labels)
+    return Objective(recipe, SmallNet(), images, torch.device(device))
+
+
+class SimpleSet(SeededImages):
+    """Labels without images, of 4 classes."""
+
+    def __init__(self, labels):
+        super().__init__(self, None, 0, ("a", "b", "c", "d"))
+        self.given = labels
+
+    def __len__(self):
+        return len(self.given)
+
+    def labels(self):
+        return np.asarray(self.given)
+
+
+@pytest.mark.parametrize(
+    "changes,theirs",
+    [
+        ({"clip_norm": 0.1, "clip_norm_type": math.inf}, lambda p: torch.nn.utils.clip_grad_norm_(p, 0.1, math.inf)),
+        ({"clip_norm": 0.3, "clip_norm_type": 1.0}, lambda p: torch.nn.utils.clip_grad_norm_(p, 0.3, 1.0)),
+        ({"clip_value": 0.01}, lambda p: torch.nn.utils.clip_grad_value_(p, 0.01)),
+        ({"clip_adaptive": 0.01}, lambda p: timm.utils.adaptive_clip_grad(list(p), 0.01)),
+    ],
+    ids=["largest element", "sum", "value", "adaptive"],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_is_torchs_and_timms(tmp_path, changes, theirs, accumulate):
+    """Each way of clipping acts once an update on its whole gradient, as the library's own function in a bare loop."""
+    recipe = plain(**changes)
+    reference, trail = bare_loop(recipe, mean_loss, theirs)
+    assert_same_weights(run_here(recipe, tmp_path / "a", accumulate)[0], trail[-1])
+    unclipped = bare_loop(recipe, mean_loss)[1][-1]
+    assert (trail[-1]["fc.weight"] - unclipped["fc.weight"]).abs().max() > 1e-4
+
+
+def test_the_logged_norm_is_from_before_clipping():
+    """Norm, value and adaptive clipping follow each other; the returned norm is the raw one, of what trains alone."""
+    net = SmallNet()
+    net.stem.requires_grad_(False)
+    net(torch.randn(4, 3, 24, 24)).sum().backward()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    raw = [p.grad.clone() for p in trained]
+    norm = clip(small_recipe(clip_norm=0.5, clip_value=0.01), trained)
+    assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in raw)), rel=1e-5)
+    scaled = [(g * 0.5 / norm).clamp(-0.01, 0.01) for g in raw]
+    for parameter, gradient in zip(trained, scaled, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_loss_is_timms(smoothing):
+    """loss="binary" equals timm's BinaryCrossEntropy with its smoothing, on labels of one class."""
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
+    ours = objective(small_recipe(loss="binary", label_smoothing=smoothing), [0]).loss(logits, labels) / 6
+    theirs = timm.loss.BinaryCrossEntropy(smoothing=smoothing)(logits, labels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_multi_label_loss_is_torchs():
+    """loss="multi_label" equals torch's multilabel_soft_margin_loss; an unreadable image counts for nothing."""
+    logits, labels = torch.randn(6, 4), torch.randint(0, 2, (6, 4)).float()
+    ours = objective(small_recipe(loss="multi_label", score="mean_average_precision"), [0])
+    torch.testing.assert_close(ours.loss(logits, labels) / 6, multilabel_soft_margin_loss(logits, labels))
+    labels[2] = -100
+    seen = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(ours.loss(logits, labels) / 5, multilabel_soft_margin_loss(logits[seen], labels[seen]))
+
+
+def test_smoothing_mixed_targets_is_timms():
+    """Smoothing after mixing gives timm's mixed and smoothed targets, for one label and for several."""
+    labels = torch.tensor([0, 3, 1, 1])
+    for several, kind in ((False, "binary"), (True, "multi_label")):
+        targets = one_hot(labels, 4).float() if several else labels
+        theirs = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.2, multi_label=several)
+        mixed = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.0, multi_label=several)
+        logits = torch.randn(4, 4)
+        score = "mean_average_precision" if several else "top1"
+        ours = objective(small_recipe(loss=kind, label_smoothing=0.2, score=score), [0])
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, theirs) * 4
+        torch.testing.assert_close(ours.loss(logits, mixed), expected)
+    theirs = timm.loss.SoftTargetCrossEntropy()(logits, timm.data.mixup.mixup_target(labels, 4, 0.3, smoothing=0.2)) * 4
+    mixed = timm.data.mixup.mixup_target(labels, 4, 0.3)
+    torch.testing.assert_close(objective(small_recipe(label_smoothing=0.2), [0]).loss(logits, mixed), theirs)
+
+
+def test_balanced_class_weights_are_scikit_learns(tmp_path):
+    """class_weights="balanced" is scikit-learn's formula, and a run with weights takes a bare loop's weighted steps."""
+    labels = [0] * 7 + [1] * 2 + [2] * 3 + [3]
+    found = objective(small_recipe(class_weights="balanced"), labels).class_weights
+    assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=np.arange(4), y=labels).tolist())
+    assert found[labels].mean().item() == pytest.approx(1.0)
+    weights = tuple(float(i + 1) for i in range(10))
+    recipe = plain(class_weights=weights)
+    trail = bare_loop(
+        recipe, lambda net, logits, labels: cross_entropy(logits, labels, torch.tensor(weights), reduction="sum") / len(labels)
+    )[1]
+    assert_same_weights(run_here(recipe, tmp_path, 2)[0], trail[-1], 1e-5)
+
+
+@pytest.mark.parametrize("weights,fault", [((1.0, 2.0), "class_weights: 2 for 10 classes"), ("balanced", "a list `targets`")])
+def test_class_weights_that_do_not_fit_are_refused(weights, fault):
+    """A wrong number of weights, and a data set that does not tell its labels, each get one message."""
+
+    class Untold:
+        classes = tuple("0123456789")
+
+        def __len__(self):
+            return 3
+
+    with pytest.raises(RecipeError, match=fault):
+        Objective(small_recipe(class_weights=weights), SmallNet(), SeededImages(Untold(), None, 0, Untold.classes), "cpu")
+
+
+def test_l2_sp_is_its_closed_form(tmp_path):
+    """The pull is l2_sp times the distance from the start, on the backbone's weights only, once an update however it is cut."""
+    recipe = plain(l2_sp=0.5)
+    start = {name: p.detach().clone() for name, p in prepare(recipe)[0].named_parameters()}
+
+    def loss(net, logits, labels):
+        pulled = [p for name, p in net.named_parameters() if name in ("stem.weight", "body.weight")]
+        return cross_entropy(logits, labels) + 0.25 * sum(
+            (p - start[name]).square().sum() for name, p in net.named_parameters() if any(p is one for one in pulled)
+        )
+
+    trail = bare_loop(recipe, loss)[1]
+    for accumulate in (1, 2):
+        assert_same_weights(run_here(recipe, tmp_path / str(accumulate), accumulate)[0], trail[-1])
+    without = bare_loop(recipe, mean_loss)[1][-1]
+    assert (trail[-1]["body.weight"] - without["body.weight"]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "backbone,head,expected",
+    [
+        ("test_resnet", None, {"fc.weight", "fc.bias"}),
+        ("torchvision/resnet18", None, {"fc.weight", "fc.bias"}),
+        (SmallNet, "fc", {"fc.weight", "fc.bias"}),
+        (SmallNet, None, set()),
+    ],
+)
+def test_the_new_head_is_known(backbone, head, expected):
+    """The parameters that no pretrained weights have are the classifier's, or the named layer's."""
+    recipe = small_recipe(backbone=backbone, head=head)
+    assert head_parameters(recipe, SmallNet() if callable(backbone) else build_backbone(recipe, 10)) == expected
+
+
+def test_each_update_and_each_seed_mixes_by_its_own_draw():
+    """Two updates, and two seeds, mix the same images differently; the same update mixes them the same again."""
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+
+    def mixed(step, seed=0):
+        recipe = small_recipe(augment=Augment(mixup=0.4, cutmix=1.0), seed=seed)
+        return objective(recipe, [0]).mix(images.clone(), labels, step)[1]
+
+    assert torch.equal(mixed(3), mixed(3))
+    assert not torch.equal(mixed(3), mixed(4)) and not torch.equal(mixed(3), mixed(3, seed=1))

@@ -1,0 +1,121 @@
+"""What is shown before a run."""
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT, SmallNet, run_here, small_recipe
+from finetune.__main__ import main as verb
+from finetune.lr_schedule import Step
+from finetune.plan import group_tables, planned_rates
+from finetune.recipe import SGD, Frozen, Group, Switch
+from finetune.recipe_file import load_recipe
+from finetune.run import main
+
+ROWS = (
+    Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),
+    Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5),
+    Group("norm", "norm", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9)),
+    Frozen("stem", "."),
+)
+
+
+def test_the_planned_rates_are_the_runs(tmp_path):
+    """The plan's rate of every update is the one the run logs."""
+    recipe = small_recipe(groups=ROWS)
+    rows = [row["lr"] for row in run_here(recipe, tmp_path)[1] if "lr" in row]
+    planned = planned_rates(recipe, SmallNet(), range(12), 3)
+    assert [{name: rates[i] for name, rates in planned.items()} for i in range(12)] == rows
+
+
+def test_the_group_table_has_first_peak_and_last_rate():
+    """A late group's first and highest rate are those it really gets; a frozen row has none; a switch has its own table."""
+    recipe = small_recipe(groups=ROWS, switch=Switch(at=2, optimizer=SGD(momentum=0.5), lr_factor=2.0))
+    first, second = (text.splitlines() for text in group_tables(recipe, SmallNet(), 22).split("\n\nfrom epoch 2:\n"))
+    cells = {line.split()[0]: line.split() for line in first}
+    rates = planned_rates(recipe, SmallNet(), range(12), 3)
+    assert cells["body"][3:6] == [f"{rate:.2g}" for rate in (rates["body"][3], max(rates["body"][3:6]), rates["body"][5])]
+    assert cells["stem"][-2:] == ["frozen", "never"] and cells["head"][-2:] == ["AdamW", "0"]
+    later = {line.split()[0]: line.split() for line in second}
+    assert later["body"][4] == f"{max(rates['body'][6:]):.2g}" and later["body"][-2:] == ["SGD", "1"]
+    assert later["norm"][-2:] == ["SGD", "2"]
+
+
+def test_plan_shows_everything_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    """Without weights, data or network: groups, rates, updates, stages with memory, layers, and a picture."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finetune.weights.pretrained_state", lambda *args: pytest.fail("weights were asked for"))
+    assert verb(["plan", "resnet18_cifar", "--set", "epochs=5", "--output", "plans"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "5 epochs of 196 updates of 256 images",
+        "layer4 ",
+        "rate at the start of each epoch",
+        "stages",
+        "activations",
+        "layers, for one image",
+        "512 x 7 x 7",
+        "11,181,642",
+    ):
+        assert text in out
+    with Image.open(tmp_path / "plans" / "resnet18_cifar-plan.png") as picture:
+        assert picture.size[0] > 600
+    assert [path.name for path in tmp_path.iterdir()] == ["plans"]
+
+
+def test_a_dry_run_is_the_plan(tmp_path, monkeypatch, capsys):
+    """--dry-run prints what the plan prints."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["--recipe", "vit_small_cifar100", "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert verb(["plan", "vit_small_cifar100"]) == 0
+    assert capsys.readouterr().out == dry and not list(tmp_path.iterdir())
+
+
+def test_find_lr_says_what_to_paste(tmp_path, monkeypatch, capsys):
+    """The verb prints two suggestions as overrides of every group's rate, draws the picture, and writes nothing else."""
+    monkeypatch.chdir(tmp_path)
+    assert (
+        verb(
+            [
+                "find-lr",
+                "efficientnet_lite0_digits",
+                "--weights",
+                "none",
+                "--set",
+                "data.image_size=32",
+                "--set",
+                "augment.randaugment=None",
+                "--output",
+                "out",
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["steepest", "valley", "picture"]
+    assert all(line.count("--set groups.") == 4 for line in out[:2])
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "efficientnet_lite0_digits-lr.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "resnet81_cifar"],
+        ["plan", "resnet18_cifar", "--set", "groups.head.pattern=x"],
+        ["find-lr", "resnet18_cifar", "--data", "nowhere"],
+    ],
+)
+def test_a_verb_that_fails_says_one_message(capsys, arguments):
+    """Exit code 2 and one message, as with a run."""
+    assert verb(arguments) == 2
+    assert capsys.readouterr().err.startswith("finetune: ")
+
+
+def test_every_recipe_has_a_plan():
+    """Each shipped recipe's table and rates can be had for any number of images."""
+    from finetune.backbone import outline
+
+    for file in sorted((ROOT / "recipes").glob("*.py")):
+        recipe, _ = load_recipe(str(file))
+        text = group_tables(recipe, outline(recipe), 1000)
+        assert text.splitlines()[-1].startswith("all")

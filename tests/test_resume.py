@@ -1,0 +1,167 @@
+"""A run that goes on is the unbroken one, to the bit."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import ALL, Cut, DroppingNet, cut_before, run_here, scaling_accelerator, small_recipe
+from finetune import run_record, train_loop
+from finetune.lr_schedule import Plateau
+from finetune.processes import Stopped
+from finetune.recipe import SGD, AdamW, Augment, Data, EarlyStop, Frozen, Group, LinearProbe, Optimizer, RecipeError, Switch
+from finetune.recipe_file import as_dict
+from finetune.run_folder import changes, check_same_recipe, newest_checkpoint
+
+
+def everything(folder):
+    """All that a run's last checkpoint holds, and its metrics."""
+    last = newest_checkpoint(folder)
+    moments = torch.load(last / "optimizer.pt", weights_only=True)
+    flat = {
+        f"{name} {key} {i}": torch.as_tensor(item)
+        for name, state in moments.items()
+        for key, value in state.items()
+        for i, item in enumerate(value if isinstance(value, list) else [value])
+        if item is not None
+    }
+    average = last / "average.safetensors"
+    weights = safetensors.torch.load_file(last / "model.safetensors")
+    weights |= {f"average {name}": t for name, t in (safetensors.torch.load_file(average) if average.exists() else {}).items()}
+    return weights, flat, (folder / "metrics.jsonl").read_text()
+
+
+def assert_same_bits(a, b):
+    for ours, theirs in zip(a[:2], b[:2], strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert a[2] == b[2]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Everything after an unbroken run, for 1 and 2 micro-batches an update."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    found = {}
+    for accumulate in (1, 2):
+        run_here(interrupted_recipe(), folder / str(accumulate), accumulate)
+        found[accumulate] = everything(folder / str(accumulate))
+    return found
+
+
+def interrupted_recipe():
+    return small_recipe(backbone=DroppingNet, norm_stats="train", optimizer=AdamW(weight_decay=0.05))
+
+
+@pytest.mark.parametrize(
+    "before,call,accumulate,every,workers",
+    [
+        ("set_rates", 5, 1, 0, (0, 0)),  # in an epoch, with the checkpoint at its start
+        ("set_rates", 6, 1, 1, (0, 2)),  # in an epoch, with a checkpoint after each update
+        ("set_rates", 6, 2, 2, (2, 0)),  # with fewer workers than before
+        ("seed_all", 9, 2, 1, (0, 0)),  # in the middle of an accumulation
+        ("unfreeze", 2, 1, 1, (2, 2)),  # at an unfreezing boundary
+        ("evaluate", 3, 1, 1, (0, 0)),  # after an epoch's last update, before its scores
+        ("save_checkpoint", 8, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
+    ],
+)
+def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, before, call, accumulate, every, workers):
+    """Parameters, buffers, optimizer state and the metrics file are the same, to the bit, wherever the run was cut."""
+    monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
+    with monkeypatch.context() as patched:
+        cut_before(patched, before, call)
+        with pytest.raises(Cut):
+            run_here(interrupted_recipe(), tmp_path, accumulate, workers[0], checkpoint_every=every)
+    run_here(interrupted_recipe(), tmp_path, accumulate, workers[1], checkpoint_every=every)
+    assert_same_bits(everything(tmp_path), unbroken[accumulate])
+
+
+HEAD, REST = Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=2)
+
+
+LEVERS = {
+    "average": {"ema_decay": 0.6},
+    "linear probe": {"linear_probe": LinearProbe(views=2), "early_stop": EarlyStop(patience=9)},
+    "several optimizers": {"groups": (HEAD, Group("rest", ".", lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=1))},
+    "switch": {"groups": (HEAD, REST), "switch": Switch(at=2, optimizer=SGD(momentum=0.9), lr_factor=3.0)},
+    "lbfgs": {"groups": (HEAD, Frozen("rest", ".")), "optimizer": Optimizer("LBFGS", max_iter=3)},
+    "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
+    "own columns": {
+        "groups": (
+            Group("head", "fc", lr=1e-2, schedule=Plateau(patience=0)),
+            Group("rest", ".", lr=1e-3, unfreeze_at=1, warmup_epochs=1.0, weight_decay=0.3),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("call", [4, 6, 7, 9])
+@pytest.mark.parametrize("lever", LEVERS)
+def test_every_lever_survives_a_cut(tmp_path, monkeypatch, lever, call):
+    """With any lever a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a change of optimizer."""
+    recipe = small_recipe(**{"backbone": DroppingNet, "norm_stats": "train", **LEVERS[lever]})
+    run_here(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        cut_before(patched, "set_rates", call)
+        with pytest.raises(Cut):
+            run_here(recipe, tmp_path / "cut", checkpoint_every=1)
+    run_here(recipe, tmp_path / "cut")
+    whole = everything(tmp_path / "whole")
+    assert_same_bits(everything(tmp_path / "cut"), whole)
+    assert len(whole[1]) > 1 and any(name.startswith("average") for name in whole[0]) == (lever == "average")
+
+
+def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch):
+    """Updates that overflow change no weight and no rate; the scaler's state goes on through a resumed run, to the bit."""
+    recipe = small_recipe(groups=ALL)
+    plain = [row["lr"] for row in run_here(recipe, tmp_path / "plain")[1] if "lr" in row]
+    net, rows = run_here(recipe, tmp_path / "scaled", accelerator=scaling_accelerator())
+    updates = [row for row in rows if "lr" in row]
+    assert [row["lr"] for row in updates] == plain
+    skipped = [row["step"] for row in updates if not math.isfinite(row["grad_norm"])]
+    assert skipped and len(skipped) < len(updates) and all(math.isfinite(row["loss"]) for row in updates)
+    with monkeypatch.context() as patched:
+        cut_before(patched, "set_rates", 6)
+        with pytest.raises(Cut):
+            run_here(recipe, tmp_path / "cut", checkpoint_every=1, accelerator=scaling_accelerator())
+    run_here(recipe, tmp_path / "cut", accelerator=scaling_accelerator())
+    assert_same_bits(everything(tmp_path / "cut"), everything(tmp_path / "scaled"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypatch, unbroken, number):
+    """SIGTERM and Ctrl-C stop after the running update with a checkpoint of it; handlers come back; resuming is exact."""
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    real = train_loop.backward
+
+    def signalled(recipe, objective, model, update, batches, step, accelerator):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return real(recipe, objective, model, update, batches, step, accelerator)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_loop, "backward", signalled)
+        with pytest.raises(Stopped, match="after update 4"):
+            run_here(interrupted_recipe(), tmp_path)
+    assert newest_checkpoint(tmp_path).name == "step-00000005-epochs-00001"
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    run_here(interrupted_recipe(), tmp_path)
+    assert_same_bits(everything(tmp_path), unbroken[1])
+
+
+def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
+    """Resuming names every changed field; fields younger than the run count as having had their defaults."""
+    recipe = small_recipe()
+    resolved = as_dict(recipe)
+    (tmp_path / "recipe.json").write_text(json.dumps(resolved))
+    check_same_recipe(tmp_path, recipe)
+    with pytest.raises(RecipeError) as caught:
+        check_same_recipe(tmp_path, small_recipe(epochs=5, seed=1))
+    assert "epochs: 4 before, 5 now" in str(caught.value) and "seed: 0 before, 1 now" in str(caught.value)
+    assert "--resume-anyway" in str(caught.value)
+    del resolved["data"]["on_bad_image"], resolved["label_smoothing"]
+    assert changes(resolved, recipe) == []
+    assert len(changes(resolved, small_recipe(label_smoothing=0.1, data=Data("generated", 24, 8, on_bad_image="skip")))) == 2

@@ -1,0 +1,102 @@
+"""What trackers are told."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from conftest import (
+    Cut,
+    cut_before,
+)
+from finetune import run_record
+from finetune.run import main
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path, monkeypatch, image_folder):
+    """TensorBoard's own reader finds each update's loss and rates and each epoch's scores once, though the run was cut."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--recipe",
+        "resnet18_cifar",
+        "--data",
+        str(image_folder),
+        "--weights",
+        "none",
+        "--track",
+        "tensorboard",
+        "--output",
+        "out",
+        *(
+            word
+            for field in ("data.image_size=32", "data.batch_size=8", "mixed_precision=no", "epochs=4")
+            for word in ("--set", field)
+        ),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(run_record, "FLUSH_EVERY", 1)
+        cut_before(patched, "set_rates", 11)  # two updates after the checkpoint of epoch 1
+        with pytest.raises(Cut):
+            main(arguments)
+    assert main([*arguments, "--resume"]) == 0
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(Path("out/finetune"))).Reload()
+    updates, epochs = [row for row in rows if "grad_norm" in row], [row for row in rows if "val_images" in row]
+    for tag, key, kind, last in (
+        ("train/loss", "loss", updates, 0),
+        ("train/grad_norm", "grad_norm", updates, 0),
+        ("val/top1", "top1", epochs, 1),
+    ):
+        expected = [(max(0, row["step"] - last), pytest.approx(row[key], rel=1e-6)) for row in kind]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected
+    assert [e.value for e in events.Scalars("lr/stem")] == pytest.approx([row["lr"]["stem"] for row in updates])
+
+
+def test_wandb_is_told_offline(tmp_path, monkeypatch):
+    """Weights & Biases, offline, writes a file whose records, by its own protocol, have the recipe and every update's loss."""
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main(["--recipe", "resnet18_cifar", "--smoke", "--track", "wandb", "--output", "out"]) == 0
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    (file,) = Path("out").rglob("*.wandb")
+    losses, config = [], {}
+    for data in log_records(file):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        losses += [
+            float(item.value_json)
+            for item in record.history.item
+            if "/".join(item.nested_key) == "train/loss" or item.key == "train/loss"
+        ]
+        config |= {item.key: item.value_json for update in (record.run.config, record.config) for item in update.update}
+    assert losses == pytest.approx([row["loss"] for row in rows if "grad_norm" in row])
+    assert config["optimizer.name"] == '"AdamW"'
+
+
+def log_records(file):
+    """The records of a file in LevelDB's log format: blocks of 32 KiB, chunks headed by checksum, length and kind."""
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_a_tracker_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    """An unknown tracker, or one whose package is missing, ends in one message before training."""
+    monkeypatch.chdir(tmp_path)
+    for name, fault in (("tensorbord", "Unsupported logging capability: tensorbord"), ("comet_ml", "pip install comet_ml")):
+        assert main(["--recipe", "resnet18_cifar", "--smoke", "--track", name, "--output", "out"]) == 2
+        assert fault in capsys.readouterr().err

@@ -16,6 +16,7 @@ from finetune import lr_schedule, recipe, run
 from finetune.__main__ import arguments
 from finetune.__main__ import main as verb
 from finetune.backbone import outline
+from finetune.baseline import summary
 from finetune.plan import check
 from finetune.recipe import LayerDecay
 
@@ -204,14 +205,15 @@ def test_more_images_are_as_recorded():
 
 
 def test_the_larger_networks_are_as_recorded():
-    """What EfficientNet-Lite1 and 2 reach with the CIFAR-10 recipe is the mean of the kept runs."""
-    for number, kept in enumerate(json.loads((KEPT / "lite.json").read_text()), 1):
-        top1, heads = ([100 * run[key] for run in kept["runs"]] for key in ("top1", "head_top1"))
-        told = (
-            f"EfficientNet-Lite{number} {fmean(top1):.1f} % ({min(top1):.1f} to {max(top1):.1f}, {len(top1)} seeds; "
-            f"head alone {fmean(heads):.1f} %)"
-        )
-        assert told in " ".join(README.split()) and kept["recipe"]["backbone"] == f"tf_efficientnet_lite{number}"
+    """What the three networks reach with the three recipes is the mean of the kept runs."""
+    own = [json.loads((KEPT.parent / f"efficientnet_lite0_{name}.json").read_text()) for name in ("cifar", "digits", "elpv")]
+    larger = json.loads((KEPT / "lite.json").read_text())
+    assert len(larger) == 6
+    for kept in own + larger:
+        head = fmean(100 * run["head_top1"] for run in kept["runs"])
+        cell = f"{summary(kept).partition(' on ')[0]}; head alone {head:.1f} %"
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{kept['recipe']['backbone']}` |"))
+        assert row.split(" | ")[("--data", "digits", "elpv").index(kept["recipe"]["data"]["source"]) + 1].strip(" |") == cell
 
 
 def test_the_solar_cells_by_kind_are_as_recorded():

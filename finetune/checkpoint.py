@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -18,6 +18,7 @@ from finetune.run_folder import newest_checkpoint
 from finetune.run_record import RunRecord
 
 T = TypeVar("T")
+AFRESH = "to start again from the pretrained weights, name another --output"
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -77,7 +78,8 @@ def save_checkpoint(
     """
     record.flush()
     if accelerator.is_main_process:
-        names = parameter_names(net, optimizer)
+        optimizers = optimizer_kinds(net, optimizer)
+        names = list(optimizers)
         moments = {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
 
@@ -88,7 +90,8 @@ def save_checkpoint(
                 (folder / "average.safetensors").write_bytes(safetensors.torch.save(plain_state(scored)))
             torch.save(moments, optimizer_file := io.BytesIO())
             (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
-            (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler, **record.state()}))
+            state = {"step": step, "scaler": scaler, "optimizers": optimizers, **record.state()}
+            (folder / "state.json").write_text(json.dumps(state))
 
         # With the scored epochs in it no name comes twice, so none is ever replaced: after an epoch's last update there may be
         # one without its scores and one with them.
@@ -110,13 +113,13 @@ def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: A
     if folder is None:
         record.begin()
         return 0
-    state = read(folder / "state.json", lambda file: json.loads(file.read_text()))
+    state = read_state(folder)
     for network, name in ((net, "model"), (scored, "average"))[: 1 if scored is net else 2]:
         weights = read(folder / f"{name}.safetensors", safetensors.torch.load_file)
-        if weights.keys() != network.state_dict().keys():
-            raise RecipeError(f"checkpoint {folder} is of another network than this recipe's")
+        if shapes(weights) != shapes(network.state_dict()):
+            raise RecipeError(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
         network.load_state_dict(weights)
-    if accelerator.scaler:
+    if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one begins
         accelerator.scaler.load_state_dict(state["scaler"])
     record.go_on(state)
     return state["step"]
@@ -126,14 +129,21 @@ def restore_optimizer(record: RunRecord, net: nn.Module, optimizer: torch.optim.
     """Give an optimizer the state that the run's newest checkpoint has for each parameter.
 
     Raises:
-        RecipeError: if the file is damaged or is of another table of groups.
+        RecipeError: if the file is damaged, or is of another table of groups or of other optimizers.
     """
     folder = newest_checkpoint(record.folder)
     assert folder is not None  # `restore` went on from it
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
-    ids = {name: i for i, name in enumerate(parameter_names(net, optimizer))}
-    if not moments.keys() <= ids.keys():
-        raise RecipeError(f"checkpoint {folder} is of another network, or another table of groups, than this recipe's")
+    kinds = optimizer_kinds(net, optimizer)
+    if not moments.keys() <= kinds.keys():
+        raise RecipeError(
+            f"checkpoint {folder} is of another network, or another table of groups, than this recipe's; {AFRESH}"
+        )
+    before = read_state(folder).get("optimizers", kinds)  # older checkpoints do not tell
+    for name in moments:
+        if before[name] != kinds[name]:  # it would be taken, and then be dead weight, or miss numbers in mid-run
+            raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
+    ids = {name: i for i, name in enumerate(kinds)}
     optimizer.load_state_dict(
         {
             "state": {ids[name]: moment for name, moment in moments.items()},
@@ -148,12 +158,26 @@ def read(file: Path, reader: Callable[[Path], T]) -> T:
         return reader(file)
     except Exception as error:
         raise RecipeError(
-            f"checkpoint {file.parent} can't be read: {file.name}: {str(error).partition(chr(10))[0]}; to start "
-            "again from the pretrained weights, name another --output"
+            f"checkpoint {file.parent} can't be read: {file.name}: {str(error).partition(chr(10))[0]}; {AFRESH}"
         ) from error
 
 
-def parameter_names(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Every parameter's name in the optimizer's order."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state.json."""
+    return read(folder / "state.json", lambda file: json.loads(file.read_text()))
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def optimizer_kinds(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """The optimizer, as "torch.AdamW", that steps each parameter, by the parameters' names, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    return [names[id(parameter)] for row in optimizer.param_groups for parameter in row["params"]]
+    inner = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
+    return {
+        names[id(parameter)]: f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}"
+        for one in getattr(inner, "optimizers", [inner])
+        for row in one.param_groups
+        for parameter in row["params"]
+    }

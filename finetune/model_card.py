@@ -8,8 +8,9 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from finetune.backbone import INPUTS
 from finetune.baseline import promise
-from finetune.recipe import SCORES, RecipeError
+from finetune.recipe import TOLD, RecipeError
 from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override
 from finetune.run_folder import changes
 from finetune.saved_model import read_json
@@ -67,7 +68,7 @@ def card(run: Path, config: dict[str, Any], best: bool) -> str:
     if result.get("smoke"):
         spread = "a SMOKE RUN on generated images: no result"
     chosen = f"after its best epoch, {result['best_epoch']}, chosen on these very images" if best else "after the last epoch"
-    reached = {score: result[f"best_{score}"]} if best else {key: result[key] for key in (*SCORES, "top5") if key in result}
+    reached = {score: result[f"best_{score}"]} if best else {key: result[key] for key in TOLD if key in result}
     start, licence, hub_id = f"the weights `{Path(recipe['weights']).name}`", None, None
     if recipe["weights"] == "none":
         start = "random weights"
@@ -87,7 +88,6 @@ def card(run: Path, config: dict[str, Any], best: bool) -> str:
         metrics=[METRICS[key] for key in reached],
         eval_results=None if result.get("smoke") else scored,
     )
-    inputs = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
     return CARD.format(
         front=front.to_yaml(),
         name=name,
@@ -99,9 +99,9 @@ def card(run: Path, config: dict[str, Any], best: bool) -> str:
         images=result["val_images"],
         classes=", ".join(config["label_names"]),
         start=start,
-        reached="\n".join(f"| {dict(SCORES, top5='top-5')[key]} | {value:.2%} |" for key, value in reached.items()),
+        reached="\n".join(f"| {TOLD[key]} | {value:.2%} |" for key, value in reached.items()),
         mirrored=" Each image's logits are the mean of its own and its mirror image's." if recipe.get("flip_test") else "",
-        inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in inputs),
+        inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in INPUTS),
         licence=licence or ("none" if start == "random weights" else "not known here"),
         data_licence=LICENCES.get(source, "not known here"),
         versions=", ".join(f"{key} {value}" for key, value in {**result["versions"], **result["hardware"]}.items()),

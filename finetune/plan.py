@@ -28,7 +28,7 @@ def check(recipe: Recipe, net: nn.Module) -> None:
 
 def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:
     """Network, data and length of a run."""
-    updates, probe = updates_per_epoch(recipe, num_images), recipe.linear_probe
+    updates, probe = recipe.data.updates(num_images), recipe.linear_probe
     head = f"the head alone on features of {probe.views * num_images} images, then " if probe else ""
     return (
         f"{as_dict(recipe.backbone)} on {as_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
@@ -39,7 +39,7 @@ def in_one_line(recipe: Recipe, num_images: int, num_classes: int) -> str:
 
 def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> str:
     """The whole plan: groups, rates, stages with their memory, layers. `net` may lie on the meta device."""
-    epochs, updates = range(recipe.epochs), updates_per_epoch(recipe, num_images)
+    epochs, updates = range(recipe.epochs), recipe.data.updates(num_images)
     planned = planned_rates(recipe, net, [epoch * updates for epoch in epochs], updates)
     by_epoch = [("group", *map(str, epochs))]
     by_epoch += [(name, *(f"{rate:.1e}" if rate else "-" for rate in row)) for name, row in planned.items()]
@@ -57,7 +57,7 @@ def text(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> s
 def group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
     """The table of groups, and the one after a switch of optimizers."""
     begun = sorted({0, recipe.optimizer_begins(recipe.epochs)})
-    updates = updates_per_epoch(recipe, num_images)
+    updates = recipe.data.updates(num_images)
     texts = []
     for start, stop in zip(begun, [*begun[1:], recipe.epochs], strict=True):
         groups = split_parameters(recipe, net, start)
@@ -80,10 +80,6 @@ def planned_rates(recipe: Recipe, net: nn.Module, steps: Sequence[int], steps_pe
 def shown_steps(start: int, stop: int, most: int = 2000) -> range:
     """The updates whose rates are looked at or drawn: all of a short run, evenly spaced ones of a long one."""
     return range(start, stop, math.ceil((stop - start) / most))
-
-
-def updates_per_epoch(recipe: Recipe, num_images: int) -> int:
-    return -(-num_images // recipe.data.batch_size)
 
 
 def smoke(recipe: Recipe, parts: int) -> Recipe:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.batches import SeededImages, unreadable
-from finetune.plan import planned_rates, shown_steps, updates_per_epoch
+from finetune.plan import planned_rates, shown_steps
 from finetune.recipe import SCORES, Recipe
 from finetune.scores import confusion_matrix
 
@@ -66,7 +66,7 @@ def tidy(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
 
 def planned(file: Path, recipe: Recipe, net: nn.Module, num_images: int) -> Path:
     """The rates of a run that is still to come."""
-    updates = updates_per_epoch(recipe, num_images)
+    updates = recipe.data.updates(num_images)
     steps = shown_steps(0, recipe.epochs * updates)
     figure, axes = blank()
     draw_rates(axes, planned_rates(recipe, net, steps, updates), steps, updates)

@@ -22,7 +22,7 @@ from finetune.data_sources import read_image
 from finetune.image_data import NAMED, class_folders, load_data
 from finetune.image_lists import ImageList, Images
 from finetune.plots import confusion
-from finetune.recipe import SCORES, RecipeError
+from finetune.recipe import TOLD, RecipeError
 from finetune.recipe_file import in_columns
 from finetune.saved_model import SavedModel, Settings, load_model
 from finetune.scores import confusion_matrix, scores
@@ -186,8 +186,7 @@ def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The scores in a line, a table of the classes and, of few classes, the confusion matrix."""
-    words = {"top1": "top-1", "top5": "top-5", **SCORES}
-    reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in words.items() if name in result)
+    reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in TOLD.items() if name in result)
     rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "F1")]
     rows += [
         (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))

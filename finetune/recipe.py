@@ -28,6 +28,7 @@ __all__ = [
 
 
 SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
+TOLD = {"top1": "top-1", "top5": "top-5", **SCORES}  # of all that is told of a run, in this order
 
 
 @dataclass(frozen=True, kw_only=True)

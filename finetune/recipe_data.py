@@ -32,6 +32,10 @@ class Data:
     on_bad_image: Literal["stop", "skip"] = "stop"
     holdout: float = 0.0
 
+    def updates(self, num_images: int) -> int:
+        """The updates of an epoch of so many images; the last may have fewer than the batch."""
+        return math.ceil(num_images / self.batch_size)
+
     def faults(self) -> list[str]:
         rules = [
             (self.image_size >= 1, f"image_size must be at least 1, not {self.image_size}"),

@@ -14,7 +14,7 @@ from finetune.baseline import promise
 from finetune.batches import SeededImages
 from finetune.param_groups import split_parameters
 from finetune.plots import confusion, curves, mistakes
-from finetune.recipe import SCORES, Recipe
+from finetune.recipe import SCORES, TOLD, Recipe
 from finetune.run_record import RunRecord
 from finetune.scores import scores
 
@@ -53,7 +53,7 @@ def report(
         }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    words = {recipe.score: SCORES[recipe.score], "top1": "top-1", "top5": "top-5", **SCORES}
+    words = {recipe.score: SCORES[recipe.score], **TOLD}
     reached = ", ".join(f"{words[name]} {result[name]:.2%}" for name in words if name in result)
     moved = ", ".join(f"{name} {share:.2%}" for name, share in result["drift"].items())
     promised = "nothing: a smoke run" if smoke else promise(file, recipe)

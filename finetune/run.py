@@ -153,13 +153,11 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
         f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
         f"{group_table}\n"
     )
+    start = {}
+    if accelerator.is_main_process:  # which alone reports
+        start = {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
+    workers = default_workers(args, accelerator.device.type)
     try:
-        start = (
-            {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
-            if accelerator.is_main_process
-            else {}
-        )  # the first process alone reports
-        workers = default_workers(args, accelerator.device.type)
         scored = train(recipe, net, images, record, accelerator, args.accumulate, workers, args.checkpoint_every)
     except Stopped as stopped:
         record.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
@@ -169,7 +167,8 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
         report(record, file, recipe, scored, start, images[1], args.smoke)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    held and held.close()
+    if held:
+        held.close()
     return 0
 
 

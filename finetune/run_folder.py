@@ -119,6 +119,8 @@ def with_defaults(resolved: dict[str, Any], part: Any) -> dict[str, Any]:
             filled[field.name] = as_dict(field.default)
         elif dataclasses.is_dataclass(inner) and isinstance(filled.get(field.name), dict):
             filled[field.name] = with_defaults(filled[field.name], inner)
-        elif isinstance(inner, tuple) and all(map(dataclasses.is_dataclass, inner)) and len(inner) == len(filled[field.name]):
-            filled[field.name] = [with_defaults(row, part) for row, part in zip(filled[field.name], inner, strict=True)]
+        elif isinstance(rows := filled.get(field.name), list) and isinstance(inner, tuple) and len(rows) == len(inner):
+            filled[field.name] = [
+                with_defaults(row, now) if dataclasses.is_dataclass(now) else row for row, now in zip(rows, inner, strict=True)
+            ]
     return filled

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import safetensors.torch
@@ -23,7 +23,17 @@ from finetune.recipe import SCORES, RecipeError
 from finetune.trackers import as_scalars
 
 FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
-Waiting = tuple[int, int, Update, torch.Tensor, torch.Tensor, dict[str, float]]  # step, epoch, ..., loss, norm, rates
+
+
+class Waiting(NamedTuple):
+    """An update whose numbers still lie on the device."""
+
+    step: int
+    epoch: int
+    update: Update
+    share: torch.Tensor  # this process's of the mean loss, and of the images that could not be read [2]
+    norm: torch.Tensor
+    rates: dict[str, float]
 
 
 class RunRecord:
@@ -45,7 +55,7 @@ class RunRecord:
         self.clock: list[float] = []  # seconds at which each of these was there
         self.losses: list[float] = []  # of the running epoch's updates
         self.skipped = 0  # images that could not be read in the running epoch
-        self.waiting: list[Waiting] = []  # updates whose losses still lie on the device
+        self.waiting: list[Waiting] = []
         self.best_epoch: int | None = None
         self.seconds, self.images = 0.0, 0
 
@@ -98,17 +108,24 @@ class RunRecord:
         self.epoch_started, self.epoch_images = time.monotonic(), 0
         with self.bar:
             for update, batches in updates:
-                self.unreadable = update.weight * unreadable(torch.cat([labels for _, labels in batches])).sum()
                 yield update, batches
                 self.bar.update()
             self.flush()
         self.epoch_seconds = time.monotonic() - self.epoch_started
 
     def log_update(
-        self, step: int, epoch: int, update: Update, loss: torch.Tensor, norm: torch.Tensor, rates: dict[str, float]
+        self,
+        step: int,
+        epoch: int,
+        update: Update,
+        batches: list[Batch],
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        rates: dict[str, float],
     ) -> None:
         """A line for an update. `loss` is this process's share of the mean loss; it is added up over processes on flushing."""
-        self.waiting.append((step, epoch, update, torch.stack([loss, self.unreadable.to(loss)]), norm, rates))
+        missing = update.weight * unreadable(torch.cat([labels for _, labels in batches])).sum()
+        self.waiting.append(Waiting(step, epoch, update, torch.stack([loss, missing.to(loss)]), norm, rates))
         self.images += update.size
         self.epoch_images += update.size
         if len(self.waiting) >= FLUSH_EVERY:
@@ -122,28 +139,25 @@ class RunRecord:
         """
         if not self.waiting:
             return
-        sums = self.accelerator.reduce(torch.stack([row[3] for row in self.waiting]), "sum")
-        losses, skipped = sums[:, 0].tolist(), int(sums[:, 1].sum())
-        norms = torch.stack([row[4] for row in self.waiting]).tolist()
-        rows: list[dict[str, Any]] = [
-            {"step": step, "epoch": epoch, "loss": loss, "grad_norm": norm, "lr": rates}
-            for (step, epoch, _, _, _, rates), loss, norm in zip(self.waiting, losses, norms, strict=True)
-        ]
-        for row, (_, _, update, *_) in zip(rows, self.waiting, strict=True):
-            if not math.isfinite(row["loss"]):
-                rates = ", ".join(f"{name} {rate:.2e}" for name, rate in row["lr"].items())
-                where = f"the loss of update {row['step']} (epoch {row['epoch']})"
+        sums = self.accelerator.reduce(torch.stack([one.share for one in self.waiting]), "sum")
+        losses, norms = sums[:, 0].tolist(), torch.stack([one.norm for one in self.waiting]).tolist()
+        rows = []
+        for one, loss, norm in zip(self.waiting, losses, norms, strict=True):
+            rows.append({"step": one.step, "epoch": one.epoch, "loss": loss, "grad_norm": norm, "lr": one.rates})
+            if not math.isfinite(loss):
+                rates = ", ".join(f"{name} {rate:.2e}" for name, rate in one.rates.items())
                 raise RecipeError(
-                    f"{where} is {row['loss']}, at rates {rates}\n"
-                    f"  its images, by index: {', '.join(map(str, update.images))}\n"
+                    f"the loss of update {one.step} (epoch {one.epoch}) is {loss}, at rates {rates}\n"
+                    f"  its images, by index: {', '.join(map(str, one.update.images))}\n"
                     f"  lower the rates, or clip_norm. The last good checkpoint is kept in {self.folder}"
                 )
-        self.waiting = []
         self.losses += losses
-        self.skipped += skipped
+        self.skipped += int(sums[:, 1].sum())
         self.write(rows)
         rate = self.epoch_images / (time.monotonic() - self.epoch_started)
-        self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{max(rows[-1]['lr'].values()):.1e}", images_s=f"{rate:.0f}")
+        fastest = max(self.waiting[-1].rates.values())
+        self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{fastest:.1e}", images_s=f"{rate:.0f}")
+        self.waiting = []
 
     def log_head(self, scores: dict[str, Any]) -> None:
         """A line, as of epoch -1, for the head alone: what the epochs after it are to beat."""

@@ -11,7 +11,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.backbone import TimmModel, build_backbone, misfit
+from finetune.backbone import INPUTS, TimmModel, build_backbone, misfit
 from finetune.recipe import RecipeError
 from finetune.recipe_file import as_dict, load_recipe
 from finetune.weights import reach, read_weights
@@ -41,7 +41,7 @@ def load_model(source: str | Path) -> SavedModel:
         except Exception as error:  # a foreign or cut file, each said in its own way
             raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
         inputs = resolve_model_data_config(net)
-        preprocessing = {key: inputs[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
+        preprocessing = {key: inputs[key] for key in INPUTS}
         classes = config.get("label_names") or net.pretrained_cfg.get("label_names")
         if not classes and (subset := infer_imagenet_subset(net)):
             classes = ImageNetInfo(subset).label_descriptions()

@@ -1,6 +1,5 @@
 """train() and evaluate(): the loop, top to bottom."""
 
-import math
 from contextlib import nullcontext
 
 import torch
@@ -52,7 +51,7 @@ def train(
     ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     scored = ema.module if ema else net
     chances = balanced_chances(train_images.labels()) if recipe.data.sampling == "balanced" else None
-    steps_per_epoch = math.ceil(len(train_images) / recipe.data.batch_size)
+    steps_per_epoch = recipe.data.updates(len(train_images))
     step = restore(record, net, scored, accelerator)
     if recipe.linear_probe and step == 0:
         fit_head(recipe, objective, net, images, accelerator, accumulate, workers)
@@ -97,7 +96,7 @@ def train(
                 loss, norm = take_step(recipe, objective, model, trained, optimizer, update, batches, step, accelerator)
                 if ema:
                     ema.update(net, step + 1)
-                record.log_update(step, epoch, update, loss, norm, rates)
+                record.log_update(step, epoch, update, batches, loss, norm, rates)
                 step += 1
                 if (stopping := stop.agreed()) or (checkpoint_every and step % checkpoint_every == 0):
                     save_checkpoint(record, net, scored, optimizer, accelerator, step)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.image_lists import ImageList, Images, labels_of
 from finetune.image_memory import ImageMemory
-from finetune.recipe import RecipeError
+from finetune.recipe import Recipe, RecipeError
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
 Batch = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
@@ -186,6 +186,15 @@ def balanced_chances(labels: np.ndarray) -> np.ndarray:
     """Chances [n] by which every class is drawn equally often."""
     chances = 1 / np.bincount(labels)[labels]
     return chances / chances.sum()
+
+
+def epoch_updates(
+    recipe: Recipe, images: SeededImages, epoch: int, process: int = 0, processes: int = 1, accumulate: int = 1
+) -> list[Update]:
+    """The updates of an epoch in the order, and by the sampling, of the recipe: see `plan_epoch`."""
+    chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
+    size, seed, pairs = recipe.data.batch_size, recipe.seed, recipe.augment.mixes
+    return plan_epoch(len(images), size, seed, epoch, process, processes, accumulate, chances, pairs)
 
 
 def load(

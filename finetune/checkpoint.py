@@ -136,12 +136,10 @@ def restore_optimizer(record: RunRecord, net: nn.Module, optimizer: torch.optim.
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
     kinds = optimizer_kinds(net, optimizer)
     if not moments.keys() <= kinds.keys():
-        raise RecipeError(
-            f"checkpoint {folder} is of another network, or another table of groups, than this recipe's; {AFRESH}"
-        )
+        raise RecipeError(f"checkpoint {folder} is of another network, or another table, than this recipe's; {AFRESH}")
     before = read_state(folder).get("optimizers", kinds)  # older checkpoints do not tell
     for name in moments:
-        if before[name] != kinds[name]:  # it would be taken, and then be dead weight, or miss numbers in mid-run
+        if before[name] != kinds[name]:  # torch would take it, and leave it lie or miss its own in mid-run
             raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
     ids = {name: i for i, name in enumerate(kinds)}
     optimizer.load_state_dict(

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.batches import Batch, SeededImages, Update, balanced_chances, load_updates, plan_epoch
+from finetune.batches import Batch, SeededImages, Update, epoch_updates, load_updates
 from finetune.lr_schedule import Lambda
 from finetune.memory import fitting_accumulation
 from finetune.objective import Objective
@@ -97,17 +97,8 @@ def endless(
     recipe: Recipe, images: SeededImages, accumulate: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Update, list[Batch]]]:
     """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
-    chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
     for epoch in count():
-        updates = plan_epoch(
-            len(images),
-            recipe.data.batch_size,
-            recipe.seed,
-            epoch,
-            accumulate=accumulate,
-            chances=chances,
-            pairs=recipe.augment.mixes,
-        )
+        updates = epoch_updates(recipe, images, epoch, accumulate=accumulate)
         yield from load_updates(images, epoch, updates, workers, device)
 
 

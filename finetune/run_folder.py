@@ -110,17 +110,16 @@ def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
     return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
 
 
-def with_defaults(resolved: dict[str, Any], part: Any) -> dict[str, Any]:
+def with_defaults(resolved: Any, part: Any) -> Any:
     """A part of a recipe as resolved earlier, with the fields added that `part` has and that have defaults."""
+    if isinstance(resolved, list) and isinstance(part, tuple) and len(resolved) == len(part):
+        return [with_defaults(*pair) for pair in zip(resolved, part, strict=True)]
+    if not isinstance(resolved, dict) or not dataclasses.is_dataclass(part):
+        return resolved
     filled = dict(resolved)
     for field in dataclasses.fields(part):
-        inner = getattr(part, field.name)
-        if field.name not in filled and field.default is not dataclasses.MISSING:
+        if field.name in filled:
+            filled[field.name] = with_defaults(filled[field.name], getattr(part, field.name))
+        elif field.default is not dataclasses.MISSING:
             filled[field.name] = as_dict(field.default)
-        elif dataclasses.is_dataclass(inner) and isinstance(filled.get(field.name), dict):
-            filled[field.name] = with_defaults(filled[field.name], inner)
-        elif isinstance(rows := filled.get(field.name), list) and isinstance(inner, tuple) and len(rows) == len(inner):
-            filled[field.name] = [
-                with_defaults(row, now) if dataclasses.is_dataclass(now) else row for row, now in zip(rows, inner, strict=True)
-            ]
     return filled

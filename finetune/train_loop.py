@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from finetune.backbone import memory_format
-from finetune.batches import Batch, SeededImages, Update, balanced_chances, load, load_updates, plan_epoch, seed_all
+from finetune.batches import Batch, SeededImages, Update, epoch_updates, load, load_updates, seed_all
 from finetune.checkpoint import restore, restore_optimizer, save_checkpoint
 from finetune.folding import fold_norms
 from finetune.linear_probe import fit, head_layer, returns_features
@@ -50,7 +50,6 @@ def train(
     objective = Objective(recipe, net, train_images, accelerator.device)
     ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     scored = ema.module if ema else net
-    chances = balanced_chances(train_images.labels()) if recipe.data.sampling == "balanced" else None
     steps_per_epoch = recipe.data.updates(len(train_images))
     step = restore(record, net, scored, accelerator)
     if recipe.linear_probe and step == 0:
@@ -78,18 +77,8 @@ def train(
                 accumulate = fitting_accumulation(recipe, net, accelerator, accumulate, record.say)
                 model = wrap(net, accelerator, recipe.torch_compile)
             train_mode(net, recipe.norm_stats)
-            updates = plan_epoch(
-                len(train_images),
-                recipe.data.batch_size,
-                recipe.seed,
-                epoch,
-                accelerator.process_index,
-                accelerator.num_processes,
-                accumulate,
-                chances,
-                recipe.augment.mixes,
-            )
-            updates = updates[step - epoch * steps_per_epoch :]
+            place = accelerator.process_index, accelerator.num_processes
+            updates = epoch_updates(recipe, train_images, epoch, *place, accumulate)[step - epoch * steps_per_epoch :]
             loaded = load_updates(train_images, epoch, updates, workers, accelerator.device)
             for update, batches in record.progress(loaded, epoch, len(updates)):
                 rates = set_rates(optimizer, groups, step, steps_per_epoch, recipe.epochs, record.epochs)

@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from finetune.image_lists import Listed
+from finetune.image_lists import ImageList
 from finetune.recipe import RecipeError
 from finetune.recipe_file import nearest
 from finetune.weights import reach
@@ -41,10 +41,10 @@ COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "cl
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def other_lists(source: str, multi_label: bool) -> tuple[list[Listed], Sequence[str]] | None:
-    """([(items, labels, read) for training and validation], classes), or None if it is no source of this module.
+def other_lists(source: str, multi_label: bool) -> tuple[list[ImageList], Sequence[str]] | None:
+    """([training images, validation images], classes), or None if it is no source of this module.
 
-    One triple alone is still to be split. `read(item)` is an RGB image; labels are numbers [n] or 0 and 1 [n, classes].
+    One list alone is still to be split. Labels are numbers [n] or 0 and 1 [n, classes].
 
     Raises:
         RecipeError: if the images can't be had, or are not in order.
@@ -58,7 +58,7 @@ def other_lists(source: str, multi_label: bool) -> tuple[list[Listed], Sequence[
     return from_shards(Path(source)) if any(Path(source).glob("train-*.tar")) else None
 
 
-def from_torchvision(name: str) -> tuple[list[Listed], Sequence[str]]:
+def from_torchvision(name: str) -> tuple[list[ImageList], Sequence[str]]:
     """A data set that torchvision reads, fetched if it is not here."""
     if name not in TORCHVISION:
         raise RecipeError(f"data: no 'torchvision/{name}'.{nearest(name, TORCHVISION)} There are: {', '.join(TORCHVISION)}")
@@ -67,7 +67,7 @@ def from_torchvision(name: str) -> tuple[list[Listed], Sequence[str]]:
     argument, values, *_, place = TORCHVISION[name]
     sets = [open_torchvision(name, {argument: value} if argument else {}, data_folder() / place) for value in values]
     classes = getattr(sets[0], "classes", map(str, range(TORCHVISION[name][3])))  # GTSRB and SVHN have numbers
-    return [torchvision_lists(part) for part in sets], [text if isinstance(text, str) else text[0] for text in classes]
+    return [torchvision_list(part) for part in sets], [text if isinstance(text, str) else text[0] for text in classes]
 
 
 def open_torchvision(name: str, arguments: dict[str, Any], place: Path) -> Any:
@@ -87,18 +87,18 @@ def open_torchvision(name: str, arguments: dict[str, Any], place: Path) -> Any:
         socket.setdefaulttimeout(before)
 
 
-def torchvision_lists(part: Any) -> Listed:
+def torchvision_list(part: Any) -> ImageList:
     """Items, labels and reader of a torchvision set; each keeps them under names of its own."""
     if samples := getattr(part, "samples", getattr(part, "_samples", None)):
-        return [path for path, _ in samples], [int(label) for _, label in samples], read_image
+        return ImageList([path for path, _ in samples], [int(label) for _, label in samples], read_image)
     if files := getattr(part, "_image_files", getattr(part, "_images", None)):
-        return files, part._labels, read_image
+        return ImageList(files, part._labels, read_image)
     pixels, labels = np.asarray(part.data), np.asarray(part.labels if hasattr(part, "labels") else part.targets)
     pixels = pixels.transpose(0, 2, 3, 1) if pixels.ndim == 4 else pixels  # MNIST is grey
-    return pixels, labels, partial(read_image, load=Image.fromarray)
+    return ImageList(pixels, labels, partial(read_image, load=Image.fromarray))
 
 
-def from_hub(name: str) -> tuple[list[Listed], Sequence[str]]:
+def from_hub(name: str) -> tuple[list[ImageList], Sequence[str]]:
     """A data set that the package datasets reads: of the hub, OWNER/NAME or OWNER/NAME:CONFIG, or a folder."""
     require_package("datasets", "datasets", '"finetune-recipes[hf]"')
     import datasets
@@ -119,14 +119,14 @@ def from_hub(name: str) -> tuple[list[Listed], Sequence[str]]:
             f"{', '.join(labels) or 'none'}; all columns: {', '.join(features)}\n  with the package datasets: cast_column or "
             "remove_columns, save_to_disk(PATH), then Data('hf/PATH')"
         )
-    parts: list[Listed] = []
+    parts = []
     for split in ["train", *val]:
         rows = splits[split].with_format(None)
         numbers = [-1 if label is None else label for label in rows.select_columns(labels)[:][labels[0]]]
         if min(numbers, default=0) < 0:
             raise RecipeError(f"data: hf/{name}: {sum(number < 0 for number in numbers)} images of '{split}' have no label")
         load, where = partial(hub_image, rows.select_columns(images)), partial("hf/{}, {} {}".format, name, split)
-        parts.append((np.arange(len(rows)), np.array(numbers), partial(read_image, load=load, where=where)))
+        parts.append(ImageList(np.arange(len(rows)), np.array(numbers), partial(read_image, load=load, where=where)))
     return parts, features[labels[0]].names
 
 
@@ -154,7 +154,7 @@ def hub_image(rows: Any, index: int) -> Image.Image:
     return next(iter(rows[int(index)].values())) or Image.open(io.BytesIO())  # a row without one
 
 
-def from_csv(file: Path, multi_label: bool) -> tuple[list[Listed], Sequence[str]]:
+def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[str]]:
     """A table with the columns path (relative to the file), label and, if it likes, split; see COLUMNS and SPLITS."""
     columns, faults = read_columns(file)
     paths = [file.parent / cell for cell in columns["path"]]
@@ -182,7 +182,8 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[Listed], Sequence[str]
         else np.array([[name in found for name in classes] for found in names], np.uint8)
     )
     chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [list(range(len(paths)))]
-    return [([paths[i] for i in part], [labels[i] for i in part], read_image) for part in chosen], classes
+    images = ImageList(paths, labels, read_image)
+    return [images.part(indices) for indices in chosen], classes
 
 
 def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -201,17 +202,16 @@ def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
     return columns, faults
 
 
-def from_shards(root: Path) -> tuple[list[Listed], Sequence[str]]:
+def from_shards(root: Path) -> tuple[list[ImageList], Sequence[str]]:
     """WebDataset's train-*.tar and val-*.tar (or test-*.tar), read where they lie; class names from classes.txt, one a line."""
     val = [split for split in ("val", "test") if any(root.glob(f"{split}-*.tar"))][:1]
-    parts: list[Listed] = []
+    parts = []
     for split in ["train", *val]:
         tars = sorted(root.glob(f"{split}-*.tar"))
         members = np.concatenate([np.array(tar_members(tar, i), np.int64).reshape(-1, 4) for i, tar in enumerate(tars)])
-        parts.append(
-            (members, members[:, 3], partial(read_image, load=partial(open_member, tars), where=partial(member_name, tars)))
-        )
-    labels, file = np.concatenate([part[1] for part in parts]), root / "classes.txt"
+        read = partial(read_image, load=partial(open_member, tars), where=partial(member_name, tars))
+        parts.append(ImageList(members, members[:, 3], read))
+    labels, file = np.concatenate([part.labels for part in parts]), root / "classes.txt"
     classes = file.read_text().splitlines() if file.is_file() else [str(i) for i in range(labels.max(initial=-1) + 1)]
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise RecipeError(f"data: {root} has labels from {labels.min()} to {labels.max()}, and {len(classes)} classes, from 0")

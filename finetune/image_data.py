@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 
 from finetune.data_sources import TORCHVISION, data_folder, other_lists, read_image, require_package
-from finetune.image_lists import ImageData, ImageList, from_lists, held_out, split_list
+from finetune.image_lists import ImageData, ImageList, from_lists, held_out, split
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_file import nearest
 
@@ -69,7 +69,8 @@ def digits() -> ImageData:
 
     scans = load_digits()
     images = (scans.images * 255 / 16).round().astype(np.uint8)
-    return split_list(images, scans.target, scans.target, 0.2, tuple("0123456789"), read_array)
+    train, val = split(ImageList(images, scans.target, read_array), scans.target.tolist(), 0.2)
+    return ImageData(train, val, tuple("0123456789"))
 
 
 def elpv() -> ImageData:
@@ -86,17 +87,10 @@ def elpv() -> ImageData:
             (folder / path, float(chance), kind)
             for path, chance, kind in csv.reader((" ".join(line.split()) for line in file), delimiter=" ")
         ]
-    labels = [int(chance >= 0.5) for _, chance, _ in rows]
-    strata = [(label, kind) for label, (_, _, kind) in zip(labels, rows, strict=True)]
-    return split_list(
-        [path for path, _, _ in rows],
-        labels,
-        strata,
-        0.25,
-        ("functional", "defective"),
-        read_image,
-        [kind for _, _, kind in rows],
-    )
+    labels, kinds = [int(chance >= 0.5) for _, chance, _ in rows], [kind for _, _, kind in rows]
+    images = ImageList([path for path, _, _ in rows], labels, read_image, kinds)
+    train, val = split(images, list(zip(labels, kinds, strict=True)), 0.25)
+    return ImageData(train, val, ("functional", "defective"))
 
 
 def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str], val: list[str], names: str) -> ImageData:
@@ -112,13 +106,13 @@ def cifar(name: str, archive: str, md5: str, label_bytes: int, train: list[str],
                 f"{folder / val[0]} exists (FINETUNE_DATA names another folder than {root})"
             ) from None
 
-    def split(files: list[str]) -> ImageList:
+    def part(files: list[str]) -> ImageList:
         rows = np.concatenate([np.fromfile(folder / file, np.uint8) for file in files])
         rows = rows.reshape(-1, label_bytes + 3072)
         pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return ImageList(pixels, rows[:, label_bytes - 1], read_array)
 
-    return ImageData(split(train), split(val), tuple((folder / names).read_text().split()))
+    return ImageData(part(train), part(val), tuple((folder / names).read_text().split()))
 
 
 def cifar10() -> ImageData:
@@ -206,21 +200,23 @@ def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
         val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         if val is None:
             raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
-        parts = [class_folders(root / "train", check), class_folders(val, check)]
-        if parts[0].classes != parts[1].classes:
-            only = [sorted(set(a.classes) - set(b.classes)) for a, b in (parts, parts[::-1])]
+        (train, classes), (scored, theirs) = class_folders(root / "train", check), class_folders(val, check)
+        if classes != theirs:
+            only = [sorted(set(a) - set(b)) for a, b in ((classes, theirs), (theirs, classes))]
             raise RecipeError(
                 f"data: the classes of {root / 'train'} and {val} differ: only in train: "
                 f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}"
             )
-        lists = [ImageList([path for path, _ in part.samples], part.targets, read_image) for part in parts]
-        return ImageData(lists[0], lists[1], tuple(parts[0].classes))
-    whole = class_folders(root, check)
-    return from_lists([([path for path, _ in whole.samples], whole.targets, read_image)], whole.classes, root, seed)
+        return ImageData(train, scored, classes)
+    images, classes = class_folders(root, check)
+    return from_lists([images], classes, root, seed)
 
 
-def class_folders(root: Path, check: bool) -> ImageFolder:
-    """torchvision's reading of a folder of class folders, its faults found before training; `check` opens every image, too."""
+def class_folders(root: Path, check: bool) -> tuple[ImageList, tuple[str, ...]]:
+    """(images, classes) as torchvision reads a folder of class folders, its faults found before training.
+
+    `check` opens every image, too.
+    """
     try:
         folder = ImageFolder(root, allow_empty=True)
     except FileNotFoundError:
@@ -240,4 +236,4 @@ def class_folders(root: Path, check: bool) -> ImageFolder:
             Image.open(path).close()  # reads the header only
         except OSError as error:
             raise RecipeError(f"can't read the image {path}: {str(error).partition(' <')[0]}") from error
-    return folder
+    return ImageList([path for path, _ in folder.samples], folder.targets, read_image), tuple(folder.classes)

@@ -13,7 +13,6 @@ from finetune.recipe import RecipeError
 
 Many = Sequence[Any] | np.ndarray  # of images: their items, or their labels, numbers [n] or 0 and 1 [n, classes]
 Reader = Callable[[Any], Image.Image]  # makes the RGB image of an item
-Listed = tuple[Many, Many, Reader]  # items, labels, reader
 
 
 class Images(Protocol):
@@ -49,6 +48,15 @@ class ImageList:
         label = self.labels[index]
         return self.read(self.items[index]), label if np.ndim(label) else int(label)
 
+    def part(self, indices: list[int]) -> "ImageList":
+        """The list of these images alone."""
+
+        def chosen(values: Many) -> Many:
+            return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
+
+        kinds = self.kinds and [self.kinds[i] for i in indices]
+        return ImageList(chosen(self.items), chosen(self.labels), self.read, kinds)
+
 
 def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tuple[list[int], list[int]]:
     """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
@@ -65,49 +73,34 @@ def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tupl
     return sorted(train), sorted(val)
 
 
-def split_list(
-    items: Many,
-    labels: Many,
-    strata: Many,
-    val_share: float,
-    classes: tuple[str, ...],
-    read: Reader,
-    kinds: Sequence[str] | None = None,
-) -> ImageData:
-    """One list of images as a training and a validation set, by a split that no recipe changes."""
-    train, val = (
-        ImageList([items[i] for i in part], [labels[i] for i in part], read, kinds and [kinds[i] for i in part])
-        for part in stratified_split(list(strata), val_share, seed=0)
-    )
-    return ImageData(train, val, classes)
+def split(images: ImageList, strata: Sequence[Any], val_share: float, seed: int = 0) -> tuple[ImageList, ImageList]:
+    """A list of images as training and validation images; without a seed by a split that no recipe changes."""
+    train, val = (images.part(indices) for indices in stratified_split(strata, val_share, seed))
+    return train, val
 
 
-def from_lists(lists: list[Listed], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
-    """(items, labels, read) of the training and validation images; of one alone a fifth of each class validates.
+def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
+    """The lists of the training and the validation images; of one alone a fifth of each class validates.
 
     Raises:
         RecipeError: for a class with too few images for that, a set without images, or a single class.
     """
-    if len(lists) == 1:
-        items, labels, read = lists[0][0], np.asarray(lists[0][1]), lists[0][2]
+    if len(parts) == 1:
+        labels = np.asarray(parts[0].labels)
         # of several labels the rarest counts, so that each class can have its share
         strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
-        parts = stratified_split(strata.tolist(), 0.2, seed)
-        lists = [
-            (items[part] if isinstance(items, np.ndarray) else [items[i] for i in part], labels[part], read) for part in parts
-        ]
-        kept = labels[parts[1]]
+        parts = [*split(parts[0], strata.tolist(), 0.2, seed)]
+        kept = np.asarray(parts[1].labels)
         seen = [(kept == i).any() if labels.ndim == 1 else kept[:, i].any() for i in range(len(classes))]
         if not all(seen):
             raise RecipeError(
                 f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
                 "validation (3 are enough); add some, or split them yourself"
             )
-    sizes = [len(items) for items, *_ in lists]
+    sizes = [len(part) for part in parts]
     if not all(sizes) or len(classes) < 2:
         raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
-    train, val = (ImageList(*each) for each in lists)
-    return ImageData(train, val, tuple(classes))
+    return ImageData(parts[0], parts[1], tuple(classes))
 
 
 def held_out(data: ImageData, share: float) -> ImageData:
@@ -121,10 +114,8 @@ def held_out(data: ImageData, share: float) -> ImageData:
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    train, val = (
-        ImageList(part, labels[part].tolist(), partial(image_of, data.train))
-        for part in stratified_split(labels.tolist(), share, seed=0)
-    )
+    images = ImageList(range(len(labels)), labels.tolist(), partial(image_of, data.train))
+    train, val = split(images, labels.tolist(), share)
     if set(val.labels) != set(labels.tolist()):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
     return ImageData(train, val, data.classes)

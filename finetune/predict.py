@@ -153,8 +153,7 @@ def labelled_images(data: str, settings: Settings, classes: tuple[str, ...]) -> 
         names, images = loaded.classes, loaded.val
     elif Path(data).is_dir():
         part = next((Path(data) / name for name in ("val", "test") if (Path(data) / name).is_dir()), Path(data))
-        folder = class_folders(part, check=settings.data.on_bad_image == "stop")
-        names, images = folder.classes, ImageList([path for path, _ in folder.samples], folder.targets, read_image)
+        images, names = class_folders(part, check=settings.data.on_bad_image == "stop")
     else:
         raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
     if set(names) != set(classes):

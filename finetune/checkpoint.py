@@ -37,14 +37,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise
     for path in [*aside.iterdir(), aside]:
         flush(path)
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():  # a rename can't replace a folder that holds files
-        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     flush(folder.parent)
 
 
@@ -78,7 +76,7 @@ def save_checkpoint(
     """
     record.flush()
     if accelerator.is_main_process:
-        optimizers = optimizer_kinds(net, optimizer)
+        optimizers = optimizers_by_name(net, optimizer)
         names = list(optimizers)
         moments = {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
@@ -134,20 +132,20 @@ def restore_optimizer(record: RunRecord, net: nn.Module, optimizer: torch.optim.
     folder = newest_checkpoint(record.folder)
     assert folder is not None  # `restore` went on from it
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
-    kinds = optimizer_kinds(net, optimizer)
-    if not moments.keys() <= kinds.keys():
+    now = optimizers_by_name(net, optimizer)
+    if not moments.keys() <= now.keys():
         raise RecipeError(f"checkpoint {folder} is of another network, or another table, than this recipe's; {AFRESH}")
-    before = read_state(folder).get("optimizers", kinds)  # older checkpoints do not tell
+    before = read_state(folder).get("optimizers", now)  # older checkpoints do not tell
     for name in moments:
-        if before[name] != kinds[name]:  # torch would take it, and leave it lie or miss its own in mid-run
-            raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
-    ids = {name: i for i, name in enumerate(kinds)}
-    optimizer.load_state_dict(
-        {
-            "state": {ids[name]: moment for name, moment in moments.items()},
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-    )
+        if before[name][0] != now[name][0]:  # torch would take it, and leave it lie or miss its own in mid-run
+            raise RecipeError(f"checkpoint {folder} has {before[name][0]}'s state of {name}, not {now[name][0]}'s; {AFRESH}")
+    names = list(now)
+    rows = optimizer.state_dict()["param_groups"]
+    for row in rows:
+        _, count = before.get(names[row["params"][0]], (None, None))
+        if count is not None:
+            row["step"] = count
+    optimizer.load_state_dict({"state": {names.index(name): moment for name, moment in moments.items()}, "param_groups": rows})
 
 
 def read(file: Path, reader: Callable[[Path], T]) -> T:
@@ -169,12 +167,15 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def optimizer_kinds(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """The optimizer, as "torch.AdamW", that steps each parameter, by the parameters' names, in the optimizer's order."""
+def optimizers_by_name(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, int | None]]:
+    """For each parameter, by name, in the optimizer's order: what steps it, as "torch.AdamW", and its row's count of updates.
+
+    Some of timm's, Lamb and Adan, keep that count in the row; others, with None here, in each parameter's state.
+    """
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     inner = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
     return {
-        names[id(parameter)]: f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}"
+        names[id(parameter)]: (f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}", row.get("step"))
         for one in getattr(inner, "optimizers", [inner])
         for row in one.param_groups
         for parameter in row["params"]

@@ -68,16 +68,16 @@ def copied(name: str, target: Path, assignments: list[str]) -> str:
 
 def with_field(text: str, keys: list[str], value: str) -> str:
     """A recipe's source with the field that `keys` lead to set to the source text `value`."""
-    call = next(
-        node.value for node in ast.parse(text).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "recipe"
-    )
+    lines = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    call = next((line.value for line in lines if ast.unparse(line.targets[0]) == "recipe"), ast.Constant(None))
     for i, key in enumerate(keys):
-        if isinstance(call, ast.Tuple):
-            call = next(
-                row for row in call.elts if isinstance(name := argument(row, "name"), ast.Constant) and name.value == key
+        if isinstance(call, ast.Tuple):  # rows, by their names
+            names = [argument(row, "name") for row in call.elts]
+            found = next(
+                (row for row, name in zip(call.elts, names, strict=True) if name and ast.unparse(name) == repr(key)), None
             )
-            continue
-        found = argument(call, key)
+        else:
+            found = argument(call, key)
         if found is None and (i < len(keys) - 1 or not isinstance(call, ast.Call)):
             raise RecipeError(f"no {'.'.join(keys[: i + 1])} is written in the file: copy it, and change the copy by hand")
         if found is None:

@@ -187,7 +187,7 @@ class CosineRestarts(Schedule):
         begun, length = 0.0, self.period
         while time.epoch + 1e-9 >= begun + length:
             begun, length = begun + length, length * self.stretch
-        return cosine_between(1.0, self.floor, max(0.0, time.epoch - begun) / length)
+        return cosine_between(1.0, self.floor, (time.epoch - begun) / length)
 
     def rules(self) -> Rules:
         return [

@@ -13,7 +13,7 @@ from torch import nn
 from finetune.backbone import TimmModel, classifier_parameters
 from finetune.lr_schedule import Schedule, ramp
 from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
-from finetune.recipe_file import in_columns
+from finetune.recipe_file import as_dict, in_columns
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def matched_rows(
         faults.append(f"no group matches {len(left)} parameter{'s' * (len(left) > 1)}, the first of them '{left[0]}'")
     if faults:
         faults.append("the model's top-level names are: " + ", ".join(dict.fromkeys(name.split(".")[0] for name in names)))
-        raise RecipeError("\n  ".join([f"the recipe's groups do not fit {recipe.backbone}:", *faults]))
+        raise RecipeError("\n  ".join([f"the recipe's groups do not fit {as_dict(recipe.backbone)}:", *faults]))
     return groups, owner
 
 
@@ -152,7 +152,7 @@ def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Seque
         head = classifier_parameters(net)
     except AttributeError:
         raise RecipeError(
-            f"LayerDecay: {recipe.backbone} does not state its layers (timm's group_matcher); "
+            f"LayerDecay: {as_dict(recipe.backbone)} does not state its layers (timm's group_matcher); "
             "write the groups as rows, Group(name, pattern, lr=...)"
         ) from None
     ids = sorted({layers[name] for name, _ in net.named_parameters() if name not in head})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # processes side by side, s
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -213,38 +215,35 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def on_folder(images, output, *fields):
+    """The arguments of a run of resnet18_cifar on a folder of images, small and from random weights."""
+    small = ("data.image_size=32", "data.batch_size=8", "mixed_precision=no", "epochs=4")
+    words = [word for field in (*small, *fields) for word in ("--set", field)]
+    return ["--recipe", "resnet18_cifar", "--data", str(images), "--weights", "none", "--output", str(output), *words]
+
+
+def timm_alone(folder, files):
+    """The logits that timm gives of images, with the network and the preprocessing that it finds in a folder."""
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+    with torch.no_grad():
+        return net(torch.stack([transform(Image.open(file).convert("RGB")) for file in files]))
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, image_folder):
-    """A run of resnet18_cifar on the image folder, from random weights, with its terminal's output."""
+    """A run of resnet18_cifar on the image folder, with its terminal's output; nobody writes into its folder."""
     output = tmp_path_factory.mktemp("run") / "out"
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "finetune" / "run.py"),
-            "--recipe",
-            "resnet18_cifar",
-            "--data",
-            str(image_folder),
-            "--weights",
-            "none",
-            "--set",
-            "data.image_size=32",
-            "--set",
-            "data.batch_size=8",
-            "--set",
-            "mixed_precision=no",
-            "--set",
-            "epochs=4",
-            "--seed",
-            "3",
-            "--output",
-            str(output),
-        ],
-        capture_output=True,
-        text=True,
-    )
+    words = [str(ROOT / "finetune" / "run.py"), *on_folder(image_folder, output), "--seed", "3"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def run_folder(finished):
+    """The folder of that run."""
+    return finished[0]
 
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -256,6 +255,14 @@ def fresh_accelerator():
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Whom this process tries to reach: (host, port) of each connection."""
+    tried, connect = [], socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: tried.append(to) or connect(self, to))
+    return tried
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from conftest import (
-    ROOT,
-)
+from conftest import ROOT
 
 RECIPE = """
 from torch import nn
@@ -56,8 +54,8 @@ def finish(line):
     """Run a command line; returns what it printed, and fails unless a finished run is in its folder."""
     output = Path(line[line.index("--output") + 1])
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    # Tearing processes down can abort after everything is written: the result file decides.
-    assert (output / "result.json").is_file(), done.stderr[-3000:]
+    # Tearing several processes down can abort after everything is written: the result file decides.
+    assert (output / "result.json").is_file() and (done.returncode == 0 or "-m" in line), done.stderr[-3000:]
     return done.stdout
 
 

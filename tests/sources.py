@@ -15,8 +15,10 @@ NAMES = ("ant", "bee")
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3)).astype(np.uint8)
 
 
-def source(value, **changes):
-    return small_recipe(data=Data(str(value), image_size=24, batch_size=8), **changes)
+def source(value, holdout=0.0, **changes):
+    """A small recipe on these images: a path or name, or a function."""
+    value = value if callable(value) else str(value)
+    return small_recipe(data=Data(value, image_size=24, batch_size=8, holdout=holdout), **changes)
 
 
 def png(number: int) -> bytes:
@@ -37,8 +39,8 @@ def put_image(path: Path, number: int) -> Path:
     return path
 
 
-def same_set(ours, theirs):
-    """Whether a set of ours has the images and labels of another library's, in its order."""
+def assert_same_set(ours, theirs):
+    """A set of ours has the images and labels of another library's, in its order."""
     theirs = [(np.asarray(image.convert("RGB")), int(label)) for image, label in theirs]
     assert list(ours.labels) == [label for _, label in theirs]
     assert all(

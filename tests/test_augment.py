@@ -1,6 +1,7 @@
 """What an image goes through before the network sees it, against timm's transforms; that it is decoded once."""
 
 import pickle
+import random
 
 import numpy as np
 import pytest
@@ -84,16 +85,28 @@ def test_scored_images_are_timms(name, crop_pct):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes,options",
     [
-        {"augment": Augment(randaugment="rand-m9-mstd0.5")},
-        {"augment": Augment(erasing=0.5)},
-        {"augment": Augment(color_jitter=0.4)},
+        ({"randaugment": "rand-m9-mstd0.5"}, {"auto_augment": "rand-m9-mstd0.5"}),
+        ({"erasing": 0.5}, {"re_prob": 0.5, "re_mode": "pixel"}),
+        ({"color_jitter": 0.4}, {"color_jitter": 0.4}),
     ],
 )
-def test_what_is_not_done_here_is_left_to_timm(changes):
-    """RandAugment, erasing and colours are timm's own, and so are the rarer ways to resize."""
-    assert isinstance(training_transform(small_recipe(**changes), inputs()), Timm)
+def test_what_is_not_done_here_is_left_to_timm(changes, options):
+    """With RandAugment, erasing or colours a photograph is, from the same seed, what timm's transform makes of it."""
+    augment = Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=0.3, **changes)
+    options = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "hflip": 0.3, "color_jitter": None} | options
+    ours = training_transform(small_recipe(augment=augment), inputs())
+    theirs = timm.data.create_transform(**inputs(), is_training=True, **options)
+    for number in range(10):
+        seed_cpu(number)
+        seen = levels(ours, PHOTOGRAPH)
+        seed_cpu(number)
+        assert torch.equal(seen, levels(Timm(theirs), PHOTOGRAPH))
+
+
+def test_the_rarer_ways_to_resize_are_left_to_timm():
+    """Other crops, filters and shapes are none of `Pixels`."""
     for given in ({"crop_mode": "squash"}, {"crop_mode": "border"}, {"interpolation": "lanczos"}, {"input_size": (3, 48, 64)}):
         assert isinstance(scoring_transform(inputs() | given), Timm)
 
@@ -184,7 +197,7 @@ def test_an_images_seed_is_its_own():
     drawn = []
     for _ in range(2):
         seed_cpu(keyed_seed(0, 1, 2))
-        drawn.append((np.random.rand(), torch.rand(1).item()))
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
         torch.rand(3)
     assert drawn[0] == drawn[1]
 

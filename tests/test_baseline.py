@@ -67,8 +67,8 @@ def test_a_promise_is_about_the_recipe_as_measured(tmp_path):
 
 def test_records_name_no_machine():
     """The records in the repository hold no absolute path."""
-    for file in (ROOT / "recipes" / "baselines").glob("*.json"):
-        assert '"/' not in file.read_text()
+    files = [file for file in (ROOT / "recipes" / "baselines").rglob("*.json*")]
+    assert len(files) > 5 and not [file.name for file in files if '"/' in file.read_text()]
 
 
 def record_of(scores, val_images=400):

@@ -12,7 +12,7 @@ from conftest import prepare
 from finetune.batches import load
 from finetune.image_data import load_data
 from finetune.recipe import RecipeError
-from sources import put_image, same_set, source, write_csv
+from sources import assert_same_set, put_image, source, write_csv
 
 MULTI = {"loss": "multi_label", "score": "mean_average_precision"}
 
@@ -31,8 +31,8 @@ def test_a_csv_has_the_images_and_labels_of_the_folders(image_folder, tmp_path, 
     rows += [(rows[0][0], "blue", "test")] * (val != "test")
     data = load_data(source(write_csv(tmp_path, [",".join(row[i] for i in order) for row in rows], header)))
     assert data.classes == ("blue", "green", "red")
-    same_set(data.train, torchvision.datasets.ImageFolder(image_folder / "train"))
-    same_set(data.val, torchvision.datasets.ImageFolder(image_folder / "val"))
+    assert_same_set(data.train, torchvision.datasets.ImageFolder(image_folder / "train"))
+    assert_same_set(data.val, torchvision.datasets.ImageFolder(image_folder / "val"))
 
 
 def test_a_csv_without_a_split_is_split_as_the_folders_are(image_folder, tmp_path):

@@ -4,7 +4,6 @@ import gzip
 import io
 import pickle
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import (
-    prepare,
-    small_recipe,
-)
+from conftest import prepare, small_recipe
 from finetune.batches import load
 from finetune.image_data import data_size, is_downloaded, load_data
 from finetune.recipe import Data, RecipeError
-from sources import NAMES, PIXELS, png, put, same_set, source, write_csv
+from sources import NAMES, PIXELS, assert_same_set, png, put, source, write_csv
 
 
 def hub_set(numbers, **more):
@@ -53,7 +49,8 @@ def test_saved_sets_are_what_datasets_reads(tmp_path, val):
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"train": hub_set(range(8)), val: hub_set(range(8, 12))}).save_to_disk(tmp_path / "set")
     data, theirs = load_data(source(f"hf/{tmp_path / 'set'}")), datasets.load_from_disk(tmp_path / "set")
-    same_set(data.train, pairs(theirs["train"])), same_set(data.val, pairs(theirs[val]))
+    assert_same_set(data.train, pairs(theirs["train"]))
+    assert_same_set(data.val, pairs(theirs[val]))
     assert data.classes == NAMES and not is_downloaded(f"hf/{tmp_path / 'set'}") and is_downloaded("hf/owner/name")
 
 
@@ -73,12 +70,11 @@ def test_parquet_and_image_folders_are_what_datasets_reads(tmp_path, image_folde
     for part, numbers in (("train", range(8)), ("test", range(8, 12))):
         hub_set(numbers).to_parquet(tmp_path / "set" / f"{part}-00000-of-00001.parquet")
     data, theirs = load_data(source(f"hf/{tmp_path / 'set'}")), datasets.load_dataset(str(tmp_path / "set"))
-    same_set(data.train, pairs(theirs["train"])), same_set(data.val, pairs(theirs["test"]))
+    assert_same_set(data.train, pairs(theirs["train"]))
+    assert_same_set(data.val, pairs(theirs["test"]))
     data, theirs = load_data(source(f"hf/{image_folder}")), datasets.load_dataset(str(image_folder))
-    (
-        same_set(data.train, pairs(theirs["train"], "label", "image")),
-        same_set(data.val, pairs(theirs["validation"], "label", "image")),
-    )
+    assert_same_set(data.train, pairs(theirs["train"], "label", "image"))
+    assert_same_set(data.val, pairs(theirs["validation"], "label", "image"))
     assert data.classes == ("blue", "green", "red")
 
 
@@ -104,21 +100,20 @@ def test_a_saved_set_that_is_not_in_order(tmp_path, change, fault):
     assert fault in str(caught.value) and str(tmp_path / "set") in str(caught.value)
 
 
-def test_a_hub_that_can_not_be_reached_is_said_within_seconds(monkeypatch):
-    """Without a network, or with HF_HUB_OFFLINE for what is not in the cache, one message comes in seconds."""
+def test_a_hub_that_can_not_be_reached_is_said(monkeypatch, asked):
+    """Without a network, tried once, or with HF_HUB_OFFLINE for what is not in the cache, there is one message."""
     pytest.importorskip("datasets")
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     for offline in (False, True):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-        start = time.monotonic()
         with pytest.raises(RecipeError) as caught:
             load_data(source("hf/owner/no-such-set:small"))
-        assert time.monotonic() - start < 5
         for text in ("can't load hf/owner/no-such-set:small", "HF_HUB_OFFLINE=1", "save_to_disk"):
             assert text in str(caught.value)
         assert "--weights" not in str(caught.value) and ("refused" in str(caught.value)) != offline
+    assert asked == [("127.0.0.1", 9)]
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
@@ -150,13 +145,14 @@ def write_shards(folder, part, numbers, **more):
 def test_shards_are_what_webdataset_reads(tmp_path):
     """Tar files of webdataset's writer have the images and labels of webdataset's reader, in its order, and can be indexed."""
     webdataset = pytest.importorskip("webdataset")
-    write_shards(tmp_path / "s", "train", range(8)), write_shards(tmp_path / "s", "val", range(8, 12))
+    write_shards(tmp_path / "s", "train", range(8))
+    write_shards(tmp_path / "s", "val", range(8, 12))
     put(tmp_path / "s" / "classes.txt", "ant\nbee\n")
     data = load_data(source(tmp_path / "s"))
     for part, name in ((data.train, "train"), (data.val, "val")):
         urls = sorted(map(str, (tmp_path / "s").glob(f"{name}-*.tar")))
         assert len(urls) > 1
-        same_set(part, list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls")))
+        assert_same_set(part, list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "cls")))
     assert data.classes == NAMES and np.array_equal(data.train[5][0], PIXELS[5])
     (tmp_path / "s" / "classes.txt").unlink()
     assert load_data(source(tmp_path / "s")).classes == ("0", "1")
@@ -189,12 +185,16 @@ def spoil_shard(file, **changes):
 )
 def test_shards_that_are_not_in_order(tmp_path, spoil, fault):
     """A tar that is compressed, cut, or without one image and one label a sample is named."""
-    write_shards(tmp_path / "s", "train", range(4)), write_shards(tmp_path / "s", "val", range(4))
+    write_shards(tmp_path / "s", "train", range(4))
+    write_shards(tmp_path / "s", "val", range(4))
     put(tmp_path / "s" / "classes.txt", "ant\nbee\n")
     spoil(tmp_path / "s" / "train-0000.tar")
     with pytest.raises(RecipeError) as caught:
         load_data(source(tmp_path / "s"))
     assert fault in str(caught.value) and str(tmp_path / "s") in str(caught.value)
+
+
+KINDS = ["csv", "folder", "hf", "shards", "torchvision"]
 
 
 def sets_of(kind: str, root: Path, cut: bool) -> tuple[str, str]:
@@ -205,19 +205,23 @@ def sets_of(kind: str, root: Path, cut: bool) -> tuple[str, str]:
         for part in ("train", "val"):
             with tarfile.open(root / f"{part}-0.tar", "w") as tar:
                 for i, content in enumerate(contents):
-                    for ending, data in (("png", content), ("cls", str(i % 2).encode())):
+                    for ending, data in (("png", content), ("cls", str(i // 4).encode())):
                         member = tarfile.TarInfo(f"{i}.{ending}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
         return str(root), f"3.png in {root / 'train-0.tar'}"
     if kind == "hf":
         datasets = pytest.importorskip("datasets")
-        rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": [i % 2 for i in range(8)]}
+        rows = {"image": [{"bytes": content, "path": None} for content in contents], "label": [i // 4 for i in range(8)]}
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(NAMES))})
         rows = datasets.Dataset.from_dict(rows, features)
         datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(root / "set")
         return f"hf/{root / 'set'}", f"hf/{root / 'set'}, train 3"
-    files = [put(root / f"dtd/dtd/images/{NAMES[i % 2]}/{i}.png", content) for i, content in enumerate(contents)]
+    if kind == "folder":
+        for part in ("val", "train"):
+            files = [put(root / part / NAMES[i // 4] / f"{i}.png", content) for i, content in enumerate(contents)]
+        return str(root), str(files[3])
+    files = [put(root / f"dtd/dtd/images/{NAMES[i // 4]}/{i}.png", content) for i, content in enumerate(contents)]
     if kind == "csv":
         rows = [f"{file.relative_to(root)},{file.parent.name},{part}" for part in ("train", "val") for file in files]
         return str(write_csv(root, rows)), str(files[3])
@@ -226,7 +230,7 @@ def sets_of(kind: str, root: Path, cut: bool) -> tuple[str, str]:
     return "torchvision/DTD", str(files[3])
 
 
-@pytest.mark.parametrize("kind", ["csv", "hf", "shards", "torchvision"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_loader_workers_see_the_same_images(tmp_path, monkeypatch, kind):
     """Every source can be sent to another process, and two loader workers give the bits that none gives."""
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
@@ -236,27 +240,28 @@ def test_loader_workers_see_the_same_images(tmp_path, monkeypatch, kind):
     here, there = (list(load(images, 3, batches, workers)) for workers in (0, 2))
     assert all(torch.equal(a, b) for x, y in zip(here, there, strict=True) for a, b in zip(x, y, strict=True))
     sent = pickle.loads(pickle.dumps(load_data(recipe).train))
-    assert np.array_equal(sent[3][0], PIXELS[3]) and list(images.labels()) == [0, 1] * 4
+    assert np.array_equal(sent[3][0], PIXELS[3]) and list(images.labels()) == [0] * 4 + [1] * 4
     assert data_size(recipe) == ((1880, 47) if kind == "torchvision" else (8, 2))
 
 
-@pytest.mark.parametrize("kind", ["csv", "hf", "shards", "torchvision"])
-def test_an_image_that_breaks_off_is_named_wherever_it_lies(tmp_path, monkeypatch, kind):
-    """One message says which image can't be read: its file, its member of a tar, its row."""
+@pytest.mark.parametrize("kind,workers", [*((kind, 0) for kind in KINDS), ("folder", 2)])
+def test_an_image_that_breaks_off_is_named_wherever_it_lies(tmp_path, monkeypatch, kind, workers):
+    """One message says which image can't be read: its file, its member of a tar, its row; from a worker process, too."""
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
     value, name = sets_of(kind, tmp_path, cut=True)
     with pytest.raises(RecipeError) as caught:
-        list(load(prepare(source(value))[2][0], 0, [[i] for i in range(8)], 0))
+        list(load(prepare(source(value))[2][0], 0, [[i] for i in range(8)], workers))
     assert str(caught.value).startswith(f"can't read the image {name}: ") and "object at" not in str(caught.value)
+    assert caught.value.one_process and "Traceback" not in str(caught.value)
     with pytest.raises(RecipeError) as caught:
         load_data(source(value)).train[3]
     assert caught.value.one_process
 
 
-@pytest.mark.parametrize("kind", ["csv", "hf", "shards", "torchvision"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_image_that_breaks_off_can_be_left_out(tmp_path, monkeypatch, kind):
     """With on_bad_image="skip" such an image is left out, and no other."""
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
     recipe = small_recipe(data=Data(sets_of(kind, tmp_path, cut=True)[0], 24, 8, on_bad_image="skip"))
     labels = [int(labels) for _, labels in load(prepare(recipe)[2][0], 0, [[i] for i in range(8)], 0)]
-    assert labels == [0, 1, 0, -100, 0, 1, 0, 1]
+    assert labels == [0, 0, 0, -100, 1, 1, 1, 1]

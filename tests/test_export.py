@@ -11,56 +11,20 @@ import sys
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from torchvision.models import squeezenet1_1
 
-from conftest import ROOT
+from conftest import ROOT, timm_alone
 from finetune import export as exporting
 from finetune.baseline import summary
 from finetune.export import compare, export, save_model
 from finetune.model_card import origin
 from finetune.recipe import RecipeError
-from finetune.recipe_file import as_dict, chosen_recipe, load_recipe
+from finetune.recipe_file import as_dict, chosen_recipe, load_recipe, override
 from finetune.run import arguments
 from finetune.saved_model import load_model
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, image_folder):
-    """A run of resnet18_cifar on the image folder, from random weights."""
-    output = tmp_path_factory.mktemp("run") / "out"
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "finetune" / "run.py"),
-            "--recipe",
-            "resnet18_cifar",
-            "--data",
-            str(image_folder),
-            "--weights",
-            "none",
-            "--set",
-            "data.image_size=32",
-            "--set",
-            "data.batch_size=8",
-            "--set",
-            "mixed_precision=no",
-            "--set",
-            "epochs=4",
-            "--set",
-            "groups.layer4.lr=2e-4",
-            "--seed",
-            "3",
-            "--output",
-            str(output),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +39,6 @@ def foreign(tmp_path_factory):
         "crop_pct": 1.0,
         "crop_mode": "squash",
     }
-    from torchvision.models import squeezenet1_1
-
     save_model(run / "model", squeezenet1_1(num_classes=2), inputs, ("a", "b"))
     (run / "recipe.json").write_text(json.dumps({"backbone": "torchvision/squeezenet1_1", "loss": "binary", "data": {}}))
     (run / "result.json").write_text("{}")
@@ -98,29 +60,25 @@ def by_hand(files, about):
     return np.ascontiguousarray(np.stack(rows), dtype=np.float32)
 
 
-def logits_and_files(finished, image_folder):
+def logits_and_files(run_folder, image_folder):
     """What the run itself wrote of its validation images: logits [15, 3], and their files."""
     files = [file for name in ("blue", "green", "red") for file in sorted((image_folder / "val" / name).iterdir())]
-    return safetensors.torch.load_file(finished / "predictions.safetensors")["logits"], files
+    return safetensors.torch.load_file(run_folder / "predictions.safetensors")["logits"], files
 
 
-def test_timm_alone_loads_the_exported_folder(finished, image_folder, tmp_path):
+def test_timm_alone_loads_the_exported_folder(run_folder, image_folder, tmp_path):
     """The folder, elsewhere, gives by timm's documented two lines the logits that the run wrote."""
-    folder = export(finished, "timm", tmp_path / "exported")
+    folder = export(run_folder, "timm", tmp_path / "exported")
     folder = folder.rename(tmp_path / "elsewhere")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "curves.png", "model.safetensors"]
-    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-    expected, files = logits_and_files(finished, image_folder)
-    with torch.no_grad():
-        found = net(torch.stack([transform(Image.open(file).convert("RGB")) for file in files]))
-    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)  # PIL rounds pixels elsewhere
+    expected, files = logits_and_files(run_folder, image_folder)
+    torch.testing.assert_close(timm_alone(folder, files), expected, atol=5e-3, rtol=0)  # PIL rounds pixels elsewhere
 
 
-def test_the_model_card_is_one_of_the_hubs(finished, tmp_path):
+def test_the_model_card_is_one_of_the_hubs(run_folder, tmp_path):
     """huggingface_hub reads its front matter: library, tags, licence, metrics and the run's own scores."""
-    card = ModelCard.load(export(finished, "timm", tmp_path / "exported") / "README.md")
-    result = json.loads((finished / "result.json").read_text())
+    card = ModelCard.load(export(run_folder, "timm", tmp_path / "exported") / "README.md")
+    result = json.loads((run_folder / "result.json").read_text())
     assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("timm", "unknown", "image-classification")
     assert card.data.tags == ["image-classification", "timm"] and card.data.metrics == ["accuracy", "f1"]
     assert [(row.metric_type, row.metric_value) for row in card.data.eval_results] == [
@@ -139,16 +97,16 @@ def test_the_model_card_is_one_of_the_hubs(finished, tmp_path):
         "Classes, in the order of the logits: blue, green, red.",
     ):
         assert text in card.text
-    assert str(finished.parent) not in card.content and "/images" not in card.content
+    assert str(run_folder.parent) not in card.content and "/images" not in card.content
 
 
-def test_the_cards_command_is_that_of_the_run(finished, image_folder, tmp_path):
+def test_the_cards_command_is_that_of_the_run(run_folder, image_folder, tmp_path):
     """Typed again, with the folder of images in place of its name, it resolves to the run's recipe."""
-    text = (export(finished, "timm", tmp_path / "exported") / "README.md").read_text()
+    text = (export(run_folder, "timm", tmp_path / "exported") / "README.md").read_text()
     line = next(line for line in text.splitlines() if "accelerate launch" in line)
     words = shlex.split(line.replace(f"data.source={image_folder.name}", f"data.source={image_folder}").partition("run.py")[2])
     recipe, file = chosen_recipe(arguments(words))
-    assert json.loads(json.dumps(as_dict(recipe))) == json.loads((finished / "recipe.json").read_text())
+    assert json.loads(json.dumps(as_dict(recipe))) == json.loads((run_folder / "recipe.json").read_text())
     assert file == ROOT / "recipes" / "resnet18_cifar.py"
 
 
@@ -160,32 +118,33 @@ def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
     number = summary(json.loads((ROOT / "recipes" / "baselines" / f"{name}.json").read_text()))
     command, spread = origin(tmp_path, name, json.loads(json.dumps(as_dict(dataclasses.replace(recipe, seed=7)))))
     assert command.endswith(f"--recipe {name} --set seed=7") and spread == f"1 run, seed 7; the recipe's record: top-1 {number}"
-    command, spread = origin(tmp_path, name, json.loads(json.dumps(as_dict(dataclasses.replace(recipe, epochs=7)))))
-    assert "--set epochs=7" in command and spread == "1 run, seed 0"
+    changed = as_dict(override(recipe, ["epochs=7", "groups.head.lr=2e-4"]))
+    command, spread = origin(tmp_path, name, json.loads(json.dumps(changed)))
+    assert "--set epochs=7" in command and "--set groups.head.lr=0.0002" in command and spread == "1 run, seed 0"
     (tmp_path / "recipe.py").write_text(file.read_text().replace("AdamW(weight_decay=0.05)", "SGD(momentum=0.9)"))
     assert origin(tmp_path, name, json.loads(json.dumps(as_dict(recipe))))[0].startswith("not known")
 
 
-def test_the_best_epochs_card_says_how_it_was_chosen(finished, tmp_path):
+def test_the_best_epochs_card_says_how_it_was_chosen(run_folder, tmp_path):
     """model-best is exported with its own score, a smoke run without one."""
-    result = json.loads((finished / "result.json").read_text())
-    text = (export(finished / "model-best", "timm", tmp_path / "best") / "README.md").read_text()
+    result = json.loads((run_folder / "result.json").read_text())
+    text = (export(run_folder / "model-best", "timm", tmp_path / "best") / "README.md").read_text()
     assert f"epoch, {result['best_epoch']}, chosen on these very images" in text
     assert f"top-1 | {result['best_top1']:.2%}" in text and "macro F1" not in text
-    shutil.copytree(finished, tmp_path / "smoke")
+    shutil.copytree(run_folder, tmp_path / "smoke")
     (tmp_path / "smoke" / "result.json").write_text(json.dumps({**result, "smoke": True}))
     card = ModelCard.load(export(tmp_path / "smoke", "timm") / "README.md")
     assert "That is a SMOKE RUN" in card.text and card.data.eval_results is None
 
 
-def test_onnxruntime_alone_gets_the_same_logits(finished, image_folder, tmp_path):
+def test_onnxruntime_alone_gets_the_same_logits(run_folder, image_folder, tmp_path):
     """With images prepared by hand as model.json says, in batches of any size, within 5e-3; labels lie in the file, too."""
     pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    folder = export(finished, "onnx", tmp_path / "exported")
+    folder = export(run_folder, "onnx", tmp_path / "exported")
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.onnx"]
     about = json.loads((folder / "model.json").read_text())
-    expected, files = logits_and_files(finished, image_folder)
+    expected, files = logits_and_files(run_folder, image_folder)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     images = by_hand(files, about)
     for batch, logits in ((images, expected), (images[3:4], expected[3:4])):
@@ -196,11 +155,11 @@ def test_onnxruntime_alone_gets_the_same_logits(finished, image_folder, tmp_path
     assert inside["classes"] == ["blue", "green", "red"] and inside["opset"] == 18
 
 
-def test_torch_alone_loads_the_torchscript(finished, image_folder, tmp_path):
+def test_torch_alone_loads_the_torchscript(run_folder, image_folder, tmp_path):
     """A process that imports torch and nothing else gets the same logits, and classes and preprocessing from the file."""
-    folder = export(finished, "torchscript", tmp_path / "exported")
+    folder = export(run_folder, "torchscript", tmp_path / "exported")
     about = json.loads((folder / "model.json").read_text())
-    expected, files = logits_and_files(finished, image_folder)
+    expected, files = logits_and_files(run_folder, image_folder)
     safetensors.torch.save_file({"images": torch.from_numpy(by_hand(files, about)), "logits": expected}, tmp_path / "tensors")
     done = subprocess.run(
         [
@@ -235,33 +194,33 @@ def test_any_network_is_exported(foreign, to):
     assert about["preprocessing"]["steps"][0] == "RGB; resized by PIL, bilinear: 64 x 64 pixels, whatever the shape"
 
 
-def test_a_file_whose_logits_differ_is_not_handed_over(finished, tmp_path, monkeypatch):
+def test_a_file_whose_logits_differ_is_not_handed_over(run_folder, tmp_path, monkeypatch):
     """A difference above 1e-4, or no number at all, is an error, and no folder is left."""
-    net, images = load_model(finished)[0], torch.randn(4, 3, 32, 32)
+    net, images = load_model(run_folder)[0], torch.randn(4, 3, 32, 32)
     assert compare(net, images, "noise", net)["largest_difference"] == 0
     for wrong in (lambda batch: net(batch) + 3e-4, lambda batch: net(batch) * torch.nan, lambda batch: net(batch.flip(1))):
         with pytest.raises(RecipeError, match="differ from torch's"):
             compare(net, images, "noise", wrong)
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(RecipeError, match="nothing was written"):
-        export(finished, "torchscript", tmp_path / "exported")
+        export(run_folder, "torchscript", tmp_path / "exported")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_wrong_is_named(finished, foreign, tmp_path, monkeypatch):
+def test_what_is_wrong_is_named(run_folder, foreign, tmp_path, monkeypatch):
     """An unknown format, files in the way, a network that is not timm's, no run, a package that is missing."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    shutil.copytree(finished / "model", tmp_path / "alone")
+    shutil.copytree(run_folder / "model", tmp_path / "alone")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     for call, fault in (
-        (lambda: export(finished, "tflite"), "--to tflite: there are timm, onnx, torchscript"),
-        (lambda: export(finished, "timm", tmp_path / "full"), "full already holds files; name another --output"),
+        (lambda: export(run_folder, "tflite"), "--to tflite: there are timm, onnx, torchscript"),
+        (lambda: export(run_folder, "timm", tmp_path / "full"), "full already holds files; name another --output"),
         (lambda: export(foreign, "timm"), "not one of timm's; --to onnx and torchscript take any"),
         (lambda: export(tmp_path / "alone", "onnx"), "no run folder to write into: name one with --output"),
         (lambda: export(tmp_path / "alone", "timm", tmp_path / "new"), "describes a finished run, and there is none"),
-        (lambda: export(finished, "onnx"), "pip install onnx onnxscript onnxruntime"),
+        (lambda: export(run_folder, "onnx"), "pip install onnx onnxscript onnxruntime"),
     ):
         with pytest.raises(RecipeError, match=fault):
             call()

@@ -9,15 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from conftest import (
-    ROOT,
-    run_here,
-    small_recipe,
-)
-from finetune import checkpoint, train_loop
+from conftest import ROOT, run_here, small_recipe
+from finetune import checkpoint, processes, train_loop
 from finetune.batches import plan_epoch
 from finetune.processes import Stopped, StopRequest
 from finetune.recipe import Data, RecipeError
@@ -26,23 +23,22 @@ from finetune.run_folder import lock, new_folder, newest_checkpoint
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
-    """Pressed again a while later, Ctrl-C does not wait for the update."""
+    """Pressed again a while later, Ctrl-C does not wait for the update; the launcher's echo of the first is no second one."""
+    clock, got_past = [0.0], []
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def stuck(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the launcher passing the same one on
-        time.sleep(1.1)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        for clock[0] in (100.0, 101.0, 101.1):
+            signal.raise_signal(signal.SIGINT)
+            got_past.append(clock[0])
 
     monkeypatch.setattr(train_loop, "backward", stuck)
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_here(small_recipe(), tmp_path)
-    assert time.monotonic() - started < 4
+    assert got_past == [100.0, 101.0]
 
 
-def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
+def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder, capsys):
     """A scheduler's SIGTERM ends the command with exit code 75 and the line that goes on; --resume auto then finishes."""
     command = [
         sys.executable,
@@ -62,7 +58,7 @@ def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
         "--set",
         "data.batch_size=4",
         "--set",
-        "epochs=40",
+        "epochs=20",
         "--output",
         str(tmp_path / "out"),
         "--resume",
@@ -72,18 +68,21 @@ def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder):
     while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
-    refused = subprocess.run([*command[:-1], str(tmp_path / "out")], capture_output=True, text=True)
-    assert refused.returncode == 2 and f"process {process.pid} is alive and writes its run to" in refused.stderr
+    process.send_signal(signal.SIGSTOP)  # alive, and sure not to be done before it is asked to stop
+    assert main(command[2:]) == 2
+    assert f"process {process.pid} is alive and writes its run to {tmp_path / 'out'}" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED == 75, out
     assert f"to go on: the same command with --resume {tmp_path / 'out'}" in out
     assert not (tmp_path / "out" / "result.json").exists()
-    command[command.index("epochs=40")] = "epochs=41"
+    command[command.index("epochs=20")] = "epochs=21"
     assert main(command[2:]) == 2  # another recipe
-    command[command.index("epochs=41")] = "epochs=40"
-    assert main(command[2:]) == 0 and main(command[2:]) == 0  # finished, and nothing left to do
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["epochs"] == 40
+    command[command.index("epochs=21")] = "epochs=20"
+    assert main(command[2:]) == 0 and "going on after update" in capsys.readouterr().out
+    assert main(command[2:]) == 0 and "is finished" in capsys.readouterr().out  # nothing left to do
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["epochs"] == 20
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -100,6 +99,24 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     images = plan_epoch(22, 8, recipe.seed, 2)[1].images
     assert "the loss of update 7 (epoch 2) is nan, at rates head " in str(caught.value)
     assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert newest_checkpoint(tmp_path).name == "step-00000006-epochs-00002"
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    """The message has the epoch and the folder; that epoch is in no metrics and no checkpoint."""
+    real, calls = train_loop.evaluate, []
+
+    def spoilt(*args):
+        logits, labels = real(*args)
+        return logits * (float("nan") if len(calls) == 2 else 1.0), calls.append(1) or labels
+
+    monkeypatch.setattr(train_loop, "evaluate", spoilt)
+    with pytest.raises(RecipeError) as caught:
+        run_here(small_recipe(), tmp_path)
+    assert "the validation loss after epoch 2 is nan: lower the rates" in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "top1" in row] == [0, 1]
     assert newest_checkpoint(tmp_path).name == "step-00000006-epochs-00002"
 
 
@@ -162,6 +179,7 @@ def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_fol
     assert f"finetune: {checkpoints / 'step-00000012-epochs-00003'}: {os.strerror(fault)}" in err and "Traceback" not in err
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000008-epochs-00002"]
     assert main([*arguments, "--resume"]) == 0
+    assert "going on after update 8, 2 epochs done" in capsys.readouterr().out
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -14,11 +14,11 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import hflip
 
-from conftest import ALL, Coloured, SmallNet, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
-from finetune.augment import scoring_transform, training_transform
-from finetune.backbone import build_backbone, preprocessing
+from conftest import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
+from finetune import train_loop
+from finetune.backbone import build_backbone
 from finetune.batches import load
-from finetune.recipe import SGD, Augment, Data, EarlyStop, Group, RecipeError
+from finetune.recipe import SGD, Data, EarlyStop, Group, RecipeError
 from finetune.scores import scores
 from finetune.train_loop import evaluate
 
@@ -55,13 +55,16 @@ def test_flipped_logits_are_averaged():
         assert (logits - net(batch)).abs().max() > 1e-4
 
 
-def test_the_score_chooses_the_best_epoch(tmp_path):
-    """score="macro_f1" keeps the epoch of the highest macro F1."""
-    kept = []
-    recipe = small_recipe(groups=ALL, epochs=6, score="macro_f1")
-    _, rows = run_here(recipe, tmp_path, save_model=lambda path, net: kept.append(1))
-    found = [row["macro_f1"] for row in rows if "val_images" in row]
-    assert len(kept) == sum(value > max([-1.0, *found[:i]]) for i, value in enumerate(found))
+@pytest.mark.parametrize("score,best", [("top1", [0, 1]), ("macro_f1", [0, 2, 4])])
+def test_the_score_chooses_the_best_epoch(tmp_path, monkeypatch, score, best):
+    """The network is kept after each epoch that beats all before it by the recipe's score, not at a tie."""
+    pairs = ((0.2, 0.3), (0.5, 0.2), (0.5, 0.6), (0.4, 0.6), (0.3, 0.7))
+    made = [{"loss": 1.0, "val_images": 10, "top1": top1, "macro_f1": macro_f1} for top1, macro_f1 in pairs]
+    done, kept = [], []
+    monkeypatch.setattr(train_loop, "scores", lambda *given: done.append(made[len(done)]) or done[-1])
+    recipe = small_recipe(groups=ALL, epochs=5, score=score)
+    run_here(recipe, tmp_path, save_model=lambda path, net: kept.append(len(done) - 1))
+    assert kept == best
 
 
 def test_the_average_is_its_recurrence(tmp_path):
@@ -171,21 +174,3 @@ def test_a_network_without_the_lever_is_said(changes, fault):
     with pytest.raises(RecipeError) as caught:
         build_backbone(small_recipe(head=None, **changes), 10)
     assert fault in str(caught.value)
-
-
-def test_random_erasing_is_timms():
-    """erasing is the probability that a rectangle of the normalised image becomes noise, in training alone."""
-    recipe = small_recipe(augment=Augment(erasing=1.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0))
-    inputs = preprocessing(recipe, SmallNet())
-    image = np.full((24, 24, 3), (200, 100, 50), np.uint8)
-
-    def seen(transform):
-        return transform.batch(transform.image(image)[None])[0]
-
-    torch.manual_seed(0)
-    erased = (seen(training_transform(recipe, inputs)) - seen(scoring_transform(inputs))).abs().amax(0) > 1e-4
-    rows, columns = erased.any(1).nonzero().flatten(), erased.any(0).nonzero().flatten()
-    assert 0.02 <= erased.float().mean() <= 1 / 3 + 0.1  # timm's range of areas
-    assert erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # one rectangle
-    plain = small_recipe(augment=Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0))
-    torch.testing.assert_close(seen(training_transform(plain, inputs)), seen(scoring_transform(inputs)))

@@ -108,7 +108,7 @@ def test_the_average_begins_with_the_fitted_head(tmp_path):
     ],
 )
 def test_the_report_says_whether_fine_tuning_paid(before, after, words):
-    """Two of 1,000 images are no gain, and a hundred are: the standard error of the difference is 1.8 to 1.9 points."""
+    """Twenty of 1,000 images are no gain, and a hundred are: the standard error of the difference is 1.8 to 1.9 points."""
     said = paid("top1", {"head_top1": before, "top1": after, "val_images": 1000})
     assert words in said and f"{before:.2%}" in said
     assert paid("top1", {"top1": after, "val_images": 1000}) == ""

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from conftest import SmallNet, prepare, small_recipe
+from conftest import SmallNet, prepare, same_tensors, small_recipe
 from finetune import lr_finder
 from finetune.batches import load, plan_epoch
 from finetune.lr_finder import line_to_paste, picture, range_test, smooth, suggestions
@@ -41,10 +41,6 @@ RECIPES = {
 }
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
 def state(net):
     """All but tensors that a range test might leave behind."""
     return {
@@ -65,7 +61,7 @@ def test_it_leaves_no_trace(recipe):
     optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=1.0))
     tensors, before = {name: tensor.clone() for name, tensor in net.state_dict().items()}, state(net)
     assert len(range_test(recipe, net, images, accelerator, num_updates=10)[0]) == 10
-    assert same(net.state_dict(), tensors) and state(net) == before
+    assert same_tensors(net.state_dict(), tensors) and state(net) == before
     assert accelerator._optimizers == [optimizer] and optimizer.param_groups[0]["lr"] == 1.0
 
 
@@ -81,7 +77,7 @@ def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
         (folder := tmp_path / str(tested)).mkdir()
         net = train(recipe, net, images, RunRecord(folder, accelerator, lambda path, net: None, recipe.score), accelerator)
         ends.append((net.state_dict(), (folder / "metrics.jsonl").read_text()))
-    assert same(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+    assert same_tensors(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
 
 def test_every_rate_rises_by_the_same_progression(monkeypatch):

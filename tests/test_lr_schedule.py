@@ -1,6 +1,7 @@
 """Every schedule against torch's own."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,11 +78,12 @@ def test_cosine_is_torchs_at_every_update(peak, floor, warmup_epochs):
     )
 
 
-def test_constant_with_warmup_is_torchs_linear_lr():
-    """Constant is LinearLR during warmup and the peak after it."""
+@pytest.mark.parametrize("warmup_epochs,total", [(1.5, 15), (1.27, 13), (0.03, 0)])
+def test_constant_with_warmup_is_torchs_linear_lr(warmup_epochs, total):
+    """Constant is LinearLR during warmup, of the nearest whole number of updates, and the peak after it."""
     opt = optimizer(0.1)
-    expected = rates_of(LinearLR(opt, start_factor=0.2, total_iters=15), opt, 40)
-    ours = Constant(warmup_epochs=1.5, warmup_start=0.2)
+    expected = rates_of(LinearLR(opt, start_factor=0.2, total_iters=total), opt, 40) if total else [0.1] * 40
+    ours = Constant(warmup_epochs=warmup_epochs, warmup_start=0.2)
     assert [0.1 * ours.scale(step, 10, 4) for step in range(40)] == pytest.approx(expected, rel=1e-12)
 
 
@@ -89,7 +91,14 @@ def test_constant_with_warmup_is_torchs_linear_lr():
 @pytest.mark.parametrize("threshold_mode", ["rel", "abs"])
 @pytest.mark.parametrize(
     "patience,cooldown,factor,min_scale,threshold",
-    [(0, 0, 0.5, 0.0, 1e-4), (2, 0, 0.1, 0.0, 1e-4), (1, 2, 0.3, 0.05, 0.02), (0, 3, 0.5, 0.2, 0.1)],
+    [
+        (0, 0, 0.5, 0.0, 1e-4),
+        (2, 0, 0.1, 0.0, 1e-4),
+        (1, 2, 0.3, 0.05, 0.02),
+        (0, 3, 0.5, 0.2, 0.1),
+        (1, 0, 0.5, 0.0, 0.0),
+        (1, 1, 0.5, 0.0, 1.0),
+    ],
 )
 def test_plateau_is_torchs_after_every_epoch(mode, threshold_mode, patience, cooldown, factor, min_scale, threshold):
     """Replaying the scores gives the rates of ReduceLROnPlateau, in all its settings, on 20 random histories."""
@@ -126,6 +135,16 @@ def test_plateau_is_torchs_after_every_epoch(mode, threshold_mode, patience, coo
     assert cuts == 20  # a test in which nothing is ever cut would prove nothing
 
 
+def test_plateau_by_default_is_torchs_but_for_its_patience():
+    """Left open, factor, threshold, cooldown and lowest rate are ReduceLROnPlateau's; patience is 2."""
+    opt, scores = optimizer(0.1), [0.5, 0.50004, 0.50001, 0.4, *[0.3] * 12]
+    theirs = ReduceLROnPlateau(opt, mode="max", patience=2)
+    for epoch, score in enumerate(scores):
+        assert 0.1 * Plateau().scale(epoch, 1, 30, scores[:epoch]) == pytest.approx(opt.param_groups[0]["lr"], rel=1e-9)
+        theirs.step(score)
+    assert opt.param_groups[0]["lr"] < 1e-5
+
+
 def test_plateau_watches_what_its_mode_names():
     """mode "max" reads top-1, "min" the loss."""
     assert [s.watches("top1") for s in (Plateau(), Plateau(mode="min"), Cosine())] == ["top1", "loss", "top1"]
@@ -137,15 +156,28 @@ def test_no_update_is_wasted_at_rate_zero():
     assert schedule.scale(0, 10, 5) > 0 and schedule.scale(49, 10, 5) > 0
 
 
-def test_past_the_end_a_cosine_stays_down():
-    """torch's cosine climbs again past its end; ours stays at the floor."""
-    assert Cosine(floor=0.1).scale(75, 10, 5) == pytest.approx(0.1)
+@pytest.mark.parametrize("schedule,end", [(Cosine(floor=0.1), 0.1), (Linear(end=0.2), 0.2), (OneCycle(end_div=10), 0.004)])
+def test_past_the_end_a_rate_stays_down(schedule, end):
+    """torch's cosine climbs again past its end; ours stays where it ended."""
+    assert [schedule.scale(step, 10, 5) for step in (50, 75)] == pytest.approx([end, end])
+
+
+@pytest.mark.parametrize("schedule", [Cosine(warmup_epochs=3.9), Polynomial(warmup_epochs=3.9), Linear(warmup_epochs=3.9)])
+def test_a_warmup_of_all_updates(schedule):
+    """A warmup that rounding makes as long as the run is LinearLR over the whole run, and no division by zero."""
+    opt = optimizer(1.0)
+    expected = rates_of(LinearLR(opt, start_factor=0.01, total_iters=4), opt, 4)
+    assert [schedule.scale(step, 1, 4) for step in range(4)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_one_cycle_of_few_updates():
     """A rise of a single update is no division by zero: the run starts at its peak."""
     assert [OneCycle(rise=0.25).scale(step, 4, 1) > 0 for step in range(4)] == [True] * 4
     assert OneCycle(rise=0.25).scale(0, 4, 1) == 1.0
+    for updates in (1, 2, 3):
+        opt = optimizer(1.0)
+        theirs = rates_of(OneCycleLR(opt, max_lr=1.0, total_steps=updates), opt, updates)
+        assert [OneCycle().scale(step, updates, 1) for step in range(updates)] == pytest.approx(theirs, rel=1e-9)
 
 
 UPDATES, EPOCHS = 10, 12  # of the runs below: 120 updates
@@ -154,16 +186,27 @@ TORCH = {
     "linear": (Linear(end=0.2), lambda opt, peak: LinearLR(opt, start_factor=1.0, end_factor=0.2, total_iters=120)),
     "step": (Step(every=5, factor=0.9), lambda opt, peak: StepLR(opt, step_size=50, gamma=0.9)),
     "step of updates": (Step(every=0.3, factor=0.9), lambda opt, peak: StepLR(opt, step_size=3, gamma=0.9)),
+    "multistep of products": (
+        MultiStep(at=tuple(0.1 * k for k in (3, 6, 7))),  # a little above 3, 6 and 7 tenths
+        lambda opt, peak: MultiStepLR(opt, milestones=[3, 6, 7]),
+    ),
     "multistep": (MultiStep(at=(3, 7.5), factor=0.3), lambda opt, peak: MultiStepLR(opt, milestones=[30, 75], gamma=0.3)),
     "exponential": (Exponential(factor=0.8), lambda opt, peak: ExponentialLR(opt, gamma=0.8**0.1)),
     "restarts": (
         CosineRestarts(period=2, stretch=2, floor=0.1),
         lambda opt, peak: CosineAnnealingWarmRestarts(opt, T_0=20, T_mult=2, eta_min=0.1 * peak),
     ),
+    "restarts of updates": (CosineRestarts(period=0.3), lambda opt, peak: CosineAnnealingWarmRestarts(opt, T_0=3)),
     "onecycle": (
         OneCycle(rise=0.25, start_div=10, end_div=100),
         lambda opt, peak: OneCycleLR(opt, max_lr=peak, total_steps=120, pct_start=0.25, div_factor=10, final_div_factor=100),
     ),
+    "polynomial's defaults": (Polynomial(), lambda opt, peak: PolynomialLR(opt, total_iters=120)),
+    "linear's defaults": (Linear(), lambda opt, peak: PolynomialLR(opt, total_iters=120, power=1.0)),
+    "step's defaults": (Step(every=5), lambda opt, peak: StepLR(opt, step_size=50)),
+    "cosine's defaults": (Cosine(), lambda opt, peak: CosineAnnealingLR(opt, T_max=120)),
+    "restarts' defaults": (CosineRestarts(period=2), lambda opt, peak: CosineAnnealingWarmRestarts(opt, T_0=20)),
+    "onecycle's defaults": (OneCycle(), lambda opt, peak: OneCycleLR(opt, max_lr=peak, total_steps=120)),
     "lambda": (Lambda(function=lambda epoch: 0.95**epoch), lambda opt, peak: LambdaLR(opt, lambda step: 0.95 ** (step / 10))),
 }
 
@@ -183,7 +226,7 @@ def test_a_schedule_is_torchs_over_a_whole_run(name, peak):
 def test_warmup_multiplies_what_counts_from_the_start(name):
     """Where epochs count from the run's start, warmup is torch's LinearLR stepped together with the schedule."""
     schedule, theirs = TORCH[name]
-    ours = type(schedule)(**{**vars(schedule), "warmup_epochs": 1.5, "warmup_start": 0.1})
+    ours = replace(schedule, warmup_epochs=1.5, warmup_start=0.1)
     opt, warm = optimizer(0.1), optimizer(1.0)
     plain, ramp = rates_of(theirs(opt, 0.1), opt, 120), rates_of(LinearLR(warm, start_factor=0.1, total_iters=15), warm, 120)
     assert [0.1 * ours.scale(step, UPDATES, EPOCHS) for step in range(120)] == pytest.approx(
@@ -191,25 +234,43 @@ def test_warmup_multiplies_what_counts_from_the_start(name):
     )
 
 
-@pytest.mark.parametrize(
-    "schedule,fault",
-    [
-        (Polynomial(power=0.0), "power must be above 0"),
-        (Linear(end=1.5), "end is a fraction of the peak"),
-        (Step(every=0.0), "every must be above 0"),
-        (Step(every=1, factor=1.0), "factor must be above 0 and below 1"),
-        (MultiStep(at=(3, 2)), "at must be rising epochs above 0, not (3, 2)"),
-        (MultiStep(at=()), "at must be rising epochs"),
-        (Exponential(factor=0.0), "factor must be above 0"),
-        (CosineRestarts(period=0.0), "period must be above 0"),
-        (CosineRestarts(period=1.0, stretch=0), "stretch must be 1 or more"),
-        (OneCycle(rise=1.0), "rise must be above 0"),
-        (OneCycle(warmup_epochs=1.0), "a OneCycle is its own warmup"),
-        (Lambda(function=3), "schedule.function must be a function"),
-    ],
-)
-def test_wrong_schedules_are_named(schedule, fault):
-    """A schedule's value out of range is refused with its name."""
-    with pytest.raises(RecipeError) as caught:
-        small_recipe(schedule=schedule)
-    assert fault in str(caught.value)
+FACTORS = ("factor must be above 0 and below 1", [0.01, 0.99], [0.0, 1.0])
+FRACTION = "is a fraction of the peak, at least 0 and"
+RANGES = [
+    (Constant(), "warmup_epochs", "warmup_epochs must be 0 or more", [0, 3.9], [-0.1]),
+    (Constant(), "warmup_start", "warmup_start must be above 0 and at most 1", [0.001, 1.0], [0.0, 1.1]),
+    (Cosine(), "floor", f"floor {FRACTION} below 1", [0.0, 0.99], [-0.1, 1.0]),
+    (Polynomial(), "power", "power must be above 0", [0.1, 3.0], [0.0]),
+    (Linear(), "end", f"end {FRACTION} at most 1", [0.0, 1.0], [-0.1, 1.1]),
+    (Step(every=1), "every", "every must be above 0", [0.1], [0.0]),
+    (Step(every=1), "factor", *FACTORS),
+    (MultiStep(at=(1,)), "at", "at must be rising epochs above 0", [(0.1,), (1, 2.5)], [(), (0, 1), (3, 2), (1, 1)]),
+    (MultiStep(at=(1,)), "factor", *FACTORS),
+    (Exponential(factor=0.9), "factor", *FACTORS),
+    (CosineRestarts(period=1), "period", "period must be above 0", [0.1], [0.0]),
+    (CosineRestarts(period=1), "stretch", "stretch must be 1 or more", [1, 2], [0]),
+    (CosineRestarts(period=1), "floor", f"floor {FRACTION} below 1", [0.0, 0.99], [-0.1, 1.0]),
+    (OneCycle(), "rise", "rise must be above 0 and below 1", [0.01, 0.99], [0.0, 1.0]),
+    (OneCycle(), "start_div", "start_div must be at least 1", [1], [0.9]),
+    (OneCycle(), "end_div", "end_div must be at least 1", [1], [0.9]),
+    (OneCycle(), "warmup_epochs", "a OneCycle is its own warmup", [0.0], [1.0, 0.5]),
+    (Plateau(), "factor", *FACTORS),
+    (Plateau(), "patience", "patience must be 0 or more", [0, 1], [-1]),
+    (Plateau(), "threshold", "threshold must be 0 or more", [0.0, 2.0], [-0.1]),
+    (Plateau(), "cooldown", "cooldown must be 0 or more", [0, 1], [-1]),
+    (Plateau(), "min_scale", "min_scale must be at least 0 and below 1", [0.0, 0.99], [-0.1, 1.0]),
+    (Plateau(), "mode", "mode must be 'max' or 'min'", ["max", "min"], ["best"]),
+    (Lambda(function=abs), "function", "function must be a function", [max], [3]),
+]
+
+
+@pytest.mark.parametrize("schedule,field,sentence,right,wrong", RANGES)
+def test_wrong_schedules_are_named(schedule, field, sentence, right, wrong):
+    """Values up to the ends of a field's range are taken, each value beyond them gets one sentence."""
+    for value in right:
+        small_recipe(schedule=replace(schedule, **{field: value}))
+    for value in wrong:
+        with pytest.raises(RecipeError) as caught:
+            small_recipe(schedule=replace(schedule, **{field: value}))
+        _, fault = str(caught.value).split("\n  schedule")
+        assert fault[1:].strip().startswith(sentence)

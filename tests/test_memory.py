@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from conftest import ALL, ROOT, DroppingNet, SmallNet, prepare, run_here, small_recipe
+from conftest import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
 from finetune import memory, train_loop
 from finetune.memory import fitting_accumulation
 from finetune.recipe import SGD, RecipeError
@@ -33,8 +33,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(tmp_path, cap
     assert out.count("out of memory with 8 images at once: now 4, 2 times an update; the batch stays 8") == 1
     assert out.count("now 2, 4 times an update") == 1
     other, _ = run_here(small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9)), tmp_path / "plenty")
-    for name, tensor in other.state_dict().items():
-        torch.testing.assert_close(net.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    assert_same_weights(net, other.state_dict())
 
 
 def test_a_try_for_memory_leaves_no_trace(monkeypatch):

@@ -1,20 +1,19 @@
 """Rate, decay and optimizer of every parameter, on real architectures."""
 
+import re
+
 import pytest
 import timm
-import timm.data
-import timm.layers
-import timm.loss
 import timm.optim
 import torch
 
-from conftest import ROOT, SmallNet, small_recipe
+from conftest import ALL, ROOT, SmallNet, small_recipe
 from finetune.augment import training_transform
 from finetune.backbone import build_backbone, outline, preprocessing
-from finetune.lr_schedule import Constant
+from finetune.lr_schedule import Constant, Plateau, Step
 from finetune.optimizers import build_optimizer
 from finetune.param_groups import set_rates, split_parameters, table
-from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, RecipeError
+from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, RecipeError, Switch
 from finetune.recipe_file import load_recipe
 
 ARCHITECTURES = [
@@ -31,7 +30,7 @@ ARCHITECTURES = [
 
 def layered(name):
     """(network on the meta device, its groups) with LayerDecay."""
-    recipe = small_recipe(backbone=name, head=None, groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01))
+    recipe = small_recipe(backbone=name, head=None, groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01, unfreeze_at=2))
     with torch.device("meta"):
         net = timm.create_model(name, num_classes=10)
     return net, split_parameters(recipe, net)
@@ -61,6 +60,7 @@ def test_layer_decay_covers_every_parameter_once_with_the_head_alone_on_top(name
     rates = [group.lr for group in groups]
     assert rates == sorted(rates, reverse=True) and len(set(rates)) == len(rates)
     assert rates[-1] / rates[0] == pytest.approx(0.01)
+    assert [group.unfreeze_at for group in groups] == [0] + [2] * (len(groups) - 1)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
@@ -103,10 +103,11 @@ def test_tokens_tables_and_scales_never_decay(name, spared):
 
 
 def test_a_weight_of_one_output_decays():
-    """The [1, C] weight of a binary head is a weight, though it is a vector by shape."""
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Flatten(), torch.nn.Linear(5, 1))
+    """The [1, C] weight of a binary head is a weight, though it is a vector by shape; a small table is no vector."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Flatten(), torch.nn.Sequential(torch.nn.Linear(5, 1)))
+    net.scale, net.table = torch.nn.Parameter(torch.ones(1, 5, 1)), torch.nn.Parameter(torch.ones(2, 3))
     groups = split_parameters(small_recipe(groups=(Group("all", ".", lr=1.0),)), net)
-    assert set(groups[0].decayed) == {"0.weight", "2.weight"}
+    assert set(groups[0].decayed) == {"0.weight", "2.0.weight", "table"}
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(), Optimizer("Adam"), Optimizer("lion")], ids=lambda o: o.name)
@@ -144,11 +145,52 @@ def test_decay_reaches_weights_only():
     assert {n for group in groups for n in group.decayed} == {"stem.weight", "body.weight", "fc.weight"}
 
 
-def test_the_first_matching_row_claims():
-    """Rows are tried in order: an early narrow pattern wins over a later wide one."""
-    recipe = small_recipe(groups=(Group("bias", r"body\.bias", lr=1.0), Group("rest", ".", lr=2.0)))
-    groups = split_parameters(recipe, SmallNet())
-    assert list(groups[0].params) == ["body.bias"] and len(groups[1].params) == 7
+def test_the_first_row_that_matches_a_names_start_claims():
+    """Rows are tried in order, on the start of a name: an early narrow pattern wins, one of a name's middle finds nothing."""
+    rows = (Group("bias", r"body\.bias", lr=1.0), Group("norm", "norm|bias", lr=2.0), Group("rest", ".", lr=3.0))
+    bias, norm, rest = split_parameters(small_recipe(groups=rows), SmallNet())
+    assert list(bias.params) == ["body.bias"] and list(norm.params) == ["norm.weight", "norm.bias"]
+    assert sorted(rest.params) == ["body.weight", "fc.bias", "fc.weight", "stem.bias", "stem.weight"]
+
+
+def test_a_row_brings_its_own_columns_or_the_recipes():
+    """What a row leaves open is the recipe's, or its own optimizer's; a decay of 0 in a row is one; frozen rows never train."""
+    own, schedule = SGD(weight_decay=0.3), Plateau(mode="min")
+    rows = (
+        Group("a", "fc", lr=1.0, weight_decay=0.0),
+        Group("b", "body", lr=2.0, optimizer=own, schedule=schedule, unfreeze_at=1, warmup_epochs=0.5),
+        Group("c", "norm", lr=3.0, optimizer=own, weight_decay=0.1),
+        Frozen("d", "."),
+    )
+    recipe = small_recipe(groups=rows, score="macro_f1")
+    a, b, c, d = groups = split_parameters(recipe, SmallNet())
+    assert [group.weight_decay for group in groups] == [0.0, 0.3, 0.1, 0.05]
+    assert [group.optimizer for group in groups] == [recipe.optimizer, own, own, recipe.optimizer]
+    assert [group.schedule for group in groups] == [recipe.schedule, schedule, recipe.schedule, recipe.schedule]
+    assert [group.watches for group in groups] == ["macro_f1", "loss", "macro_f1", "macro_f1"]
+    assert [group.warmup_epochs for group in groups] == [0.0, 0.5, 0.0, 0.0]
+    assert [(group.name, group.lr, group.unfreeze_at) for group in groups[:3]] == [("a", 1.0, 0), ("b", 2.0, 1), ("c", 3.0, 0)]
+    assert d.name == "d" and not d.ever_trains and not d.trains(10**9) and set(d.params) == {"stem.weight", "stem.bias"}
+
+
+@pytest.mark.parametrize("mode,cut", [("max", "macro_f1"), ("min", "loss")])
+def test_a_plateau_sees_the_score_it_watches(mode, cut):
+    """Of the rows of scores a schedule gets the one it watches, and a warmup begun late multiplies what it says."""
+    rows = (*ALL, Group("late", "fc", lr=1.0, unfreeze_at=2, warmup_epochs=0.5))
+    schedule = Plateau(mode=mode, patience=0, factor=0.1)
+    groups = split_parameters(small_recipe(groups=rows[::-1], schedule=schedule, score="macro_f1"), SmallNet())
+    better = {"macro_f1": [0.1, 0.2], "loss": [0.2, 0.1]}
+    scored = [{"top1": 0.5, "macro_f1": 0.5, "loss": 0.5, cut: value} for value in better[cut][::-1]]
+    optimizer = build_optimizer(groups)
+    assert set_rates(optimizer, groups, 20, 10, 4, scored) == pytest.approx({"late": 1e-3, "all": 1e-3})
+    assert set_rates(optimizer, groups, 25, 10, 4, scored) == pytest.approx({"late": 1e-1, "all": 1e-3})
+
+
+def test_a_switch_reaches_the_groups():
+    """The groups are those of the recipe as it holds in the epoch."""
+    recipe = small_recipe(switch=Switch(at=1, optimizer=SGD(), lr_factor=2.0))
+    rates = [[group.lr for group in split_parameters(recipe, SmallNet(), *epoch)] for epoch in ((), (0,), (1,))]
+    assert rates == [[1e-2, 3e-3, 1e-3], [1e-2, 3e-3, 1e-3], [2e-2, 6e-3, 2e-3]]
 
 
 def test_rows_that_do_not_fit_are_all_named():
@@ -158,17 +200,21 @@ def test_rows_that_do_not_fit_are_all_named():
     with pytest.raises(RecipeError) as caught:
         split_parameters(recipe, SmallNet())
     for text in (
+        "the recipe's groups do not fit",
         "group 'again' (pattern 'fc\\.b') matches no parameter that an earlier row has not taken",
         "group 'top' (pattern 'layer5') matches no parameter\n",
         "no group matches 6 parameters, the first of them 'stem.weight'",
         "the model's top-level names are: stem, norm, body, fc",
     ):
         assert text in str(caught.value)
+    for left, pattern in {"1 parameter, .* 'fc.bias'": r"(?!fc\.bias)", "2 parameters, .* 'fc.weight'": "(?!fc)"}.items():
+        with pytest.raises(RecipeError, match=f"no group matches {left}\n"):
+            split_parameters(small_recipe(groups=(Group("all", pattern, lr=1.0),)), SmallNet())
 
 
 def test_layer_decay_needs_a_model_that_knows_its_layers():
     """For a network without group_matcher the remedy is named."""
-    with pytest.raises(RecipeError, match="write the groups as rows"):
+    with pytest.raises(RecipeError, match="SmallNet.* does not state its layers .*; write the groups as rows"):
         split_parameters(small_recipe(groups=LayerDecay(head_lr=1.0, stem_ratio=0.1)), SmallNet())
 
 
@@ -190,20 +236,27 @@ def test_wrong_optimizers_are_named(optimizer, fault):
     assert fault in str(caught.value)
 
 
-def test_the_table_counts_everything():
-    """The table's sums are the network's."""
-    recipe = load_recipe("resnet18_cifar")[0]
-    net = outline(recipe)
-    groups = split_parameters(recipe, net)
-    text = table(groups, {group.name: [group.lr] for group in groups})
-    assert text.splitlines()[-1].split() == ["all", "62", f"{sum(p.numel() for p in net.parameters()):,}"]
-    assert len(text.splitlines()) == 6
+def test_the_table_shows_each_group():
+    """A line a group: its sizes, first, highest and last rate, decay and what it spares, optimizer, epoch; then the sums."""
+    rows = (
+        Group("head", "fc", lr=1e-2, optimizer=SGD(weight_decay=0.3)),
+        Group("body", "body", lr=1e-3, unfreeze_at=2),
+        Frozen("rest", "."),
+    )
+    groups = split_parameters(small_recipe(groups=rows), SmallNet())
+    text = table(groups, {"head": [1e-4, 0.01234, 2e-5], "body": [3e-3], "rest": []})
+    assert [re.split(r"  +", line.strip()) for line in text.splitlines()] == [
+        ["group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer", "from epoch"],
+        ["head", "2", "119", "0.0001", "0.012", "2e-05", "0.3", "1 of 2", "SGD", "0"],
+        ["body", "2", "1,168", "0.003", "0.003", "0.003", "0.05", "1 of 2", "AdamW", "2"],
+        ["rest", "4", "240", "-", "-", "-", "-", "-", "frozen", "never"],
+        ["all", "8", "1,527"],
+    ]
+    assert len({len(line) for line in text.splitlines()[:-1]}) == 1  # numbers stand under one another, to the right
 
 
 def test_a_groups_own_schedule_and_warmup_are_torchs():
     """Every 5 epochs times 0.9 is torch's StepLR; warmup from the unfreezing on is torch's LinearLR begun at that epoch."""
-    from finetune.lr_schedule import Step
-
     recipe = small_recipe(
         epochs=20,
         schedule=Constant(),

@@ -14,10 +14,7 @@ from PIL import Image
 from sklearn.metrics import classification_report
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from conftest import (
-    PREPROCESSING,
-    ROOT,
-)
+from conftest import PREPROCESSING, ROOT, timm_alone
 from finetune.export import save_model
 from finetune.image_data import load_data
 from finetune.predict import (
@@ -45,9 +42,9 @@ def mixed(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["", "val"])
-def test_evaluate_gives_the_runs_own_number(finished, image_folder, part):
+def test_evaluate_gives_the_runs_own_number(run_folder, image_folder, part):
     """On the run's validation images a loaded model has the scores of result.json, and its loss to rounding."""
-    found, result = evaluate(finished, image_folder / part), json.loads((finished / "result.json").read_text())
+    found, result = evaluate(run_folder, image_folder / part), json.loads((run_folder / "result.json").read_text())
     assert {key: found[key] for key in ("top1", "macro_f1", "val_images")} == {
         key: result[key] for key in ("top1", "macro_f1", "val_images")
     }
@@ -55,17 +52,13 @@ def test_evaluate_gives_the_runs_own_number(finished, image_folder, part):
     assert [row["recall"] for row in found["classes"]] == result["class_accuracy"]
 
 
-def test_evaluate_agrees_with_scikit_learn(finished, mixed):
+def test_evaluate_agrees_with_scikit_learn(run_folder, mixed):
     """Precision, recall, F1, support, macro F1, top-1 and the confusion matrix are scikit-learn's, of timm's predictions."""
-    net = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-    names, truth, said = ["blue", "green", "red"], [], []
-    for path in sorted(mixed.rglob("*.png")):
-        truth.append(names.index(path.parent.name))
-        with torch.no_grad():
-            said.append(int(net(transform(Image.open(path))[None]).argmax()))
+    names, files = ["blue", "green", "red"], sorted(mixed.rglob("*.png"))
+    truth = [names.index(path.parent.name) for path in files]
+    said = timm_alone(run_folder / "model", files).argmax(1).tolist()
     report = classification_report(truth, said, target_names=names, output_dict=True, zero_division=0)
-    found = evaluate(finished, mixed, mixed / "out")
+    found = evaluate(run_folder, mixed, mixed / "out")
     assert 0.2 < found["top1"] < 1 and found["top1"] == pytest.approx(report["accuracy"])
     assert found["macro_f1"] == pytest.approx(report["macro avg"]["f1-score"])
     for row in found["classes"]:
@@ -79,7 +72,7 @@ def test_evaluate_agrees_with_scikit_learn(finished, mixed):
     lines = evaluation_as_text(found).splitlines()
     assert f"top-1 {found['top1']:.2%}" in lines[0] and lines[-3].split() == ["blue", *map(str, found["confusion"][0])]
     with pytest.raises(RecipeError, match="is there already"):
-        evaluate(finished, mixed, mixed / "out")
+        evaluate(run_folder, mixed, mixed / "out")
 
 
 def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
@@ -95,14 +88,11 @@ def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
     assert len(whole) == 30 and pairs == {("red", 0), ("green", 1), ("blue", 2)}
 
 
-def test_predictions_are_those_of_timm_alone(finished, image_folder):
+def test_predictions_are_those_of_timm_alone(run_folder, image_folder):
     """Each file's classes and probabilities are the softmax of timm's network on timm's transform, the likeliest first."""
     files = sorted((image_folder / "val").rglob("*.png"))
-    net = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-    with torch.no_grad():
-        chances = net(torch.stack([transform(Image.open(file)) for file in files])).softmax(1)
-    rows = predict(finished / "model", [image_folder / "val"], top=2)
+    chances = timm_alone(run_folder / "model", files).softmax(1)
+    rows = predict(run_folder / "model", [image_folder / "val"], top=2)
     assert [row["file"] for row in rows] == list(map(str, files))
     for row, expected in zip(rows, chances, strict=True):
         best = expected.topk(2)
@@ -111,9 +101,9 @@ def test_predictions_are_those_of_timm_alone(finished, image_folder):
         assert [row["predicted"], row["probability"]] == row["top"][0]
 
 
-def test_predictions_can_be_read_back(finished, image_folder):
+def test_predictions_can_be_read_back(run_folder, image_folder):
     """The CSV and the table hold what the rows hold, an image a line."""
-    rows = predict(finished, [image_folder / "val" / "red"])
+    rows = predict(run_folder, [image_folder / "val" / "red"])
     back = list(csv.DictReader(io.StringIO(predictions_as_csv(rows))))
     assert [(row["file"], row["predicted"], float(row["probability_1"]), row["class_3"]) for row in back] == [
         (row["file"], row["predicted"], row["probability"], row["top"][2][0]) for row in rows
@@ -135,18 +125,18 @@ def test_images_are_found_in_files_folders_and_patterns(image_folder, monkeypatc
             find_images(["val", nothing])
 
 
-def test_an_unreadable_image_is_named_counted_and_left_out(finished, image_folder, tmp_path, capsys):
+def test_an_unreadable_image_is_named_counted_and_left_out(run_folder, image_folder, tmp_path, capsys):
     """The others keep their predictions; where none can be read, that is the error."""
     good, bad = tmp_path / "b.png", tmp_path / "a.png"
     shutil.copyfile(image_folder / "val" / "red" / "0.png", good)
     bad.write_bytes(good.read_bytes()[:200])
-    rows = predict(finished, [tmp_path])
+    rows = predict(run_folder, [tmp_path])
     err = capsys.readouterr().err
-    alone = predict(finished, [image_folder / "val" / "red" / "0.png"])[0]
+    alone = predict(run_folder, [image_folder / "val" / "red" / "0.png"])[0]
     assert [row["file"] for row in rows] == [str(good)] and dict(rows[0]["top"]) == pytest.approx(dict(alone["top"]), abs=1e-6)
     assert f"can't read the image {bad}" in err and "1 of 2 images could not be read and were left out" in err
     with pytest.raises(RecipeError, match="no image could be read"):
-        predict(finished, [bad])
+        predict(run_folder, [bad])
 
 
 def test_several_labels_an_image_are_sigmoids(tmp_path, image_folder):
@@ -166,15 +156,15 @@ def test_several_labels_an_image_are_sigmoids(tmp_path, image_folder):
     assert len({len(row["predicted"]) for row in rows}) > 1 or len(rows[0]["predicted"]) != 1
 
 
-def test_what_is_wrong_is_named(finished, image_folder, tmp_path):
+def test_what_is_wrong_is_named(run_folder, image_folder, tmp_path):
     """Classes that differ, with both lists' differences; a folder that is not there; a top that is none."""
     for name in ("blue", "green", "violet"):
         shutil.copytree(image_folder / "val" / "red", tmp_path / "data" / name)
     for call, fault in (
-        (lambda: evaluate(finished, tmp_path / "data"), "differ: only the model has: red; only .*data has: violet"),
-        (lambda: evaluate(finished, tmp_path / "nowhere"), "nowhere: no such folder"),
-        (lambda: predict(finished, [image_folder], top=0), "--top starts at 1"),
-        (lambda: load_model(finished.parent), "Wanted: the folder of a finished run"),
+        (lambda: evaluate(run_folder, tmp_path / "data"), "differ: only the model has: red; only .*data has: violet"),
+        (lambda: evaluate(run_folder, tmp_path / "nowhere"), "nowhere: no such folder"),
+        (lambda: predict(run_folder, [image_folder], top=0), "--top starts at 1"),
+        (lambda: load_model(run_folder.parent), "Wanted: the folder of a finished run"),
     ):
         with pytest.raises(RecipeError, match=fault):
             call()

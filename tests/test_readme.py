@@ -34,7 +34,6 @@ def test_every_lever_of_the_table_is_a_recipe(fields):
     changes = eval(f"dict({fields})", NAMES)
     of_timm = "LayerDecay" in fields or changes.keys() & {"dropout", "gradient_checkpointing"}
     made = small_recipe(**{**(OF_TIMM if of_timm else {}), **changes})
-    assert all(getattr(made, name) == value for name, value in changes.items())
     check(made, outline(made))
 
 
@@ -67,31 +66,6 @@ def commands(start):
     """The README's command lines that begin with `start`, without their comments, as words."""
     lines = re.findall(rf"^    ({re.escape(start)}.*)$", README, re.M)
     return [shlex.split(line, comments=True) for line in lines]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, image_folder):
-    """A finished run on the photographs of the tests."""
-    folder = tmp_path_factory.mktemp("readme") / "run"
-    fields = ("data.image_size=32", "data.batch_size=8", "epochs=4", "mixed_precision=no")
-    assert (
-        run.main(
-            [
-                "--recipe",
-                "resnet18_cifar",
-                "--data",
-                str(image_folder),
-                "--weights",
-                "none",
-                "--output",
-                str(folder),
-                "--quiet",
-                *(word for field in fields for word in ("--set", field)),
-            ]
-        )
-        == 0
-    )
-    return folder
 
 
 def test_every_verb_of_the_readme_runs(tmp_path, monkeypatch, capsys, image_folder, run_folder):

@@ -10,12 +10,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.metrics import confusion_matrix as theirs
 
-from conftest import (
-    SmallNet,
-    prepare,
-    run_here,
-    small_recipe,
-)
+from conftest import SmallNet, prepare, run_here, small_recipe
 from finetune import image_data, plots
 from finetune.batches import UNREADABLE
 from finetune.lr_schedule import Step
@@ -100,9 +95,8 @@ def test_the_worst_mistakes_come_first(tmp_path, monkeypatch):
     assert plots.mistakes(tmp_path, torch.nn.functional.one_hot(labels.clamp(min=0), 10) * 4.0, labels, images) is None
 
 
-def test_a_quiet_run_says_its_last_words_only(tmp_path, monkeypatch, capsys):
+def test_a_quiet_run_says_its_last_words_only(here, capsys):
     """--quiet leaves the lines that say what was reached and where it lies."""
-    monkeypatch.chdir(tmp_path)
     assert main(["--recipe", "resnet18_cifar", "--smoke", "--quiet", "--output", "out"]) == 0
     out, err = capsys.readouterr()
     words = ["reached", "promised", "head", "moved", "best", "model", "all"]

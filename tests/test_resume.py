@@ -13,7 +13,20 @@ from conftest import ALL, Cut, DroppingNet, cut_before, run_here, scaling_accele
 from finetune import run_record, train_loop
 from finetune.lr_schedule import Plateau
 from finetune.processes import Stopped
-from finetune.recipe import SGD, AdamW, Augment, Data, EarlyStop, Frozen, Group, LinearProbe, Optimizer, RecipeError, Switch
+from finetune.recipe import (
+    SGD,
+    AdamW,
+    Augment,
+    Data,
+    EarlyStop,
+    Frozen,
+    Group,
+    LayerDecay,
+    LinearProbe,
+    Optimizer,
+    RecipeError,
+    Switch,
+)
 from finetune.recipe_file import as_dict
 from finetune.run_folder import changes, check_same_recipe, newest_checkpoint
 
@@ -39,6 +52,15 @@ def assert_same_bits(a, b):
     for ours, theirs in zip(a[:2], b[:2], strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert a[2] == b[2]
+
+
+def go_on(monkeypatch, recipe, folder, *args, **options):
+    """Resume a run, which takes the updates that its checkpoint lacks, and no other."""
+    done, real, calls = int(newest_checkpoint(folder).name.split("-")[1]), train_loop.take_step, []
+    with monkeypatch.context() as patched:
+        patched.setattr(train_loop, "take_step", lambda *args: calls.append(1) or real(*args))
+        run_here(recipe, folder, *args, **options)
+    assert done and done + len(calls) == 12
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +97,7 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, befor
         cut_before(patched, before, call)
         with pytest.raises(Cut):
             run_here(interrupted_recipe(), tmp_path, accumulate, workers[0], checkpoint_every=every)
-    run_here(interrupted_recipe(), tmp_path, accumulate, workers[1], checkpoint_every=every)
+    go_on(monkeypatch, interrupted_recipe(), tmp_path, accumulate, workers[1], checkpoint_every=every)
     assert_same_bits(everything(tmp_path), unbroken[accumulate])
 
 
@@ -88,6 +110,7 @@ LEVERS = {
     "several optimizers": {"groups": (HEAD, Group("rest", ".", lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=1))},
     "switch": {"groups": (HEAD, REST), "switch": Switch(at=2, optimizer=SGD(momentum=0.9), lr_factor=3.0)},
     "lbfgs": {"groups": (HEAD, Frozen("rest", ".")), "optimizer": Optimizer("LBFGS", max_iter=3)},
+    "updates counted in a row": {"groups": (HEAD, REST), "optimizer": Optimizer("lamb")},
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
     "own columns": {
         "groups": (
@@ -108,7 +131,7 @@ def test_every_lever_survives_a_cut(tmp_path, monkeypatch, lever, call):
         cut_before(patched, "set_rates", call)
         with pytest.raises(Cut):
             run_here(recipe, tmp_path / "cut", checkpoint_every=1)
-    run_here(recipe, tmp_path / "cut")
+    go_on(monkeypatch, recipe, tmp_path / "cut")
     whole = everything(tmp_path / "whole")
     assert_same_bits(everything(tmp_path / "cut"), whole)
     assert len(whole[1]) > 1 and any(name.startswith("average") for name in whole[0]) == (lever == "average")
@@ -127,7 +150,7 @@ def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch
         cut_before(patched, "set_rates", 6)
         with pytest.raises(Cut):
             run_here(recipe, tmp_path / "cut", checkpoint_every=1, accelerator=scaling_accelerator())
-    run_here(recipe, tmp_path / "cut", accelerator=scaling_accelerator())
+    go_on(monkeypatch, recipe, tmp_path / "cut", accelerator=scaling_accelerator())
     assert_same_bits(everything(tmp_path / "cut"), everything(tmp_path / "scaled"))
 
 
@@ -148,7 +171,7 @@ def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypa
             run_here(interrupted_recipe(), tmp_path)
     assert newest_checkpoint(tmp_path).name == "step-00000005-epochs-00001"
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-    run_here(interrupted_recipe(), tmp_path)
+    go_on(monkeypatch, interrupted_recipe(), tmp_path)
     assert_same_bits(everything(tmp_path), unbroken[1])
 
 
@@ -160,8 +183,40 @@ def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
     check_same_recipe(tmp_path, recipe)
     with pytest.raises(RecipeError) as caught:
         check_same_recipe(tmp_path, small_recipe(epochs=5, seed=1))
-    assert "epochs: 4 before, 5 now" in str(caught.value) and "seed: 0 before, 1 now" in str(caught.value)
-    assert "--resume-anyway" in str(caught.value)
+    assert str(caught.value).splitlines() == [
+        f"the run in {tmp_path} was started with another recipe:",
+        "  epochs: 4 before, 5 now",
+        "  seed: 0 before, 1 now",
+        "  to go on with this one all the same: --resume-anyway",
+    ]
     del resolved["data"]["on_bad_image"], resolved["label_smoothing"]
     assert changes(resolved, recipe) == []
     assert len(changes(resolved, small_recipe(label_smoothing=0.1, data=Data("generated", 24, 8, on_bad_image="skip")))) == 2
+
+
+ROWS = small_recipe().groups
+
+
+@pytest.mark.parametrize(
+    "before,now",
+    [(LayerDecay(head_lr=1e-2, stem_ratio=0.1), (*ROWS, Frozen("x", "x"))[:n]) for n in (1, 2, 3, 4)]
+    + [(ROWS[:n], LayerDecay(head_lr=1e-2, stem_ratio=0.1)) for n in (1, 4)]
+    + [(ROWS, ROWS[:2]), (ROWS, ROWS[::-1]), (ROWS, (*ROWS[:2], Frozen("stem", "stem|norm")))],
+)
+def test_a_table_of_another_kind_is_named(before, now):
+    """Whatever stood in place of the table, with as many rows or fields or with others, that change alone is named."""
+    resolved = json.loads(json.dumps(as_dict(small_recipe(groups=before))))
+    ((change),) = changes(resolved, small_recipe(groups=now))
+    assert change == f"groups: {resolved['groups']} before, {json.loads(json.dumps(as_dict(now)))} now"
+
+
+def test_fields_younger_than_the_run_had_their_defaults():
+    """In rows and parts as well; a field without a default had no value, and one that is there no more is left aside."""
+    recipe = small_recipe(switch=Switch(at=2, optimizer=SGD()))
+    resolved = json.loads(json.dumps(as_dict(recipe))) | {"no longer": 1}
+    del resolved["groups"][1]["warmup_epochs"], resolved["schedule"]["floor"], resolved["switch"]["lr_factor"]
+    assert changes(resolved, recipe) == []
+    (change,) = changes(resolved, small_recipe(switch=Switch(at=2, optimizer=SGD(), lr_factor=2.0)))
+    assert "'lr_factor': 1.0" in change.split(" before, ")[0] and "'lr_factor': 2.0" in change.split(" before, ")[1]
+    del resolved["head"]
+    assert changes(resolved, recipe) == ["head: None before, fc now"]

@@ -10,10 +10,8 @@ import timm
 import torch
 from PIL import Image
 
-from conftest import (
-    RECIPES,
-    ROOT,
-)
+from conftest import RECIPES, ROOT, timm_alone
+from finetune.recipe_file import load_recipe
 from finetune.run import main
 
 
@@ -23,7 +21,10 @@ def test_every_recipe_smokes(here, capsys, name):
     assert main(["--recipe", name, "--smoke", "--output", "out"]) == 0
     out = capsys.readouterr().out
     assert "SMOKE RUN" in out and "promised  nothing: a smoke run" in out
-    assert json.loads((here / "out" / "result.json").read_text())["smoke"] is True
+    result, rows = json.loads((here / "out" / "result.json").read_text()), load_recipe(name)[0].groups
+    stages = len({0} | {getattr(row, "unfreeze_at", 0) for row in (rows if isinstance(rows, tuple) else [rows])})
+    assert [f"from epoch {epoch}: trains" in out for epoch in range(stages + 1)] == [True] * stages + [False]
+    assert result["smoke"] is True and result["epochs"] == stages + 1
 
 
 LEVERS = """
@@ -95,17 +96,12 @@ def test_a_run_folder_is_complete(finished, image_folder):
 def test_timm_alone_gets_the_same_score(finished, image_folder):
     """timm loads model/ by its own means, preprocesses by its own means, and classifies as many images rightly."""
     folder, _, _ = finished
-    net = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     names = json.loads((folder / "model" / "config.json").read_text())["label_names"]
     assert names == ["blue", "green", "red"]
-    right = 0
-    for label, name in enumerate(names):
-        for path in (image_folder / "val" / name).iterdir():
-            with torch.no_grad():
-                right += int(net(transform(Image.open(path).convert("RGB"))[None]).argmax()) == label
-    result = json.loads((folder / "result.json").read_text())
-    assert right == round(15 * result["top1"])
+    files = sorted((image_folder / "val").rglob("*.png"))
+    guesses = timm_alone(folder / "model", files).argmax(1)
+    right = sum(file.parent.name == names[guess] for file, guess in zip(files, guesses, strict=True))
+    assert right == round(15 * json.loads((folder / "result.json").read_text())["top1"])
     assert timm.create_model(f"local-dir:{folder / 'model-best'}", pretrained=True).num_classes == 3
 
 

@@ -1,13 +1,20 @@
 """What the command refuses, and what it leaves alone."""
 
-import json
+import filecmp
+import os
 import shutil
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT, Cut, cut_before, small_recipe
+from finetune import run_record
+from finetune.recipe import RecipeError
 from finetune.run import main
+from finetune.run_folder import begin, check_same_recipe, lock, new_folder, unfinished_folder
 
 
 @pytest.mark.parametrize(
@@ -67,13 +74,8 @@ def test_a_finished_run_is_not_overwritten_or_resumed(finished, capsys):
     assert (folder / "result.json").stat().st_mtime_ns == before
 
 
-def test_resume_goes_on_and_refuses_another_recipe(finished, image_folder, tmp_path, capsys):
+def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monkeypatch, capsys):
     """A run cut short before its end goes on to the same result; with another recipe it names what differs."""
-    folder = tmp_path / "again"
-    shutil.copytree(finished[0], folder)
-    (folder / "result.json").unlink()
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99}\n')  # a line written after the checkpoint
     arguments = [
         "--recipe",
         "resnet18_cifar",
@@ -87,18 +89,132 @@ def test_resume_goes_on_and_refuses_another_recipe(finished, image_folder, tmp_p
         "data.batch_size=8",
         "--set",
         "mixed_precision=no",
-        "--seed",
-        "3",
-        "--resume",
-        str(folder),
+        "--set",
+        "backbone=test_resnet",
     ]
-    assert main([*arguments, "--set", "epochs=5"]) == 2
+    four, whole, cut = ["--set", "epochs=4"], tmp_path / "whole", tmp_path / "cut"
+    assert main([*arguments, *four, "--output", str(whole)]) == 0
+    monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        cut_before(patched, "set_rates", 11)
+        main([*arguments, *four, "--output", str(cut)])
+    assert main([*arguments, "--set", "epochs=5", "--resume", str(cut)]) == 2
     assert "was started with another recipe:\n  epochs: 4 before, 5 now" in capsys.readouterr().err
-    assert main([*arguments, "--set", "epochs=4"]) == 0
-    assert "going on after update 16, 4 epochs done" in capsys.readouterr().out
-    assert (folder / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
-    results = [json.loads((path / "result.json").read_text())["top1"] for path in (folder, finished[0])]
-    assert results[0] == results[1]
+    assert main([*arguments, *four, "--resume", str(cut)]) == 0
+    assert "going on after update 8, 2 epochs done" in capsys.readouterr().out
+    for file in ("metrics.jsonl", "predictions.safetensors", "model/model.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "there,refused",
+    [
+        ([], None),
+        ([".lock", "recipe.py", "groups.txt", ".recipe.json"], None),
+        (["notes.txt"], "files"),
+        ([".lock", "recipe.py", "groups.txt", "recipe.json"], "a run"),
+    ],
+)
+def test_a_folder_with_something_in_it_is_not_begun_in(tmp_path, there, refused):
+    """What a run that died before it began has left is nothing; a run, or anything else, is kept."""
+    folder = tmp_path / "out"
+    assert new_folder("x", folder) == folder and not folder.exists()
+    folder.mkdir()
+    for name in there:
+        (folder / name).touch()
+    if not refused:
+        assert new_folder("x", folder) == folder
+        return
+    with pytest.raises(RecipeError) as caught:
+        new_folder("x", folder)
+    remedy = "name another --output, or go on with the run in it: --resume"
+    assert str(caught.value) == f"output folder {folder} already holds {refused}; {remedy}"
+
+
+def test_a_file_is_no_folder(tmp_path):
+    """A file where the output should go is refused, and kept."""
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(RecipeError, match="already holds files"):
+        new_folder("x", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_run_without_output_has_its_name_and_time(here):
+    """Without --output a run goes to runs/NAME-DATE-TIME, which later sorts later."""
+    folder = new_folder("x", None)
+    assert folder.parent.name == "runs" and not folder.parent.exists()
+    time.strptime(folder.name, "x-%Y%m%d-%H%M%S")
+
+
+def test_a_bare_resume_takes_the_recipes_newest_run(here):
+    """The one written to last, whatever it is called; a folder of another recipe or without a run in it is none."""
+    for name in ("x-1", "x-2", "x-3", "x-4", "xy-5"):
+        (here / "runs" / name).mkdir(parents=True)
+    with pytest.raises(RecipeError) as caught:
+        unfinished_folder("x", None)
+    assert str(caught.value) == "no run to resume in runs/; name its folder: --resume DIR"
+    for age, name in enumerate(("xy-5", "x-2", "x-1", "x-3")):
+        (here / "runs" / name / "recipe.json").touch()
+        os.utime(here / "runs" / name, (1e9, 1e9 - age))
+    assert unfinished_folder("x", None) == Path("runs/x-2")
+    assert unfinished_folder("x", here / "runs" / "xy-5") == here / "runs" / "xy-5"
+    with pytest.raises(RecipeError, match=f"^no run to resume in {here / 'runs' / 'x-4'}; name its folder: --resume DIR$"):
+        unfinished_folder("x", here / "runs" / "x-4")
+    (here / "runs" / "x-2" / "result.json").touch()
+    with pytest.raises(RecipeError, match="^the run in runs/x-2 is finished: nothing to resume$"):
+        unfinished_folder("x", Path("runs/x-2"))
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_run_that_dies_as_it_begins_can_be_begun_again(tmp_path, monkeypatch, call):
+    """recipe.json is the last of a run's first files: cut anywhere before it, the folder counts as unused."""
+    folder, file, calls = tmp_path / "out", ROOT / "recipes" / "resnet18_cifar.py", []
+
+    def cutting(real):
+        def called(*args, **options):
+            calls.append(1)
+            if len(calls) == call + 1:
+                raise Cut
+            return real(*args, **options)
+
+        return called
+
+    lock(folder).close()
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        for owner, name in ((shutil, "copyfile"), (Path, "write_text"), (Path, "rename")):
+            patched.setattr(owner, name, cutting(getattr(owner, name)))
+        begin(folder, file, small_recipe(), "the groups")
+    assert new_folder("x", folder) == folder
+    begin(folder, file, small_recipe(), "the groups")
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "groups.txt", "recipe.json", "recipe.py"]
+    assert (folder / "groups.txt").read_text() == "the groups\n" and filecmp.cmp(folder / "recipe.py", file, shallow=False)
+    check_same_recipe(folder, small_recipe())
+    assert len((folder / "recipe.json").read_text().splitlines()) > 50  # a field on each line, for people
+
+
+def test_a_locked_folder_names_its_holder(tmp_path):
+    """Another process is refused while the lock is held, with the holder's number, the latest if there were several."""
+
+    def tried():
+        answer, question = os.pipe()
+        if os.fork() == 0:
+            try:
+                lock(tmp_path / "a" / "run").close()
+                os.write(question, b"free")
+            except RecipeError as error:
+                os.write(question, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(question)  # so that a child that dies without a word is no wait for ever
+        os.wait()
+        return os.read(answer, 1000).decode()
+
+    assert tried() == "free"
+    (tmp_path / "a" / "run" / ".lock").write_text("123456789012345")
+    with lock(tmp_path / "a" / "run"):
+        holder = f"process {os.getpid()} is alive"
+        assert tried() == f"{holder} and writes its run to {tmp_path / 'a' / 'run'}; name another --output"
+    assert tried() == "free"
 
 
 def test_dry_run_needs_neither_data_nor_weights(here, capsys):

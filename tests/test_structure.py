@@ -130,16 +130,31 @@ def test_ci_runs_the_readmes_commands():
     assert "accelerate launch finetune/run.py --recipe efficientnet_lite0_digits --smoke" in ci and '".[test]" && pytest' in ci
 
 
+def written(file):
+    """Keys and attributes that a module assigns to, and methods it calls, however spelt: `lr`, `requires_grad_()`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(getattr(node.slice, "value", None) if isinstance(node, ast.Subscript) else node.attr)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            found |= {f"{node.func.attr}()", *(word.arg for word in node.keywords if node.func.attr == "update")}
+    return found
+
+
 def test_each_thing_is_decided_in_one_place():
-    """Learning rates, requires_grad and norms' modes are each written in one module."""
+    """Rates, decays, requires_grad and norms' modes are each written in one module; the memory plan gives back what was."""
     places = {
-        r'\["lr"\] = ': "param_groups",
-        r"requires_grad_\(": "unfreeze",
-        r'"weight_decay": decay': "optimizers",
-        r"module\.eval\(\)": "unfreeze",
+        "lr": {"param_groups"},
+        "weight_decay": set(),  # made with an optimizer's rows, and never changed
+        "requires_grad_()": {"unfreeze"},
+        "requires_grad": {"memory_plan"},
+        "training": {"memory_plan"},
+        "train()": {"unfreeze"},
     }
-    for pattern, place in places.items():
-        assert [file.stem for file in MODULES if re.search(pattern, file.read_text())] == [place], pattern
+    for name, modules in places.items():
+        assert {file.stem for file in MODULES if name in written(file)} == modules, name
+    assert [file.stem for file in MODULES if '"weight_decay": decay' in file.read_text()] == ["optimizers"]
+    assert [file.stem for file in MODULES if "module.eval()" in file.read_text()] == ["unfreeze"]
 
 
 @pytest.mark.parametrize("file", MODULES + TESTS, ids=lambda file: file.stem)

@@ -12,7 +12,7 @@ import torchvision
 from finetune.data_sources import TORCHVISION
 from finetune.image_data import data_size, is_downloaded, known_size, load_data
 from finetune.recipe import RecipeError
-from sources import NAMES, PIXELS, put, put_image, same_set, source
+from sources import NAMES, PIXELS, assert_same_set, put, put_image, source
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -130,7 +130,8 @@ def test_torchvisions_sets_are_what_torchvision_reads(torchvision_folder, name):
         getattr(torchvision.datasets, name)(torchvision_folder, **({argument: value} if argument else {})) for value in values
     ]
     if len(values) == 2:
-        same_set(data.train, theirs[0]), same_set(data.val, theirs[1])
+        assert_same_set(data.train, theirs[0])
+        assert_same_set(data.val, theirs[1])
     else:
         assert sorted(
             zip(map(str, data.train.items + data.val.items), [*data.train.labels, *data.val.labels], strict=True)

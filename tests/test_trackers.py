@@ -6,36 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from conftest import (
-    Cut,
-    cut_before,
-)
+from conftest import Cut, cut_before, on_folder
 from finetune import run_record
 from finetune.run import main
 
 
-def test_tensorboard_reads_back_what_was_logged(tmp_path, monkeypatch, image_folder):
+def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder):
     """TensorBoard's own reader finds each update's loss and rates and each epoch's scores once, though the run was cut."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.chdir(tmp_path)
-    arguments = [
-        "--recipe",
-        "resnet18_cifar",
-        "--data",
-        str(image_folder),
-        "--weights",
-        "none",
-        "--track",
-        "tensorboard",
-        "--output",
-        "out",
-        *(
-            word
-            for field in ("data.image_size=32", "data.batch_size=8", "mixed_precision=no", "epochs=4")
-            for word in ("--set", field)
-        ),
-    ]
+    arguments = [*on_folder(image_folder, "out"), "--track", "tensorboard"]
     with monkeypatch.context() as patched:
         patched.setattr(run_record, "FLUSH_EVERY", 1)
         cut_before(patched, "set_rates", 11)  # two updates after the checkpoint of epoch 1
@@ -55,11 +35,10 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path, monkeypatch, image_fol
     assert [e.value for e in events.Scalars("lr/stem")] == pytest.approx([row["lr"]["stem"] for row in updates])
 
 
-def test_wandb_is_told_offline(tmp_path, monkeypatch):
+def test_wandb_is_told_offline(here, monkeypatch):
     """Weights & Biases, offline, writes a file whose records, by its own protocol, have the recipe and every update's loss."""
     from wandb.proto import wandb_internal_pb2
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert main(["--recipe", "resnet18_cifar", "--smoke", "--track", "wandb", "--output", "out"]) == 0
@@ -94,9 +73,8 @@ def log_records(file):
             record = b""
 
 
-def test_a_tracker_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_is_not_there_is_said(here, capsys):
     """An unknown tracker, or one whose package is missing, ends in one message before training."""
-    monkeypatch.chdir(tmp_path)
     for name, fault in (("tensorbord", "Unsupported logging capability: tensorbord"), ("comet_ml", "pip install comet_ml")):
         assert main(["--recipe", "resnet18_cifar", "--smoke", "--track", name, "--output", "out"]) == 2
-        assert fault in capsys.readouterr().err
+        assert fault in capsys.readouterr().err and not list(here.rglob("metrics.jsonl"))

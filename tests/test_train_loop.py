@@ -10,19 +10,13 @@ from accelerate import Accelerator
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, top_k_accuracy_score
 from torch.nn.functional import cross_entropy
 
-from conftest import SmallNet, prepare, run_here, small_recipe
+from conftest import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe
 from finetune.batches import load, plan_epoch
 from finetune.lr_schedule import Constant, Plateau
-from finetune.recipe import SGD, Data, Group, RecipeError
+from finetune.recipe import SGD, Data, Frozen, Group, Optimizer, RecipeError
 from finetune.run_folder import newest_checkpoint
 from finetune.scores import scores as count
 from finetune.train_loop import evaluate
-
-ALL = (Group("all", ".", lr=1e-2),)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -101,34 +95,53 @@ def test_plateau_follows_the_validation_score(tmp_path):
     assert optimizer.param_groups[0]["lr"] < 1e-2
 
 
-class Cut(Exception):
-    pass
-
-
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
-    """A damaged checkpoint, one that holds code, and one of another network each end in one message."""
-    recipe = small_recipe(epochs=3)
-    run_here(recipe, tmp_path / "run")
-    other = small_recipe(backbone=OtherNet, groups=ALL, epochs=3)
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    with pytest.raises(RecipeError, match="is of another network"):
-        run_here(other, tmp_path / "other")
-    for number, spoil in enumerate(
-        (lambda file: file.write_bytes(file.read_bytes()[:100]), lambda file: torch.save(Cut, file))
-    ):
-        shutil.copytree(tmp_path / "run", tmp_path / str(number))
-        spoil(newest_checkpoint(tmp_path / str(number)) / "optimizer.pt")
-        with pytest.raises(RecipeError, match="can't be read"):
-            run_here(small_recipe(epochs=4), tmp_path / str(number))
-
-
 class OtherNet(SmallNet):
     def __init__(self):
         super().__init__()
         self.more = torch.nn.Linear(1, 1)
 
 
-def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
+class WiderNet(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.body = torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 16, 5, stride=2)
+
+
+@pytest.fixture(scope="module")
+def three_epochs(tmp_path_factory):
+    """The folder of a run of three epochs."""
+    folder = tmp_path_factory.mktemp("three")
+    run_here(small_recipe(epochs=3), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changed,fault",
+    [
+        ({"backbone": OtherNet, "groups": ALL}, "is of another network"),
+        ({"backbone": WiderNet}, "is of another network"),
+        ({"groups": (Group("head", "fc", lr=1e-2), Frozen("rest", "."))}, "or another table, than"),
+        ({"optimizer": SGD(momentum=0.9)}, "has torch.AdamW's state of fc.weight, not torch.SGD's"),
+        ({"optimizer": Optimizer("lamb")}, "has torch.AdamW's state of fc.weight, not timm.Lamb's"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, three_epochs, changed, fault):
+    """Going on with another network, table or optimizer than the checkpoint's ends in one message with the way out."""
+    shutil.copytree(three_epochs, tmp_path / "run")
+    with pytest.raises(RecipeError, match=f"{fault}.*; to start again .* name another --output"):
+        run_here(small_recipe(epochs=4, **changed), tmp_path / "run")
+
+
+@pytest.mark.parametrize("spoil", [lambda file: file.write_bytes(file.read_bytes()[:100]), lambda file: torch.save(Cut, file)])
+def test_a_damaged_checkpoint_is_refused(tmp_path, three_epochs, spoil):
+    """A file that is cut, and one that holds code, each end in one message."""
+    shutil.copytree(three_epochs, tmp_path / "run")
+    spoil(newest_checkpoint(tmp_path / "run") / "optimizer.pt")
+    with pytest.raises(RecipeError, match="can't be read: optimizer.pt"):
+        run_here(small_recipe(epochs=4), tmp_path / "run")
+
+
+def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch, capsys):
     """A process that dies while it writes a checkpoint leaves the one before, and the run goes on from that."""
     recipe = small_recipe()
     net, rows = run_here(recipe, tmp_path / "whole")
@@ -146,7 +159,8 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", real)
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-00000006-epochs-00002"]
     again, lines = run_here(recipe, tmp_path / "cut")
-    assert same(net.state_dict(), again.state_dict()) and lines == rows
+    assert "going on after update 6, 2 epochs done" in capsys.readouterr().out
+    assert same_tensors(net.state_dict(), again.state_dict()) and lines == rows
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000012-epochs-00004"]  # older ones and what a death left aside are gone
     assert json.loads((tmp_path / "cut" / "checkpoints" / left[0] / "state.json").read_text())["step"] == 12
@@ -166,7 +180,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path):
     net, _ = run_here(recipe, tmp_path)
     assert seen == {(torch.bfloat16, True), (torch.bfloat16, False)}
     assert {t.dtype for t in net.state_dict().values()} == {torch.float32}
-    assert not same(before, net.state_dict())
+    assert not same_tensors(before, net.state_dict())
 
 
 def test_the_best_epoch_is_kept(tmp_path):

@@ -1,16 +1,19 @@
 """Frozen means still: no gradient, no decay, no momentum, no statistics, bit for bit."""
 
 import re
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from conftest import prepare, run_here, small_recipe
+from conftest import SmallNet, prepare, run_here, small_recipe
 from finetune import train_loop
+from finetune.param_groups import split_parameters
 from finetune.recipe import SGD, AdamW, Group, RecipeError
-from finetune.unfreeze import begins_stage, synchronise_norms, train_mode, unfreeze
+from finetune.unfreeze import begins_stage, hold_norms, stage_in_words, synchronise_norms, train_mode, unfreeze, wrap
 
 ROWS = (
     Group("head", "fc", lr=1e-2),
@@ -76,15 +79,77 @@ def test_stages_begin_where_the_table_says():
     assert [begins_stage(groups, epoch) for epoch in range(4)] == [True, True, True, False]
 
 
+def test_a_stage_in_words():
+    """What trains is named with its number of parameters, then what does not, where there is any."""
+    groups = split_parameters(small_recipe(), SmallNet())
+    assert stage_in_words(groups, 0) == "from epoch 0: trains: head (119 parameters); frozen: body, stem (1,408 parameters)"
+    assert stage_in_words(groups, 2) == "from epoch 2: trains: head, body, stem (1,527 parameters)"
+
+
+@pytest.mark.parametrize("held_by", [train_mode, hold_norms])
+@pytest.mark.parametrize("norm_stats,still", [("eval", {"a", "b"}), ("train", {"a"}), ("sync", {"a"})])
+def test_statistics_move_in_layers_that_train_only(held_by, norm_stats, still):
+    """With "train" and "sync" norms of frozen layers alone stand still, with "eval" all; also if the loop calls net.train()."""
+    net = nn.Sequential(OrderedDict(a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(3), c=nn.Dropout()))
+    net.a.requires_grad_(False)
+    net.b.register_forward_pre_hook(lambda module, inputs: None)  # somebody else's
+    for _ in range(2):
+        held_by(net, norm_stats)
+    assert len(net.b._forward_pre_hooks) == 1 + (held_by is hold_norms)  # once, however often it is asked for
+    if held_by is hold_norms:
+        net.train()
+    net(torch.randn(4, 3, 2, 2))
+    assert {name for name in ("a", "b") if not net.get_buffer(f"{name}.num_batches_tracked")} == still and net.c.training
+    net.a.requires_grad_(True)
+    held_by(net.train(), norm_stats)
+    net(torch.randn(4, 3, 2, 2))
+    assert bool(net.a.num_batches_tracked) == (norm_stats != "eval")
+
+
 def test_a_norm_without_parameters_follows_what_surrounds_it():
-    """Batch norm without affine parameters is frozen with the layer around it."""
-    net = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)), "b": nn.Conv2d(4, 4, 1)})
-    net["a"].requires_grad_(False)
-    train_mode(net, "train")
-    assert not net["a"][1].training
-    net["a"].requires_grad_(True)
-    train_mode(net, "train")
-    assert net["a"][1].training
+    """Batch norm without affine parameters is frozen with the nearest layer around it that has some."""
+    block = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, affine=False)))
+    net = nn.Sequential(nn.Sequential(block, nn.Conv2d(4, 4, 1)))  # the last layer always trains
+    for moves in (False, True):
+        block.requires_grad_(moves)
+        train_mode(net, "train")
+        assert block[1][0].training == moves
+    train_mode(nn.Sequential(nn.BatchNorm2d(4, affine=False)), "train")  # no parameter anywhere: nothing to ask
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    """A process group of this process alone, as DistributedDataParallel needs one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_each_process_wraps_for_its_own_gpu(monkeypatch):
+    """DDP is told the process's GPU."""
+    monkeypatch.setattr("finetune.unfreeze.DistributedDataParallel", lambda net, device_ids, forward_sync_buffers: device_ids)
+    assert wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1))) == [torch.device("cuda", 1)]
+
+
+def test_several_processes_average_what_trains_in_the_stage(one_process_group):
+    """On several processes DDP averages the trained gradients alone and sends no statistics; on one there is no wrapper."""
+    net, groups, _ = prepare(residual_recipe())
+    several, one = (SimpleNamespace(num_processes=n, device=torch.device("cpu")) for n in (2, 1))
+    trained = unfreeze(groups, 1)
+    model, sent = wrap(net, several), []
+
+    def send(state, bucket):
+        sent.extend(bucket.parameters())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    model.register_comm_hook(None, send)
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert isinstance(model, DistributedDataParallel) and model.module is net and not model.forward_sync_buffers
+    assert {id(parameter) for parameter in sent} == {id(parameter) for parameter in trained} and len(sent) == len(trained)
+    compiled = wrap(net, one, torch_compile=True)
+    assert wrap(net, one) is net and isinstance(compiled, nn.Module) and compiled is not net
 
 
 def test_synchronised_norms_keep_their_parameters(monkeypatch):
@@ -104,8 +169,8 @@ def test_synchronised_norms_keep_their_parameters(monkeypatch):
 def test_no_module_is_swapped():
     """Freezing leaves every module object in its place (timm's own freeze replaces batch norms and orphans parameters)."""
     net, groups, _ = prepare(residual_recipe())
-    before = {name: id(module) for name, module in net.named_modules()}
+    before = dict(net.named_modules())
     for epoch in (0, 1, 2, 0):
         unfreeze(groups, epoch)
         train_mode(net, "train")
-    assert before == {name: id(module) for name, module in net.named_modules()}
+    assert all(module is before[name] for name, module in net.named_modules())

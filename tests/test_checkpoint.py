@@ -1,0 +1,296 @@
+"""A checkpoint alone: what is written, in which order, and what is taken back."""
+
+import json
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm.optim
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from conftest import Cut, DroppingNet, SmallNet, same_tensors, scaling_accelerator
+from finetune.checkpoint import restore, restore_optimizer, save_checkpoint, write_folder
+from finetune.optimizers import SeveralOptimizers
+from finetune.recipe import RecipeError
+from finetune.run_folder import newest_checkpoint
+from finetune.run_record import RunRecord
+
+AFRESH = "to start again from the pretrained weights, name another --output"
+IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+SGD, AdamW = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW
+
+
+def recorded(folder, accelerator=None):
+    folder.mkdir(exist_ok=True)
+    return RunRecord(folder, accelerator or Accelerator(cpu=True), lambda path, net: None, quiet=True)
+
+
+def save(folder, net, optimizer, scored=None, step=3, accelerator=None):
+    """The checkpoint's folder."""
+    record = recorded(folder, accelerator)
+    record.begin()
+    save_checkpoint(record, net, scored or net, optimizer, record.accelerator, step)
+    return newest_checkpoint(folder)
+
+
+def train(net, optimizer, updates=1):
+    def closure():
+        optimizer.zero_grad()
+        loss = net(IMAGES).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(updates):
+        optimizer.step(closure)
+
+
+def head_and_rest(net):
+    return [*net.fc.parameters()], [p for name, p in net.named_parameters() if not name.startswith("fc.")]
+
+
+def each(head, rest):
+    """An optimizer for the head and one for the rest, as one."""
+    return lambda net: SeveralOptimizers([make([part], lr=0.01) for make, part in zip((head, rest), rows(net), strict=True)])
+
+
+def rows(net):
+    return [{"params": part} for part in head_and_rest(net)]
+
+
+OPTIMIZERS = {
+    "SGD": lambda net: SGD(rows(net), lr=0.01),
+    "AdamW": lambda net: AdamW(rows(net), lr=0.01),
+    "LBFGS": lambda net: torch.optim.LBFGS(net.parameters(), lr=0.01, max_iter=2),
+    "timm's": lambda net: timm.optim.Lamb(rows(net), lr=0.01),
+    "AdamW of the head": lambda net: AdamW(rows(net)[:1], lr=0.01),
+    "timm's Adan": lambda net: timm.optim.Adan(rows(net), lr=0.01),
+    "SGD, timm's": each(SGD, timm.optim.Lamb),
+    "SGD, AdamW": each(SGD, AdamW),
+    "AdamW, SGD": each(AdamW, SGD),
+    "torch's": lambda net: torch.optim.Adafactor(rows(net), lr=0.01),
+    "its namesake of timm": lambda net: timm.optim.Adafactor(rows(net), lr=0.01),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "LBFGS", "timm's", "timm's Adan", "SGD, timm's"])
+def test_an_optimizer_goes_on(tmp_path, kind, old):
+    """A step after restoring, with a layer unfrozen, is the unbroken one to the bit; also if the checkpoint has no kinds."""
+    net, again, afresh = SmallNet(), SmallNet(), SmallNet()
+    optimizer = OPTIMIZERS[kind](net)
+    net.stem.requires_grad_(False)
+    train(net, optimizer, updates=3)
+    net.stem.requires_grad_(True)
+    folder = save(tmp_path, net, optimizer)
+    if old:
+        state = json.loads((folder / "state.json").read_text())
+        del state["optimizers"]
+        (folder / "state.json").write_text(json.dumps(state))
+    record = recorded(tmp_path)
+    assert restore(record, again, again, record.accelerator) == 3
+    afresh.load_state_dict(again.state_dict())
+    restored = OPTIMIZERS[kind](again)
+    restore_optimizer(record, again, restored)
+    for one, its in ((net, optimizer), (again, restored), (afresh, OPTIMIZERS[kind](afresh))):
+        train(one, its)
+    assert same_tensors(net.state_dict(), again.state_dict())
+    assert not same_tensors(net.state_dict(), afresh.state_dict())
+
+
+def test_moments_follow_their_parameters(tmp_path):
+    """Where the rows of the table change places, each parameter keeps its own moments."""
+    net = SmallNet()
+    optimizer = AdamW(rows(net), lr=0.01)
+    train(net, optimizer)
+    save(tmp_path, net, optimizer)
+    turned = AdamW(rows(net)[::-1], lr=0.01)
+    restore_optimizer(recorded(tmp_path), net, turned)
+    for parameter in net.parameters():
+        assert same_tensors(optimizer.state[parameter], turned.state[parameter])
+
+
+@pytest.mark.parametrize(
+    "before,now,fault",
+    [
+        ("AdamW", "SGD", "has torch.AdamW's state of fc.weight, not torch.SGD's"),
+        ("SGD", "AdamW", "has torch.SGD's state of fc.weight, not torch.AdamW's"),
+        ("AdamW", "LBFGS", "has torch.AdamW's state of fc.weight, not torch.LBFGS's"),
+        ("LBFGS", "AdamW", "has torch.LBFGS's state of stem.weight, not torch.AdamW's"),
+        ("timm's", "SGD", "has timm.Lamb's state of fc.weight, not torch.SGD's"),
+        ("torch's", "its namesake of timm", "has torch.Adafactor's state of fc.weight, not timm.Adafactor's"),
+        ("SGD, AdamW", "AdamW, SGD", "has torch.SGD's state of fc.weight, not torch.AdamW's"),
+        ("SGD", "SGD, AdamW", "has torch.SGD's state of stem.weight, not torch.AdamW's"),
+        ("AdamW", "AdamW of the head", "is of another network, or another table, than this recipe's"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(tmp_path, before, now, fault):
+    """What one optimizer has gathered is not given to another, nor dropped without a word."""
+    net = SmallNet()
+    optimizer = OPTIMIZERS[before](net)
+    train(net, optimizer)
+    folder = save(tmp_path, net, optimizer)
+    with pytest.raises(RecipeError, match=re.escape(f"checkpoint {folder} {fault}; {AFRESH}") + "$"):
+        restore_optimizer(recorded(tmp_path), net, Accelerator(cpu=True).prepare(OPTIMIZERS[now](net)))
+
+
+def test_an_optimizer_without_state_may_be_changed(tmp_path):
+    """SGD without momentum leaves nothing behind that another optimizer could mistake."""
+    net = SmallNet()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    train(net, optimizer)
+    save(tmp_path, net, optimizer)
+    other = AdamW(net.parameters())
+    restore_optimizer(recorded(tmp_path), net, other)
+    assert not other.state
+
+
+@pytest.mark.parametrize("layer", ["stem", "fc"])
+def test_a_network_of_other_shapes_is_refused(tmp_path, layer):
+    """The same names with other shapes, such as those of one more class, are another network."""
+    net, other = SmallNet(), SmallNet()
+    other.stem, other.fc = {"stem": (torch.nn.Conv2d(3, 8, 5, 2), net.fc), "fc": (net.stem, torch.nn.Linear(16, 8))}[layer]
+    folder = save(tmp_path, net, SGD(net.parameters()))
+    record = recorded(tmp_path)
+    fault = re.escape(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
+    for pair in ((other, other), (net, other)):  # the network, and then its moving average alone
+        shutil.copyfile(folder / "model.safetensors", folder / "average.safetensors")
+        with pytest.raises(RecipeError, match=fault):
+            restore(record, *pair, record.accelerator)
+
+
+def test_a_checkpoint_holds_network_and_average(tmp_path):
+    """Parameters and buffers of both come back to the bit, in any memory format; without an average no file is written."""
+    net, average = DroppingNet().to(memory_format=torch.channels_last), DroppingNet()
+    train(net, optimizer := SGD(net.parameters()))
+    folder = save(tmp_path, net, optimizer, average)
+    assert same_tensors(load_file(folder / "average.safetensors"), average.state_dict())
+    again, its_average = DroppingNet(), DroppingNet()
+    record = recorded(tmp_path)
+    restore(record, again, its_average, record.accelerator)
+    assert same_tensors(again.state_dict(), net.state_dict()) and same_tensors(its_average.state_dict(), average.state_dict())
+    folder = save(tmp_path, net, optimizer, step=4)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.pt", "state.json"]
+
+
+def test_a_run_without_a_checkpoint_begins(tmp_path):
+    """It begins at update 0, and what an earlier try left in the metrics is gone."""
+    record = recorded(tmp_path)
+    record.metrics.write_text("old\n")
+    net = SmallNet()
+    assert restore(record, net, net, record.accelerator) == 0 and record.metrics.read_text() == ""
+
+
+@pytest.mark.parametrize("before,now", [(False, False), (False, True), (True, False), (True, True)])
+def test_the_scaler_goes_on_where_there_was_one(tmp_path, before, now):
+    """A precision may change (--resume-anyway): fp16 then begins with a fresh scaler, and others leave the old one."""
+    net = SmallNet()
+    accelerator = scaling_accelerator() if before else None
+    if before:
+        accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 2})
+    save(tmp_path, net, SGD(net.parameters()), accelerator=accelerator)
+    record = recorded(tmp_path, scaling_accelerator() if now else None)
+    fresh = now and record.accelerator.scaler.state_dict()
+    assert restore(record, net, net, record.accelerator) == 3
+    if now:
+        assert record.accelerator.scaler.state_dict() == (accelerator.scaler.state_dict() if before else fresh)
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "average.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda file: file.write_bytes(file.read_bytes()[:20]), lambda file: torch.save(print, file), os.remove],
+    ids=["cut", "code", "missing"],
+)
+def test_a_damaged_file_is_named(tmp_path, name, spoil):
+    """The one message has the checkpoint, the file, the reason in one line, and what to do."""
+    net, average = SmallNet(), SmallNet()
+    train(net, optimizer := AdamW(net.parameters()))
+    folder = save(tmp_path, net, optimizer, average)
+    spoil(folder / name)
+    record = recorded(tmp_path)
+    with pytest.raises(RecipeError) as error:
+        restore(record, net, average, record.accelerator)
+        restore_optimizer(record, net, optimizer)
+    reason = str(error.value.__cause__).splitlines()[0]
+    assert str(error.value) == f"checkpoint {folder} can't be read: {name}: {reason}; {AFRESH}"
+
+
+def test_the_newest_of_two_checkpoints_counts(tmp_path, monkeypatch):
+    """A kill after a checkpoint was written and before older ones are removed leaves two; the next one removes both."""
+    net = SmallNet()
+    optimizer = SGD(net.parameters())
+    save(tmp_path, net, optimizer, step=9)
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(shutil, "rmtree", cut_at(shutil.rmtree, 1))  # the first call clears the place to write in
+        save(tmp_path, net, optimizer, step=10)
+    (tmp_path / "checkpoints" / "notes").touch()  # a file is not removed, and stops nothing
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == ["step-00000009-epochs-00000", "step-00000010-epochs-00000"]
+    assert newest_checkpoint(tmp_path).name == names[1]
+    save(tmp_path, net, optimizer, step=11)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["notes", "step-00000011-epochs-00000"]
+
+
+def cut_at(real, call):
+    """The function, which dies as it is called after `call` calls."""
+    calls = []
+
+    def cutting(*args, **options):
+        calls.append(1)
+        if len(calls) > call:
+            raise Cut
+        return real(*args, **options)
+
+    return cutting
+
+
+def write(text):
+    return lambda folder: (folder / "file").write_text(text)
+
+
+@pytest.mark.parametrize("renames,there", [(0, "old"), (1, None), (2, "new")])
+def test_a_folder_that_is_replaced_is_never_half(tmp_path, monkeypatch, renames, there):
+    """A death at a rename, or before the old one is removed, leaves the old one, the new one or none; the next tidies up."""
+    folder = tmp_path / "parent" / "best"
+    write_folder(folder, write("old"))
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(Path, "rename", cut_at(Path.rename, renames))
+        patched.setattr(shutil, "rmtree", cut_at(shutil.rmtree, 2))
+        write_folder(folder, write("new"))
+    assert ((folder / "file").read_text() if folder.exists() else None) == there
+    for text in ("newer", "newest"):  # over a whole one, and over what the death left
+        write_folder(folder, write(text))
+        assert (folder / "file").read_text() == text and [path.name for path in folder.parent.iterdir()] == ["best"]
+
+
+def test_a_write_that_fails_leaves_nothing_and_has_a_name(tmp_path):
+    """An error of the disk has the file's name, or the folder's where it has none, and half a folder is not left to fill it."""
+    for named in (None, "that file"):
+
+        def fail(folder, named=named):
+            write("half")(folder)
+            if named:
+                shutil.rmtree(folder)  # as when the disk itself is gone
+            raise OSError(28, "No space left on device", named)
+
+        with pytest.raises(OSError) as error:
+            write_folder(tmp_path / "best", fail)
+        assert error.value.filename == (named or str(tmp_path / "best")) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Every file and the folder are flushed before the rename, and the rename itself after it, as a power cut would need."""
+    events, rename = [], Path.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(Path(os.readlink(f"/proc/self/fd/{handle}"))))
+    monkeypatch.setattr(Path, "rename", lambda path, to: events.append("rename") or rename(path, to))
+    handles = len(os.listdir("/proc/self/fd"))
+    write_folder(tmp_path / "best", write("text"))
+    assert events == [tmp_path / ".best.tmp" / "file", tmp_path / ".best.tmp", "rename", tmp_path]
+    assert len(os.listdir("/proc/self/fd")) == handles

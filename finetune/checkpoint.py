@@ -19,6 +19,7 @@ from finetune.run_record import RunRecord
 
 T = TypeVar("T")
 AFRESH = "to start again from the pretrained weights, name another --output"
+ROW_STEP = "row step"  # some of timm's, Lamb and Adan, count updates in a row of the table, not in each parameter's state
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -76,9 +77,12 @@ def save_checkpoint(
     """
     record.flush()
     if accelerator.is_main_process:
-        optimizers = optimizers_by_name(net, optimizer)
-        names = list(optimizers)
-        moments = {names[i]: state for i, state in optimizer.state_dict()["state"].items()}
+        optimizers = optimizer_kinds(net, optimizer)
+        names, saved = list(optimizers), optimizer.state_dict()
+        moments = {names[i]: state for i, state in saved["state"].items()}
+        for row in saved["param_groups"]:
+            if "step" in row:
+                moments |= {names[i]: moments.get(names[i], {}) | {ROW_STEP: row["step"]} for i in row["params"]}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
 
         def write(folder: Path) -> None:
@@ -132,20 +136,19 @@ def restore_optimizer(record: RunRecord, net: nn.Module, optimizer: torch.optim.
     folder = newest_checkpoint(record.folder)
     assert folder is not None  # `restore` went on from it
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
-    now = optimizers_by_name(net, optimizer)
-    if not moments.keys() <= now.keys():
+    kinds = optimizer_kinds(net, optimizer)
+    if not moments.keys() <= kinds.keys():
         raise RecipeError(f"checkpoint {folder} is of another network, or another table, than this recipe's; {AFRESH}")
-    before = read_state(folder).get("optimizers", now)  # older checkpoints do not tell
+    before = read_state(folder).get("optimizers", kinds)  # older checkpoints do not tell
     for name in moments:
-        if before[name][0] != now[name][0]:  # torch would take it, and leave it lie or miss its own in mid-run
-            raise RecipeError(f"checkpoint {folder} has {before[name][0]}'s state of {name}, not {now[name][0]}'s; {AFRESH}")
-    names = list(now)
-    rows = optimizer.state_dict()["param_groups"]
+        if before[name] != kinds[name]:  # torch would take it, and leave it lie or miss its own in mid-run
+            raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
+    names, rows = list(kinds), optimizer.state_dict()["param_groups"]
     for row in rows:
-        _, count = before.get(names[row["params"][0]], (None, None))
-        if count is not None:
-            row["step"] = count
-    optimizer.load_state_dict({"state": {names.index(name): moment for name, moment in moments.items()}, "param_groups": rows})
+        for i in row["params"]:
+            if ROW_STEP in moments.get(names[i], {}):
+                row["step"] = moments[names[i]].pop(ROW_STEP)
+    optimizer.load_state_dict({"state": {names.index(name): moments[name] for name in moments}, "param_groups": rows})
 
 
 def read(file: Path, reader: Callable[[Path], T]) -> T:
@@ -167,15 +170,12 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def optimizers_by_name(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[str, int | None]]:
-    """For each parameter, by name, in the optimizer's order: what steps it, as "torch.AdamW", and its row's count of updates.
-
-    Some of timm's, Lamb and Adan, keep that count in the row; others, with None here, in each parameter's state.
-    """
+def optimizer_kinds(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """What steps each parameter, such as "torch.AdamW", by the parameters' names, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     inner = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
     return {
-        names[id(parameter)]: (f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}", row.get("step"))
+        names[id(parameter)]: f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}"
         for one in getattr(inner, "optimizers", [inner])
         for row in one.param_groups
         for parameter in row["params"]

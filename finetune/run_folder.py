@@ -113,7 +113,7 @@ def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
 def with_defaults(resolved: Any, part: Any) -> Any:
     """A part of a recipe as resolved earlier, with the fields added that `part` has and that have defaults."""
     if isinstance(resolved, list) and isinstance(part, tuple) and len(resolved) == len(part):
-        return [with_defaults(*pair) for pair in zip(resolved, part, strict=True)]
+        return list(map(with_defaults, resolved, part))
     if not isinstance(resolved, dict) or not dataclasses.is_dataclass(part):
         return resolved
     filled = dict(resolved)

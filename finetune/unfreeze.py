@@ -105,5 +105,5 @@ def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) 
     model = net
     if accelerator.num_processes > 1:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False)
+        model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return cast(nn.Module, torch.compile(model)) if torch_compile else model

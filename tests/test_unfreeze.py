@@ -127,7 +127,7 @@ def one_process_group(tmp_path):
 
 def test_each_process_wraps_for_its_own_gpu(monkeypatch):
     """DDP is told the process's GPU."""
-    monkeypatch.setattr("finetune.unfreeze.DistributedDataParallel", lambda net, device_ids, forward_sync_buffers: device_ids)
+    monkeypatch.setattr("finetune.unfreeze.DistributedDataParallel", lambda net, device_ids, **_: device_ids)
     assert wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1))) == [torch.device("cuda", 1)]
 
 

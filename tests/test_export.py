@@ -125,6 +125,18 @@ def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
     assert origin(tmp_path, name, json.loads(json.dumps(as_dict(recipe))))[0].startswith("not known")
 
 
+@pytest.mark.parametrize(
+    "assignment", ["optimizer.eps=1e-07", "augment.crop_scale=(0.5, 0.9)", "linear_probe=None", "class_weights='balanced'"]
+)
+def test_the_cards_command_repeats_every_kind_of_set(tmp_path, assignment):
+    """An optimizer's option, a tuple, a part taken away and one that was not there come back as they were typed."""
+    recipe, file = load_recipe("efficientnet_lite0_digits")
+    shutil.copyfile(file, tmp_path / "recipe.py")
+    resolved = json.loads(json.dumps(as_dict(override(recipe, [assignment]))))
+    words = shlex.split(origin(tmp_path, "efficientnet_lite0_digits", resolved)[0])
+    assert override(recipe, words[words.index("--set") + 1 :: 2]) == override(recipe, [assignment])
+
+
 def test_the_best_epochs_card_says_how_it_was_chosen(run_folder, tmp_path):
     """model-best is exported with its own score, a smoke run without one."""
     result = json.loads((run_folder / "result.json").read_text())

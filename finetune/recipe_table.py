@@ -13,8 +13,8 @@ from finetune.recipe_checks import broken
 class Optimizer:
     """An optimizer of torch.optim ("SGD", "AdamW", ...) or of timm's registry ("lamb", ...), with its own options.
 
-    `weight_decay` never reaches biases, norms and what the model itself exempts. An update of SGD or AdamW takes a share of rate
-    x decay of each weight, so slower groups decay less.
+    `weight_decay` never reaches biases, norms and what the model itself exempts. An update of SGD or AdamW takes rate x decay
+    of each weight, so slower groups decay less.
     """
 
     name: str

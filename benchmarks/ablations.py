@@ -1,7 +1,7 @@
 """What each choice of a recipe is worth: the recipe with one thing changed at a time, on the same images, with the same seeds.
 
-    python tests/benchmarks/ablations.py --recipe efficientnet_lite0_digits
-    python tests/benchmarks/ablations.py --recipe efficientnet_lite0_cifar --data DIR --label "CIFAR-10, JPEG copy"
+    python -m benchmarks.ablations --recipe efficientnet_lite0_digits
+    python -m benchmarks.ablations --recipe efficientnet_lite0_cifar --data DIR --label "CIFAR-10, JPEG copy"
 
 Each finished run is a line in --output, and is not run again. What is within chance is said so: a difference of less than two
 standard errors, of the seeds or of the validation images, whichever is more (the same images are scored in all arms, so the
@@ -20,13 +20,13 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
-from accelerate.state import AcceleratorState  # noqa: E402
+from accelerate.state import AcceleratorState
 
-from finetune import param_groups, run  # noqa: E402
-from finetune.recipe_file import load_recipe  # noqa: E402
+from finetune import run
+from finetune.optim import param_groups
+from finetune.recipe.load import load_recipe
 
 ARMS = {  # what is appended to the recipe's file
     "the recipe": "",

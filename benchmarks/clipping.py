@@ -1,6 +1,6 @@
 """What each way of clipping costs, as a share of an update.
 
-    python tests/benchmarks/clipping.py --backbone resnet18 --image-size 64
+    python -m benchmarks.clipping --backbone resnet18 --image-size 64
 
 Updates with each way take turns in one process, so that a busy machine slows all alike; medians are compared.
 """
@@ -8,20 +8,16 @@ Updates with each way take turns in one process, so that a busy machine slows al
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from finetune.backbone import build_backbone  # noqa: E402
-from finetune.lr_schedule import Constant  # noqa: E402
-from finetune.objective import clip  # noqa: E402
-from finetune.optimizers import build_optimizer  # noqa: E402
-from finetune.param_groups import split_parameters  # noqa: E402
-from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
+from finetune.backbone import build_backbone
+from finetune.lr_schedule import Constant
+from finetune.objective import clip
+from finetune.optimizers import build_optimizer
+from finetune.param_groups import split_parameters
+from finetune.recipe import AdamW, Data, LayerDecay, Recipe
 
 WAYS = {
     "none, but the norm logged": {"clip_norm": None},

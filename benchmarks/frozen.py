@@ -1,6 +1,6 @@
 """What frozen layers save: memory and time while the head trains alone, and the head fitted to features computed once.
 
-    python tests/benchmarks/frozen.py
+    python -m benchmarks.frozen
 
 Memory is the process's highest, above what it was before the first update, in a process for each stage. Times are medians.
 """
@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
 STAGES = {
     "everything trains": "Group('all', '.', lr=1e-3)",
@@ -67,8 +66,7 @@ def main() -> int:
 
 
 def recipe_of(args: argparse.Namespace, stage: str):
-    from finetune.lr_schedule import Constant
-    from finetune.recipe import AdamW, Data, Frozen, Group, Recipe
+    from finetune.recipe import AdamW, Constant, Data, Frozen, Group, Recipe
 
     rows = eval(f"({STAGES[stage].format(head=args.head)},)", {"Group": Group, "Frozen": Frozen})
     return Recipe(
@@ -87,14 +85,15 @@ def updates(args: argparse.Namespace) -> dict:
     """Updates as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
     import torch
 
-    from finetune.assemble import make_accelerator
-    from finetune.backbone import build_backbone
-    from finetune.batches import SeededImages, Update
-    from finetune.objective import Objective
-    from finetune.optimizers import build_optimizer
-    from finetune.param_groups import split_parameters
-    from finetune.train_loop import take_step
-    from finetune.unfreeze import train_mode, unfreeze
+    from finetune.data.loader import SeededImages, Update
+    from finetune.models.backbone import build_backbone
+    from finetune.models.batch_norm import train_mode
+    from finetune.optim.freezing import unfreeze
+    from finetune.optim.loss import Objective
+    from finetune.optim.optimizers import build_optimizer
+    from finetune.optim.param_groups import split_parameters
+    from finetune.train.loop import take_step
+    from finetune.train.setup import make_accelerator
 
     recipe = recipe_of(args, args.worker)
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
@@ -119,7 +118,7 @@ def features(args: argparse.Namespace) -> dict:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from finetune.linear_probe import fit
+    from finetune.models.linear_probe import fit
 
     net = timm.create_model(args.backbone, num_classes=10)
     number, passes = 20 * args.batch_size, []

@@ -1,6 +1,6 @@
 """Loading images: this repository's loader against timm's and a plain torchvision one, with the same variation.
 
-    python tests/benchmarks/images.py
+    python -m benchmarks.images
 
 Small images are JPEGs of 32 px brought to 128, large ones PNGs of 300 px brought to 224, all cut out of scikit-learn's two
 photographs. Crops (half to all of an image), mirrors and normalised float batches of 32, one thread, no loader processes;
@@ -15,23 +15,31 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-import numpy as np  # noqa: E402
-import timm.data  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from sklearn.datasets import load_sample_images  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from torchvision import transforms  # noqa: E402
-from torchvision.datasets import ImageFolder  # noqa: E402
-
-from finetune.augment import training_transform  # noqa: E402
-from finetune.batches import SeededImages, load, plan_epoch  # noqa: E402
-from finetune.image_data import load_data  # noqa: E402
-from finetune.lr_schedule import Constant  # noqa: E402
-from finetune.memory import keep_freed_memory  # noqa: E402
-from finetune.recipe import AdamW, Augment, Data, LayerDecay, Recipe  # noqa: E402
+from finetune.data.loader import (
+    SeededImages,
+    load,
+    plan_epoch,
+)
+from finetune.data.sources import load_data
+from finetune.data.transforms import training_transform
+from finetune.recipe import (
+    AdamW,
+    Augment,
+    Constant,
+    Data,
+    LayerDecay,
+    Recipe,
+)
+from finetune.train.micro_batch import keep_freed_memory
 
 BATCH, SCALE, RATIO = 32, (0.5, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

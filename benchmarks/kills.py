@@ -1,6 +1,6 @@
 """Kill real runs in every way a machine can, resume them, and count those that do not end with the bits of an unbroken run.
 
-    python tests/benchmarks/kills.py --kills 100
+    python -m benchmarks.kills --kills 100
 
 Each trial starts the command (one process or two), sends SIGKILL to one process or to all at a random moment, or from inside
 a checkpoint's writing, then gives the same command again until it finishes, and compares model, optimizer state and metrics
@@ -17,16 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
+import safetensors.torch
+import torch
 
-from finetune import checkpoint, image_data, plan, plots, processes, train_loop  # noqa: E402, F401  (loaded once, for all forks)
-from finetune.run import main  # noqa: E402
-from finetune.run_folder import newest_checkpoint  # noqa: E402
+from finetune.run import main
+from finetune.train.run_dir import newest_checkpoint
+from finetune.utils import files
 
 WAYS = ("all processes", "one process", "while a checkpoint is written")
 RECIPE = """
@@ -101,7 +100,7 @@ def start(folder: Path, count: int, workers: int, fatal_flush: int = 0) -> list[
 
 def die_at_flush(number: int) -> None:
     """Make this process kill itself as it flushes the number-th file or folder of its checkpoints to the disk."""
-    real, calls = checkpoint.flush, []
+    real, calls = files.flush, []
 
     def fatal(path):
         calls.append(path)
@@ -109,7 +108,7 @@ def die_at_flush(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path)
 
-    checkpoint.flush = fatal
+    files.flush = fatal
 
 
 def wait(children: list[int], seconds: float = 60) -> list[int]:

@@ -1,6 +1,6 @@
 """train() against the barest loop that does the same arithmetic on the same batches, which lie in memory.
 
-    python tests/benchmarks/loop.py
+    python -m benchmarks.loop
 
 Epochs of both take turns in one process, and in two (with a thread each and DistributedDataParallel). What is timed are the
 updates of an epoch; scoring and checkpoints are start.py's. The smaller the network, the more a loop's own work
@@ -18,22 +18,30 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 
-from finetune import train_loop  # noqa: E402
-from finetune.assemble import make_accelerator  # noqa: E402
-from finetune.backbone import build_backbone  # noqa: E402
-from finetune.batches import SeededImages, plan_epoch, seed_all  # noqa: E402
-from finetune.lr_schedule import Cosine  # noqa: E402
-from finetune.optimizers import build_optimizer  # noqa: E402
-from finetune.param_groups import split_parameters  # noqa: E402
-from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
-from finetune.run_record import RunRecord  # noqa: E402
+from finetune.data.loader import (
+    SeededImages,
+    plan_epoch,
+)
+from finetune.models.backbone import build_backbone
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import split_parameters
+from finetune.recipe import (
+    AdamW,
+    Cosine,
+    Data,
+    LayerDecay,
+    Recipe,
+)
+from finetune.train import loop as train_loop
+from finetune.train.logger import RunRecord
+from finetune.train.setup import make_accelerator
+from finetune.utils.seed import seed_all
 
 CASES = {  # network, pixels, batch, updates an epoch
     "test_resnet, 32 px": ("test_resnet", 32, 64, 60),

@@ -1,7 +1,7 @@
 """The same pretrained network on the same images for as many epochs, fine-tuned by what people use, side by side.
 
-    python tests/benchmarks/peers.py --data digits --size 64
-    python tests/benchmarks/peers.py --data DIR --per-class 100 --size 128 --rates 0.3,1,3,10 --picture peers.png
+    python -m benchmarks.peers --data digits --size 64
+    python -m benchmarks.peers --data DIR --per-class 100 --size 128 --rates 0.3,1,3,10 --picture peers.png
 
 DIR holds train/CLASS/* and val/CLASS/* or test/CLASS/*. Each peer has its own recommended defaults and augmentation; image
 size, epochs, network and seed are given, as are the mean and deviation that the weights want. Each run has a process of its
@@ -25,26 +25,33 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
-import numpy as np  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.functional import cross_entropy  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from torchvision.datasets import ImageFolder  # noqa: E402
-from torchvision.datasets.folder import IMG_EXTENSIONS  # noqa: E402
-from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor  # noqa: E402
+import numpy as np
+import timm
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from finetune.backbone import build_backbone, preprocessing  # noqa: E402
-from finetune.image_data import load_data  # noqa: E402
-from finetune.lr_schedule import Constant  # noqa: E402
-from finetune.recipe import AdamW, Data, LayerDecay, Recipe  # noqa: E402
-from finetune.recipe_file import load_recipe  # noqa: E402
-from finetune.weights import pretrained_state  # noqa: E402
-from peers_report import report  # noqa: E402
+from benchmarks.peers_report import report
+from finetune.data.sources import load_data
+from finetune.models.backbone import (
+    build_backbone,
+    preprocessing,
+)
+from finetune.models.pretrained import pretrained_state
+from finetune.recipe import (
+    AdamW,
+    Constant,
+    Data,
+    LayerDecay,
+    Recipe,
+)
+from finetune.recipe.load import load_recipe
 
 RECIPES = {name: f"efficientnet_lite0_{name}" for name in ("digits", "elpv")}  # those of ours; for other images CIFAR's
 HEAVY = {"transformers": "transformers.trainer", "fastai": "fastai.vision.all", "lightning": "lightning"}

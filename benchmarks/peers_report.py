@@ -1,6 +1,6 @@
 """What the runs of peers.py make: a table for each set of images with each kind of rates, and one picture of all.
 
-python tests/benchmarks/peers_report.py recipes/baselines/others/peers.jsonl --picture peers.png
+python -m benchmarks.peers_report benchmarks/results/peers.jsonl --picture peers.png
 """
 
 import argparse
@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 PEERS = ("tutorial", "tutorial_batch32", "transformers", "fastai", "lightning", "timm", "ours")
 SET = ("data", "size", "epochs", "per_class")  # tells one set of images and budget from others

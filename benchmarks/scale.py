@@ -1,6 +1,6 @@
 """What grows with processes and with images.
 
-    python tests/benchmarks/scale.py
+    python -m benchmarks.scale
 
 Two processes against one, on the same cores (each process has its share of them); and the time and memory that an image costs
 outside the network, for sets from a thousand to a million generated images.
@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:

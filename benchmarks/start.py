@@ -1,6 +1,6 @@
 """What a run costs beside its updates: the commands that need no torch, the way to the first update, scoring and checkpoints.
 
-    python tests/benchmarks/start.py
+    python -m benchmarks.start
 
 Commands are started as a person starts them. The first update is looked for in the metrics of a quickstart run, whose head is
 fitted before; scoring, checkpoints and the best model are timed inside such a run, as shares of the epochs they belong to.
@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
 RUN = [sys.executable, str(ROOT / "finetune" / "run.py")]
 COMMANDS = {
     "run.py --help": [*RUN, "--help"],
@@ -101,7 +100,9 @@ def first_update(recipe: str) -> float:
 
 def inside(recipe: str, epochs: int) -> int:
     """A run with its parts timed; what comes before the first epoch does not count."""
-    from finetune import run, run_record, train_loop
+    from finetune import run
+    from finetune.train import logger as run_record
+    from finetune.train import loop as train_loop
 
     spent, started = {}, []
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.recipe import RecipeError
-from finetune.recipe_file import add_recipe_arguments, chosen_recipe
+from finetune.recipe.load import add_recipe_arguments, chosen_recipe
+from finetune.utils.errors import RecipeError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,22 +94,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def ls(args: argparse.Namespace) -> None:
     """List the recipes: backbone, data, promised number, cost."""
-    from finetune.recipe_file import in_columns
-    from finetune.shelf import listing
+    from finetune.tools.library import listing
+    from finetune.utils.text import in_columns
 
     print(in_columns(listing()))
 
 
 def show(args: argparse.Namespace) -> None:
     """Print a recipe's file."""
-    from finetune.recipe_file import load_recipe
+    from finetune.recipe.load import load_recipe
 
     print(load_recipe(args.recipe)[1].read_text(), end="")
 
 
 def cp(args: argparse.Namespace) -> None:
     """Copy a recipe to a file of your own, changed as you ask; it runs from any folder."""
-    from finetune.shelf import copied
+    from finetune.tools.library import copied
 
     check_new(args.target)
     args.target.write_text(copied(args.recipe, args.target, args.assignments))
@@ -124,15 +124,16 @@ def check_new(target: Path) -> None:
 
 def validate(args: argparse.Namespace) -> None:
     """Check a recipe against its network, without weights or data."""
-    from finetune.recipe_file import as_dict, load_recipe
+    from finetune.recipe.load import load_recipe
+    from finetune.recipe.serialize import as_dict
 
     recipe, file = load_recipe(args.recipe)
 
-    from finetune import plan
-    from finetune.backbone import outline
+    from finetune.models.backbone import outline
+    from finetune.train.setup import check
 
     net = outline(recipe)
-    plan.check(recipe, net)
+    check(recipe, net)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     print(
         f"{file.name} is a valid recipe: {as_dict(recipe.backbone)}, {parameters:,} parameters, on "
@@ -142,8 +143,8 @@ def validate(args: argparse.Namespace) -> None:
 
 def diff(args: argparse.Namespace) -> None:
     """Name the fields in which two recipes differ, or a recipe and a run."""
-    from finetune.recipe_file import in_columns
-    from finetune.shelf import differences
+    from finetune.tools.library import differences
+    from finetune.utils.text import in_columns
 
     rows = differences(args.one, args.other)
     print(in_columns([("field", args.one, args.other), *rows]) if rows else "no difference")
@@ -153,14 +154,15 @@ def plan(args: argparse.Namespace) -> None:
     """Show groups, rates, stages, memory and layers, without weights or training."""
     recipe, file = chosen_recipe(args)
 
-    from finetune import plan
-    from finetune.backbone import outline
-    from finetune.image_data import data_size
-    from finetune.plots import planned
+    from finetune.data.sources import data_size
+    from finetune.models.backbone import outline
+    from finetune.results.plots import planned
+    from finetune.tools import plan
+    from finetune.train.setup import check
 
     num_images, num_classes = data_size(recipe)
     net = outline(recipe, num_classes)
-    plan.check(recipe, net)
+    check(recipe, net)
     print(f"{file.stem}: {plan.text(recipe, net, num_images, num_classes)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -171,9 +173,9 @@ def find_lr(args: argparse.Namespace) -> None:
     """Try rates from very low to very high on a copy of the network, and suggest two."""
     recipe, file = chosen_recipe(args)
 
-    from finetune import lr_finder
-    from finetune.assemble import assemble, make_accelerator
-    from finetune.param_groups import split_parameters
+    from finetune.optim.param_groups import split_parameters
+    from finetune.tools import lr_finder
+    from finetune.train.setup import assemble, make_accelerator
 
     accelerator = make_accelerator(recipe)
     _, net, _, images = assemble(recipe, accelerator)
@@ -190,7 +192,7 @@ def find_lr(args: argparse.Namespace) -> None:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run a recipe again and say whether its promised number came out; exit code 1 if it did not."""
-    from finetune.reproduce import reproduce
+    from finetune.results.reproduce import reproduce
 
     if args.seeds < 1:
         raise RecipeError("--seeds starts at 1")
@@ -199,8 +201,8 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def suggest(args: argparse.Namespace) -> None:
     """Look at your images and write a complete recipe for them, each choice with its reason."""
-    from finetune.image_facts import look
-    from finetune.suggest import suggestion
+    from finetune.tools.image_stats import look
+    from finetune.tools.suggest import suggestion
 
     if args.output:
         check_new(args.output)
@@ -214,14 +216,14 @@ def suggest(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write a finished run's network as timm, ONNX or TorchScript has it, checked against the original."""
-    from finetune.export import export
+    from finetune.inference.export import export
 
     print(export(args.run, args.to, args.output))
 
 
 def predict(args: argparse.Namespace) -> None:
     """Say what is on images: the likeliest classes of each."""
-    from finetune.predict import predict, predictions_as_csv, predictions_as_table
+    from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
 
     rows = predict(args.model, args.paths, args.top)
     if args.json:
@@ -232,7 +234,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score a network on labelled images: totals, a table of the classes, the confusion matrix."""
-    from finetune.predict import evaluate, evaluation_as_text
+    from finetune.inference.evaluate import evaluate, evaluation_as_text
 
     print(evaluation_as_text(evaluate(args.model, args.data, args.output)))
 

@@ -11,9 +11,19 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from finetune.recipe import Recipe, RecipeError  # noqa: E402
-from finetune.recipe_file import add_recipe_arguments, chosen_recipe  # noqa: E402
-from finetune.run_folder import begin, check_same_recipe, lock, new_folder, unfinished_folder  # noqa: E402
+from finetune.recipe import Recipe  # noqa: E402
+from finetune.recipe.load import (
+    add_recipe_arguments,  # noqa: E402
+    chosen_recipe,  # noqa: E402
+)
+from finetune.train.run_dir import (
+    begin,  # noqa: E402
+    check_same_recipe,  # noqa: E402
+    lock,  # noqa: E402
+    new_folder,  # noqa: E402
+    unfinished_folder,  # noqa: E402
+)
+from finetune.utils.errors import RecipeError  # noqa: E402
 
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
@@ -107,14 +117,15 @@ def launch(args: argparse.Namespace) -> int:
     elif not args.dry_run:
         folder = new_folder(file.stem, args.output)
 
-    from finetune import plan  # from here on torch is needed, and seconds pass
-    from finetune.backbone import outline
-    from finetune.image_data import data_size
+    from finetune.data.sources import data_size
+    from finetune.models.backbone import outline
+    from finetune.tools import plan  # from here on torch is needed, and seconds pass
+    from finetune.train.setup import check, smoke
 
     if args.smoke:
-        recipe = plan.smoke(recipe, parts)
+        recipe = smoke(recipe, parts)
     net = outline(recipe)
-    plan.check(recipe, net)
+    check(recipe, net)
     if args.dry_run:
         num_images, num_classes = data_size(recipe)
         print(f"{file.stem}: {plan.text(recipe, outline(recipe, num_classes), num_images, num_classes)}")
@@ -124,19 +135,19 @@ def launch(args: argparse.Namespace) -> int:
 
 def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
-    from finetune import plan
-    from finetune.assemble import assemble, make_accelerator
-    from finetune.export import save_model
-    from finetune.processes import Stopped, first_on_main, join_after_restart
-    from finetune.report import report
-    from finetune.run_record import RunRecord
-    from finetune.trackers import start_trackers
-    from finetune.train_loop import train
+    from finetune.models.saved import save_model
+    from finetune.optim.param_groups import group_tables
+    from finetune.results.summary import report
+    from finetune.tools import plan
+    from finetune.train.distributed import Stopped, first_on_main, join_after_restart
+    from finetune.train.logger import RunRecord, start_trackers
+    from finetune.train.loop import train
+    from finetune.train.setup import assemble, make_accelerator
 
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)
     data, net, inputs, images = assemble(recipe, accelerator)
-    group_table = plan.group_tables(recipe, net, len(data.train))
+    group_table = group_tables(recipe, net, len(data.train))
 
     held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
     if accelerator.is_main_process and (not resume or args.resume_anyway):

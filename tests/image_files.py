@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from conftest import small_recipe
 from finetune.recipe import Data
+from helpers import small_recipe
 
 NAMES = ("ant", "bee")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from conftest import ROOT
+from helpers import ROOT
 
 RECIPE = """
 from torch import nn

@@ -11,17 +11,18 @@ from statistics import fmean
 
 import pytest
 
-from conftest import ROOT, small_recipe
-from finetune import lr_schedule, recipe, run
+from finetune import run
 from finetune.__main__ import arguments
 from finetune.__main__ import main as verb
-from finetune.backbone import outline
-from finetune.baseline import summary
-from finetune.plan import check
-from finetune.recipe import LayerDecay
+from finetune.models.backbone import outline
+from finetune.recipe import LayerDecay, recipe
+from finetune.recipe import schedules as lr_schedule
+from finetune.results.baseline import summary
+from finetune.train.setup import check
+from helpers import ROOT, small_recipe
 
 README = (ROOT / "README.md").read_text()
-KEPT = ROOT / "recipes" / "baselines" / "others"
+KEPT = ROOT / "benchmarks" / "results"
 NAMES = {**vars(recipe), **vars(lr_schedule)}
 TABLE = README[README.index("## Levers") : README.index("## In other loops")]
 LEVERS = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", TABLE, re.M)
@@ -130,8 +131,7 @@ def test_other_numbers_have_their_runs():
 def printed(monkeypatch, capsys, benchmark, *words):
     """What a benchmark's report says of kept runs."""
     monkeypatch.setattr(sys, "argv", [benchmark, *words])
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
-    importlib.import_module(benchmark).main()
+    importlib.import_module(f"benchmarks.{benchmark}").main()
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
 
 
@@ -180,7 +180,10 @@ def test_more_images_are_as_recorded():
 
 def test_the_larger_networks_are_as_recorded():
     """What the three networks reach with the three recipes is the mean of the kept runs."""
-    own = [json.loads((KEPT.parent / f"efficientnet_lite0_{name}.json").read_text()) for name in ("cifar", "digits", "elpv")]
+    own = [
+        json.loads((ROOT / "recipes" / "baselines" / f"efficientnet_lite0_{name}.json").read_text())
+        for name in ("cifar", "digits", "elpv")
+    ]
     larger = json.loads((KEPT / "lite.json").read_text())
     assert len(larger) == 6
     for kept in own + larger:
@@ -192,7 +195,7 @@ def test_the_larger_networks_are_as_recorded():
 
 def test_the_solar_cells_by_kind_are_as_recorded():
     """Macro F1, each kind of cell and the head alone are the means over the kept runs."""
-    runs = json.loads((KEPT.parent / "efficientnet_lite0_elpv.json").read_text())["runs"]
+    runs = json.loads((ROOT / "recipes" / "baselines" / "efficientnet_lite0_elpv.json").read_text())["runs"]
     text = " ".join(README.split())
     for row, words in (
         (lambda run: run["macro_f1"], "Macro F1 is {:.1f} %"),

@@ -10,9 +10,9 @@ import timm
 import torch
 from PIL import Image
 
-from conftest import RECIPES, ROOT, timm_alone
-from finetune.recipe_file import load_recipe
+from finetune.recipe.load import load_recipe
 from finetune.run import main
+from helpers import RECIPES, ROOT, timm_alone
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, Cut, cut_before, small_recipe
-from finetune import run_record
-from finetune.recipe import RecipeError
 from finetune.run import main
-from finetune.run_folder import begin, check_same_recipe, lock, new_folder, unfinished_folder
+from finetune.train import logger as run_record
+from finetune.train.run_dir import begin, check_same_recipe, lock, new_folder, unfinished_folder
+from finetune.utils.errors import RecipeError
+from helpers import ROOT, Cut, cut_before, small_recipe
 
 
 @pytest.mark.parametrize(

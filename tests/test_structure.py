@@ -2,57 +2,29 @@
 
 import ast
 import json
-import re
 import sys
 
 import pytest
 
-from conftest import ROOT
-from finetune.baseline import promise, summary
-from finetune.recipe_file import load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.results.baseline import promise, summary
+from helpers import ROOT
 
-LIGHT = (
+PACKAGES = [
+    "utils",
     "recipe",
-    "recipe_checks",
-    "recipe_table",
-    "recipe_data",
-    "lr_schedule",
-    "recipe_file",
-    "run_folder",
-    "baseline",
-    "reproduce",
-)
-MODULES = sorted((ROOT / "finetune").glob("*.py"))
-TESTS = sorted((ROOT / "tests").glob("*.py"))
+    "data",
+    "models",
+    "optim",
+    "train",
+    "results",
+    "inference",
+    "tools",
+]  # each may import to its left
+MODULES = sorted((ROOT / "finetune").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 README = (ROOT / "README.md").read_text()
-LAYERS = [
-    {"lr_schedule", "recipe_checks"},
-    {"recipe_table", "recipe_data"},
-    {"recipe"},
-    {"recipe_file"},
-    {"run_folder"},
-    {"baseline"},
-    {"shelf", "reproduce"},
-    {"weights", "backbone", "image_data", "image_lists", "image_memory", "data_sources", "batches", "processes", "trackers"},
-    {
-        "param_groups",
-        "optimizers",
-        "unfreeze",
-        "augment",
-        "objective",
-        "scores",
-        "run_record",
-        "checkpoint",
-        "saved_model",
-        "model_card",
-    },
-    {"memory", "memory_plan", "folding", "linear_probe", "assemble", "train_loop"},
-    {"plan"},
-    {"plots"},
-    {"report", "lr_finder", "other_loops", "predict", "export", "image_facts", "suggest"},
-    {"run", "__main__"},
-]
 
 
 def imports(file):
@@ -67,32 +39,23 @@ def imports(file):
     return names
 
 
-def own(file):
-    return {name.split(".")[1] for name in imports(file) if name.startswith("finetune.")}
+@pytest.mark.parametrize("file", [file for file in MODULES if file.parent.name in PACKAGES], ids=str)
+def test_packages_import_to_their_left(file):
+    """A module imports its own package and those to its left alone; tools do not import inference."""
+    own = {name.split(".")[1] for name in imports(file) if name.startswith("finetune.")}
+    allowed = PACKAGES[: PACKAGES.index(file.parent.name) + 1]
+    assert own <= set(allowed) - ({"inference"} if file.parent.name == "tools" else set())
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
-def test_imports_go_one_way(file):
-    """No module imports one of a layer above its own; nothing imports run or recipes."""
-    if file.stem == "__init__":
-        assert not imports(file)
-        return
-    layer = next(i for i, names in enumerate(LAYERS) if file.stem in names)
-    assert own(file) <= set().union(*LAYERS[: layer + 1]) - {file.stem}
-    assert not any(name.split(".")[0] == "recipes" for name in imports(file))
-    assert file.stem == "run" or "run" not in own(file)
+def test_no_package_is_a_corridor():
+    """Each of the nine packages has two to nine modules, and an `__init__` that is empty but for the recipe's words."""
+    for package in PACKAGES:
+        files = sorted((ROOT / "finetune" / package).glob("[!_]*.py"))
+        assert 4 <= len(files) <= 9, package
+        assert package == "recipe" or not (ROOT / "finetune" / package / "__init__.py").read_text()
 
 
-def test_imports_have_no_cycle():
-    """The modules can be put in an order in which each imports only earlier ones."""
-    left = {file.stem: own(file) for file in MODULES}
-    while left:
-        free = [name for name, needs in left.items() if not needs & left.keys()]
-        assert free, f"a cycle among {sorted(left)}"
-        left = {name: needs for name, needs in left.items() if name not in free}
-
-
-@pytest.mark.parametrize("file", RECIPES + [ROOT / "finetune" / f"{name}.py" for name in LIGHT], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", RECIPES + sorted((ROOT / "finetune" / "recipe").glob("*.py")), ids=lambda file: file.stem)
 def test_recipes_stand_on_the_standard_library_alone(file):
     """Recipes, and what they import, import nothing that is slow to load."""
     foreign = {name.split(".")[0] for name in imports(file)} - sys.stdlib_module_names - {"finetune"}
@@ -112,14 +75,6 @@ def test_a_recipe_is_a_contract(file):
         assert number in doc and number in row
     if said.startswith("nothing"):
         assert "not measured" in doc.lower() and "not measured" in row
-
-
-def test_the_readme_lists_every_file_with_its_own_first_line():
-    """The README's file tree is the modules' docstrings."""
-    for file in MODULES:
-        if file.stem != "__init__":
-            first = ast.get_docstring(ast.parse(file.read_text())).splitlines()[0]
-            assert re.search(rf"^\s+{file.name}\s+{re.escape(first)}$", README, re.M), f"{file.name}: {first}"
 
 
 def test_ci_runs_the_readmes_commands():
@@ -146,15 +101,15 @@ def test_each_thing_is_decided_in_one_place():
     places = {
         "lr": {"param_groups"},
         "weight_decay": set(),  # made with an optimizer's rows, and never changed
-        "requires_grad_()": {"unfreeze"},
-        "requires_grad": {"memory_plan"},
-        "training": {"memory_plan"},
-        "train()": {"unfreeze"},
+        "requires_grad_()": {"freezing"},
+        "requires_grad": {"memory_estimate"},
+        "training": {"memory_estimate"},
+        "train()": {"batch_norm"},
     }
     for name, modules in places.items():
         assert {file.stem for file in MODULES if name in written(file)} == modules, name
     assert [file.stem for file in MODULES if '"weight_decay": decay' in file.read_text()] == ["optimizers"]
-    assert [file.stem for file in MODULES if "module.eval()" in file.read_text()] == ["unfreeze"]
+    assert [file.stem for file in MODULES if "module.eval()" in file.read_text()] == ["batch_norm"]
 
 
 @pytest.mark.parametrize("file", MODULES + TESTS, ids=lambda file: file.stem)

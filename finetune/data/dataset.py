@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from finetune.recipe import RecipeError
+from finetune.utils.errors import RecipeError
 
 Many = Sequence[Any] | np.ndarray  # of images: their items, or their labels, numbers [n] or 0 and 1 [n, classes]
 Reader = Callable[[Any], Image.Image]  # makes the RGB image of an item

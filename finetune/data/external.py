@@ -1,13 +1,10 @@
 """Lists of images and labels from elsewhere: torchvision's data sets, the Hugging Face hub, CSV files, tar shards."""
 
-import csv
-import importlib.util
 import io
-import os
 import re
 import socket
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,12 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from finetune.image_lists import ImageList
-from finetune.recipe import RecipeError
-from finetune.recipe_file import nearest
-from finetune.weights import reach
+from finetune.data.builtin import data_folder, require_package
+from finetune.data.dataset import ImageList
+from finetune.data.folders import from_csv, read_image
+from finetune.utils.errors import RecipeError
+from finetune.utils.net import reach
+from finetune.utils.text import nearest
 
 TORCHVISION = {  # argument that names the split, its values for training and validation, training images, classes, place
     "DTD": ("split", ("train", "val"), 1880, 47, "dtd/dtd"),
@@ -37,8 +36,6 @@ TORCHVISION = {  # argument that names the split, its values for training and va
     "STL10": ("split", ("train", "test"), 5000, 10, "stl10_binary"),
     "SVHN": ("split", ("train", "test"), 73_257, 10, "train_32x32.mat"),
 }
-COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "class", "target"), "split": ("split",)}
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def other_lists(source: str, multi_label: bool) -> tuple[list[ImageList], Sequence[str]] | None:
@@ -154,54 +151,6 @@ def hub_image(rows: Any, index: int) -> Image.Image:
     return next(iter(rows[int(index)].values())) or Image.open(io.BytesIO())  # a row without one
 
 
-def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[str]]:
-    """A table with the columns path (relative to the file), label and, if it likes, split; see COLUMNS and SPLITS."""
-    columns, faults = read_columns(file)
-    paths = [file.parent / cell for cell in columns["path"]]
-    if absent := [str(path) for path in paths if not path.is_file()]:
-        faults.append(f"{len(absent)} of {len(paths)} files are missing: {', '.join(absent[:5])}{', ...' * (len(absent) > 5)}")
-    names = [[name.strip() for name in re.split("[;|]", cell) if name.strip()] for cell in columns["label"]]
-    wrong = [row for row, found in enumerate(names, 2) if len(found) != 1 and not multi_label]
-    if wrong:
-        faults.append(f"{len(wrong)} rows have no label or several, first row {wrong[0]}: that needs loss='multi_label'")
-    texts = [cell.strip().lower() for cell in columns["split"]]
-    faults += [f"split '{text}' is none of {', '.join(SPLITS)}" for text in sorted(set(texts) - set(SPLITS))]
-    splits = [SPLITS.get(text) for text in texts]
-    wanted = ["train", "val" if "val" in splits else "test"] if splits else []
-    seen = [{name for at, found in zip(splits, names, strict=False) if at == split for name in found} for split in wanted]
-    if seen and seen[0] != seen[1]:
-        only = [", ".join(sorted(a - b)) or "none" for a, b in (seen, seen[::-1])]
-        faults.append(f"the classes differ: only in {wanted[0]}: {only[0]}; only in {wanted[1]}: {only[1]}")
-    if faults:
-        raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
-    classes = sorted({name for found in names for name in found})
-    places = {name: place for place, name in enumerate(classes)}
-    labels = (
-        [places[found[0]] for found in names]
-        if not multi_label
-        else np.array([[name in found for name in classes] for found in names], np.uint8)
-    )
-    chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [list(range(len(paths)))]
-    images = ImageList(paths, labels, read_image)
-    return [images.part(indices) for indices in chosen], classes
-
-
-def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The cells of each of COLUMNS, none of one that is not there, and what is wrong with that."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            header, *rows = [row for row in csv.reader(lines) if row] or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"data: can't read {file}: {error}") from None
-    header, columns, faults = [cell.strip().lower() for cell in header], {}, []
-    for kind, accepted in COLUMNS.items():
-        there = [header.index(name) for name in accepted if name in header]
-        columns[kind] = [row[there[0]] if there[0] < len(row) else "" for row in rows] if there else []
-        if not there and kind != "split":
-            faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
-    return columns, faults
-
-
 def from_shards(root: Path) -> tuple[list[ImageList], Sequence[str]]:
     """WebDataset's train-*.tar and val-*.tar (or test-*.tar), read where they lie; class names from classes.txt, one a line."""
     val = [split for split in ("val", "test") if any(root.glob(f"{split}-*.tar"))][:1]
@@ -252,26 +201,3 @@ def open_member(tars: Sequence[Path], member: np.ndarray) -> Image.Image:
 def member_name(tars: Sequence[Path], member: np.ndarray) -> str:
     with tarfile.open(tars[member[0]], "r:") as file:
         return f"{next(each.name for each in file if each.offset_data == member[1])} in {tars[member[0]]}"
-
-
-def data_folder() -> Path:
-    """Where downloads are kept."""
-    return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
-
-
-def require_package(module: str, package: str, install: str = "") -> None:
-    """Raise RecipeError, with the pip line, if an optional package is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise RecipeError(
-            f"this data set needs the package {package}, which is not installed: pip install {install or package}"
-        )
-
-
-def read_image(item: Any, load: Callable[[Any], Image.Image] = Image.open, where: Callable[[Any], str] = str) -> Image.Image:
-    """An image file, or what `load` makes of an item, as RGB; raises RecipeError with its path if it can't be read."""
-    try:
-        with load(item) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
-        text = f"can't read the image {where(item)}: {str(error).partition(' <')[0]}"
-        raise RecipeError(text, one_process=True) from error

@@ -1,7 +1,5 @@
 """The order of the samples, how an update's batch is split over processes, and the loaders that follow it."""
 
-import hashlib
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -12,9 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.image_lists import ImageList, Images, labels_of
-from finetune.image_memory import ImageMemory
-from finetune.recipe import Recipe, RecipeError
+from finetune.data.cache import ImageMemory
+from finetune.data.dataset import ImageList, Images, labels_of
+from finetune.recipe import Recipe
+from finetune.utils.errors import RecipeError
+from finetune.utils.seed import keyed_seed, seed_cpu
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
 Batch = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
@@ -83,26 +83,6 @@ def plan_epoch(
         mine = mine or [(process * accumulate, [int(batch[0])])]
         updates.append(Update(batch.tolist(), [cut for _, cut in mine], [position for position, _ in mine], weight))
     return updates
-
-
-def keyed_seed(*key: int | str) -> int:
-    """A 32-bit seed from a key: what is drawn for an image or an update never depends on what was drawn before."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
-
-
-def seed_all(*key: int | str) -> None:
-    """Seed Python's, numpy's and torch's generators with the key; nothing here relies on what they held before."""
-    number = keyed_seed(*key)
-    seed_cpu(number)
-    if torch.accelerator.is_available():
-        torch.manual_seed(number)
-
-
-def seed_cpu(number: int) -> None:
-    """Seed what is drawn on the CPU; torch.manual_seed also notes a seed for devices, which takes far longer."""
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)
 
 
 class SeededImages(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):

@@ -12,9 +12,9 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from finetune.batches import SeededImages, seed_all
-from finetune.image_lists import ImageData
-from finetune.recipe import Augment, Recipe, RecipeError
+from finetune.recipe import Augment, Recipe
+from finetune.utils.errors import RecipeError
+from finetune.utils.seed import seed_all
 
 
 class Pixels:
@@ -107,20 +107,6 @@ def does_timms(preprocessing: dict[str, Any]) -> bool:
     return (
         preprocessing["interpolation"] in ("bilinear", "bicubic") and preprocessing["crop_mode"] == "center" and height == width
     )
-
-
-def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[SeededImages, SeededImages]:
-    """The training images as they are varied, and the validation images as they are scored."""
-    train, val = (
-        SeededImages(
-            part, transform, recipe.seed, data.classes, recipe.data.on_bad_image, multi_label=recipe.loss == "multi_label"
-        )
-        for part, transform in (
-            (data.train, training_transform(recipe, preprocessing)),
-            (data.val, scoring_transform(preprocessing)),
-        )
-    )
-    return train, val
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:

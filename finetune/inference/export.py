@@ -1,7 +1,5 @@
 """The fine-tuned model in the formats other programs load."""
 
-import copy
-import errno
 import importlib.util
 import io
 import json
@@ -11,17 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import timm.models
 import torch
 from timm.data import create_transform
 from torch import nn
 
-from finetune.checkpoint import plain_state, write_folder
-from finetune.image_data import generated, load_data
-from finetune.model_card import card
-from finetune.recipe import RecipeError
-from finetune.saved_model import Settings, load_model, locate, read_json
+from finetune.data.builtin import generated
+from finetune.data.sources import load_data
+from finetune.inference.model_card import card
+from finetune.models.saved import Settings, load_model, locate, read_json
+from finetune.utils.errors import RecipeError
+from finetune.utils.files import write_folder
 
 OPSET = 18
 TOLERANCE = 1e-4  # between the logits of torch and of an exported file, as a share of the largest, or of 1
@@ -34,34 +31,6 @@ TORCHSCRIPT = """\
 TorchScript: net = torch.jit.load("model.pt"). It needs torch, not timm nor this project. The file holds code: load it only from
 those you trust. It takes images of exactly this size, any number at once, and is in eval mode for good. torch has deprecated
 TorchScript in favour of torch.export."""
-
-
-def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: tuple[str, ...]) -> None:
-    """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
-
-    A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
-    model.safetensors (its state dict) and config.json (classes and preprocessing).
-    """
-
-    def write(aside: Path) -> None:
-        if hasattr(net, "pretrained_cfg"):
-            plain = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
-            try:
-                timm.models.save_for_hf(
-                    plain,
-                    str(aside),
-                    model_config={"label_names": list(classes)},
-                    safe_serialization=True,
-                    data_config=preprocessing,
-                )
-            except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
-                raise OSError(errno.EIO, str(error)) from error
-        else:
-            (aside / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-            config = {"label_names": list(classes), "preprocessing": preprocessing}
-            (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-    write_folder(folder, write)
 
 
 def export(run: Path, to: str, output: Path | None = None) -> Path:

@@ -8,12 +8,13 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from finetune.backbone import INPUTS
-from finetune.baseline import promise
-from finetune.recipe import TOLD, RecipeError
-from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override
-from finetune.run_folder import changes
-from finetune.saved_model import read_json
+from finetune.models.backbone import INPUTS
+from finetune.models.saved import read_json
+from finetune.recipe.load import RECIPES, load_recipe, override
+from finetune.recipe.recipe import TOLD
+from finetune.recipe.serialize import as_dict, changes, flat
+from finetune.results.baseline import promise
+from finetune.utils.errors import RecipeError
 
 LICENCES = {
     "digits": "CC BY 4.0 (UCI)",

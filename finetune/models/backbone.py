@@ -8,8 +8,10 @@ import torchvision
 from timm.data import resolve_data_config
 from torch import nn
 
-from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_file import as_dict, nearest
+from finetune.recipe import Recipe
+from finetune.recipe.serialize import as_dict
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import nearest
 
 INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # what timm says of the images
 TimmModel = Any  # an nn.Module, with methods that torch's class does not have

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from finetune.backbone import head_parameters
-from finetune.batches import unreadable
-from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_file import as_dict
+from finetune.data.loader import unreadable
+from finetune.models.backbone import head_parameters
+from finetune.recipe import Recipe
+from finetune.recipe.serialize import as_dict
+from finetune.utils.errors import RecipeError
 
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:

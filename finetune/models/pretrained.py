@@ -1,8 +1,6 @@
 """Pretrained weights: from the hub, a file or an installed package, read without running code in them."""
 
 import importlib.util
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import safetensors.torch
@@ -10,12 +8,9 @@ import timm
 import torch
 import torchvision
 
-from finetune.recipe import Recipe, RecipeError
-
-OFFLINE = (
-    "  weights you have as a file: --weights FILE.safetensors; none at all: --weights none\n"
-    "  a recipe that needs no network: efficientnet_lite0_digits"
-)
+from finetune.recipe import Recipe
+from finetune.utils.errors import RecipeError
+from finetune.utils.net import reach
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
@@ -51,16 +46,6 @@ def from_hub(name: str) -> Path:
     # Asked first, because the hub's own client retries for three quarters of a minute.
     reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub for the weights {repository}")
     return Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
-
-
-def reach(url: str, what: str) -> None:
-    """Raise RecipeError, within seconds, unless a server answers at `url`; honours proxy settings."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8).close()
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError as error:
-        raise RecipeError(f"can't reach {what} ({getattr(error, 'reason', error)})\n{OFFLINE}") from None
 
 
 def from_package(package: str) -> Path:

@@ -1,20 +1,26 @@
 """A trained network, loaded again: from a run, a folder or the Hugging Face hub, without running code found there."""
 
+import copy
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import safetensors.torch
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.backbone import INPUTS, TimmModel, build_backbone, misfit
-from finetune.recipe import RecipeError
-from finetune.recipe_file import as_dict, load_recipe
-from finetune.weights import reach, read_weights
+from finetune.models.backbone import INPUTS, TimmModel, build_backbone, misfit
+from finetune.models.pretrained import read_weights
+from finetune.recipe.load import load_recipe
+from finetune.recipe.serialize import as_dict
+from finetune.utils.errors import RecipeError
+from finetune.utils.files import write_folder
+from finetune.utils.net import reach
 
 HUB = ("hf-hub:", "https://huggingface.co/")
 FILES = ("config.json", "model.safetensors")
@@ -135,3 +141,36 @@ def other_network(folder: Path, run: Path, settings: Settings, num_classes: int)
     except RuntimeError as error:
         raise misfit(str(folder / "model.safetensors"), error) from error
     return net
+
+
+def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: tuple[str, ...]) -> None:
+    """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
+
+    A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
+    model.safetensors (its state dict) and config.json (classes and preprocessing).
+    """
+
+    def write(aside: Path) -> None:
+        if hasattr(net, "pretrained_cfg"):
+            plain = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
+            try:
+                timm.models.save_for_hf(
+                    plain,
+                    str(aside),
+                    model_config={"label_names": list(classes)},
+                    safe_serialization=True,
+                    data_config=preprocessing,
+                )
+            except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
+                raise OSError(errno.EIO, str(error)) from error
+        else:
+            (aside / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+            config = {"label_names": list(classes), "preprocessing": preprocessing}
+            (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    write_folder(folder, write)
+
+
+def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers as safetensors takes them: on the CPU, contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune import unfreeze as stages
-from finetune.optimizers import build_optimizer
-from finetune.param_groups import ParamGroup, split_parameters
-from finetune.recipe import Recipe, RecipeError
+from finetune.models.batch_norm import hold_norms
+from finetune.optim import freezing
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import ParamGroup, split_parameters
+from finetune.recipe import Recipe
+from finetune.utils.errors import RecipeError
 
 
 def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
@@ -59,5 +61,5 @@ def unfreeze(recipe: Recipe, net: nn.Module, epoch: int) -> list[nn.Parameter]:
     Call it before each epoch. Under DistributedDataParallel, which fixes at wrapping what it averages, wrap anew after it or
     ask for find_unused_parameters.
     """
-    stages.hold_norms(net, recipe.norm_stats)
-    return stages.unfreeze(split_parameters(recipe, net), epoch)
+    hold_norms(net, recipe.norm_stats)
+    return freezing.unfreeze(split_parameters(recipe, net), epoch)

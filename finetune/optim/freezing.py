@@ -1,17 +1,8 @@
 """The stages of a run; what frozen means for gradients, for batch norm and for the DDP wrapper."""
 
-from functools import partial
-from typing import Any, cast
-
-import torch
-from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 
-from finetune.param_groups import ParamGroup
-from finetune.recipe import RecipeError
+from finetune.optim.param_groups import ParamGroup
 
 
 def stage_in_words(groups: list[ParamGroup], epoch: int) -> str:
@@ -43,67 +34,3 @@ def unfreeze(groups: list[ParamGroup], epoch: int) -> list[nn.Parameter]:
             parameter.requires_grad_(group.trains(epoch))
             parameter.grad = None
     return [parameter for group in groups if group.trains(epoch) for parameter in group.params.values()]
-
-
-def synchronise_norms(net: nn.Module, norm_stats: str, accelerator: Accelerator) -> nn.Module:
-    """With norm_stats="sync" on several processes, the network with torch's SyncBatchNorm in place of each batch norm.
-
-    Done once, before anything refers to a module; parameters stay the same objects under the same names.
-
-    Raises:
-        RecipeError: on CPUs, for which torch has no such layer.
-    """
-    if norm_stats != "sync" or accelerator.num_processes == 1:
-        return net
-    if accelerator.device.type == "cpu":
-        raise RecipeError("norm_stats='sync' on several processes needs GPUs; here: --set norm_stats=eval or train")
-    return convert_sync_batchnorm(net)
-
-
-def train_mode(net: nn.Module, norm_stats: str) -> None:
-    """net.train(), except that norms whose statistics must not move stay in eval mode.
-
-    These are all of them with norm_stats="eval", otherwise those of frozen layers. Where a norm has no parameters of its own,
-    those of the nearest layer around it that has some decide.
-    """
-    net.train()
-    for name, module in net.named_modules():
-        if isinstance(module, _NormBase):
-            hold_still(net, name, norm_stats, module)
-
-
-def hold_still(net: nn.Module, name: str, norm_stats: str, module: nn.Module, inputs: tuple[Any, ...] = ()) -> None:
-    """Put one norm into eval mode if its statistics must not move."""
-    if norm_stats == "eval" or is_frozen(net, name):
-        module.eval()
-
-
-def hold_norms(net: nn.Module, norm_stats: str) -> None:
-    """Have `train_mode`'s rule hold in loops that call net.train() when they like: each norm asks before its forward pass."""
-    for name, module in net.named_modules():
-        hooks = module._forward_pre_hooks.values()
-        if isinstance(module, _NormBase) and not any(getattr(hook, "func", None) is hold_still for hook in hooks):
-            module.register_forward_pre_hook(partial(hold_still, net, name, norm_stats))
-
-
-def is_frozen(net: nn.Module, name: str) -> bool:
-    """Whether no parameter trains in the module `name`, or in the nearest around it that has parameters."""
-    params = list(net.get_submodule(name).parameters())
-    while not params and name:
-        name = name.rpartition(".")[0]
-        params = list(net.get_submodule(name).parameters())
-    return not any(parameter.requires_grad for parameter in params)
-
-
-def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) -> nn.Module:
-    """The network as this stage trains it: itself on one process, a fresh DistributedDataParallel on several.
-
-    DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
-    silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
-    forward pass; the loop does it once an epoch.
-    """
-    model = net
-    if accelerator.num_processes > 1:
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    return cast(nn.Module, torch.compile(model)) if torch_compile else model

@@ -2,15 +2,15 @@
 
 import numpy as np
 import torch
-from timm.utils import adaptive_clip_grad
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-from finetune.augment import make_mixup, mix_neighbours
-from finetune.backbone import head_parameters
-from finetune.batches import SeededImages, unreadable
-from finetune.param_groups import exempt_parameters
-from finetune.recipe import Recipe, RecipeError
+from finetune.data.loader import SeededImages, unreadable
+from finetune.data.transforms import make_mixup, mix_neighbours
+from finetune.models.backbone import head_parameters
+from finetune.optim.param_groups import exempt_parameters
+from finetune.recipe import Recipe
+from finetune.utils.errors import RecipeError
 
 
 class Objective:
@@ -72,13 +72,3 @@ def class_weights(recipe: Recipe, images: SeededImages, device: torch.device) ->
     if len(weights) != num_classes:
         raise RecipeError(f"class_weights: {len(weights)} for {num_classes} classes: {', '.join(images.classes)}")
     return torch.tensor(weights, dtype=torch.float32, device=device)
-
-
-def clip(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Clip the gradients as the recipe says: by norm, then by value, then unit by unit; returns the norm from before."""
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"), recipe.clip_norm_type)
-    if recipe.clip_value:
-        nn.utils.clip_grad_value_(parameters, recipe.clip_value)
-    if recipe.clip_adaptive:
-        adaptive_clip_grad(parameters, recipe.clip_adaptive)
-    return norm

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from timm.optim import get_optimizer_class, list_optimizers
 
-from finetune.param_groups import ParamGroup
-from finetune.recipe import Optimizer, RecipeError
-from finetune.recipe_file import nearest
+from finetune.optim.param_groups import ParamGroup
+from finetune.recipe import Optimizer
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import nearest
 
 
 def build_optimizer(groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:

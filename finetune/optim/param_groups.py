@@ -10,10 +10,12 @@ import timm
 import torch
 from torch import nn
 
-from finetune.backbone import TimmModel, classifier_parameters
-from finetune.lr_schedule import Schedule, ramp
-from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
-from finetune.recipe_file import as_dict, in_columns
+from finetune.models.backbone import TimmModel, classifier_parameters
+from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, Schedule
+from finetune.recipe.schedules import ramp
+from finetune.recipe.serialize import as_dict
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import in_columns
 
 
 @dataclass(frozen=True)
@@ -202,3 +204,31 @@ def table(groups: list[ParamGroup], rates: Mapping[str, Sequence[float]]) -> str
     everything = [p.numel() for group in groups for p in group.params.values()]
     rows.append(("all", f"{len(everything)}", f"{sum(everything):,}", *[""] * 7))
     return in_columns(rows, numbers=True)
+
+
+def group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
+    """The table of groups, and the one after a switch of optimizers."""
+    begun = sorted({0, recipe.optimizer_begins(recipe.epochs)})
+    updates = recipe.data.updates(num_images)
+    texts = []
+    for start, stop in zip(begun, [*begun[1:], recipe.epochs], strict=True):
+        groups = split_parameters(recipe, net, start)
+        steps = sorted({*shown_steps(start * updates, stop * updates), stop * updates - 1})
+        rates = {group.name: [rate for step in steps if (rate := group.rate(step, updates, recipe.epochs))] for group in groups}
+        texts.append((f"from epoch {start}:\n" if start else "") + table(groups, rates))
+    return "\n\n".join(texts)
+
+
+def planned_rates(recipe: Recipe, net: nn.Module, steps: Sequence[int], steps_per_epoch: int) -> dict[str, list[float]]:
+    """Every group's rate at the updates `steps`, 0 while it is frozen. Scores, not known yet, are taken never to stall."""
+    found: dict[str, list[float]] = {}
+    groups = {begun: split_parameters(recipe, net, begun) for begun in {0, recipe.optimizer_begins(recipe.epochs)}}
+    for step in steps:
+        for group in groups[recipe.optimizer_begins(step // steps_per_epoch)]:
+            found.setdefault(group.name, []).append(group.rate(step, steps_per_epoch, recipe.epochs))
+    return found
+
+
+def shown_steps(start: int, stop: int, most: int = 2000) -> range:
+    """The updates whose rates are looked at or drawn: all of a short run, evenly spaced ones of a long one."""
+    return range(start, stop, math.ceil((stop - start) / most))

@@ -6,18 +6,6 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
-
-class RecipeError(ValueError):
-    """What the author of a recipe, or the person at the keyboard, can put right.
-
-    `one_process`: only the process that raised it knows, so that one must speak.
-    """
-
-    def __init__(self, text: str, one_process: bool = False):
-        super().__init__(text)
-        self.one_process = one_process
-
-
 Rules = list[tuple[bool, str]]  # what must hold, and what to say where it does not
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finetune.recipe_checks import broken
+from finetune.recipe.checks import broken
 
 
 @dataclass(frozen=True)

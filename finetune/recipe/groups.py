@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.lr_schedule import Schedule
-from finetune.recipe_checks import broken
+from finetune.recipe.checks import broken
+from finetune.recipe.schedules import Schedule
 
 
 @dataclass(frozen=True, init=False)

@@ -2,21 +2,21 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import re
 import sys
 from ast import literal_eval
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from finetune import lr_schedule
-from finetune import recipe as recipe_types
-from finetune.lr_schedule import Schedule
-from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, RecipeError
+import finetune
+from finetune.recipe.groups import Frozen, Group, Optimizer
+from finetune.recipe.recipe import Recipe
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import nearest
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 RECIPES = next(folder for folder in (HERE / "recipes", HERE.parent / "recipes") if folder.is_dir())  # installed; a clone
 
 
@@ -88,16 +88,10 @@ def line_of(error: Exception, path: Path) -> str:
 def explain(error: Exception) -> str:
     """The error in one sentence; for a misspelt field, with the fields there are."""
     misspelt = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if misspelt and (kind := getattr(recipe_types, misspelt[1], None) or getattr(lr_schedule, misspelt[1], None)):
+    if misspelt and (kind := getattr(finetune, misspelt[1], None)):
         names = [f.name for f in dataclasses.fields(kind)]
         return f"{misspelt[1]} has no field '{misspelt[2]}'.{nearest(misspelt[2], names)} Its fields: {', '.join(names)}"
     return f"{type(error).__name__}: {error}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """' Did you mean X?' or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
@@ -169,31 +163,3 @@ def require(name: str, names: list[str]) -> None:
     if name not in names:
         there = f" There are: {', '.join(names)}" if names else " Nothing lies below it."
         raise RecipeError(f"no '{name}'.{nearest(name, names)}{there}")
-
-
-def flat(part: Any, key: str = "") -> dict[str, Any]:
-    """{path: value} of nested dicts and of lists whose items have names, such as a recipe's groups."""
-    if isinstance(part, list) and part and all(isinstance(item, dict) and "name" in item for item in part):
-        part = {item["name"]: item for item in part}
-    if not isinstance(part, dict) or not part:
-        return {key: part}
-    return {path: value for name, item in part.items() for path, value in flat(item, f"{key}.{name}" if key else name).items()}
-
-
-def in_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """Rows of cells as lines of text, to the left; where they hold `numbers`, all but the first column to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
-    return "\n".join("  ".join(map(lambda cell, side, width: side(cell, width), row, sides, widths)).rstrip() for row in rows)
-
-
-def as_dict(part: Any) -> Any:
-    """The resolved recipe in JSON's types; functions by their name, schedules and groups with their class as "type"."""
-    if dataclasses.is_dataclass(part):
-        values = {f.name: as_dict(getattr(part, f.name)) for f in dataclasses.fields(part)}
-        return {"type": type(part).__name__, **values} if isinstance(part, (Schedule, LayerDecay, Frozen)) else values
-    if isinstance(part, dict):
-        return {key: as_dict(value) for key, value in part.items()}
-    if isinstance(part, (tuple, list)):
-        return [as_dict(item) for item in part]
-    return f"function {part.__name__}" if callable(part) else part

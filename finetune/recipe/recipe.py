@@ -5,27 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from finetune.lr_schedule import Plateau, Schedule
-from finetune.recipe_checks import RecipeError, Rules, broken, type_faults
-from finetune.recipe_data import Augment, Data
-from finetune.recipe_table import SGD, AdamW, Frozen, Group, LayerDecay, LinearProbe, Optimizer, Switch
-
-__all__ = [
-    "SGD",
-    "AdamW",
-    "Augment",
-    "Data",
-    "EarlyStop",
-    "Frozen",
-    "Group",
-    "LayerDecay",
-    "LinearProbe",
-    "Optimizer",
-    "Recipe",
-    "RecipeError",
-    "Switch",
-]
-
+from finetune.recipe.checks import Rules, broken, type_faults
+from finetune.recipe.data import Augment, Data
+from finetune.recipe.groups import Frozen, Group, LayerDecay, LinearProbe, Optimizer, Switch
+from finetune.recipe.schedules import Plateau, Schedule
+from finetune.utils.errors import RecipeError
 
 SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
 TOLD = {"top1": "top-1", "top5": "top-5", **SCORES}  # of all that is told of a run, in this order

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from finetune.recipe_checks import Rules, broken
+from finetune.recipe.checks import Rules, broken
 
 
 class Time(NamedTuple):

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import SCORES, Recipe, RecipeError
-from finetune.recipe_file import RECIPES
-from finetune.run_folder import changes
+from finetune.recipe import Recipe
+from finetune.recipe.load import RECIPES
+from finetune.recipe.recipe import SCORES
+from finetune.recipe.serialize import changes
+from finetune.utils.errors import RecipeError
 
 IMPORT = "from finetune.baseline import Baseline\n"
 Record = dict[str, Any]  # a file of baselines/, which record_runs writes

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.batches import SeededImages, unreadable
-from finetune.plan import planned_rates, shown_steps
-from finetune.recipe import SCORES, Recipe
-from finetune.scores import confusion_matrix
+from finetune.data.loader import SeededImages, unreadable
+from finetune.optim.param_groups import planned_rates, shown_steps
+from finetune.recipe import Recipe
+from finetune.recipe.recipe import SCORES
+from finetune.train.evaluate import confusion_matrix
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)

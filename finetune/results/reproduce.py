@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.baseline import interval, kept_record, metric_of, odds, promise, summary
-from finetune.recipe import SCORES, RecipeError
-from finetune.recipe_file import HERE, load_recipe
+from finetune.recipe.load import HERE, load_recipe
+from finetune.recipe.recipe import SCORES
+from finetune.results.baseline import interval, kept_record, metric_of, odds, promise, summary
+from finetune.utils.errors import RecipeError
 
 
 def reproduce(name: str, seeds: int, output: Path | None = None, data: str | None = None) -> bool:

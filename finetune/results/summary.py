@@ -10,13 +10,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from finetune.baseline import promise
-from finetune.batches import SeededImages
-from finetune.param_groups import split_parameters
-from finetune.plots import confusion, curves, mistakes
-from finetune.recipe import SCORES, TOLD, Recipe
-from finetune.run_record import RunRecord
-from finetune.scores import scores
+from finetune.data.loader import SeededImages
+from finetune.optim.param_groups import split_parameters
+from finetune.recipe import Recipe
+from finetune.recipe.recipe import SCORES, TOLD
+from finetune.results.baseline import promise
+from finetune.results.plots import confusion, curves, mistakes
+from finetune.train.evaluate import scores
+from finetune.train.logger import RunRecord
 
 
 def report(

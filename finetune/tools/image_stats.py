@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.image_data import load_data
-from finetune.image_lists import ImageList
-from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Data, LayerDecay, Recipe
+from finetune.data.dataset import ImageList
+from finetune.data.sources import load_data
+from finetune.recipe import AdamW, Cosine, Data, LayerDecay, Recipe
 
 
 @dataclass(frozen=True)

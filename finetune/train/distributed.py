@@ -4,14 +4,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from finetune.recipe import RecipeError
+from finetune.utils.errors import RecipeError
 
 T = TypeVar("T")
 
@@ -134,3 +135,17 @@ class StopRequest:
         if before:
             before[0].wait()
         return bool(before and before[1])
+
+
+def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) -> nn.Module:
+    """The network as this stage trains it: itself on one process, a fresh DistributedDataParallel on several.
+
+    DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
+    silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
+    forward pass; the loop does it once an epoch.
+    """
+    model = net
+    if accelerator.num_processes > 1:
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+        model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return cast(nn.Module, torch.compile(model)) if torch_compile else model

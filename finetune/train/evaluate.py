@@ -3,11 +3,15 @@
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.batches import unreadable
-from finetune.objective import binary_loss
+from finetune.data.loader import SeededImages, load, unreadable
+from finetune.models.backbone import memory_format
+from finetune.optim.loss import binary_loss
 from finetune.recipe import Recipe
+from finetune.train.distributed import gather_strided
 
 
 def scores(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -58,3 +62,35 @@ def of_several_labels(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, A
         "macro_f1": f1.item(),
         "class_average_precision": precisions.tolist(),
     }
+
+
+@torch.no_grad()
+def evaluate(
+    recipe: Recipe,
+    net: nn.Module,
+    images: SeededImages,
+    accelerator: Accelerator,
+    accumulate: int = 1,
+    workers: int = 0,
+    epoch: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
+
+    `epoch` decides how images that are varied are.
+
+    With `flip_test` the logits are the mean of those of the image and of its mirror image.
+    """
+    net.eval()
+    mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
+    size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
+    outputs, targets = [], []
+    for batch, labels in load(
+        images, epoch, [mine[i : i + size] for i in range(0, len(mine), size)], workers, accelerator.device
+    ):
+        batch = batch.contiguous(memory_format=memory_format(recipe))
+        with accelerator.autocast():
+            logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
+        outputs.append(logits.float())
+        targets.append(labels)
+    total = len(images)
+    return gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()

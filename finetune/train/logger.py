@@ -18,9 +18,12 @@ import torchvision
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from finetune.batches import Batch, Update, unreadable
-from finetune.recipe import SCORES, RecipeError
-from finetune.trackers import as_scalars
+from finetune.data.loader import Batch, Update, unreadable
+from finetune.recipe import Recipe
+from finetune.recipe.recipe import SCORES
+from finetune.recipe.serialize import as_dict, flat
+from finetune.train.run_dir import newest_checkpoint
+from finetune.utils.errors import RecipeError
 
 FLUSH_EVERY = 20  # updates between two looks at the losses: each look makes a GPU wait
 
@@ -279,3 +282,28 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def as_scalars(row: dict[str, Any]) -> tuple[dict[str, float], int]:
+    """A line of the metrics under the names that a tracker sorts into panels, and its update: an epoch's is its last one."""
+    panel, step = ("train", row["step"]) if "grad_norm" in row else ("val", max(row["step"] - 1, 0))
+    values = {f"{panel}/{key}": value for key, value in row.items() if isinstance(value, float | int) and key != "step"}
+    return values | {f"lr/{name}": rate for name, rate in row.get("lr", {}).items()}, step
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, recipe: Recipe) -> None:
+    """Begin what --track asked for, with the recipe as its configuration.
+
+    A resumed run goes on in the same one, and TensorBoard forgets what was logged after the checkpoint.
+    """
+    checkpoint = newest_checkpoint(folder)
+    step = checkpoint and int(checkpoint.name.split("-")[1])
+    config = {
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in flat(as_dict(recipe)).items()
+    }
+    accelerator.init_trackers(
+        "finetune",
+        config,
+        init_kwargs={"tensorboard": {"purge_step": step}, "wandb": {"id": folder.name, "resume": "allow", "dir": str(folder)}},
+    )

@@ -5,23 +5,25 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import nn
 
-from finetune.backbone import memory_format
-from finetune.batches import Batch, SeededImages, Update, epoch_updates, load, load_updates, seed_all
-from finetune.checkpoint import restore, restore_optimizer, save_checkpoint
-from finetune.folding import fold_norms
-from finetune.linear_probe import fit, head_layer, returns_features
-from finetune.memory import fitting_accumulation
-from finetune.objective import Objective, clip
-from finetune.optimizers import build_optimizer, wants_closure
-from finetune.param_groups import set_rates, split_parameters
-from finetune.processes import Stopped, StopRequest, check_agreement, gather_strided, share
+from finetune.data.loader import Batch, SeededImages, Update, epoch_updates, load_updates
+from finetune.models.backbone import memory_format
+from finetune.models.batch_norm import train_mode
+from finetune.models.fuse_conv_bn import fold_norms
+from finetune.models.linear_probe import fit, head_layer, returns_features
+from finetune.optim.freezing import begins_stage, stage_in_words, unfreeze
+from finetune.optim.loss import Objective
+from finetune.optim.optimizers import build_optimizer, wants_closure
+from finetune.optim.param_groups import set_rates, split_parameters
 from finetune.recipe import Recipe
-from finetune.run_record import RunRecord
-from finetune.scores import scores
-from finetune.unfreeze import begins_stage, stage_in_words, train_mode, unfreeze, wrap
+from finetune.train.checkpoint import restore, restore_optimizer, save_checkpoint
+from finetune.train.distributed import Stopped, StopRequest, check_agreement, share, wrap
+from finetune.train.evaluate import evaluate, scores
+from finetune.train.logger import RunRecord
+from finetune.train.micro_batch import fitting_accumulation
+from finetune.utils.seed import seed_all
 
 
 def train(
@@ -197,33 +199,11 @@ def backward(
     return loss
 
 
-@torch.no_grad()
-def evaluate(
-    recipe: Recipe,
-    net: nn.Module,
-    images: SeededImages,
-    accelerator: Accelerator,
-    accumulate: int = 1,
-    workers: int = 0,
-    epoch: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
-
-    `epoch` decides how images that are varied are.
-
-    With `flip_test` the logits are the mean of those of the image and of its mirror image.
-    """
-    net.eval()
-    mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
-    size = recipe.data.batch_size // (accelerator.num_processes * accumulate)
-    outputs, targets = [], []
-    for batch, labels in load(
-        images, epoch, [mine[i : i + size] for i in range(0, len(mine), size)], workers, accelerator.device
-    ):
-        batch = batch.contiguous(memory_format=memory_format(recipe))
-        with accelerator.autocast():
-            logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
-        outputs.append(logits.float())
-        targets.append(labels)
-    total = len(images)
-    return gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()
+def clip(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Clip the gradients as the recipe says: by norm, then by value, then unit by unit; returns the norm from before."""
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"), recipe.clip_norm_type)
+    if recipe.clip_value:
+        nn.utils.clip_grad_value_(parameters, recipe.clip_value)
+    if recipe.clip_adaptive:
+        adaptive_clip_grad(parameters, recipe.clip_adaptive)
+    return norm

@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.backbone import memory_format
-from finetune.recipe import Recipe, RecipeError
+from finetune.models.backbone import memory_format
+from finetune.recipe import Recipe
+from finetune.utils.errors import RecipeError
 
 
 def keep_freed_memory() -> None:

@@ -1,16 +1,16 @@
 """Where a run is written: a folder of its own, or the one it goes on in; the first files in it."""
 
-import dataclasses
 import json
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_file import as_dict
+from finetune.recipe import Recipe
+from finetune.recipe.serialize import as_dict, changes
+from finetune.utils.errors import RecipeError
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
@@ -99,27 +99,3 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
                 ]
             )
         )
-
-
-def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
-    """'FIELD: VALUE before, VALUE now' for each field of a recipe that differs from one resolved earlier.
-
-    A field that did not exist then counts as having had its default.
-    """
-    before, now = with_defaults(before, recipe), json.loads(json.dumps(as_dict(recipe)))
-    return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
-
-
-def with_defaults(resolved: Any, part: Any) -> Any:
-    """A part of a recipe as resolved earlier, with the fields added that `part` has and that have defaults."""
-    if isinstance(resolved, list) and isinstance(part, tuple) and len(resolved) == len(part):
-        return list(map(with_defaults, resolved, part))
-    if not isinstance(resolved, dict) or not dataclasses.is_dataclass(part):
-        return resolved
-    filled = dict(resolved)
-    for field in dataclasses.fields(part):
-        if field.name in filled:
-            filled[field.name] = with_defaults(filled[field.name], getattr(part, field.name))
-        elif field.default is not dataclasses.MISSING:
-            filled[field.name] = as_dict(field.default)
-    return filled

@@ -1,5 +1,6 @@
 """A recipe's accelerator, data, weights and network, put together."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +10,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.augment import image_sets
-from finetune.backbone import build_backbone, preprocessing
-from finetune.batches import SeededImages, seed_all
-from finetune.image_data import is_downloaded, load_data
-from finetune.image_lists import ImageData
-from finetune.memory import keep_freed_memory
-from finetune.processes import first_on_main
-from finetune.recipe import Recipe, RecipeError
-from finetune.unfreeze import synchronise_norms
-from finetune.weights import pretrained_state
+from finetune.data.dataset import ImageData
+from finetune.data.loader import SeededImages
+from finetune.data.sources import is_downloaded, load_data
+from finetune.data.transforms import scoring_transform, training_transform
+from finetune.models.backbone import build_backbone, outline, preprocessing
+from finetune.models.batch_norm import synchronise_norms
+from finetune.models.linear_probe import head_layer
+from finetune.models.pretrained import pretrained_state
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import split_parameters
+from finetune.recipe import Data, Frozen, Group, LayerDecay, Recipe, Schedule
+from finetune.recipe.load import override
+from finetune.train.distributed import first_on_main
+from finetune.train.micro_batch import keep_freed_memory
+from finetune.utils.errors import RecipeError
+from finetune.utils.seed import seed_all
 
 
 def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
@@ -60,3 +67,66 @@ def assemble(
     net = synchronise_norms(build_backbone(recipe, len(data.classes), state), recipe.norm_stats, accelerator)
     inputs = preprocessing(recipe, net)
     return data, net, inputs, image_sets(recipe, data, inputs)
+
+
+def check(recipe: Recipe, net: nn.Module) -> None:
+    """Raise RecipeError for whatever is wrong with the recipe's groups, optimizers or transforms on this network."""
+    for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
+        build_optimizer(split_parameters(recipe, net, epoch))
+    training_transform(recipe, preprocessing(recipe, net))
+    if recipe.linear_probe:
+        head_layer(recipe, net)
+
+
+def smoke(recipe: Recipe, parts: int) -> Recipe:
+    """The recipe cut down to seconds: a stage an epoch, a batch that divides by `parts`, small generated images."""
+    rows = [recipe.groups] if isinstance(recipe.groups, LayerDecay) else recipe.groups
+    stages = sorted({0} | {row.unfreeze_at for row in rows if not isinstance(row, Frozen)})
+
+    def early(row: Group) -> Group:
+        """The row with its stage's epoch, and no time to lose on warmup."""
+        own = row.schedule and quick(row.schedule)
+        return dataclasses.replace(
+            row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own, warmup_epochs=min(0.5, row.warmup_epochs)
+        )
+
+    def quick(schedule: Schedule) -> Schedule:
+        return dataclasses.replace(schedule, warmup_epochs=min(0.5, schedule.warmup_epochs))
+
+    groups: tuple[Group | Frozen, ...] | LayerDecay
+    if isinstance(recipe.groups, LayerDecay):
+        groups = dataclasses.replace(recipe.groups, unfreeze_at=stages.index(recipe.groups.unfreeze_at))
+    else:
+        groups = tuple(row if isinstance(row, Frozen) else early(row) for row in recipe.groups)
+    switch = recipe.switch and dataclasses.replace(recipe.switch, at=stages.index(recipe.switch.at))
+    weights = None if isinstance(recipe.class_weights, tuple) else recipe.class_weights  # for other classes
+    small = dataclasses.replace(
+        recipe,
+        weights="none",
+        groups=groups,
+        switch=switch,
+        schedule=quick(recipe.schedule),
+        epochs=len(stages) + 1,
+        class_weights=weights,
+        early_stop=None,
+        data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling),
+    )
+    try:
+        outline(small)
+    except RecipeError:  # a network for one size only
+        small = override(small, [f"data.image_size={recipe.data.image_size}"])
+    return small
+
+
+def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[SeededImages, SeededImages]:
+    """The training images as they are varied, and the validation images as they are scored."""
+    train, val = (
+        SeededImages(
+            part, transform, recipe.seed, data.classes, recipe.data.on_bad_image, multi_label=recipe.loss == "multi_label"
+        )
+        for part, transform in (
+            (data.train, training_transform(recipe, preprocessing)),
+            (data.val, scoring_transform(preprocessing)),
+        )
+    )
+    return train, val

@@ -8,11 +8,11 @@ import torch
 import torchvision
 from sklearn.preprocessing import MultiLabelBinarizer
 
-from conftest import prepare
-from finetune.batches import load
-from finetune.image_data import load_data
-from finetune.recipe import RecipeError
-from sources import assert_same_set, put_image, source, write_csv
+from finetune.data.loader import load
+from finetune.data.sources import load_data
+from finetune.utils.errors import RecipeError
+from helpers import prepare
+from image_files import assert_same_set, put_image, source, write_csv
 
 MULTI = {"loss": "multi_label", "score": "mean_average_precision"}
 

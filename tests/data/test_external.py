@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import prepare, small_recipe
-from finetune.batches import load
-from finetune.image_data import data_size, is_downloaded, load_data
-from finetune.recipe import Data, RecipeError
-from sources import NAMES, PIXELS, assert_same_set, png, put, source, write_csv
+from finetune.data.loader import load
+from finetune.data.sources import data_size, is_downloaded, load_data
+from finetune.recipe import Data
+from finetune.utils.errors import RecipeError
+from helpers import prepare, small_recipe
+from image_files import NAMES, PIXELS, assert_same_set, png, put, source, write_csv
 
 
 def hub_set(numbers, **more):

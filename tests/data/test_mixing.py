@@ -9,11 +9,12 @@ import timm.layers
 import timm.loss
 import torch
 
-from conftest import ALL, Coloured, assert_same_weights, plain, run_here, small_recipe
-from finetune import augment
-from finetune.augment import mix_neighbours
-from finetune.batches import SeededImages, balanced_chances, plan_epoch, seed_all
+from finetune.data import transforms as augment
+from finetune.data.loader import SeededImages, balanced_chances, plan_epoch
+from finetune.data.transforms import mix_neighbours
 from finetune.recipe import Augment, Data
+from finetune.utils.seed import seed_all
+from helpers import ALL, Coloured, assert_same_weights, plain, run_here, small_recipe
 
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str)

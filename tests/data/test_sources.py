@@ -8,15 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import prepare
-from finetune import image_data
-from finetune.augment import scoring_transform
-from finetune.backbone import outline, preprocessing
-from finetune.batches import SeededImages, load, plan_epoch
-from finetune.image_data import known_size, load_data
-from finetune.image_lists import ImageList, stratified_split
-from finetune.recipe import Augment, RecipeError
-from sources import source
+from finetune.data import sources as image_data
+from finetune.data.dataset import ImageList, stratified_split
+from finetune.data.loader import SeededImages, load, plan_epoch
+from finetune.data.sources import known_size, load_data
+from finetune.data.transforms import scoring_transform
+from finetune.models.backbone import outline, preprocessing
+from finetune.recipe import Augment
+from finetune.utils.errors import RecipeError
+from helpers import prepare
+from image_files import source
 
 
 @pytest.mark.parametrize("images,batch,parts", [(20, 8, 4), (22, 8, 2), (3, 8, 4), (16, 8, 1)])

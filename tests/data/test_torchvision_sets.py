@@ -9,10 +9,10 @@ import pytest
 import scipy.io
 import torchvision
 
-from finetune.data_sources import TORCHVISION
-from finetune.image_data import data_size, is_downloaded, known_size, load_data
-from finetune.recipe import RecipeError
-from sources import NAMES, PIXELS, assert_same_set, put, put_image, source
+from finetune.data.external import TORCHVISION
+from finetune.data.sources import data_size, is_downloaded, known_size, load_data
+from finetune.utils.errors import RecipeError
+from image_files import NAMES, PIXELS, assert_same_set, put, put_image, source
 
 
 def idx(array: np.ndarray) -> bytes:

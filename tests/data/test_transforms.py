@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from conftest import prepare, small_recipe
-from finetune.augment import Pixels, Timm, scoring_transform, training_transform
-from finetune.batches import SeededImages, keyed_seed, load, seed_cpu
-from finetune.image_data import elpv
-from finetune.image_lists import ImageList
-from finetune.image_memory import ImageMemory
+from finetune.data.builtin import elpv
+from finetune.data.cache import ImageMemory
+from finetune.data.dataset import ImageList
+from finetune.data.loader import SeededImages, load
+from finetune.data.transforms import Pixels, Timm, scoring_transform, training_transform
 from finetune.recipe import Augment, Data
+from finetune.utils.seed import keyed_seed, seed_cpu
+from helpers import prepare, small_recipe
 
 PHOTOGRAPH, FLOWER = (image.copy() for image in load_sample_images().images)  # 427 x 640; torch wants them writable
 IMAGES = {

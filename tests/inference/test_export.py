@@ -16,15 +16,16 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from torchvision.models import squeezenet1_1
 
-from conftest import ROOT, timm_alone
-from finetune import export as exporting
-from finetune.baseline import summary
-from finetune.export import compare, export, save_model
-from finetune.model_card import origin
-from finetune.recipe import RecipeError
-from finetune.recipe_file import as_dict, chosen_recipe, load_recipe, override
+from finetune.inference import export as exporting
+from finetune.inference.export import compare, export
+from finetune.inference.model_card import origin
+from finetune.models.saved import load_model, save_model
+from finetune.recipe.load import chosen_recipe, load_recipe, override
+from finetune.recipe.serialize import as_dict
+from finetune.results.baseline import summary
 from finetune.run import arguments
-from finetune.saved_model import load_model
+from finetune.utils.errors import RecipeError
+from helpers import ROOT, timm_alone
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,12 @@ from PIL import Image
 from sklearn.metrics import classification_report
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from conftest import PREPROCESSING, ROOT, timm_alone
-from finetune.export import save_model
-from finetune.image_data import load_data
-from finetune.predict import (
-    evaluate,
-    evaluation_as_text,
-    find_images,
-    labelled_images,
-    predict,
-    predictions_as_csv,
-    predictions_as_table,
-)
-from finetune.recipe import RecipeError
-from finetune.saved_model import load_model
+from finetune.data.sources import load_data
+from finetune.inference.evaluate import evaluate, evaluation_as_text, labelled_images
+from finetune.inference.predict import find_images, predict, predictions_as_csv, predictions_as_table
+from finetune.models.saved import load_model, save_model
+from finetune.utils.errors import RecipeError
+from helpers import PREPROCESSING, ROOT, timm_alone
 
 
 @pytest.fixture

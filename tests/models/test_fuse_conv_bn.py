@@ -7,10 +7,10 @@ import timm
 import torch
 from torch import nn
 
-from conftest import assert_same_weights, run_here, small_recipe
-from finetune import train_loop
-from finetune.folding import fold_norms
+from finetune.models.fuse_conv_bn import fold_norms
 from finetune.recipe import Data, Group
+from finetune.train import loop as train_loop
+from helpers import assert_same_weights, run_here, small_recipe
 
 NETWORKS = {
     "test_resnet": 15,

@@ -10,13 +10,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from conftest import prepare, run_here, small_recipe
-from finetune import linear_probe, train_loop
-from finetune.backbone import outline
-from finetune.batches import load
-from finetune.plan import check
-from finetune.recipe import Data, Group, LinearProbe, RecipeError
-from finetune.report import paid
+from finetune.data.loader import load
+from finetune.models import linear_probe
+from finetune.models.backbone import outline
+from finetune.recipe import Data, Group, LinearProbe
+from finetune.results.summary import paid
+from finetune.train import loop as train_loop
+from finetune.train.setup import check
+from finetune.utils.errors import RecipeError
+from helpers import prepare, run_here, small_recipe
 
 
 def probed(**changes):

@@ -13,13 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import PREPROCESSING, ROOT
-from finetune.backbone import build_backbone
-from finetune.export import save_model
-from finetune.image_data import load_data
-from finetune.predict import logits_of
-from finetune.recipe import RecipeError
-from finetune.saved_model import load_model
+from finetune.data.sources import load_data
+from finetune.inference.predict import logits_of
+from finetune.models.backbone import build_backbone
+from finetune.models.saved import load_model, save_model
+from finetune.utils.errors import RecipeError
+from helpers import PREPROCESSING, ROOT
 
 OWN = """
 from torch import nn

@@ -6,14 +6,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from conftest import prepare, run_here, small_recipe
-from finetune.batches import load, plan_epoch
-from finetune.lr_schedule import Plateau
-from finetune.optimizers import build_optimizer
-from finetune.other_loops import make_lr_scheduler, make_optimizer, unfreeze
-from finetune.param_groups import split_parameters
-from finetune.plan import planned_rates
-from finetune.recipe import SGD, Group, LayerDecay, RecipeError, Switch
+from finetune.data.loader import load, plan_epoch
+from finetune.optim.adapters import make_lr_scheduler, make_optimizer, unfreeze
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import planned_rates, split_parameters
+from finetune.recipe import SGD, Group, LayerDecay, Plateau, Switch
+from finetune.utils.errors import RecipeError
+from helpers import prepare, run_here, small_recipe
 
 STEPS = 3  # an epoch: 22 images in batches of 8
 

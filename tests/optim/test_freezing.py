@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conftest import SmallNet, prepare, run_here, small_recipe
-from finetune import train_loop
-from finetune.param_groups import split_parameters
-from finetune.recipe import SGD, AdamW, Group, RecipeError
-from finetune.unfreeze import begins_stage, hold_norms, stage_in_words, synchronise_norms, train_mode, unfreeze, wrap
+from finetune.models.batch_norm import hold_norms, synchronise_norms, train_mode
+from finetune.optim.freezing import begins_stage, stage_in_words, unfreeze
+from finetune.optim.param_groups import split_parameters
+from finetune.recipe import SGD, AdamW, Group
+from finetune.train import loop as train_loop
+from finetune.train.distributed import wrap
+from finetune.utils.errors import RecipeError
+from helpers import SmallNet, prepare, run_here, small_recipe
 
 ROWS = (
     Group("head", "fc", lr=1e-2),
@@ -127,7 +130,7 @@ def one_process_group(tmp_path):
 
 def test_each_process_wraps_for_its_own_gpu(monkeypatch):
     """DDP is told the process's GPU."""
-    monkeypatch.setattr("finetune.unfreeze.DistributedDataParallel", lambda net, device_ids, **_: device_ids)
+    monkeypatch.setattr("finetune.train.distributed.DistributedDataParallel", lambda net, device_ids, **_: device_ids)
     assert wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1))) == [torch.device("cuda", 1)]
 
 

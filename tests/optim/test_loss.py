@@ -11,11 +11,13 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy, multilabel_soft_margin_loss, one_hot
 
-from conftest import SmallNet, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
-from finetune.backbone import build_backbone, head_parameters
-from finetune.batches import SeededImages
-from finetune.objective import Objective, clip
-from finetune.recipe import Augment, RecipeError
+from finetune.data.loader import SeededImages
+from finetune.models.backbone import build_backbone, head_parameters
+from finetune.optim.loss import Objective
+from finetune.recipe import Augment
+from finetune.train.loop import clip
+from finetune.utils.errors import RecipeError
+from helpers import SmallNet, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 
 
 def objective(recipe, labels=None, device="cpu"):

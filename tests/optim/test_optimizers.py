@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from conftest import SmallNet, assert_same_weights, prepare, run_here, scaling_accelerator, small_recipe
-from finetune import train_loop
-from finetune.batches import load, plan_epoch
-from finetune.lr_schedule import Constant, Step
-from finetune.optimizers import SeveralOptimizers, build_optimizer
-from finetune.param_groups import split_parameters
-from finetune.plan import planned_rates
-from finetune.recipe import SGD, AdamW, Data, Frozen, Group, Optimizer, RecipeError, Switch
+from finetune.data.loader import load, plan_epoch
+from finetune.optim.optimizers import SeveralOptimizers, build_optimizer
+from finetune.optim.param_groups import planned_rates, split_parameters
+from finetune.recipe import SGD, AdamW, Constant, Data, Frozen, Group, Optimizer, Step, Switch
+from finetune.train import loop as train_loop
+from finetune.utils.errors import RecipeError
+from helpers import SmallNet, assert_same_weights, prepare, run_here, scaling_accelerator, small_recipe
 
 TORCH = sorted(
     name

@@ -7,14 +7,14 @@ import timm
 import timm.optim
 import torch
 
-from conftest import ALL, ROOT, SmallNet, small_recipe
-from finetune.augment import training_transform
-from finetune.backbone import build_backbone, outline, preprocessing
-from finetune.lr_schedule import Constant, Plateau, Step
-from finetune.optimizers import build_optimizer
-from finetune.param_groups import set_rates, split_parameters, table
-from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, RecipeError, Switch
-from finetune.recipe_file import load_recipe
+from finetune.data.transforms import training_transform
+from finetune.models.backbone import build_backbone, outline, preprocessing
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import set_rates, split_parameters, table
+from finetune.recipe import SGD, AdamW, Constant, Data, Frozen, Group, LayerDecay, Optimizer, Plateau, Step, Switch
+from finetune.recipe.load import load_recipe
+from finetune.utils.errors import RecipeError
+from helpers import ALL, ROOT, SmallNet, small_recipe
 
 ARCHITECTURES = [
     "resnet18",

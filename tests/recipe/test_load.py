@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from conftest import RECIPES, ROOT, small_recipe
-from finetune.recipe import EarlyStop, LinearProbe, Optimizer, RecipeError
-from finetune.recipe_file import as_dict, load_recipe, override
+from finetune.recipe import EarlyStop, LinearProbe, Optimizer
+from finetune.recipe.load import load_recipe, override
+from finetune.recipe.serialize import as_dict
+from finetune.utils.errors import RecipeError
+from helpers import RECIPES, ROOT, small_recipe
 
 
 def test_recipes_load_without_torch():

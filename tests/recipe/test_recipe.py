@@ -5,24 +5,26 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import ALL, SmallNet, plain
-from finetune.batches import plan_epoch
-from finetune.lr_schedule import Constant, Cosine, Lambda
+from finetune.data.loader import plan_epoch
 from finetune.recipe import (
     SGD,
     AdamW,
     Augment,
+    Constant,
+    Cosine,
     Data,
     EarlyStop,
     Frozen,
     Group,
+    Lambda,
     LayerDecay,
     LinearProbe,
     Optimizer,
-    RecipeError,
     Switch,
 )
-from finetune.recipe_file import replaced
+from finetune.recipe.load import replaced
+from finetune.utils.errors import RecipeError
+from helpers import ALL, SmallNet, plain
 
 LBFGS = Optimizer("LBFGS")
 FIRST, SECOND = Group("a", "fc", lr=1e-2, schedule=Constant(), optimizer=SGD()), Group("b", ".", lr=1e-3, unfreeze_at=1)

@@ -19,8 +19,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from conftest import small_recipe
-from finetune.lr_schedule import (
+from finetune.recipe import (
     Constant,
     Cosine,
     CosineRestarts,
@@ -33,7 +32,8 @@ from finetune.lr_schedule import (
     Polynomial,
     Step,
 )
-from finetune.recipe import RecipeError
+from finetune.utils.errors import RecipeError
+from helpers import small_recipe
 
 PEAKS = [1e-2, 3e-4, 1e-5]
 

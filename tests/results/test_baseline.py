@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from conftest import ROOT, small_recipe
-from finetune import baseline, reproduce
 from finetune.__main__ import main as verb
-from finetune.baseline import Baseline, baseline_of, interval, odds, promise, record_runs, summary, with_baseline
-from finetune.recipe import Data, RecipeError
-from finetune.recipe_file import as_dict, load_recipe
+from finetune.recipe import Data
+from finetune.recipe.load import load_recipe
+from finetune.recipe.serialize import as_dict
+from finetune.results import baseline, reproduce
+from finetune.results.baseline import Baseline, baseline_of, interval, odds, promise, record_runs, summary, with_baseline
+from finetune.utils.errors import RecipeError
+from helpers import ROOT, small_recipe
 
 
 def finished(folder, recipe, top1, **result):

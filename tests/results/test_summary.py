@@ -10,14 +10,14 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.metrics import confusion_matrix as theirs
 
-from conftest import SmallNet, prepare, run_here, small_recipe
-from finetune import image_data, plots
-from finetune.batches import UNREADABLE
-from finetune.lr_schedule import Step
-from finetune.recipe import SGD, Frozen, Group, Switch
-from finetune.report import drift
+from finetune.data import sources as image_data
+from finetune.data.loader import UNREADABLE
+from finetune.recipe import SGD, Frozen, Group, Step, Switch
+from finetune.results import plots
+from finetune.results.summary import drift
 from finetune.run import main
-from finetune.scores import confusion_matrix
+from finetune.train.evaluate import confusion_matrix
+from helpers import SmallNet, prepare, run_here, small_recipe
 
 ROWS = (
     Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),

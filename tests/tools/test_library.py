@@ -10,12 +10,13 @@ import zipfile
 
 import pytest
 
-from conftest import RECIPES, ROOT
 from finetune.__main__ import main
-from finetune.baseline import baseline_of, promise, summary
-from finetune.recipe import RecipeError
-from finetune.recipe_file import as_dict, load_recipe, override
-from finetune.shelf import copied, differences
+from finetune.recipe.load import load_recipe, override
+from finetune.recipe.serialize import as_dict
+from finetune.results.baseline import baseline_of, promise, summary
+from finetune.tools.library import copied, differences
+from finetune.utils.errors import RecipeError
+from helpers import RECIPES, ROOT
 
 CHANGES = [
     "epochs=7",
@@ -167,7 +168,7 @@ def test_the_wheel_works_in_an_empty_folder(wheel, tmp_path):
         return done.stdout
 
     where = subprocess.run(
-        [str(python), "-c", "import finetune.recipe_file as f; print(f.RECIPES)"], cwd=work, capture_output=True, text=True
+        [str(python), "-c", "import finetune.recipe.load as f; print(f.RECIPES)"], cwd=work, capture_output=True, text=True
     ).stdout.strip()
     assert where == str(site / "finetune" / "recipes")
     assert "resnet18_cifar" in run("finetune", "ls")

@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from conftest import SmallNet, prepare, same_tensors, small_recipe
-from finetune import lr_finder
-from finetune.batches import load, plan_epoch
-from finetune.lr_finder import line_to_paste, picture, range_test, smooth, suggestions
-from finetune.lr_schedule import Step
-from finetune.recipe import SGD, Frozen, Group, LayerDecay, RecipeError
-from finetune.recipe_file import override
-from finetune.run_record import RunRecord
-from finetune.train_loop import train
+from finetune.data.loader import load, plan_epoch
+from finetune.recipe import SGD, Frozen, Group, LayerDecay, Step
+from finetune.recipe.load import override
+from finetune.tools import lr_finder
+from finetune.tools.lr_finder import line_to_paste, picture, range_test, smooth, suggestions
+from finetune.train.logger import RunRecord
+from finetune.train.loop import train
+from finetune.utils.errors import RecipeError
+from helpers import SmallNet, prepare, same_tensors, small_recipe
 
 
 class DropNet(SmallNet):

@@ -8,15 +8,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.modules import module as torch_module
 
-from conftest import SmallNet, small_recipe
-from finetune.backbone import build_backbone, memory_format, outline
-from finetune.folding import fold_norms
-from finetune.memory_plan import layers, memory_table, stage_memory
-from finetune.optimizers import build_optimizer
-from finetune.param_groups import split_parameters
+from finetune.models.backbone import build_backbone, memory_format, outline
+from finetune.models.batch_norm import train_mode
+from finetune.models.fuse_conv_bn import fold_norms
+from finetune.optim.freezing import unfreeze
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import split_parameters
 from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, Switch
-from finetune.recipe_file import load_recipe
-from finetune.unfreeze import train_mode, unfreeze
+from finetune.recipe.load import load_recipe
+from finetune.tools.memory_estimate import layers, memory_table, stage_memory
+from helpers import SmallNet, small_recipe
 
 ARCHITECTURES = [
     "resnet18",

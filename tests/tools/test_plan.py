@@ -3,13 +3,14 @@
 import pytest
 from PIL import Image
 
-from conftest import SmallNet, small_recipe
-from finetune import assemble, image_data, weights
 from finetune.__main__ import main as verb
-from finetune.lr_schedule import Step
-from finetune.plan import group_tables, planned_rates
-from finetune.recipe import SGD, Frozen, Group, Switch
+from finetune.data import sources as image_data
+from finetune.models import pretrained as weights
+from finetune.optim.param_groups import group_tables, planned_rates
+from finetune.recipe import SGD, Frozen, Group, Step, Switch
 from finetune.run import main
+from finetune.train import setup as assemble
+from helpers import SmallNet, small_recipe
 
 ROWS = (
     Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),

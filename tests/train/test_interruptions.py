@@ -13,13 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT, run_here, small_recipe
-from finetune import checkpoint, processes, train_loop
-from finetune.batches import plan_epoch
-from finetune.processes import Stopped, StopRequest
-from finetune.recipe import Data, RecipeError
+from finetune.data.loader import plan_epoch
+from finetune.recipe import Data
 from finetune.run import STOPPED, main
-from finetune.run_folder import lock, new_folder, newest_checkpoint
+from finetune.train import checkpoint
+from finetune.train import distributed as processes
+from finetune.train import loop as train_loop
+from finetune.train.distributed import Stopped, StopRequest
+from finetune.train.run_dir import lock, new_folder, newest_checkpoint
+from finetune.utils.errors import RecipeError
+from helpers import ROOT, run_here, small_recipe
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):

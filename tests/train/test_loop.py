@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, top_k_accuracy_score
 from torch.nn.functional import cross_entropy
 
-from conftest import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe
-from finetune.batches import load, plan_epoch
-from finetune.lr_schedule import Constant, Plateau
-from finetune.recipe import SGD, Data, Frozen, Group, Optimizer, RecipeError
-from finetune.run_folder import newest_checkpoint
-from finetune.scores import scores as count
-from finetune.train_loop import evaluate
+from finetune.data.loader import load, plan_epoch
+from finetune.recipe import SGD, Constant, Data, Frozen, Group, Optimizer, Plateau
+from finetune.train.evaluate import evaluate
+from finetune.train.evaluate import scores as count
+from finetune.train.run_dir import newest_checkpoint
+from finetune.utils.errors import RecipeError
+from helpers import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])

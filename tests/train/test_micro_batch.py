@@ -8,10 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from conftest import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
-from finetune import memory, train_loop
-from finetune.memory import fitting_accumulation
-from finetune.recipe import SGD, RecipeError
+from finetune.recipe import SGD
+from finetune.train import loop as train_loop
+from finetune.train import micro_batch as memory
+from finetune.train.micro_batch import fitting_accumulation
+from finetune.utils.errors import RecipeError
+from helpers import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
 
 
 class Hungry(SmallNet):

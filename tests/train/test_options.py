@@ -14,13 +14,13 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import hflip
 
-from conftest import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
-from finetune import train_loop
-from finetune.backbone import build_backbone
-from finetune.batches import load
-from finetune.recipe import SGD, Data, EarlyStop, Group, RecipeError
-from finetune.scores import scores
-from finetune.train_loop import evaluate
+from finetune.data.loader import load
+from finetune.models.backbone import build_backbone
+from finetune.recipe import SGD, Data, EarlyStop, Group
+from finetune.train import loop as train_loop
+from finetune.train.evaluate import evaluate, scores
+from finetune.utils.errors import RecipeError
+from helpers import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 
 
 def test_several_labels_are_scored_as_scikit_learn_does(tmp_path):

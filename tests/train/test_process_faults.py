@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import ROOT
+from helpers import ROOT
 from launching import ACCELERATE, command, contents, finish, several
 
 LONGER = ["--set", "epochs=30", "--checkpoint-every", "1", "--resume", "auto"]
@@ -115,7 +115,7 @@ def drifting(answers):
     """One of two processes, whose norm statistics are made to differ."""
     from accelerate import Accelerator
 
-    from finetune.processes import check_agreement
+    from finetune.train.distributed import check_agreement
 
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     accelerator = Accelerator(cpu=True)
@@ -147,7 +147,8 @@ def test_processes_that_went_apart_are_found(tmp_path):
 def test_killed_runs_end_as_if_unharmed():
     """A short version of the benchmark: processes killed in each of its ways go on to the bits of an unbroken run."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "benchmarks" / "kills.py"), "--kills", "6"],
+        [sys.executable, "-m", "benchmarks.kills", "--kills", "6"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,

@@ -9,10 +9,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from conftest import ALL, Cut, DroppingNet, cut_before, run_here, scaling_accelerator, small_recipe
-from finetune import run_record, train_loop
-from finetune.lr_schedule import Plateau
-from finetune.processes import Stopped
 from finetune.recipe import (
     SGD,
     AdamW,
@@ -24,11 +20,16 @@ from finetune.recipe import (
     LayerDecay,
     LinearProbe,
     Optimizer,
-    RecipeError,
+    Plateau,
     Switch,
 )
-from finetune.recipe_file import as_dict
-from finetune.run_folder import changes, check_same_recipe, newest_checkpoint
+from finetune.recipe.serialize import as_dict, changes
+from finetune.train import logger as run_record
+from finetune.train import loop as train_loop
+from finetune.train.distributed import Stopped
+from finetune.train.run_dir import check_same_recipe, newest_checkpoint
+from finetune.utils.errors import RecipeError
+from helpers import ALL, Cut, DroppingNet, cut_before, run_here, scaling_accelerator, small_recipe
 
 
 def everything(folder):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Cut, cut_before, on_folder
-from finetune import run_record
 from finetune.run import main
+from finetune.train import logger as run_record
+from helpers import Cut, cut_before, on_folder
 
 
 def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder):

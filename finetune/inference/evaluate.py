@@ -1,0 +1,112 @@
+"""A model scored on labelled images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn.functional import one_hot
+
+from finetune.data.dataset import ImageList
+from finetune.data.folders import class_folders
+from finetune.data.loader import unreadable
+from finetune.data.sources import NAMED, load_data
+from finetune.inference.predict import logits_of
+from finetune.models.saved import Settings, load_model
+from finetune.recipe.recipe import TOLD
+from finetune.results.plots import confusion
+from finetune.train.evaluate import confusion_matrix, scores
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import in_columns
+
+
+def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
+    """Count a model's right and wrong on labelled images, which are chosen as `labelled_images` says.
+
+    Returns the scores of finetune.scores, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0) and,
+    of one label an image, "confusion" (images by label and by predicted class), drawn as confusion.png in `output`.
+
+    Raises:
+        RecipeError: if model, images or classes are not in order, or `output` has such a picture.
+    """
+    if output and (output / "confusion.png").exists():
+        raise RecipeError(f"{output / 'confusion.png'} is there already; name another --output")
+    model = _, classes, _, settings = load_model(source)
+    images = labelled_images(str(data), settings, classes)
+    logits, labels = logits_of(model, images, settings.data.on_bad_image, workers)
+    result = {
+        "model": str(source),
+        "data": str(data),
+        **scores(settings, logits, labels),
+        "classes": class_table(logits, labels, classes),
+    }
+    result.pop("class_accuracy", None)  # recall
+    if labels.ndim == 1:
+        seen = ~unreadable(labels)
+        result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+            confusion(output, logits, labels, classes)
+    return result
+
+
+def labelled_images(data: str, settings: Settings, classes: tuple[str, ...]) -> ImageList:
+    """The val/ of a folder, else its test/, else its class folders, with labels in the order of `classes`.
+
+    Of the images that the run was trained on itself, by name or folder, it is those that the run kept for validation.
+    """
+    own = settings.data.source
+    if data in NAMED or (isinstance(own, str) and Path(data).is_dir() and Path(own).absolute() == Path(data).absolute()):
+        split: Settings = SimpleNamespace(
+            **vars(settings) | {"data": SimpleNamespace(**vars(settings.data) | {"source": data})}
+        )
+        loaded = load_data(split)
+        assert isinstance(loaded.val, ImageList)  # as of every source but a function
+        names, images = loaded.classes, loaded.val
+    elif Path(data).is_dir():
+        part = next((Path(data) / name for name in ("val", "test") if (Path(data) / name).is_dir()), Path(data))
+        images, names = class_folders(part, check=settings.data.on_bad_image == "stop")
+    else:
+        raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
+    if set(names) != set(classes):
+        only = [", ".join(sorted(set(a) - set(b))[:10]) or "none" for a, b in ((classes, names), (names, classes))]
+        raise RecipeError(
+            f"the classes of the model and of {data} differ: only the model has: {only[0]}; only {data} has: {only[1]}"
+        )
+    return ImageList(images.items, [classes.index(names[label]) for label in images.labels], images.read)
+
+
+def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Images, precision, recall and F1 of each class, of labels [n], or [n, classes] of 0 and 1, that could be read."""
+    seen = ~unreadable(labels)
+    logits, labels = logits[seen], labels[seen]
+    several = labels.ndim == 2
+    truth = labels.bool() if several else one_hot(labels, len(classes)).bool()
+    said = logits.sigmoid() > 0.5 if several else one_hot(logits.argmax(1), len(classes)).bool()
+    right, there, predicted = (part.sum(0) for part in (truth & said, truth, said))
+    columns = {
+        "images": there,
+        "precision": right / predicted.clamp(min=1),
+        "recall": right / there.clamp(min=1),
+        "f1": 2 * right / (predicted + there).clamp(min=1),
+    }
+    return [
+        {"class": name, **{key: column[label].item() for key, column in columns.items()}} for label, name in enumerate(classes)
+    ]
+
+
+def evaluation_as_text(result: dict[str, Any]) -> str:
+    """The scores in a line, a table of the classes and, of few classes, the confusion matrix."""
+    reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in TOLD.items() if name in result)
+    rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "F1")]
+    rows += [
+        (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))
+        for row in result["classes"]
+    ]
+    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{in_columns(rows, numbers=True)}"
+    names = [row["class"] for row in result["classes"]]
+    if "confusion" in result and len(names) <= 20:
+        counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]
+        text += f"\n\n{in_columns([('labelled, as', *names), *counts], numbers=True)}"
+    return text

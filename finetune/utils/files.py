@@ -1,0 +1,40 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process never leaves half of one.
+
+    A folder that is there already is moved away first, and for that moment there is none.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        write(aside)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)  # half a folder on a full disk only fills it
+        error.filename = error.filename or str(folder)
+        raise
+    for path in [*aside.iterdir(), aside]:
+        flush(path)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():  # a rename can't replace a folder that holds files
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -35,9 +35,9 @@ ARMS = {  # what is appended to the recipe's file
     "no linear probe: the head alone for an epoch": "change(linear_probe=None); starts(lambda i: int(i > 0))",
     "linear probe, then a group more each epoch": "starts(lambda i: min(i, recipe.epochs - 1))",
     "linear probe, then the head only": "change(groups=(recipe.groups[0], Frozen('rest', '.')))",
-    "batch-norm statistics move": "change(norm_stats='train')",
+    "batch-norm statistics move": "change(batch_norm='train')",
     "weight decay on biases and norms, too": "from finetune import param_groups; "
-    "param_groups.exempt_parameters = lambda net: set()",
+    "param_groups.no_weight_decay = lambda net: set()",
     "no weight decay": "change(optimizer=AdamW(weight_decay=0.0, **recipe.optimizer.options))",
     "step: a third of the rate after each third": "change(schedule=Step(every=max(1, recipe.epochs // 3), factor=1 / 3, "
     "warmup_epochs=recipe.schedule.warmup_epochs))",
@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
 
 def one_run(file: Path, args: argparse.Namespace, arm: str, seed: int) -> dict:
     """The score of the changed recipe, by the real command line."""
-    decays = param_groups.exempt_parameters
+    decays = param_groups.no_weight_decay
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / "changed.py"
         changed.write_text(file.read_text() + APPENDED.replace("{change}", ARMS[arm]))
@@ -120,7 +120,7 @@ def one_run(file: Path, args: argparse.Namespace, arm: str, seed: int) -> dict:
         line += [word for assignment in args.assignments for word in ("--set", assignment)]
         with contextlib.redirect_stdout(io.StringIO()):
             code = run.main([*line, *(["--data", args.data] if args.data else [])])
-        param_groups.exempt_parameters = decays
+        param_groups.no_weight_decay = decays
         AcceleratorState._reset_state(reset_partial_state=True)
         if code:
             raise SystemExit(f"{arm}: the run failed")

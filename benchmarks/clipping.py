@@ -13,10 +13,10 @@ import time
 import torch
 
 from finetune.backbone import build_backbone
+from finetune.criterion import clip
 from finetune.lr_schedule import Constant
-from finetune.objective import clip
 from finetune.optimizers import build_optimizer
-from finetune.param_groups import split_parameters
+from finetune.param_groups import build_param_groups
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe
 
 WAYS = {
@@ -37,7 +37,7 @@ def recipe(args: argparse.Namespace, **changes) -> Recipe:
         groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
         optimizer=AdamW(),
         schedule=Constant(),
-        norm_stats="eval",
+        batch_norm="frozen",
         **changes,
     )
 
@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = build_backbone(recipe(args), 10).to(device)
-    optimizer = build_optimizer(split_parameters(recipe(args), net))
+    optimizer = build_optimizer(build_param_groups(recipe(args), net))
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     clipping, whole = {way: [] for way in WAYS}, {way: [] for way in WAYS}
 

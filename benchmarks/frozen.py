@@ -76,7 +76,7 @@ def recipe_of(args: argparse.Namespace, stage: str):
         groups=rows,
         optimizer=AdamW(),
         schedule=Constant(),
-        norm_stats="eval",
+        batch_norm="frozen",
         epochs=1,
     )
 
@@ -85,29 +85,29 @@ def updates(args: argparse.Namespace) -> dict:
     """Updates as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
     import torch
 
-    from finetune.data.loader import SeededImages, Update
+    from finetune.data.loader import BatchPlan, ImageDataset
     from finetune.models.backbone import build_backbone
-    from finetune.models.batch_norm import train_mode
+    from finetune.models.batch_norm import set_train_mode
     from finetune.optim.freezing import unfreeze
-    from finetune.optim.loss import Objective
+    from finetune.optim.loss import Criterion
     from finetune.optim.optimizers import build_optimizer
-    from finetune.optim.param_groups import split_parameters
-    from finetune.train.loop import take_step
+    from finetune.optim.param_groups import build_param_groups
+    from finetune.train.loop import train_step
     from finetune.train.setup import make_accelerator
 
     recipe = recipe_of(args, args.worker)
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
-    objective = Objective(recipe, net, SeededImages(range(10), None, 0, tuple("0123456789")), accelerator.device)
-    groups = split_parameters(recipe, net)
+    criterion = Criterion(recipe, net, ImageDataset(range(10), None, 0, tuple("0123456789")), accelerator.device)
+    groups = build_param_groups(recipe, net)
     trained, optimizer = unfreeze(groups, 0), accelerator.prepare(build_optimizer(groups))
-    train_mode(net, recipe.norm_stats)
-    update = Update(list(range(args.batch_size)), [list(range(args.batch_size))], [0])
+    set_train_mode(net, recipe.batch_norm)
+    update = BatchPlan(list(range(args.batch_size)), [list(range(args.batch_size))], [0])
     batch = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(args.batch_size) % 10
     before, seconds = highest(), []
     for step in range(args.updates):
         start = time.perf_counter()
-        take_step(recipe, objective, net, trained, optimizer, update, [(batch, labels)], step, accelerator)
+        train_step(recipe, criterion, net, trained, optimizer, update, [(batch, labels)], step, accelerator)
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds[1:]), "gib": highest() - before}
 

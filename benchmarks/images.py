@@ -25,7 +25,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from finetune.data.loader import (
-    SeededImages,
+    ImageDataset,
     load,
     plan_epoch,
 )
@@ -105,7 +105,7 @@ def ours(folder: str, size: int):
         optimizer=AdamW(),
         schedule=Constant(),
         groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
-        norm_stats="eval",
+        batch_norm="frozen",
         epochs=1,
         augment=Augment(crop_scale=SCALE, crop_ratio=RATIO, hflip=0.5),
     )
@@ -118,7 +118,7 @@ def ours(folder: str, size: int):
         "crop_mode": "center",
     }
     data = load_data(recipe)
-    images = SeededImages(data.train, training_transform(recipe, inputs), 0, data.classes)
+    images = ImageDataset(data.train, training_transform(recipe, inputs), 0, data.classes)
     return lambda epoch: load(images, epoch, [update.images for update in plan_epoch(len(images), BATCH, 0, epoch)], 0)
 
 

@@ -47,7 +47,7 @@ class Net(nn.Module):
 recipe = Recipe(backbone=Net, head="fc", data=Data("generated", image_size=24, batch_size=4),
                 groups=(Group("head", "fc", lr=1e-2), Group("body", "body", lr=3e-3, unfreeze_at=2),
                         Group("stem", "stem|norm", lr=1e-3, unfreeze_at=4)),
-                optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), norm_stats="train", epochs=8)
+                optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), batch_norm="train", epochs=8)
 """
 
 

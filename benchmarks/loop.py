@@ -25,12 +25,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import (
-    SeededImages,
+    ImageDataset,
     plan_epoch,
 )
 from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import split_parameters
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import (
     AdamW,
     Cosine,
@@ -39,7 +39,7 @@ from finetune.recipe import (
     Recipe,
 )
 from finetune.train import loop as train_loop
-from finetune.train.logger import RunRecord
+from finetune.train.logger import Logger
 from finetune.train.setup import make_accelerator
 from finetune.utils.seed import seed_all
 
@@ -50,7 +50,7 @@ CASES = {  # network, pixels, batch, updates an epoch
 BAR = 0.98
 
 
-class InMemory(SeededImages):
+class InMemory(ImageDataset):
     """Float images and labels that are there already."""
 
     def __init__(self, number: int, size: int):
@@ -66,7 +66,7 @@ class InMemory(SeededImages):
         return images
 
 
-class Watched(RunRecord):
+class Watched(Logger):
     """Knows how long the updates of each epoch took."""
 
     def log_epoch(self, *args):
@@ -83,7 +83,7 @@ def recipe_of(backbone: str, size: int, batch: int, epochs: int) -> Recipe:
         optimizer=AdamW(),
         groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
         schedule=Cosine(warmup_epochs=0.5),
-        norm_stats="eval",
+        batch_norm="frozen",
         label_smoothing=0.1,
         clip_norm=1.0,
     )
@@ -97,7 +97,7 @@ def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: 
     count = accelerator.num_processes
     model = nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False) if count > 1 else net
     parameters = list(net.parameters())
-    optimizer = build_optimizer(split_parameters(recipe, net))
+    optimizer = build_optimizer(build_param_groups(recipe, net))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
     rates = []
     for epoch in range(epochs):

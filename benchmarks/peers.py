@@ -290,7 +290,7 @@ def start(images: str, size: int) -> Recipe:
         groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1),
         optimizer=AdamW(),
         schedule=Constant(),
-        norm_stats="train",
+        batch_norm="train",
     )
 
 

@@ -109,7 +109,7 @@ def section(table: dict[str, dict]) -> dict:
 
 def draw(sections: dict[str, dict], file: Path) -> None:
     """Score over time, a panel for each table: a line for each peer, the range over seeds as a band."""
-    from finetune.plots import plt, tidy
+    from finetune.plots import plt, save_figure
 
     columns = 2 if len(sections) > 1 else 1
     figure, panels = plt.subplots(
@@ -139,7 +139,7 @@ def draw(sections: dict[str, dict], file: Path) -> None:
         axes.set(title=title, xlabel="seconds of training; a dot for each epoch", xlim=(0, None))
         axes.set_ylabel("validation top-1, %")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
-    tidy(figure, list(panels.flat[: len(sections)]), file)
+    save_figure(figure, list(panels.flat[: len(sections)]), file)
 
 
 if __name__ == "__main__":

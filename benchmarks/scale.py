@@ -100,7 +100,7 @@ def images(number: int, loaded: int) -> dict:
     from PIL import Image
 
     from finetune.augment import Pixels
-    from finetune.batches import SeededImages, load, plan_epoch
+    from finetune.batches import ImageDataset, load, plan_epoch
     from finetune.image_lists import ImageList
     from finetune.recipe import Augment
 
@@ -110,7 +110,7 @@ def images(number: int, loaded: int) -> dict:
     inputs = {"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     labels = np.arange(number) % 10
-    images = SeededImages(ImageList(range(number), labels, draw), Pixels(inputs, Augment()), 0, tuple("0123456789"))
+    images = ImageDataset(ImageList(range(number), labels, draw), Pixels(inputs, Augment()), 0, tuple("0123456789"))
     start = time.perf_counter()
     planned = plan_epoch(number, 64, 0, 0)
     plan = time.perf_counter() - start

@@ -25,7 +25,7 @@ COMMANDS = {
     "an unknown recipe": [*RUN, "--recipe", "resnet81"],
     "finetune ls": [sys.executable, "-m", "finetune", "ls"],
 }
-BESIDE = ("evaluate", "save_checkpoint")  # of train_loop; and keep_best and log_epoch of the record
+BESIDE = ("evaluate", "save_checkpoint")  # of train_loop; and save_best and log_epoch of the record
 
 
 def main() -> int:
@@ -121,8 +121,8 @@ def inside(recipe: str, epochs: int) -> int:
 
     for name in BESIDE:
         watch(train_loop, name)
-    for name in ("keep_best", "log_epoch"):
-        watch(run_record.RunRecord, name)
+    for name in ("save_best", "log_epoch"):
+        watch(run_record.Logger, name)
     original = train_loop.unfreeze
     train_loop.unfreeze = lambda *args: (started.append(time.perf_counter()), original(*args))[1]
     ended = []

@@ -95,9 +95,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def ls(args: argparse.Namespace) -> None:
     """List the recipes: backbone, data, promised number, cost."""
     from finetune.tools.library import listing
-    from finetune.utils.text import in_columns
+    from finetune.utils.text import align_columns
 
-    print(in_columns(listing()))
+    print(align_columns(listing()))
 
 
 def show(args: argparse.Namespace) -> None:
@@ -125,29 +125,29 @@ def check_new(target: Path) -> None:
 def validate(args: argparse.Namespace) -> None:
     """Check a recipe against its network, without weights or data."""
     from finetune.recipe.load import load_recipe
-    from finetune.recipe.serialize import as_dict
+    from finetune.recipe.serialize import to_dict
 
     recipe, file = load_recipe(args.recipe)
 
-    from finetune.models.backbone import outline
+    from finetune.models.backbone import meta_backbone
     from finetune.train.setup import check
 
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     check(recipe, net)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     print(
-        f"{file.name} is a valid recipe: {as_dict(recipe.backbone)}, {parameters:,} parameters, on "
-        f"{as_dict(recipe.data.source)} at {recipe.data.image_size} px for {recipe.epochs} epochs"
+        f"{file.name} is a valid recipe: {to_dict(recipe.backbone)}, {parameters:,} parameters, on "
+        f"{to_dict(recipe.data.source)} at {recipe.data.image_size} px for {recipe.epochs} epochs"
     )
 
 
 def diff(args: argparse.Namespace) -> None:
     """Name the fields in which two recipes differ, or a recipe and a run."""
     from finetune.tools.library import differences
-    from finetune.utils.text import in_columns
+    from finetune.utils.text import align_columns
 
     rows = differences(args.one, args.other)
-    print(in_columns([("field", args.one, args.other), *rows]) if rows else "no difference")
+    print(align_columns([("field", args.one, args.other), *rows]) if rows else "no difference")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -155,13 +155,13 @@ def plan(args: argparse.Namespace) -> None:
     recipe, file = chosen_recipe(args)
 
     from finetune.data.sources import data_size
-    from finetune.models.backbone import outline
+    from finetune.models.backbone import meta_backbone
     from finetune.results.plots import planned
     from finetune.tools import plan
     from finetune.train.setup import check
 
     num_images, num_classes = data_size(recipe)
-    net = outline(recipe, num_classes)
+    net = meta_backbone(recipe, num_classes)
     check(recipe, net)
     print(f"{file.stem}: {plan.text(recipe, net, num_images, num_classes)}")
     if args.output:
@@ -173,7 +173,7 @@ def find_lr(args: argparse.Namespace) -> None:
     """Try rates from very low to very high on a copy of the network, and suggest two."""
     recipe, file = chosen_recipe(args)
 
-    from finetune.optim.param_groups import split_parameters
+    from finetune.optim.param_groups import build_param_groups
     from finetune.tools import lr_finder
     from finetune.train.setup import assemble, make_accelerator
 
@@ -185,7 +185,7 @@ def find_lr(args: argparse.Namespace) -> None:
         print(f"{name:8}  {multiplier:.2g} times the recipe's rates: {lr_finder.line_to_paste(recipe, multiplier)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        rates = {group.name: group.lr for group in split_parameters(recipe, net) if group.ever_trains}
+        rates = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
         picture = args.output / f"{file.stem}-lr.png"
         print(f"picture   {lr_finder.picture(picture, multipliers, losses, suggested, rates)}")
 

@@ -20,8 +20,8 @@ from finetune.train.run_dir import (
     begin,  # noqa: E402
     check_same_recipe,  # noqa: E402
     lock,  # noqa: E402
-    new_folder,  # noqa: E402
-    unfinished_folder,  # noqa: E402
+    new_run_dir,  # noqa: E402
+    unfinished_run_dir,  # noqa: E402
 )
 from finetune.utils.errors import RecipeError  # noqa: E402
 
@@ -111,24 +111,24 @@ def launch(args: argparse.Namespace) -> int:
             print(f"the run in {args.output} is finished")
             return 0
     if resume:
-        folder = unfinished_folder(file.stem, Path(args.resume) if args.resume else args.output)
+        folder = unfinished_run_dir(file.stem, Path(args.resume) if args.resume else args.output)
         if not args.resume_anyway:
             check_same_recipe(folder, recipe)
     elif not args.dry_run:
-        folder = new_folder(file.stem, args.output)
+        folder = new_run_dir(file.stem, args.output)
 
     from finetune.data.sources import data_size
-    from finetune.models.backbone import outline
+    from finetune.models.backbone import meta_backbone
     from finetune.tools import plan  # from here on torch is needed, and seconds pass
     from finetune.train.setup import check, smoke
 
     if args.smoke:
         recipe = smoke(recipe, parts)
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     check(recipe, net)
     if args.dry_run:
         num_images, num_classes = data_size(recipe)
-        print(f"{file.stem}: {plan.text(recipe, outline(recipe, num_classes), num_images, num_classes)}")
+        print(f"{file.stem}: {plan.text(recipe, meta_backbone(recipe, num_classes), num_images, num_classes)}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 
@@ -136,31 +136,31 @@ def launch(args: argparse.Namespace) -> int:
 def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
     from finetune.models.saved import save_model
-    from finetune.optim.param_groups import group_tables
+    from finetune.optim.param_groups import param_group_tables
     from finetune.results.summary import report
     from finetune.tools import plan
-    from finetune.train.distributed import Stopped, first_on_main, join_after_restart
-    from finetune.train.logger import RunRecord, start_trackers
+    from finetune.train.distributed import Stopped, join_after_restart, main_process_first
+    from finetune.train.logger import Logger, start_trackers
     from finetune.train.loop import train
     from finetune.train.setup import assemble, make_accelerator
 
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)
     data, net, inputs, images = assemble(recipe, accelerator)
-    group_table = group_tables(recipe, net, len(data.train))
+    group_table = param_group_tables(recipe, net, len(data.train))
 
-    held = first_on_main(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
+    held = main_process_first(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         begin(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
-    record = RunRecord(
-        folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.score, args.quiet
+    record = Logger(
+        folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.metric, args.quiet
     )
     if args.smoke:
         record.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
     record.say(
-        f"{file.stem}: {plan.in_one_line(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
+        f"{file.stem}: {plan.one_line_summary(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
         f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
         f"{group_table}\n"
     )

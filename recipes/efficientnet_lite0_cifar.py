@@ -27,7 +27,7 @@ recipe = Recipe(
     ),
     optimizer=AdamW(weight_decay=0.05, betas=(0.9, 0.99)),  # a memory of 100 updates: there are 96 of 1,000 images
     schedule=Cosine(warmup_epochs=0.3),
-    norm_stats="eval",  # a few small batches are worse statistics than the pretrained ones
+    batch_norm="frozen",  # a few small batches are worse statistics than the pretrained ones
     epochs=3,
     label_smoothing=0.1,
     clip_norm=1.0,

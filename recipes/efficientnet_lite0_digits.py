@@ -26,7 +26,7 @@ recipe = Recipe(
     ),
     optimizer=AdamW(weight_decay=0.05),
     schedule=Cosine(warmup_epochs=0.5),
-    norm_stats="eval",
+    batch_norm="frozen",
     epochs=8,
     label_smoothing=0.1,
     clip_norm=1.0,

@@ -28,7 +28,7 @@ recipe = Recipe(
     ),
     optimizer=AdamW(weight_decay=0.05, betas=(0.9, 0.99)),
     schedule=Cosine(warmup_epochs=1.0),
-    norm_stats="eval",
+    batch_norm="frozen",
     epochs=4,
     label_smoothing=0.1,
     clip_norm=1.0,

@@ -23,7 +23,7 @@ recipe = Recipe(
     ),
     optimizer=AdamW(weight_decay=0.05),   # never on biases and norms
     schedule=Cosine(warmup_epochs=0.5),   # or Plateau(factor=0.1, patience=2), Constant()
-    norm_stats="eval",                    # batch norm keeps its pretrained statistics, in layers that train too
+    batch_norm="frozen",                    # batch norm keeps its pretrained statistics, in layers that train too
     epochs=10,
     label_smoothing=0.1,
     clip_norm=1.0,

@@ -23,7 +23,7 @@ recipe = Recipe(
     ),
     optimizer=SGD(momentum=0.9, nesterov=True, weight_decay=1e-4),
     schedule=Plateau(warmup_epochs=0.5, factor=0.2, patience=1, min_scale=0.001),
-    norm_stats="train",
+    batch_norm="train",
     epochs=20,
     label_smoothing=0.1,
     clip_norm=1.0,

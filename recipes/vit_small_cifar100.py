@@ -17,7 +17,7 @@ recipe = Recipe(
     groups=LayerDecay(head_lr=1e-3, stem_ratio=0.02),
     optimizer=AdamW(weight_decay=0.05),
     schedule=Cosine(warmup_epochs=1.0, floor=0.01),
-    norm_stats="eval",  # there is no batch norm in it
+    batch_norm="frozen",  # there is no batch norm in it
     epochs=8,
     label_smoothing=0.1,
     clip_norm=1.0,

@@ -19,12 +19,12 @@ from finetune.data.loader import load, plan_epoch
 from finetune.data.sources import load_data
 from finetune.models.backbone import build_backbone, preprocessing
 from finetune.models.pretrained import pretrained_state
-from finetune.optim.param_groups import split_parameters
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Constant, Cosine, Data, Group, Recipe
 from finetune.train import loop as train_loop
-from finetune.train.logger import RunRecord
+from finetune.train.logger import Logger
 from finetune.train.loop import train
-from finetune.train.setup import image_sets
+from finetune.train.setup import build_datasets
 from finetune.utils.seed import seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def small_recipe(**changes) -> Recipe:
         optimizer=AdamW(weight_decay=0.05),
         schedule=Cosine(warmup_epochs=0.5),
         epochs=4,
-        norm_stats="eval",
+        batch_norm="frozen",
     )
     return dataclasses.replace(recipe, **changes)
 
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe):
     data = load_data(recipe)
     seed_all(recipe.seed)
     net = build_backbone(recipe, len(data.classes), pretrained_state(recipe))
-    return net, split_parameters(recipe, net), image_sets(recipe, data, preprocessing(recipe, net))
+    return net, build_param_groups(recipe, net), build_datasets(recipe, data, preprocessing(recipe, net))
 
 
 def run_here(
@@ -92,7 +92,7 @@ def run_here(
         recipe,
         net,
         images,
-        RunRecord(folder, accelerator, save_model, recipe.score),
+        Logger(folder, accelerator, save_model, recipe.metric),
         accelerator,
         accumulate,
         workers,

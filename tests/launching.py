@@ -29,7 +29,7 @@ class Net(nn.Module):
 recipe = Recipe(backbone=Net, head="fc", data=Data("IMAGES", image_size=24, batch_size=8),
                 groups=(Group("head", "fc", lr=1e-2), Group("body", "body", lr=3e-3, unfreeze_at=1),
                         Group("stem", "stem|norm", lr=1e-3, unfreeze_at=2)),
-                optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), norm_stats="train", epochs=5)
+                optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), batch_norm="train", epochs=5)
 """
 
 

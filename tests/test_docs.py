@@ -14,7 +14,7 @@ import pytest
 from finetune import run
 from finetune.__main__ import arguments
 from finetune.__main__ import main as verb
-from finetune.models.backbone import outline
+from finetune.models.backbone import meta_backbone
 from finetune.recipe import LayerDecay, recipe
 from finetune.recipe import schedules as lr_schedule
 from finetune.results.baseline import summary
@@ -35,7 +35,7 @@ def test_every_lever_of_the_table_is_a_recipe(fields):
     changes = eval(f"dict({fields})", NAMES)
     of_timm = "LayerDecay" in fields or changes.keys() & {"dropout", "gradient_checkpointing"}
     made = small_recipe(**{**(OF_TIMM if of_timm else {}), **changes})
-    check(made, outline(made))
+    check(made, meta_backbone(made))
 
 
 def test_the_table_has_every_field():

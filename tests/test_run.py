@@ -36,9 +36,9 @@ recipe = Recipe(
     groups=(Group("head", "fc", lr=1e-2, schedule=Step(every=5, factor=0.9, warmup_epochs=2.0), weight_decay=0.0),
             Group("top", "layer[34]", lr=1e-3, unfreeze_at=3, warmup_epochs=2.0, optimizer=SGD(momentum=0.9)),
             Group("middle", "layer2", lr=1e-3, unfreeze_at=7), Frozen("rest", ".")),
-    optimizer=AdamW(), schedule=Constant(), epochs=20, norm_stats="eval", switch=Switch(at=7, optimizer=Optimizer("NAdam")),
+    optimizer=AdamW(), schedule=Constant(), epochs=20, batch_norm="frozen", switch=Switch(at=7, optimizer=Optimizer("NAdam")),
     class_weights=tuple(range(1, 11)), early_stop=EarlyStop(patience=1), augment=Augment(mixup=0.2, cutmix=1.0, erasing=0.1),
-    dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, score="macro_f1", loss="LOSS",
+    dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, metric="macro_f1", loss="LOSS",
     linear_probe=LinearProbe(views=2))
 """
 
@@ -143,7 +143,7 @@ def patches():
 
 recipe = Recipe(backbone=lenet, head="4", data=Data(patches, image_size=28, batch_size=8, crop_pct=1.0),
                 groups=(Group("convolution", "0", lr=0.05), Group("head", "4", lr=0.05)), optimizer=SGD(momentum=0.9),
-                schedule=Constant(), norm_stats="train", epochs=3)
+                schedule=Constant(), batch_norm="train", epochs=3)
 '''
 
 

@@ -12,7 +12,7 @@ import torch
 
 from finetune.run import main
 from finetune.train import logger as run_record
-from finetune.train.run_dir import begin, check_same_recipe, lock, new_folder, unfinished_folder
+from finetune.train.run_dir import begin, check_same_recipe, lock, new_run_dir, unfinished_run_dir
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, Cut, cut_before, small_recipe
 
@@ -96,7 +96,7 @@ def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monke
     assert main([*arguments, *four, "--output", str(whole)]) == 0
     monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
     with monkeypatch.context() as patched, pytest.raises(Cut):
-        cut_before(patched, "set_rates", 11)
+        cut_before(patched, "set_lrs", 11)
         main([*arguments, *four, "--output", str(cut)])
     assert main([*arguments, "--set", "epochs=5", "--resume", str(cut)]) == 2
     assert "was started with another recipe:\n  epochs: 4 before, 5 now" in capsys.readouterr().err
@@ -118,15 +118,15 @@ def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monke
 def test_a_folder_with_something_in_it_is_not_begun_in(tmp_path, there, refused):
     """What a run that died before it began has left is nothing; a run, or anything else, is kept."""
     folder = tmp_path / "out"
-    assert new_folder("x", folder) == folder and not folder.exists()
+    assert new_run_dir("x", folder) == folder and not folder.exists()
     folder.mkdir()
     for name in there:
         (folder / name).touch()
     if not refused:
-        assert new_folder("x", folder) == folder
+        assert new_run_dir("x", folder) == folder
         return
     with pytest.raises(RecipeError) as caught:
-        new_folder("x", folder)
+        new_run_dir("x", folder)
     remedy = "name another --output, or go on with the run in it: --resume"
     assert str(caught.value) == f"output folder {folder} already holds {refused}; {remedy}"
 
@@ -135,13 +135,13 @@ def test_a_file_is_no_folder(tmp_path):
     """A file where the output should go is refused, and kept."""
     (tmp_path / "out").write_text("mine")
     with pytest.raises(RecipeError, match="already holds files"):
-        new_folder("x", tmp_path / "out")
+        new_run_dir("x", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_run_without_output_has_its_name_and_time(here):
     """Without --output a run goes to runs/NAME-DATE-TIME, which later sorts later."""
-    folder = new_folder("x", None)
+    folder = new_run_dir("x", None)
     assert folder.parent.name == "runs" and not folder.parent.exists()
     time.strptime(folder.name, "x-%Y%m%d-%H%M%S")
 
@@ -151,18 +151,18 @@ def test_a_bare_resume_takes_the_recipes_newest_run(here):
     for name in ("x-1", "x-2", "x-3", "x-4", "xy-5"):
         (here / "runs" / name).mkdir(parents=True)
     with pytest.raises(RecipeError) as caught:
-        unfinished_folder("x", None)
+        unfinished_run_dir("x", None)
     assert str(caught.value) == "no run to resume in runs/; name its folder: --resume DIR"
     for age, name in enumerate(("xy-5", "x-2", "x-1", "x-3")):
         (here / "runs" / name / "recipe.json").touch()
         os.utime(here / "runs" / name, (1e9, 1e9 - age))
-    assert unfinished_folder("x", None) == Path("runs/x-2")
-    assert unfinished_folder("x", here / "runs" / "xy-5") == here / "runs" / "xy-5"
+    assert unfinished_run_dir("x", None) == Path("runs/x-2")
+    assert unfinished_run_dir("x", here / "runs" / "xy-5") == here / "runs" / "xy-5"
     with pytest.raises(RecipeError, match=f"^no run to resume in {here / 'runs' / 'x-4'}; name its folder: --resume DIR$"):
-        unfinished_folder("x", here / "runs" / "x-4")
+        unfinished_run_dir("x", here / "runs" / "x-4")
     (here / "runs" / "x-2" / "result.json").touch()
     with pytest.raises(RecipeError, match="^the run in runs/x-2 is finished: nothing to resume$"):
-        unfinished_folder("x", Path("runs/x-2"))
+        unfinished_run_dir("x", Path("runs/x-2"))
 
 
 @pytest.mark.parametrize("call", range(4))
@@ -184,7 +184,7 @@ def test_a_run_that_dies_as_it_begins_can_be_begun_again(tmp_path, monkeypatch, 
         for owner, name in ((shutil, "copyfile"), (Path, "write_text"), (Path, "rename")):
             patched.setattr(owner, name, cutting(getattr(owner, name)))
         begin(folder, file, small_recipe(), "the groups")
-    assert new_folder("x", folder) == folder
+    assert new_run_dir("x", folder) == folder
     begin(folder, file, small_recipe(), "the groups")
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "groups.txt", "recipe.json", "recipe.py"]
     assert (folder / "groups.txt").read_text() == "the groups\n" and filecmp.cmp(folder / "recipe.py", file, shallow=False)

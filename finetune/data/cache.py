@@ -9,7 +9,7 @@ import numpy as np
 LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded again each time
 
 
-class ImageMemory:
+class ImageCache:
     """Pixels [H, W, 3] of up to `num_images` images, in memory that the loader processes forked from this one share.
 
     The memory is the system's as long as nothing is written there. Processes that are started afresh, as on macOS and
@@ -23,8 +23,8 @@ class ImageMemory:
         self.places = np.frombuffer(mmap.mmap(-1, max(24 * num_images, 1)), np.int64, 3 * num_images).reshape(num_images, 3)
         self.used = multiprocessing.Value("q", 0)
 
-    def __reduce__(self) -> tuple[type["ImageMemory"], tuple[int, int]]:
-        return ImageMemory, (len(self.places), 0)
+    def __reduce__(self) -> tuple[type["ImageCache"], tuple[int, int]]:
+        return ImageCache, (len(self.places), 0)
 
     def get(self, index: int) -> np.ndarray | None:
         """The image, if it is kept."""

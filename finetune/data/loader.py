@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.cache import ImageMemory
+from finetune.data.cache import ImageCache
 from finetune.data.dataset import ImageList, Images, labels_of
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
@@ -29,7 +29,7 @@ class Transform(Protocol):
 
 
 @dataclass(frozen=True)
-class Update:
+class BatchPlan:
     """One optimizer update: the indices of its images over all processes, and this process's micro-batches of them.
 
     `positions` counts micro-batches over all processes, so 2 processes and 2 accumulated micro-batches are told apart from
@@ -57,7 +57,7 @@ def plan_epoch(
     accumulate: int = 1,
     chances: np.ndarray | None = None,
     pairs: bool = False,
-) -> list[Update]:
+) -> list[BatchPlan]:
     """The updates of an epoch: every image once, in an order that depends on seed and epoch alone.
 
     With `chances`, one for each image, as many images drawn with replacement. With `pairs`, the images 0 and 1 of each update,
@@ -81,11 +81,11 @@ def plan_epoch(
         ]
         weight = 1.0 if mine else 0.0
         mine = mine or [(process * accumulate, [int(batch[0])])]
-        updates.append(Update(batch.tolist(), [cut for _, cut in mine], [position for position, _ in mine], weight))
+        updates.append(BatchPlan(batch.tolist(), [cut for _, cut in mine], [position for position, _ in mine], weight))
     return updates
 
 
-class SeededImages(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
+class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     """Varied images and labels, asked for by (epoch, index): random variation is a function of that alone.
 
     `transform` is one of finetune.augment. Images of a list are decoded once, those of a recipe's own function each time.
@@ -102,12 +102,12 @@ class SeededImages(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     ):
         self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
         self.on_bad_image, self.multi_label = on_bad_image, multi_label
-        self.memory = ImageMemory(len(images)) if isinstance(images, ImageList) else None
+        self.memory = ImageCache(len(images)) if isinstance(images, ImageList) else None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def seen_as(self, other: "SeededImages") -> "SeededImages":
+    def seen_as(self, other: "ImageDataset") -> "ImageDataset":
         """These images, transformed as those of another set are."""
         same = copy(self)
         same.transform = other.transform
@@ -157,28 +157,28 @@ class SeededImages(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return labels_of(self.images)
 
 
-def unreadable(labels: torch.Tensor) -> torch.Tensor:
+def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
     """Which of the loaded labels [n] or [n, classes] stand for an image that could not be read: bool [n]."""
     return labels.reshape(len(labels), -1)[:, 0] == UNREADABLE
 
 
-def balanced_chances(labels: np.ndarray) -> np.ndarray:
+def balanced_sample_weights(labels: np.ndarray) -> np.ndarray:
     """Chances [n] by which every class is drawn equally often."""
     chances = 1 / np.bincount(labels)[labels]
     return chances / chances.sum()
 
 
-def epoch_updates(
-    recipe: Recipe, images: SeededImages, epoch: int, process: int = 0, processes: int = 1, accumulate: int = 1
-) -> list[Update]:
+def epoch_batches(
+    recipe: Recipe, images: ImageDataset, epoch: int, process: int = 0, processes: int = 1, accumulate: int = 1
+) -> list[BatchPlan]:
     """The updates of an epoch in the order, and by the sampling, of the recipe: see `plan_epoch`."""
-    chances = balanced_chances(images.labels()) if recipe.data.sampling == "balanced" else None
+    chances = balanced_sample_weights(images.labels()) if recipe.data.sampling == "balanced" else None
     size, seed, pairs = recipe.data.batch_size, recipe.seed, recipe.augment.mixes
     return plan_epoch(len(images), size, seed, epoch, process, processes, accumulate, chances, pairs)
 
 
 def load(
-    images: SeededImages, epoch: int, batches: Sequence[Sequence[int]], workers: int, device: torch.device | str = "cpu"
+    images: ImageDataset, epoch: int, batches: Sequence[Sequence[int]], workers: int, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
     keys = ([(epoch, index) for index in batch] for batch in batches)
@@ -193,9 +193,9 @@ def load(
         raise RecipeError(str(error).rpartition("RecipeError: ")[2].strip(), one_process=True) from None
 
 
-def load_updates(
-    images: SeededImages, epoch: int, updates: Sequence[Update], workers: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Update, list[Batch]]]:
+def load_batches(
+    images: ImageDataset, epoch: int, updates: Sequence[BatchPlan], workers: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[BatchPlan, list[Batch]]]:
     """Each update with the loaded micro-batches of this process."""
     loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers, device)
     for update in updates:

@@ -75,7 +75,7 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
         RecipeError: if timm can't read the `randaugment` text.
     """
     augment = recipe.augment
-    if does_timms(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
+    if matches_timm(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
         return Pixels(preprocessing, augment)
     try:
         return Timm(
@@ -96,12 +96,12 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
         ) from error
 
 
-def scoring_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
+def eval_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
     """How images are prepared for scoring."""
-    return Pixels(preprocessing) if does_timms(preprocessing) else Timm(create_transform(**preprocessing))
+    return Pixels(preprocessing) if matches_timm(preprocessing) else Timm(create_transform(**preprocessing))
 
 
-def does_timms(preprocessing: dict[str, Any]) -> bool:
+def matches_timm(preprocessing: dict[str, Any]) -> bool:
     """Whether `Pixels` knows how these images are resized and cropped."""
     _, height, width = preprocessing["input_size"]
     return (

@@ -10,15 +10,15 @@ from torch.nn.functional import one_hot
 
 from finetune.data.dataset import ImageList
 from finetune.data.folders import class_folders
-from finetune.data.loader import unreadable
+from finetune.data.loader import is_unreadable
 from finetune.data.sources import NAMED, load_data
 from finetune.inference.predict import logits_of
 from finetune.models.saved import Settings, load_model
-from finetune.recipe.recipe import TOLD
+from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.results.plots import confusion
-from finetune.train.evaluate import confusion_matrix, scores
+from finetune.train.evaluate import compute_metrics, confusion_matrix
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import in_columns
+from finetune.utils.text import align_columns
 
 
 def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
@@ -38,12 +38,12 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     result = {
         "model": str(source),
         "data": str(data),
-        **scores(settings, logits, labels),
+        **compute_metrics(settings, logits, labels),
         "classes": class_table(logits, labels, classes),
     }
     result.pop("class_accuracy", None)  # recall
     if labels.ndim == 1:
-        seen = ~unreadable(labels)
+        seen = ~is_unreadable(labels)
         result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def labelled_images(data: str, settings: Settings, classes: tuple[str, ...]) -> 
 
 def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Images, precision, recall and F1 of each class, of labels [n], or [n, classes] of 0 and 1, that could be read."""
-    seen = ~unreadable(labels)
+    seen = ~is_unreadable(labels)
     logits, labels = logits[seen], labels[seen]
     several = labels.ndim == 2
     truth = labels.bool() if several else one_hot(labels, len(classes)).bool()
@@ -98,15 +98,15 @@ def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The scores in a line, a table of the classes and, of few classes, the confusion matrix."""
-    reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in TOLD.items() if name in result)
+    reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
     rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "F1")]
     rows += [
         (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))
         for row in result["classes"]
     ]
-    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{in_columns(rows, numbers=True)}"
+    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{align_columns(rows, numbers=True)}"
     names = [row["class"] for row in result["classes"]]
     if "confusion" in result and len(names) <= 20:
         counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]
-        text += f"\n\n{in_columns([('labelled, as', *names), *counts], numbers=True)}"
+        text += f"\n\n{align_columns([('labelled, as', *names), *counts], numbers=True)}"
     return text

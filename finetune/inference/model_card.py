@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from finetune.models.backbone import INPUTS
 from finetune.models.saved import read_json
 from finetune.recipe.load import RECIPES, load_recipe, override
-from finetune.recipe.recipe import TOLD
-from finetune.recipe.serialize import as_dict, changes, flat
+from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.serialize import changes, flat, to_dict
 from finetune.results.baseline import promise
 from finetune.utils.errors import RecipeError
 
@@ -63,13 +63,13 @@ Licences. {start}: {licence}. Data: {data_licence}. The code that trained it: Ap
 def card(run: Path, config: dict[str, Any], best: bool) -> str:
     """The model card of a run's network: what it is, how it was made, what it reached, how it is used."""
     result, recipe = read_json(run / "result.json"), read_json(run / "recipe.json")
-    score, source, name = recipe.get("score", "top1"), recipe["data"]["source"], result["recipe"]
+    score, source, name = recipe.get("metric", "top1"), recipe["data"]["source"], result["recipe"]
     data = Path(source).name
     command, spread = origin(run, name, recipe)
     if result.get("smoke"):
         spread = "a SMOKE RUN on generated images: no result"
     chosen = f"after its best epoch, {result['best_epoch']}, chosen on these very images" if best else "after the last epoch"
-    reached = {score: result[f"best_{score}"]} if best else {key: result[key] for key in TOLD if key in result}
+    reached = {score: result[f"best_{score}"]} if best else {key: result[key] for key in REPORTED_METRICS if key in result}
     start, licence, hub_id = f"the weights `{Path(recipe['weights']).name}`", None, None
     if recipe["weights"] == "none":
         start = "random weights"
@@ -100,7 +100,7 @@ def card(run: Path, config: dict[str, Any], best: bool) -> str:
         images=result["val_images"],
         classes=", ".join(config["label_names"]),
         start=start,
-        reached="\n".join(f"| {TOLD[key]} | {value:.2%} |" for key, value in reached.items()),
+        reached="\n".join(f"| {REPORTED_METRICS[key]} | {value:.2%} |" for key, value in reached.items()),
         mirrored=" Each image's logits are the mean of its own and its mirror image's." if recipe.get("flip_test") else "",
         inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in INPUTS),
         licence=licence or ("none" if start == "random weights" else "not known here"),
@@ -117,7 +117,7 @@ def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
     one = f"1 run, seed {resolved['seed']}"
     try:
         given, file = load_recipe(str(run / "recipe.py"))
-        before, now = flat(json.loads(json.dumps(as_dict(given)))), flat(resolved)
+        before, now = flat(json.loads(json.dumps(to_dict(given)))), flat(resolved)
         changed = {path: value for path, value in now.items() if path not in before or before[path] != value}
         changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
         recipe = override(given, [f"{path}={value!r}" for path, value in changed.items()])

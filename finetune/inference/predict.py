@@ -13,14 +13,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.dataset import ImageList, Images
 from finetune.data.folders import read_image
-from finetune.data.loader import SeededImages, unreadable
-from finetune.data.transforms import scoring_transform
+from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.data.transforms import eval_transform
 from finetune.models.backbone import memory_format
 from finetune.models.saved import SavedModel, load_model
-from finetune.train.evaluate import evaluate
+from finetune.train.evaluate import predict_logits
 from finetune.train.setup import make_accelerator
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import in_columns
+from finetune.utils.text import align_columns
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -45,10 +45,10 @@ def logits_of(model: SavedModel, images: Images, on_bad_image: str, workers: int
     net, classes, preprocessing, settings = model
     accelerator = make_accelerator(settings)
     net.to(accelerator.device).to(memory_format=memory_format(settings))
-    inputs = SeededImages(
-        images, scoring_transform(preprocessing), settings.seed, classes, on_bad_image, settings.loss == "multi_label"
+    inputs = ImageDataset(
+        images, eval_transform(preprocessing), settings.seed, classes, on_bad_image, settings.loss == "multi_label"
     )
-    return evaluate(settings, net, inputs, accelerator, workers=workers)
+    return predict_logits(settings, net, inputs, accelerator, workers=workers)
 
 
 def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, worke
     files = find_images(paths)
     model = _, classes, _, settings = load_model(source)
     logits, labels = logits_of(model, ImageList(files, [0] * len(files), read_image), "skip", workers)
-    seen = ~unreadable(labels)
+    seen = ~is_unreadable(labels)
     if not seen.all():
         print(f"finetune: {int((~seen).sum())} of {len(files)} images could not be read and were left out", file=sys.stderr)
     if not seen.any():
@@ -89,7 +89,7 @@ def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         predicted = row["predicted"] if isinstance(row["predicted"], str) else ", ".join(row["predicted"]) or "-"
         lines.append((row["file"], predicted, ", ".join(f"{name} {chance:.1%}" for name, chance in row["top"])))
-    return in_columns(lines)
+    return align_columns(lines)
 
 
 def predictions_as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from finetune.recipe import Recipe
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
@@ -44,7 +44,7 @@ def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tens
         try:
             net.load_state_dict(state)
         except RuntimeError as error:
-            raise misfit(recipe.weights, error) from error
+            raise weights_error(recipe.weights, error) from error
     head = recipe.head if callable(recipe.backbone) else last_layer(net)
     return replace_head(net, str(head), num_classes).to(memory_format=memory_format(recipe))
 
@@ -57,7 +57,7 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.contiguous_format if callable(recipe.backbone) else torch.channels_last
 
 
-def outline(recipe: Recipe, num_classes: int = 10) -> nn.Module:
+def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
     """The same network without weights or memory (on torch's meta device), tried on one image of the recipe's size.
 
     Raises:
@@ -67,16 +67,16 @@ def outline(recipe: Recipe, num_classes: int = 10) -> nn.Module:
         try:
             net = build_backbone(recipe, num_classes).eval()
         except NotImplementedError as error:  # torch's word for a constructor that reads its own values
-            raise RecipeError(f"{as_dict(recipe.backbone)} can't be laid out without its weights: {error}") from error
+            raise RecipeError(f"{to_dict(recipe.backbone)} can't be laid out without its weights: {error}") from error
         size = recipe.data.image_size
         try:
             logits = net(torch.empty(1, 3, size, size))
         except Exception as error:  # each network says this its own way
-            raise RecipeError(f"{as_dict(recipe.backbone)} does not take {size} x {size} images: {error}") from error
+            raise RecipeError(f"{to_dict(recipe.backbone)} does not take {size} x {size} images: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
         raise RecipeError(
-            f"{as_dict(recipe.backbone)} returns {shape} for one image, not one logit for each of {num_classes} classes"
+            f"{to_dict(recipe.backbone)} returns {shape} for one image, not one logit for each of {num_classes} classes"
         )
     return net
 
@@ -106,7 +106,7 @@ def timm_model(name: str, recipe: Recipe, num_classes: int, state: dict[str, tor
     try:
         net: TimmModel = timm.create_model(name, pretrained=True, num_classes=theirs, pretrained_cfg_overlay=in_file, **options)
     except RuntimeError as error:
-        raise misfit(recipe.weights, error) from error
+        raise weights_error(recipe.weights, error) from error
     del net.pretrained_cfg["state_dict"]
     net.reset_classifier(num_classes)
     return net
@@ -159,7 +159,7 @@ def last_layer(net: nn.Module) -> str:
     return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
 
 
-def misfit(source: str, error: Exception) -> RecipeError:
+def weights_error(source: str, error: Exception) -> RecipeError:
     """What torch says of tensors that do not fit, shortened."""
     lines = [line.strip()[:160] for line in str(error).splitlines()]
     return RecipeError("\n    ".join([f"the weights {source} do not fit:", *lines[:5]]))

@@ -12,7 +12,7 @@ from finetune.recipe import Recipe
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
-def fold_norms(recipe: Recipe, net: nn.Module) -> list[Pair]:
+def fuse_conv_bn(recipe: Recipe, net: nn.Module) -> list[Pair]:
     """Let each convolution with a batch norm behind it do that norm's part as well; returns these pairs.
 
     With fixed statistics a norm is a factor and a summand for each channel, and so is a convolution's weight times that factor:
@@ -23,7 +23,7 @@ def fold_norms(recipe: Recipe, net: nn.Module) -> list[Pair]:
     Only where the recipe keeps all statistics, in float32, and where the network still says the same afterwards (an outline
     can't be asked): not where a convolution's own output is used elsewhere.
     """
-    if recipe.norm_stats != "eval" or recipe.mixed_precision != "no":
+    if recipe.batch_norm != "frozen" or recipe.mixed_precision != "no":
         return []
     net.eval()
     size, some = recipe.data.image_size, next(net.parameters())
@@ -34,11 +34,11 @@ def fold_norms(recipe: Recipe, net: nn.Module) -> list[Pair]:
             conv.forward, norm.forward = partial(folded, conv, norm), partial(after_norm, norm)  # type: ignore[method-assign]
         if some.is_meta or torch.allclose(net(images), before, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
             return pairs
-    unfold_norms(pairs)
+    unfuse_conv_bn(pairs)
     return []
 
 
-def unfold_norms(pairs: list[Pair]) -> None:
+def unfuse_conv_bn(pairs: list[Pair]) -> None:
     """Have convolutions and norms do their own part again."""
     for pair in pairs:
         for module in pair:

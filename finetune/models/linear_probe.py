@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from finetune.data.loader import unreadable
+from finetune.data.loader import is_unreadable
 from finetune.models.backbone import head_parameters
 from finetune.recipe import Recipe
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 
 
@@ -24,7 +24,7 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         there = ", ".join(sorted(paths)) or "unknown"
         raise RecipeError(
-            f"linear_probe needs a head that is one linear layer with a bias; that of {as_dict(recipe.backbone)} is "
+            f"linear_probe needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
             f"{there}. Remove the field, and let the head train alone first: unfreeze_at=1 for all else"
         )
     return layer
@@ -54,7 +54,7 @@ def fit(
     would get the largest weights.) This has one minimum, so there is no rate to choose:
     L-BFGS in float64 walks to it from 0. It needs 8 bytes a feature and image.
     """
-    seen = ~unreadable(labels)
+    seen = ~is_unreadable(labels)
     features, labels = features[seen].double(), labels[seen]
     variances, mean = torch.var_mean(features, 0, correction=0)
     scale = variances.mean().sqrt()

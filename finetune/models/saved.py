@@ -14,10 +14,10 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.models.backbone import INPUTS, TimmModel, build_backbone, misfit
+from finetune.models.backbone import INPUTS, TimmModel, build_backbone, weights_error
 from finetune.models.pretrained import read_weights
 from finetune.recipe.load import load_recipe
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
 from finetune.utils.net import reach
@@ -130,16 +130,16 @@ def other_network(folder: Path, run: Path, settings: Settings, num_classes: int)
     """A torchvision network, by its name in recipe.json, or that of the function in the run's recipe.py."""
     if not settings.backbone.startswith("torchvision/"):
         recipe, _ = load_recipe(str(run / "recipe.py"))
-        if as_dict(recipe.backbone) != settings.backbone:
+        if to_dict(recipe.backbone) != settings.backbone:
             raise RecipeError(f"{run / 'recipe.py'} does not have the network of this run, {settings.backbone}")
         settings.backbone = recipe.backbone
-        if as_dict(recipe.data.source) == settings.data.source:
+        if to_dict(recipe.data.source) == settings.data.source:
             settings.data.source = recipe.data.source
     net = build_backbone(settings, num_classes)
     try:
         net.load_state_dict(read_weights(folder / "model.safetensors"))
     except RuntimeError as error:
-        raise misfit(str(folder / "model.safetensors"), error) from error
+        raise weights_error(str(folder / "model.safetensors"), error) from error
     return net
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.models.batch_norm import hold_norms
+from finetune.models.batch_norm import hold_batch_norm
 from finetune.optim import freezing
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import ParamGroup, split_parameters
+from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
@@ -32,7 +32,7 @@ def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
     """
     if recipe.switch:
         raise RecipeError("switch: in another loop make a second optimizer from Recipe.at(epoch) yourself")
-    return build_optimizer(split_parameters(recipe, net))
+    return build_optimizer(build_param_groups(recipe, net))
 
 
 def make_lr_scheduler(
@@ -46,7 +46,7 @@ def make_lr_scheduler(
 
     A `Plateau` looks at `scored`, a list to which the loop appends {"top1": ..., "loss": ...} after each epoch.
     """
-    groups = {group.name: group for group in split_parameters(recipe, net)}
+    groups = {group.name: group for group in build_param_groups(recipe, net)}
     last = recipe.epochs * steps_per_epoch - 1  # a scheduler steps once more after it: that rate is never used
 
     def multiplier(group: ParamGroup) -> Callable[[int], float]:
@@ -61,5 +61,5 @@ def unfreeze(recipe: Recipe, net: nn.Module, epoch: int) -> list[nn.Parameter]:
     Call it before each epoch. Under DistributedDataParallel, which fixes at wrapping what it averages, wrap anew after it or
     ask for find_unused_parameters.
     """
-    hold_norms(net, recipe.norm_stats)
-    return freezing.unfreeze(split_parameters(recipe, net), epoch)
+    hold_batch_norm(net, recipe.batch_norm)
+    return freezing.unfreeze(build_param_groups(recipe, net), epoch)

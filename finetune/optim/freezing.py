@@ -5,7 +5,7 @@ from torch import nn
 from finetune.optim.param_groups import ParamGroup
 
 
-def stage_in_words(groups: list[ParamGroup], epoch: int) -> str:
+def describe_stage(groups: list[ParamGroup], epoch: int) -> str:
     """What trains in an epoch and what does not, with the numbers of parameters."""
     parts = {
         "trains": [group for group in groups if group.trains(epoch)],
@@ -19,7 +19,7 @@ def stage_in_words(groups: list[ParamGroup], epoch: int) -> str:
     )
 
 
-def begins_stage(groups: list[ParamGroup], epoch: int) -> bool:
+def starts_stage(groups: list[ParamGroup], epoch: int) -> bool:
     """Whether other groups train in this epoch than in the one before."""
     return any(group.unfreeze_at == epoch for group in groups)
 

@@ -5,23 +5,23 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-from finetune.data.loader import SeededImages, unreadable
+from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.data.transforms import make_mixup, mix_neighbours
 from finetune.models.backbone import head_parameters
-from finetune.optim.param_groups import exempt_parameters
+from finetune.optim.param_groups import no_weight_decay
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
 
-class Objective:
-    """The recipe's objective for one network and one training set; made before the network's weights move."""
+class Criterion:
+    """The recipe's criterion for one network and one training set; made before the network's weights move."""
 
-    def __init__(self, recipe: Recipe, net: nn.Module, images: SeededImages, device: torch.device):
+    def __init__(self, recipe: Recipe, net: nn.Module, images: ImageDataset, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights = class_weights(recipe, images, device)
         self.start: dict[nn.Parameter, torch.Tensor] = {}
         if recipe.l2_sp:
-            free = head_parameters(recipe, net) | exempt_parameters(net)
+            free = head_parameters(recipe, net) | no_weight_decay(net)
             self.start = {own: own.detach().clone() for name, own in net.named_parameters() if name not in free}
 
     def mix(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +47,7 @@ class Objective:
 
 def binary_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, multi_label: bool) -> torch.Tensor:
     """The sum over images of the mean over classes of each class's binary cross-entropy."""
-    seen = ~unreadable(targets)
+    seen = ~is_unreadable(targets)
     logits, targets = logits[seen], targets[seen]
     if targets.ndim == 1:
         targets = one_hot(targets, logits.shape[1])
@@ -55,7 +55,7 @@ def binary_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, m
     return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1).sum()
 
 
-def class_weights(recipe: Recipe, images: SeededImages, device: torch.device) -> torch.Tensor | None:
+def class_weights(recipe: Recipe, images: ImageDataset, device: torch.device) -> torch.Tensor | None:
     """The factor of each class's images in the loss [classes]; "balanced" is scikit-learn's formula.
 
     Raises:

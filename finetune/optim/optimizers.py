@@ -97,9 +97,9 @@ class SeveralOptimizers(torch.optim.Optimizer):
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
         self.optimizers = list(optimizers)
         super().__init__([row for optimizer in self.optimizers for row in optimizer.param_groups], {})
-        self.share()
+        self.share_state()
 
-    def share(self) -> None:
+    def share_state(self) -> None:
         """Have the optimizers within use this one's rows and state."""
         rows = iter(self.param_groups)
         for optimizer in self.optimizers:
@@ -108,7 +108,7 @@ class SeveralOptimizers(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # makes new rows and a new state
-        self.share()
+        self.share_state()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each by the gradients at hand, or by those of `closure`; returns the loss that it returns.

@@ -13,9 +13,9 @@ from torch import nn
 from finetune.models.backbone import TimmModel, classifier_parameters
 from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, Schedule
 from finetune.recipe.schedules import ramp
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import in_columns
+from finetune.utils.text import align_columns
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ParamGroup:
         return scale * ramp(step - self.unfreeze_at * steps_per_epoch, warmup, start=0.01)
 
 
-def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[ParamGroup]:
+def build_param_groups(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[ParamGroup]:
     """Every parameter of `net` in exactly one group, in the order of the recipe's rows (LayerDecay: from the head down).
 
     The groups are those of the recipe as it holds in `epoch`.
@@ -75,11 +75,11 @@ def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[Par
         rows, owner = layer_rows(recipe, recipe.groups, net)
     else:
         rows, owner = matched_rows(recipe, recipe.groups, net)
-    exempt, groups = exempt_parameters(net), []
+    exempt, groups = no_weight_decay(net), []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
         groups.append(
-            fill_in(
+            make_param_group(
                 row,
                 recipe,
                 decayed={name: own[name] for name in own if name not in exempt},
@@ -89,7 +89,7 @@ def split_parameters(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[Par
     return groups
 
 
-def fill_in(
+def make_param_group(
     row: Group | Frozen, recipe: Recipe, decayed: dict[str, nn.Parameter], undecayed: dict[str, nn.Parameter]
 ) -> ParamGroup:
     """A row with the recipe's values in the columns that it leaves open."""
@@ -104,7 +104,7 @@ def fill_in(
         unfreeze_at,
         decay,
         schedule,
-        schedule.watches(recipe.score),
+        schedule.watches(recipe.metric),
         row.warmup_epochs,
         optimizer,
         decayed,
@@ -112,7 +112,7 @@ def fill_in(
     )
 
 
-def exempt_parameters(net: nn.Module) -> set[str]:
+def no_weight_decay(net: nn.Module) -> set[str]:
     """The parameters that weight decay must leave alone: biases, norms, layer scales, and what the model itself names.
 
     The model names position embeddings and class tokens (`no_weight_decay`, by timm's convention). A tensor that is a vector
@@ -143,7 +143,7 @@ def matched_rows(
         faults.append(f"no group matches {len(left)} parameter{'s' * (len(left) > 1)}, the first of them '{left[0]}'")
     if faults:
         faults.append("the model's top-level names are: " + ", ".join(dict.fromkeys(name.split(".")[0] for name in names)))
-        raise RecipeError("\n  ".join([f"the recipe's groups do not fit {as_dict(recipe.backbone)}:", *faults]))
+        raise RecipeError("\n  ".join([f"the recipe's groups do not fit {to_dict(recipe.backbone)}:", *faults]))
     return groups, owner
 
 
@@ -154,7 +154,7 @@ def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Seque
         head = classifier_parameters(net)
     except AttributeError:
         raise RecipeError(
-            f"LayerDecay: {as_dict(recipe.backbone)} does not state its layers (timm's group_matcher); "
+            f"LayerDecay: {to_dict(recipe.backbone)} does not state its layers (timm's group_matcher); "
             "write the groups as rows, Group(name, pattern, lr=...)"
         ) from None
     ids = sorted({layers[name] for name, _ in net.named_parameters() if name not in head})
@@ -166,7 +166,7 @@ def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Seque
     return rows, {name: "head" if name in head else f"layer{rank[layers[name]]:02d}" for name, _ in net.named_parameters()}
 
 
-def set_rates(
+def set_lrs(
     optimizer: torch.optim.Optimizer,
     groups: list[ParamGroup],
     step: int,
@@ -203,26 +203,26 @@ def table(groups: list[ParamGroup], rates: Mapping[str, Sequence[float]]) -> str
             rows.append((*size, *["-"] * 5, "frozen", "never"))
     everything = [p.numel() for group in groups for p in group.params.values()]
     rows.append(("all", f"{len(everything)}", f"{sum(everything):,}", *[""] * 7))
-    return in_columns(rows, numbers=True)
+    return align_columns(rows, numbers=True)
 
 
-def group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
+def param_group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
     """The table of groups, and the one after a switch of optimizers."""
     begun = sorted({0, recipe.optimizer_begins(recipe.epochs)})
     updates = recipe.data.updates(num_images)
     texts = []
     for start, stop in zip(begun, [*begun[1:], recipe.epochs], strict=True):
-        groups = split_parameters(recipe, net, start)
+        groups = build_param_groups(recipe, net, start)
         steps = sorted({*shown_steps(start * updates, stop * updates), stop * updates - 1})
         rates = {group.name: [rate for step in steps if (rate := group.rate(step, updates, recipe.epochs))] for group in groups}
         texts.append((f"from epoch {start}:\n" if start else "") + table(groups, rates))
     return "\n\n".join(texts)
 
 
-def planned_rates(recipe: Recipe, net: nn.Module, steps: Sequence[int], steps_per_epoch: int) -> dict[str, list[float]]:
+def planned_lrs(recipe: Recipe, net: nn.Module, steps: Sequence[int], steps_per_epoch: int) -> dict[str, list[float]]:
     """Every group's rate at the updates `steps`, 0 while it is frozen. Scores, not known yet, are taken never to stall."""
     found: dict[str, list[float]] = {}
-    groups = {begun: split_parameters(recipe, net, begun) for begun in {0, recipe.optimizer_begins(recipe.epochs)}}
+    groups = {begun: build_param_groups(recipe, net, begun) for begun in {0, recipe.optimizer_begins(recipe.epochs)}}
     for step in steps:
         for group in groups[recipe.optimizer_begins(step // steps_per_epoch)]:
             found.setdefault(group.name, []).append(group.rate(step, steps_per_epoch, recipe.epochs))

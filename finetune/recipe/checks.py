@@ -19,8 +19,8 @@ def type_faults(part: Any, where: str = "") -> list[str]:
     faults = []
     for name, hint in typing.get_type_hints(type(part)).items():
         value = getattr(part, name)
-        if not is_a(value, hint):
-            faults.append(f"{where}{name} must be {in_words(hint)}, not {value!r}")
+        if not matches_type(value, hint):
+            faults.append(f"{where}{name} must be {describe_type(hint)}, not {value!r}")
             continue
         for item in value if isinstance(value, tuple) else [value]:
             if dataclasses.is_dataclass(type(item)):
@@ -28,7 +28,7 @@ def type_faults(part: Any, where: str = "") -> list[str]:
     return faults
 
 
-def in_words(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type as a person would say it."""
     words = {
         int: "a whole number",
@@ -42,22 +42,22 @@ def in_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(in_words, arguments))
+        return " or ".join(map(describe_type, arguments))
     if origin is tuple:
-        return "a tuple of " + " and ".join(in_words(kind) for kind in arguments if kind is not Ellipsis)
+        return "a tuple of " + " and ".join(describe_type(kind) for kind in arguments if kind is not Ellipsis)
     return words.get(origin) or ("an " if hint.__name__[0] in "AEIOU" else "a ") + hint.__name__
 
 
-def is_a(value: Any, hint: Any) -> bool:
+def matches_type(value: Any, hint: Any) -> bool:
     """Whether `value` is of the annotated type; an int is a float, a bool is no number, NaN is none either."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(is_a(value, option) for option in arguments)
+        return any(matches_type(value, option) for option in arguments)
     if origin is Literal:
         return value in arguments
     if origin is tuple:
         kinds = [arguments[0]] * len(value) if Ellipsis in arguments and isinstance(value, tuple) else arguments
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(is_a, value, kinds))
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(matches_type, value, kinds))
     if origin is Callable:
         return callable(value)
     if origin is float:

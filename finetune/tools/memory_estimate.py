@@ -12,13 +12,13 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
 
 from finetune.models.backbone import memory_format
-from finetune.models.batch_norm import train_mode
-from finetune.models.fuse_conv_bn import fold_norms, unfold_norms
+from finetune.models.batch_norm import set_train_mode
+from finetune.models.fuse_conv_bn import fuse_conv_bn, unfuse_conv_bn
 from finetune.optim.freezing import unfreeze
 from finetune.optim.optimizers import build_optimizer, wants_closure
-from finetune.optim.param_groups import split_parameters
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Recipe
-from finetune.utils.text import in_columns
+from finetune.utils.text import align_columns
 
 
 def layers(recipe: Recipe, net: nn.Module) -> str:
@@ -26,7 +26,7 @@ def layers(recipe: Recipe, net: nn.Module) -> str:
 
     Parameters of none of these layers, such as position embeddings, have rows of their own: the sum is the network's.
     """
-    shapes, groups, parameters = output_shapes(recipe, net), split_parameters(recipe, net), dict(net.named_parameters())
+    shapes, groups, parameters = output_shapes(recipe, net), build_param_groups(recipe, net), dict(net.named_parameters())
     names = sorted(opened(net, shapes), key=list(shapes).index)
     names += [path for path in parameters if not any(path.startswith(f"{name}.") for name in names)]
     rows = [("layer", "kind", "output", "parameters", "group", "from epoch")]
@@ -45,7 +45,7 @@ def layers(recipe: Recipe, net: nn.Module) -> str:
                 span(epochs),
             )
         )
-    return in_columns([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")], numbers=True)
+    return align_columns([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")], numbers=True)
 
 
 def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
@@ -82,7 +82,7 @@ def span(names: Iterable[str]) -> str:
 
 def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
     """What each stage trains, and holds in memory with `images` images at once on one process."""
-    groups = split_parameters(recipe, net)
+    groups = build_param_groups(recipe, net)
     columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"]
     rows = [("from epoch", "trains", "trained parameters", *columns, "sum")]
     epochs = {int(group.unfreeze_at) for group in groups if group.ever_trains}  # a switch of optimizers is at one of these
@@ -102,7 +102,7 @@ def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
         )
     return "\n".join(
         [
-            in_columns(rows, numbers=True),
+            align_columns(rows, numbers=True),
             f"MiB, estimated for {images} images at once, in float32; bf16 about halves the activations; on top come",
             "results dropped on the way (frozen layers drop all), the library's own workspace and the loader",
         ]
@@ -114,17 +114,17 @@ def stage_memory(recipe: Recipe, net: nn.Module, epoch: int, images: int) -> dic
 
     "average" is there with `ema_decay` only, "optimizer" unless a step asks for numbers, of which there are none here.
     """
-    groups = split_parameters(recipe, net, epoch)
+    groups = build_param_groups(recipe, net, epoch)
     optimizer = build_optimizer(groups)
     with unchanged(net):
-        pairs, trained = fold_norms(recipe, net), unfreeze(groups, epoch)
-        train_mode(net, recipe.norm_stats)
+        pairs, trained = fuse_conv_bn(recipe, net), unfreeze(groups, epoch)
+        set_train_mode(net, recipe.batch_norm)
         stage = {"parameters": num_bytes([*net.parameters(), *net.buffers()]), "gradients": num_bytes(trained)}
         try:
             stage["activations"] = activation_bytes(recipe, net, images, "cpu")
         except RuntimeError:  # a tensor that is no buffer stays on the meta device
             stage["activations"] = activation_bytes(recipe, net, images, "meta")
-        unfold_norms(pairs)
+        unfuse_conv_bn(pairs)
         if recipe.ema_decay:
             stage["average"] = stage["parameters"]
         if not wants_closure(optimizer):

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.models.saved import plain_state
-from finetune.train.logger import RunRecord
+from finetune.train.logger import Logger
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
@@ -24,7 +24,7 @@ ROW_STEP = "row step"  # some of timm's, Lamb and Adan, count updates in a row o
 
 
 def save_checkpoint(
-    record: RunRecord,
+    record: Logger,
     net: nn.Module,
     scored: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -67,7 +67,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: Accelerator) -> int:
+def restore(record: Logger, net: nn.Module, scored: nn.Module, accelerator: Accelerator) -> int:
     """Put all but the optimizer back as the run's newest checkpoint has it; returns the updates done, 0 without one.
 
     Raises:
@@ -89,7 +89,7 @@ def restore(record: RunRecord, net: nn.Module, scored: nn.Module, accelerator: A
     return state["step"]
 
 
-def restore_optimizer(record: RunRecord, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(record: Logger, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that the run's newest checkpoint has for each parameter.
 
     Raises:

@@ -36,7 +36,7 @@ def join_after_restart() -> None:
         )
 
 
-def first_on_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
+def main_process_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
     """make() on each machine's first process, so that one downloads, then on the others; a fault anywhere is raised by all."""
     made: list[T] = []
     for first in (True, False):
@@ -63,14 +63,14 @@ def gather_strided(parts: list[torch.Tensor], total: int, accelerator: Accelerat
     return accelerator.gather(mine).unflatten(0, (count, rows)).transpose(0, 1).flatten(0, 1)[:total]
 
 
-def share(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
+def broadcast(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
     """Give every process the first one's values."""
     if accelerator.num_processes > 1:
         for tensor in tensors:
             torch.distributed.broadcast(tensor, 0)
 
 
-def check_agreement(net: nn.Module, accelerator: Accelerator) -> None:
+def check_same_weights(net: nn.Module, accelerator: Accelerator) -> None:
     """Raise RuntimeError, with the first tensor that differs, unless all processes hold the same bits.
 
     Compared are sums of each tensor's bits read as whole numbers: one number a tensor, whatever its size.

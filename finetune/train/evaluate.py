@@ -7,21 +7,21 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import SeededImages, load, unreadable
+from finetune.data.loader import ImageDataset, is_unreadable, load
 from finetune.models.backbone import memory_format
 from finetune.optim.loss import binary_loss
 from finetune.recipe import Recipe
 from finetune.train.distributed import gather_strided
 
 
-def scores(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """The scores of logits [n, classes] against labels [n], or [n, classes] of 0 and 1; images without a label are left out.
 
     Of one label an image: loss, top-1 (top-5 where there are more than 5 classes), macro F1 and the accuracy of each class. Of
     several: loss, mean average precision, macro F1 at a probability of 0.5 and the average precision of each class. All but
     the loss are fractions.
     """
-    seen = ~unreadable(labels)
+    seen = ~is_unreadable(labels)
     logits, labels = logits[seen].double(), labels[seen]
     if recipe.loss == "cross_entropy":
         loss = cross_entropy(logits, labels)
@@ -65,10 +65,10 @@ def of_several_labels(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, A
 
 
 @torch.no_grad()
-def evaluate(
+def predict_logits(
     recipe: Recipe,
     net: nn.Module,
-    images: SeededImages,
+    images: ImageDataset,
     accelerator: Accelerator,
     accumulate: int = 1,
     workers: int = 0,

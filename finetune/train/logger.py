@@ -18,10 +18,10 @@ import torchvision
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from finetune.data.loader import Batch, Update, unreadable
+from finetune.data.loader import Batch, BatchPlan, is_unreadable
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import SCORES
-from finetune.recipe.serialize import as_dict, flat
+from finetune.recipe.recipe import METRICS
+from finetune.recipe.serialize import flat, to_dict
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 
@@ -33,13 +33,13 @@ class Waiting(NamedTuple):
 
     step: int
     epoch: int
-    update: Update
+    update: BatchPlan
     share: torch.Tensor  # this process's of the mean loss, and of the images that could not be read [2]
     norm: torch.Tensor
     rates: dict[str, float]
 
 
-class RunRecord:
+class Logger:
     """What a run writes. Every process has one and calls it alike; the first process alone writes and speaks."""
 
     def __init__(
@@ -51,7 +51,7 @@ class RunRecord:
         quiet: bool = False,
     ):
         """`save_model(folder, net)` writes a network, for keeping the best by `score`."""
-        self.folder, self.accelerator, self.save_model, self.score = folder, accelerator, save_model, score
+        self.folder, self.accelerator, self.save_model, self.metric = folder, accelerator, save_model, score
         self.quiet = quiet
         self.epochs: list[dict[str, Any]] = []  # a row of scores for each finished epoch
         self.head: dict[str, Any] | None = None  # the scores of the head alone, before the first epoch
@@ -103,8 +103,8 @@ class RunRecord:
         return self.seconds + time.monotonic() - self.started
 
     def progress(
-        self, updates: Iterator[tuple[Update, list[Batch]]], epoch: int, total: int
-    ) -> Iterator[tuple[Update, list[Batch]]]:
+        self, updates: Iterator[tuple[BatchPlan, list[Batch]]], epoch: int, total: int
+    ) -> Iterator[tuple[BatchPlan, list[Batch]]]:
         """The updates, with a bar on a terminal."""
         shown = self.accelerator.is_main_process and sys.stderr.isatty() and not self.quiet
         self.bar = tqdm(total=total, desc=f"epoch {epoch}", unit=" updates", leave=False, disable=not shown)
@@ -116,18 +116,18 @@ class RunRecord:
             self.flush()
         self.epoch_seconds = time.monotonic() - self.epoch_started
 
-    def log_update(
+    def log_step(
         self,
         step: int,
         epoch: int,
-        update: Update,
+        update: BatchPlan,
         batches: list[Batch],
         loss: torch.Tensor,
         norm: torch.Tensor,
         rates: dict[str, float],
     ) -> None:
         """A line for an update. `loss` is this process's share of the mean loss; it is added up over processes on flushing."""
-        missing = update.weight * unreadable(torch.cat([labels for _, labels in batches])).sum()
+        missing = update.weight * is_unreadable(torch.cat([labels for _, labels in batches])).sum()
         self.waiting.append(Waiting(step, epoch, update, torch.stack([loss, missing.to(loss)]), norm, rates))
         self.images += update.size
         self.epoch_images += update.size
@@ -162,14 +162,14 @@ class RunRecord:
         self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{fastest:.1e}", images_s=f"{rate:.0f}")
         self.waiting = []
 
-    def log_head(self, scores: dict[str, Any]) -> None:
+    def log_linear_probe(self, scores: dict[str, Any]) -> None:
         """A line, as of epoch -1, for the head alone: what the epochs after it are to beat."""
         self.head = {"epoch": -1, "step": 0, **scores}
         self.clock.append(self.elapsed())
         self.write([self.head])
         self.say(
             f"the head alone, on features computed once:  validation loss {scores['loss']:.4f}  "
-            f"{SCORES[self.score]} {scores[self.score]:7.2%}  in {self.clock[0]:.0f} s"
+            f"{METRICS[self.metric]} {scores[self.metric]:7.2%}  in {self.clock[0]:.0f} s"
         )
 
     def log_epoch(self, step: int, epoch: int, scores: dict[str, Any], logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -191,13 +191,13 @@ class RunRecord:
             (self.folder / "predictions.safetensors").write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
         self.say(
             f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "
-            f"{SCORES[self.score]} {row[self.score]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s"
+            f"{METRICS[self.metric]} {row[self.metric]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s"
         )
 
-    def keep_best(self, net: torch.nn.Module) -> None:
+    def save_best(self, net: torch.nn.Module) -> None:
         """Write model-best/ if what was just logged has the highest score so far."""
         latest = self.rows()[-1]
-        if self.best_epoch is None or latest[self.score] > self.best()[self.score]:
+        if self.best_epoch is None or latest[self.metric] > self.best()[self.metric]:
             self.best_epoch = latest["epoch"]
             if self.accelerator.is_main_process:
                 self.save_model(self.folder / "model-best", net)
@@ -225,14 +225,14 @@ class RunRecord:
     def result(self, seed: int) -> dict[str, Any]:
         """The run in numbers: the last epoch's scores (not the best's: that one was chosen on these very images)."""
         last, best, seconds = self.epochs[-1], self.best(), self.elapsed()
-        head = {f"head_{self.score}": self.head[self.score]} if self.head else {}
+        head = {f"head_{self.metric}": self.head[self.metric]} if self.head else {}
         return {
             **{key: value for key, value in last.items() if key not in ("epoch", "step")},
             "epochs": len(self.epochs),
             "updates": last["step"],
             **head,
             "best_epoch": self.best_epoch,
-            f"best_{self.score}": best[self.score],
+            f"best_{self.metric}": best[self.metric],
             "seed": seed,
             "seconds": round(seconds, 1),
             "clock": [round(moment, 1) for moment in self.clock],
@@ -300,7 +300,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, recipe: Recipe) -> No
     step = checkpoint and int(checkpoint.name.split("-")[1])
     config = {
         key: value if isinstance(value, int | float | str | bool) else str(value)
-        for key, value in flat(as_dict(recipe)).items()
+        for key, value in flat(to_dict(recipe)).items()
     }
     accelerator.init_trackers(
         "finetune",

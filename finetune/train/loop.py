@@ -1,4 +1,4 @@
-"""train() and evaluate(): the loop, top to bottom."""
+"""train() and predict_logits(): the loop, top to bottom."""
 
 from contextlib import nullcontext
 
@@ -8,29 +8,29 @@ from accelerate.optimizer import AcceleratedOptimizer
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import nn
 
-from finetune.data.loader import Batch, SeededImages, Update, epoch_updates, load_updates
+from finetune.data.loader import Batch, BatchPlan, ImageDataset, epoch_batches, load_batches
 from finetune.models.backbone import memory_format
-from finetune.models.batch_norm import train_mode
-from finetune.models.fuse_conv_bn import fold_norms
+from finetune.models.batch_norm import set_train_mode
+from finetune.models.fuse_conv_bn import fuse_conv_bn
 from finetune.models.linear_probe import fit, head_layer, returns_features
-from finetune.optim.freezing import begins_stage, stage_in_words, unfreeze
-from finetune.optim.loss import Objective
+from finetune.optim.freezing import describe_stage, starts_stage, unfreeze
+from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer, wants_closure
-from finetune.optim.param_groups import set_rates, split_parameters
+from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Recipe
 from finetune.train.checkpoint import restore, restore_optimizer, save_checkpoint
-from finetune.train.distributed import Stopped, StopRequest, check_agreement, share, wrap
-from finetune.train.evaluate import evaluate, scores
-from finetune.train.logger import RunRecord
-from finetune.train.micro_batch import fitting_accumulation
+from finetune.train.distributed import Stopped, StopRequest, broadcast, check_same_weights, wrap
+from finetune.train.evaluate import compute_metrics, predict_logits
+from finetune.train.logger import Logger
+from finetune.train.micro_batch import find_micro_batches
 from finetune.utils.seed import seed_all
 
 
 def train(
     recipe: Recipe,
     net: nn.Module,
-    images: tuple[SeededImages, SeededImages],
-    record: RunRecord,
+    images: tuple[ImageDataset, ImageDataset],
+    record: Logger,
     accelerator: Accelerator,
     accumulate: int = 1,
     workers: int = 0,
@@ -48,66 +48,66 @@ def train(
         RecipeError: if the loss is no number, or an image can't be read.
     """
     train_images, val_images = images
-    fold_norms(recipe, net.to(accelerator.device))
-    objective = Objective(recipe, net, train_images, accelerator.device)
+    fuse_conv_bn(recipe, net.to(accelerator.device))
+    criterion = Criterion(recipe, net, train_images, accelerator.device)
     ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     scored = ema.module if ema else net
     steps_per_epoch = recipe.data.updates(len(train_images))
     step = restore(record, net, scored, accelerator)
     if recipe.linear_probe and step == 0:
-        fit_head(recipe, objective, net, images, accelerator, accumulate, workers)
+        fit_linear_probe(recipe, criterion, net, images, accelerator, accumulate, workers)
         if ema:
             ema.set(net)
-        logits, labels = evaluate(recipe, scored, val_images, accelerator, accumulate, workers)
-        record.log_head(scores(recipe, logits, labels))
-        record.keep_best(scored)
+        logits, labels = predict_logits(recipe, scored, val_images, accelerator, accumulate, workers)
+        record.log_linear_probe(compute_metrics(recipe, logits, labels))
+        record.save_best(scored)
     first_epoch = len(record.epochs)
 
     with StopRequest(accelerator) as stop:
         for epoch in range(first_epoch, recipe.epochs):
-            if recipe.early_stop and recipe.early_stop.stops(record.epochs, recipe.score):
+            if recipe.early_stop and recipe.early_stop.stops(record.epochs, recipe.metric):
                 break
             if epoch in (first_epoch, recipe.optimizer_begins(epoch)):
-                groups = split_parameters(recipe, net, epoch)
+                groups = build_param_groups(recipe, net, epoch)
                 optimizer = accelerator.prepare(build_optimizer(groups))
                 if step > recipe.optimizer_begins(epoch) * steps_per_epoch:
                     restore_optimizer(record, net, optimizer)
-            if epoch == first_epoch or begins_stage(groups, epoch):
-                record.say(stage_in_words(groups, epoch))
+            if epoch == first_epoch or starts_stage(groups, epoch):
+                record.say(describe_stage(groups, epoch))
                 trained = unfreeze(groups, epoch)
-                train_mode(net, recipe.norm_stats)
-                accumulate = fitting_accumulation(recipe, net, accelerator, accumulate, record.say)
+                set_train_mode(net, recipe.batch_norm)
+                accumulate = find_micro_batches(recipe, net, accelerator, accumulate, record.say)
                 model = wrap(net, accelerator, recipe.torch_compile)
-            train_mode(net, recipe.norm_stats)
+            set_train_mode(net, recipe.batch_norm)
             place = accelerator.process_index, accelerator.num_processes
-            updates = epoch_updates(recipe, train_images, epoch, *place, accumulate)[step - epoch * steps_per_epoch :]
-            loaded = load_updates(train_images, epoch, updates, workers, accelerator.device)
+            updates = epoch_batches(recipe, train_images, epoch, *place, accumulate)[step - epoch * steps_per_epoch :]
+            loaded = load_batches(train_images, epoch, updates, workers, accelerator.device)
             for update, batches in record.progress(loaded, epoch, len(updates)):
-                rates = set_rates(optimizer, groups, step, steps_per_epoch, recipe.epochs, record.epochs)
-                loss, norm = take_step(recipe, objective, model, trained, optimizer, update, batches, step, accelerator)
+                rates = set_lrs(optimizer, groups, step, steps_per_epoch, recipe.epochs, record.epochs)
+                loss, norm = train_step(recipe, criterion, model, trained, optimizer, update, batches, step, accelerator)
                 if ema:
                     ema.update(net, step + 1)
-                record.log_update(step, epoch, update, batches, loss, norm, rates)
+                record.log_step(step, epoch, update, batches, loss, norm, rates)
                 step += 1
                 if (stopping := stop.agreed()) or (checkpoint_every and step % checkpoint_every == 0):
                     save_checkpoint(record, net, scored, optimizer, accelerator, step)
                 if stopping:
                     raise Stopped(f"after update {step - 1}")
             for network in dict.fromkeys((net, scored)):
-                share(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
-                check_agreement(network, accelerator)
-            logits, labels = evaluate(recipe, scored, val_images, accelerator, accumulate, workers)
-            record.log_epoch(step, epoch, scores(recipe, logits, labels), logits, labels)
-            record.keep_best(scored)
+                broadcast(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
+                check_same_weights(network, accelerator)
+            logits, labels = predict_logits(recipe, scored, val_images, accelerator, accumulate, workers)
+            record.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
+            record.save_best(scored)
             save_checkpoint(record, net, scored, optimizer, accelerator, step)
     return scored
 
 
-def fit_head(
+def fit_linear_probe(
     recipe: Recipe,
-    objective: Objective,
+    criterion: Criterion,
     net: nn.Module,
-    images: tuple[SeededImages, SeededImages],
+    images: tuple[ImageDataset, ImageDataset],
     accelerator: Accelerator,
     accumulate: int,
     workers: int,
@@ -122,7 +122,7 @@ def fit_head(
     layer = head_layer(recipe, net)
     with returns_features(layer):
         views = [
-            evaluate(
+            predict_logits(
                 recipe,
                 net,
                 train_images.seen_as(val_images) if view == 0 else train_images,
@@ -135,17 +135,17 @@ def fit_head(
         ]
     device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # Apple's GPUs know no float64
     features, labels = (torch.cat(parts).to(device) for parts in zip(*views, strict=True))
-    fit(layer, features, labels, objective.loss, probe.l2)
-    share([layer.weight.data, layer.bias.data], accelerator)
+    fit(layer, features, labels, criterion.loss, probe.l2)
+    broadcast([layer.weight.data, layer.bias.data], accelerator)
 
 
-def take_step(
+def train_step(
     recipe: Recipe,
-    objective: Objective,
+    criterion: Criterion,
     model: nn.Module,
     trained: list[nn.Parameter],
     optimizer: AcceleratedOptimizer,
-    update: Update,
+    update: BatchPlan,
     batches: list[Batch],
     step: int,
     accelerator: Accelerator,
@@ -154,7 +154,7 @@ def take_step(
 
     def gradient() -> tuple[torch.Tensor, torch.Tensor]:
         optimizer.zero_grad()
-        loss = backward(recipe, objective, model, update, batches, step, accelerator)
+        loss = backward(recipe, criterion, model, update, batches, step, accelerator)
         accelerator.unscale_gradients(optimizer)
         return loss, clip(recipe, trained)
 
@@ -169,9 +169,9 @@ def take_step(
 
 def backward(
     recipe: Recipe,
-    objective: Objective,
+    criterion: Criterion,
     model: nn.Module,
-    update: Update,
+    update: BatchPlan,
     batches: list[Batch],
     step: int,
     accelerator: Accelerator,
@@ -183,7 +183,7 @@ def backward(
     """
     loss = torch.zeros((), device=accelerator.device)
     for i, (images, labels) in enumerate(batches):
-        images, targets = objective.mix(images, labels, step)
+        images, targets = criterion.mix(images, labels, step)
         images = images.contiguous(memory_format=memory_format(recipe))
         last = i == len(batches) - 1
         seed_all("forward", recipe.seed, step, update.positions[i])  # dropout and its like
@@ -191,9 +191,9 @@ def backward(
         with nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
                 logits = model(images)
-            part = objective.loss(logits.float(), targets) * update.weight / update.size
+            part = criterion.loss(logits.float(), targets) * update.weight / update.size
             if recipe.l2_sp and last:
-                part = part + objective.pull() / accelerator.num_processes
+                part = part + criterion.pull() / accelerator.num_processes
             accelerator.backward(part * accelerator.num_processes)  # DDP takes the mean over processes
         loss += part.detach()
     return loss

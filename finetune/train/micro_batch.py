@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
-def fitting_accumulation(
+def find_micro_batches(
     recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumulate: int, say: Callable[[str], None]
 ) -> int:
     """`accumulate`, doubled until forward and backward of one micro-batch fit into every process's memory.

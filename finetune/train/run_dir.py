@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.recipe import Recipe
-from finetune.recipe.serialize import as_dict, changes
+from finetune.recipe.serialize import changes, to_dict
 from finetune.utils.errors import RecipeError
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
@@ -18,7 +18,7 @@ if sys.platform != "win32":  # on Windows two runs in one folder are not told ap
 BEGINNINGS = {".lock", "recipe.py", "groups.txt", ".recipe.json"}  # all that a run which died before it began can have left
 
 
-def new_folder(name: str, output: Path | None) -> Path:
+def new_run_dir(name: str, output: Path | None) -> Path:
     """The folder `output`, or runs/NAME-TIME; not made yet.
 
     Raises:
@@ -33,7 +33,7 @@ def new_folder(name: str, output: Path | None) -> Path:
     return folder
 
 
-def unfinished_folder(name: str, folder: Path | None) -> Path:
+def unfinished_run_dir(name: str, folder: Path | None) -> Path:
     """The folder of a run to go on with: `folder`, or the recipe's newest in runs/.
 
     Raises:
@@ -82,7 +82,7 @@ def begin(folder: Path, recipe_file: Path, recipe: Recipe, groups: str) -> None:
     shutil.copyfile(recipe_file, folder / "recipe.py")
     (folder / "groups.txt").write_text(groups + "\n")
     aside = folder / ".recipe.json"
-    aside.write_text(json.dumps(as_dict(recipe), indent=1) + "\n")
+    aside.write_text(json.dumps(to_dict(recipe), indent=1) + "\n")
     aside.rename(folder / "recipe.json")
 
 

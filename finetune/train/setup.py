@@ -11,18 +11,18 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.data.dataset import ImageData
-from finetune.data.loader import SeededImages
+from finetune.data.loader import ImageDataset
 from finetune.data.sources import is_downloaded, load_data
-from finetune.data.transforms import scoring_transform, training_transform
-from finetune.models.backbone import build_backbone, outline, preprocessing
-from finetune.models.batch_norm import synchronise_norms
+from finetune.data.transforms import eval_transform, training_transform
+from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
+from finetune.models.batch_norm import convert_sync_batch_norm
 from finetune.models.linear_probe import head_layer
 from finetune.models.pretrained import pretrained_state
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import split_parameters
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Data, Frozen, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
-from finetune.train.distributed import first_on_main
+from finetune.train.distributed import main_process_first
 from finetune.train.micro_batch import keep_freed_memory
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
@@ -55,24 +55,24 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
 
 def assemble(
     recipe: Recipe, accelerator: Accelerator
-) -> tuple[ImageData, nn.Module, dict[str, Any], tuple[SeededImages, SeededImages]]:
+) -> tuple[ImageData, nn.Module, dict[str, Any], tuple[ImageDataset, ImageDataset]]:
     """(data, network, its preprocessing, training and validation images) as a run begins with them.
 
     What lies here is checked first, then come weights over the network, then data.
     """
-    data = None if is_downloaded(recipe.data.source) else first_on_main(accelerator, lambda: load_data(recipe))
-    state = first_on_main(accelerator, lambda: pretrained_state(recipe))
-    data = data or first_on_main(accelerator, lambda: load_data(recipe))
+    data = None if is_downloaded(recipe.data.source) else main_process_first(accelerator, lambda: load_data(recipe))
+    state = main_process_first(accelerator, lambda: pretrained_state(recipe))
+    data = data or main_process_first(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
-    net = synchronise_norms(build_backbone(recipe, len(data.classes), state), recipe.norm_stats, accelerator)
+    net = convert_sync_batch_norm(build_backbone(recipe, len(data.classes), state), recipe.batch_norm, accelerator)
     inputs = preprocessing(recipe, net)
-    return data, net, inputs, image_sets(recipe, data, inputs)
+    return data, net, inputs, build_datasets(recipe, data, inputs)
 
 
 def check(recipe: Recipe, net: nn.Module) -> None:
     """Raise RecipeError for whatever is wrong with the recipe's groups, optimizers or transforms on this network."""
     for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
-        build_optimizer(split_parameters(recipe, net, epoch))
+        build_optimizer(build_param_groups(recipe, net, epoch))
     training_transform(recipe, preprocessing(recipe, net))
     if recipe.linear_probe:
         head_layer(recipe, net)
@@ -112,21 +112,21 @@ def smoke(recipe: Recipe, parts: int) -> Recipe:
         data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling),
     )
     try:
-        outline(small)
+        meta_backbone(small)
     except RecipeError:  # a network for one size only
         small = override(small, [f"data.image_size={recipe.data.image_size}"])
     return small
 
 
-def image_sets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[SeededImages, SeededImages]:
+def build_datasets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[ImageDataset, ImageDataset]:
     """The training images as they are varied, and the validation images as they are scored."""
     train, val = (
-        SeededImages(
+        ImageDataset(
             part, transform, recipe.seed, data.classes, recipe.data.on_bad_image, multi_label=recipe.loss == "multi_label"
         )
         for part, transform in (
             (data.train, training_transform(recipe, preprocessing)),
-            (data.val, scoring_transform(preprocessing)),
+            (data.val, eval_transform(preprocessing)),
         )
     )
     return train, val

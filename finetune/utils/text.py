@@ -10,7 +10,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def in_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
+def align_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
     """Rows of cells as lines of text, to the left; where they hold `numbers`, all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]

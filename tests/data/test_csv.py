@@ -14,7 +14,7 @@ from finetune.utils.errors import RecipeError
 from helpers import prepare
 from image_files import assert_same_set, put_image, source, write_csv
 
-MULTI = {"loss": "multi_label", "score": "mean_average_precision"}
+MULTI = {"loss": "multi_label", "metric": "mean_average_precision"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import timm.loss
 import torch
 
 from finetune.data import transforms as augment
-from finetune.data.loader import SeededImages, balanced_chances, plan_epoch
+from finetune.data.loader import ImageDataset, balanced_sample_weights, plan_epoch
 from finetune.data.transforms import mix_neighbours
 from finetune.recipe import Augment, Data
 from finetune.utils.seed import seed_all
@@ -65,7 +65,7 @@ def test_a_mixed_run_is_the_same_however_it_is_cut(tmp_path, accumulate):
 def test_balanced_sampling_draws_each_class_equally():
     """Of an uneven set each class is drawn equally often, as many images as there are; anew each epoch, alike if repeated."""
     labels = np.array([0] * 700 + [1] * 200 + [2] * 100)
-    chances = balanced_chances(labels)
+    chances = balanced_sample_weights(labels)
     draw = [i for update in plan_epoch(1000, 64, 0, 3, chances=chances) for i in update.images]
     assert len(draw) == 1000 and len(set(draw)) < 1000
     drawn = np.bincount(labels[draw])
@@ -80,7 +80,7 @@ def test_balanced_sampling_reaches_the_run(tmp_path):
     """The rare class of an uneven folder is seen as often as the common one."""
     seen = []
 
-    class Watching(SeededImages):
+    class Watching(ImageDataset):
         def __getitem__(self, key):
             seen.extend([self.labels()[key[1]]] * (len(self) == 45))  # not of those that are scored
             return super().__getitem__(key)
@@ -91,6 +91,6 @@ def test_balanced_sampling_reaches_the_run(tmp_path):
 
     recipe = small_recipe(groups=ALL, epochs=8, data=Data(uneven, 24, 8, sampling="balanced"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(augment, "SeededImages", Watching)
+        patched.setattr(augment, "ImageDataset", Watching)
         run_here(recipe, tmp_path)
     assert len(seen) == 8 * 45 and abs(sum(seen) - 180) < 4 * math.sqrt(360 / 4)  # four standard deviations of a binomial

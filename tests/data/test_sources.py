@@ -10,10 +10,10 @@ from PIL import Image
 
 from finetune.data import sources as image_data
 from finetune.data.dataset import ImageList, stratified_split
-from finetune.data.loader import SeededImages, load, plan_epoch
+from finetune.data.loader import ImageDataset, load, plan_epoch
 from finetune.data.sources import known_size, load_data
-from finetune.data.transforms import scoring_transform
-from finetune.models.backbone import outline, preprocessing
+from finetune.data.transforms import eval_transform
+from finetune.models.backbone import meta_backbone, preprocessing
 from finetune.recipe import Augment
 from finetune.utils.errors import RecipeError
 from helpers import prepare
@@ -217,8 +217,8 @@ def test_a_function_that_returns_something_else(made, fault):
 
 def test_a_label_out_of_range_is_named():
     """A label that no class has names the image and the range."""
-    images = SeededImages(
-        Images([0, 1, 5]), scoring_transform(preprocessing(source("digits"), outline(source("digits")))), 0, ("a", "b")
+    images = ImageDataset(
+        Images([0, 1, 5]), eval_transform(preprocessing(source("digits"), meta_backbone(source("digits")))), 0, ("a", "b")
     )
     with pytest.raises(RecipeError, match="image 2 has label 5, but there are 2 classes, 0 to 1"):
         list(load(images, 0, [[0, 1, 2]], 0))

@@ -11,10 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from finetune.data.builtin import elpv
-from finetune.data.cache import ImageMemory
+from finetune.data.cache import ImageCache
 from finetune.data.dataset import ImageList
-from finetune.data.loader import SeededImages, load
-from finetune.data.transforms import Pixels, Timm, scoring_transform, training_transform
+from finetune.data.loader import ImageDataset, load
+from finetune.data.transforms import Pixels, Timm, eval_transform, training_transform
 from finetune.recipe import Augment, Data
 from finetune.utils.seed import keyed_seed, seed_cpu
 from helpers import prepare, small_recipe
@@ -80,7 +80,7 @@ def test_scored_images_are_timms(name, crop_pct):
     """Resized and cropped in the middle as timm's transform does it."""
     for interpolation in ("bilinear", "bicubic"):
         given = inputs(interpolation, crop_pct)
-        ours, theirs = scoring_transform(given), Timm(timm.data.create_transform(**given))
+        ours, theirs = eval_transform(given), Timm(timm.data.create_transform(**given))
         assert isinstance(ours, Pixels)
         assert_as_through_pil(levels(ours, pixels(name)), levels(theirs, pixels(name)))
 
@@ -109,7 +109,7 @@ def test_what_is_not_done_here_is_left_to_timm(changes, options):
 def test_the_rarer_ways_to_resize_are_left_to_timm():
     """Other crops, filters and shapes are none of `Pixels`."""
     for given in ({"crop_mode": "squash"}, {"crop_mode": "border"}, {"interpolation": "lanczos"}, {"input_size": (3, 48, 64)}):
-        assert isinstance(scoring_transform(inputs() | given), Timm)
+        assert isinstance(eval_transform(inputs() | given), Timm)
 
 
 def test_a_batch_is_as_its_images():
@@ -139,7 +139,7 @@ class Reader:
 def counted(tmp_path):
     """Six images of different sizes that are counted when they are decoded."""
     reader = Reader(tmp_path / "read")
-    return SeededImages(ImageList(range(6), [0, 1] * 3, reader), scoring_transform(inputs()), 0, ("a", "b")), reader
+    return ImageDataset(ImageList(range(6), [0, 1] * 3, reader), eval_transform(inputs()), 0, ("a", "b")), reader
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -155,7 +155,7 @@ def test_an_image_is_decoded_once(tmp_path, workers):
 def test_what_has_no_room_is_decoded_again(tmp_path):
     """Beyond the limit, images are decoded each time and are the same."""
     images, reader = counted(tmp_path)
-    images.memory = ImageMemory(6, limit=3 * 20 * (10 + 11))  # the first two
+    images.memory = ImageCache(6, limit=3 * 20 * (10 + 11))  # the first two
     first, second = (list(load(images, epoch, [[i] for i in range(6)], 0)) for epoch in (0, 1))
     assert reader.read() == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))

@@ -21,7 +21,7 @@ from finetune.inference.export import compare, export
 from finetune.inference.model_card import origin
 from finetune.models.saved import load_model, save_model
 from finetune.recipe.load import chosen_recipe, load_recipe, override
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import summary
 from finetune.run import arguments
 from finetune.utils.errors import RecipeError
@@ -107,7 +107,7 @@ def test_the_cards_command_is_that_of_the_run(run_folder, image_folder, tmp_path
     line = next(line for line in text.splitlines() if "accelerate launch" in line)
     words = shlex.split(line.replace(f"data.source={image_folder.name}", f"data.source={image_folder}").partition("run.py")[2])
     recipe, file = chosen_recipe(arguments(words))
-    assert json.loads(json.dumps(as_dict(recipe))) == json.loads((run_folder / "recipe.json").read_text())
+    assert json.loads(json.dumps(to_dict(recipe))) == json.loads((run_folder / "recipe.json").read_text())
     assert file == ROOT / "recipes" / "resnet18_cifar.py"
 
 
@@ -117,13 +117,13 @@ def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
     recipe, file = load_recipe(name)
     shutil.copyfile(file, tmp_path / "recipe.py")
     number = summary(json.loads((ROOT / "recipes" / "baselines" / f"{name}.json").read_text()))
-    command, spread = origin(tmp_path, name, json.loads(json.dumps(as_dict(dataclasses.replace(recipe, seed=7)))))
+    command, spread = origin(tmp_path, name, json.loads(json.dumps(to_dict(dataclasses.replace(recipe, seed=7)))))
     assert command.endswith(f"--recipe {name} --set seed=7") and spread == f"1 run, seed 7; the recipe's record: top-1 {number}"
-    changed = as_dict(override(recipe, ["epochs=7", "groups.head.lr=2e-4"]))
+    changed = to_dict(override(recipe, ["epochs=7", "groups.head.lr=2e-4"]))
     command, spread = origin(tmp_path, name, json.loads(json.dumps(changed)))
     assert "--set epochs=7" in command and "--set groups.head.lr=0.0002" in command and spread == "1 run, seed 0"
     (tmp_path / "recipe.py").write_text(file.read_text().replace("AdamW(weight_decay=0.05)", "SGD(momentum=0.9)"))
-    assert origin(tmp_path, name, json.loads(json.dumps(as_dict(recipe))))[0].startswith("not known")
+    assert origin(tmp_path, name, json.loads(json.dumps(to_dict(recipe))))[0].startswith("not known")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_cards_command_repeats_every_kind_of_set(tmp_path, assignment):
     """An optimizer's option, a tuple, a part taken away and one that was not there come back as they were typed."""
     recipe, file = load_recipe("efficientnet_lite0_digits")
     shutil.copyfile(file, tmp_path / "recipe.py")
-    resolved = json.loads(json.dumps(as_dict(override(recipe, [assignment]))))
+    resolved = json.loads(json.dumps(to_dict(override(recipe, [assignment]))))
     words = shlex.split(origin(tmp_path, "efficientnet_lite0_digits", resolved)[0])
     assert override(recipe, words[words.index("--set") + 1 :: 2]) == override(recipe, [assignment])
 

@@ -17,9 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from finetune.data.builtin import elpv
-from finetune.data.transforms import scoring_transform
+from finetune.data.transforms import eval_transform
 from finetune.models import pretrained as weights
-from finetune.models.backbone import build_backbone, outline, preprocessing
+from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
 from finetune.models.pretrained import from_package, pretrained_state, read_weights
 from finetune.recipe import Data, Group, LayerDecay
 from finetune.utils.errors import RecipeError
@@ -67,7 +67,7 @@ def test_pretrained_features_tell_solar_cells_apart():
         torch.manual_seed(0)
         recipe = lite0(weights=weights, data=Data("elpv", 96, 8, crop_pct=1.0))
         net = loaded(recipe, 2).eval()
-        data, transform = elpv(), scoring_transform(preprocessing(recipe, net))
+        data, transform = elpv(), eval_transform(preprocessing(recipe, net))
         features, labels = [], []
         for part in (data.train, data.val):
             chosen = np.random.RandomState(0).permutation(len(part))[:400]
@@ -95,17 +95,17 @@ def test_the_packages_own_head_names_what_is_in_photographs():
 
 def test_preprocessing_belongs_to_the_weights():
     """Constants are those of timm's and torchvision's own configuration, never ImageNet's by habit."""
-    lite = preprocessing(lite0(), outline(lite0()))
+    lite = preprocessing(lite0(), meta_backbone(lite0()))
     assert (lite["mean"], lite["std"], lite["crop_pct"], lite["input_size"]) == ((0.5,) * 3, (0.5,) * 3, 1.0, (3, 64, 64))
     recipe = small_recipe(backbone="resnet18.a1_in1k", head=None, data=Data("digits", 224, 8))
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     assert preprocessing(recipe, net)["crop_pct"] == 0.95
     theirs = timm.data.resolve_model_data_config(timm.create_model("resnet18.a1_in1k"))
     constants = {key: theirs[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     assert constants.items() <= preprocessing(recipe, net).items()
     recipe = small_recipe(backbone="torchvision/resnet18", head=None, data=Data("digits", 224, 8))
     preset = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
-    ours = preprocessing(recipe, outline(recipe))
+    ours = preprocessing(recipe, meta_backbone(recipe))
     assert ours["crop_pct"] == pytest.approx(preset.crop_size[0] / preset.resize_size[0])
     assert (list(ours["mean"]), ours["interpolation"]) == (preset.mean, preset.interpolation.value)
 
@@ -125,7 +125,7 @@ def test_preprocessing_belongs_to_the_weights():
 )
 def test_torchvision_heads_are_found(name, head):
     """Of torchvision's classifiers the last layer is replaced; `outline` has tried one image."""
-    net = outline(small_recipe(backbone=f"torchvision/{name}", head=None, data=Data("digits", 224, 8)), num_classes=7)
+    net = meta_backbone(small_recipe(backbone=f"torchvision/{name}", head=None, data=Data("digits", 224, 8)), num_classes=7)
     layer = net.get_submodule(head)
     assert (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels) == 7
 
@@ -236,7 +236,7 @@ def test_an_unreachable_hub_is_said(monkeypatch, tmp_path, asked, name):
 def test_unknown_networks_are_named(name, fault):
     """A network or tag that does not exist is answered with what there is, before any download."""
     with pytest.raises(RecipeError) as caught:
-        outline(small_recipe(backbone=name, head=None))
+        meta_backbone(small_recipe(backbone=name, head=None))
     assert fault in str(caught.value)
 
 
@@ -259,7 +259,7 @@ def test_a_network_that_returns_no_logits():
 
     recipe = small_recipe(backbone=Deep, groups=(Group("all", ".", lr=1.0),))
     with pytest.raises(RecipeError, match="not one logit for each of 10 classes"):
-        outline(recipe)
+        meta_backbone(recipe)
 
 
 def test_a_missing_package_names_its_pip_line():

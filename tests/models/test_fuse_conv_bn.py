@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from finetune.models.fuse_conv_bn import fold_norms
+from finetune.models.fuse_conv_bn import fuse_conv_bn
 from finetune.recipe import Data, Group
 from finetune.train import loop as train_loop
 from helpers import assert_same_weights, run_here, small_recipe
@@ -54,7 +54,7 @@ def test_function_and_gradients_stay(name):
     size = 224 if "vit" in name else 64
     images, keys = torch.randn(2, 3, size, size, dtype=torch.float64), list(net.state_dict())
     before, expected = net(images).detach(), gradients(net, images)
-    assert len(fold_norms(recipe_for(size), net)) == NETWORKS[name]
+    assert len(fuse_conv_bn(recipe_for(size), net)) == NETWORKS[name]
     torch.testing.assert_close(net(images), before, rtol=0, atol=1e-10 * before.abs().max().item())
     for parameter, gradient in gradients(net, images).items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=0, atol=1e-10 * expected[parameter].abs().max().item())
@@ -64,7 +64,7 @@ def test_function_and_gradients_stay(name):
 def test_a_copy_is_a_network_of_its_own():
     """What is changed in a deep copy, as an average of weights is, changes it and not the first."""
     net, images = lively("test_resnet"), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    assert fold_norms(recipe_for(), net)
+    assert fuse_conv_bn(recipe_for(), net)
     other, before = copy.deepcopy(net), net(images)
     for parameter in other.parameters():
         parameter.data.mul_(0.5)
@@ -74,7 +74,7 @@ def test_a_copy_is_a_network_of_its_own():
 def test_what_has_more_weights_than_activations_is_left_alone():
     """Of a ResNet-18 at 64 px with a batch of 8, the first layers fold and the last do not."""
     net = lively("resnet18")
-    pairs = fold_norms(recipe_for(batch_size=8), net)
+    pairs = fuse_conv_bn(recipe_for(batch_size=8), net)
     assert pairs[0] == (net.conv1, net.bn1) and 0 < len(pairs) < 20
     assert not any(conv in net.layer4.modules() for conv, _ in pairs)
 
@@ -96,24 +96,24 @@ def test_a_network_that_would_say_something_else_is_left_alone():
     """Where a convolution's own output is of use elsewhere nothing is folded."""
     net, images = Forked().eval(), torch.randn(2, 3, 64, 64)
     before = net(images)
-    assert fold_norms(recipe_for(), net) == [] and torch.equal(net(images), before)
+    assert fuse_conv_bn(recipe_for(), net) == [] and torch.equal(net(images), before)
     assert "forward" not in net.conv.__dict__ and "forward" not in net.norm.__dict__
 
 
-@pytest.mark.parametrize("changes", [{"norm_stats": "train"}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize("changes", [{"batch_norm": "train"}, {"mixed_precision": "bf16"}])
 def test_only_fixed_statistics_in_float32_are_folded(changes):
     """Statistics that move are no constants, and in bf16 a folded weight would be rounded elsewhere."""
-    assert fold_norms(recipe_for(**changes), lively("test_resnet")) == []
+    assert fuse_conv_bn(recipe_for(**changes), lively("test_resnet")) == []
 
 
 def test_a_run_is_the_same(tmp_path, monkeypatch):
     """After a run of twelve updates weights and scores are those of a run without it, to rounding."""
     recipe = recipe_for(32, 8, backbone="test_resnet", head=None, clip_norm=None)
     folds = []
-    monkeypatch.setattr(train_loop, "fold_norms", lambda *given: folds.append(fold_norms(*given)) or folds[-1])
+    monkeypatch.setattr(train_loop, "fuse_conv_bn", lambda *given: folds.append(fuse_conv_bn(*given)) or folds[-1])
     ours, rows = run_here(recipe, tmp_path / "folded")
     assert folds[0]
-    monkeypatch.setattr(train_loop, "fold_norms", lambda *args: [])
+    monkeypatch.setattr(train_loop, "fuse_conv_bn", lambda *args: [])
     plain, expected = run_here(recipe, tmp_path / "plain")
     assert_same_weights(ours, plain.state_dict(), 1e-4)
     assert rows[-1]["top1"] == expected[-1]["top1"] and rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-3)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load
 from finetune.models import linear_probe
-from finetune.models.backbone import outline
+from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data, Group, LinearProbe
 from finetune.results.summary import paid
 from finetune.train import loop as train_loop
@@ -82,9 +82,9 @@ def test_the_head_alone_is_the_first_candidate(tmp_path):
     scores = [row["top1"] for row in rows if "top1" in row]
     assert rows[0]["epoch"] == -1 and rows[0]["top1"] == scores[0] > 2 * max(scores[1:])
     net, _, images = prepare(recipe)
-    objective = train_loop.Objective(recipe, net, images[0], torch.device("cpu"))
+    criterion = train_loop.Criterion(recipe, net, images[0], torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    train_loop.fit_head(recipe, objective, net, images, Accelerator(cpu=True), 1, 0)
+    train_loop.fit_linear_probe(recipe, criterion, net, images, Accelerator(cpu=True), 1, 0)
     ((name, weight),) = saved
     assert name == "model-best" and torch.equal(weight, net.fc.weight)
     moved = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -133,10 +133,10 @@ def test_a_finished_run_tells_both(tmp_path, capsys, monkeypatch):
 def test_a_head_that_is_no_linear_layer_is_refused(backbone):
     """Two heads, and a convolution, end in one message before anything is loaded; without the field they are fine."""
     recipe = small_recipe(backbone=backbone, head=None, groups=(Group("all", ".", lr=1e-3),), data=Data("digits", 224, 8))
-    check(recipe, outline(recipe))
+    check(recipe, meta_backbone(recipe))
     probing = replace(recipe, linear_probe=LinearProbe())
     with pytest.raises(RecipeError, match="linear_probe needs a head that is one linear layer"):
-        check(probing, outline(probing))
+        check(probing, meta_backbone(probing))
 
 
 def test_values_out_of_range_are_refused():

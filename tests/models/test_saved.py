@@ -38,7 +38,7 @@ def images():
 
 
 recipe = Recipe(backbone=net, head="4", data=Data(images, image_size=28, batch_size=8), groups=(Group("all", ".", lr=0.01),),
-                optimizer=SGD(momentum=0.9), schedule=Constant(), norm_stats="train", epochs=1, flip_test=True)
+                optimizer=SGD(momentum=0.9), schedule=Constant(), batch_norm="train", epochs=1, flip_test=True)
 """
 
 

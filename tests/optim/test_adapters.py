@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from finetune.data.loader import load, plan_epoch
 from finetune.optim.adapters import make_lr_scheduler, make_optimizer, unfreeze
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import planned_rates, split_parameters
+from finetune.optim.param_groups import build_param_groups, planned_lrs
 from finetune.recipe import SGD, Group, LayerDecay, Plateau, Switch
 from finetune.utils.errors import RecipeError
 from helpers import prepare, run_here, small_recipe
@@ -23,7 +23,7 @@ def recipe_of(**changes):
         **{
             "backbone": "test_resnet",
             "head": None,
-            "norm_stats": "eval",
+            "batch_norm": "frozen",
             "groups": (
                 Group("head", "fc", lr=1e-2),
                 Group("late", r"layer[34]", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5),
@@ -52,16 +52,16 @@ class Watch:
         self.trained.append(
             {
                 group.name
-                for group in split_parameters(self.recipe, self.net)
+                for group in build_param_groups(self.recipe, self.net)
                 if all(p.requires_grad for p in group.params.values())
             }
         )
 
     def check(self):
         """Rates are the plan's, to the bit; decays and optimizers are ours; stages came when they should; norms stayed."""
-        planned = planned_rates(self.recipe, self.net, range(4 * STEPS), STEPS)
+        planned = planned_lrs(self.recipe, self.net, range(4 * STEPS), STEPS)
         assert self.rates == [{name: values[step] for name, values in planned.items()} for step in range(4 * STEPS)]
-        ours = build_optimizer(split_parameters(self.recipe, self.net))
+        ours = build_optimizer(build_param_groups(self.recipe, self.net))
         assert [(row["name"], row["weight_decay"], len(row["params"])) for row in self.optimizer.param_groups] == [
             (row["name"], row["weight_decay"], len(row["params"])) for row in ours.param_groups
         ]
@@ -111,17 +111,17 @@ def test_a_plateau_follows_the_scores_the_loop_appends():
     assert seen == [1e-2] * 6 + [5e-3] * 3 + [2.5e-3] * 3
 
 
-@pytest.mark.parametrize("norm_stats", ["train", "eval"])
-def test_norms_hold_still_whatever_the_loop_calls(norm_stats):
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_norms_hold_still_whatever_the_loop_calls(batch_norm):
     """After net.train() frozen norms keep their statistics, others move if the recipe says so, however often one unfreezes."""
-    recipe = recipe_of(norm_stats=norm_stats)
+    recipe = recipe_of(batch_norm=batch_norm)
     net = prepare(recipe)[0]
     for epoch in (0, 0, 1):
         unfreeze(recipe, net, epoch)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items() if "running_mean" in name}
     net.train()(torch.randn(4, 3, 32, 32))
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, net.state_dict()[name])}
-    assert moved == ({name for name in before if name.startswith(("layer3", "layer4"))} if norm_stats == "train" else set())
+    assert moved == ({name for name in before if name.startswith(("layer3", "layer4"))} if batch_norm == "train" else set())
     assert max(len(module._forward_pre_hooks) for module in net.modules()) == 1
 
 
@@ -137,7 +137,7 @@ def test_a_layer_decay_recipe_travels_too():
     recipe = recipe_of(groups=LayerDecay(head_lr=1e-2, stem_ratio=0.1))
     net = prepare(recipe)[0]
     rates = {row["name"]: row["lr"] for row in make_optimizer(recipe, net).param_groups}
-    assert rates == {group.name: group.lr for group in split_parameters(recipe, net)} and len(rates) > 3
+    assert rates == {group.name: group.lr for group in build_param_groups(recipe, net)} and len(rates) > 3
 
 
 def test_transformers_trainer(tmp_path):

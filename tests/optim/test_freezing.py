@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.models.batch_norm import hold_norms, synchronise_norms, train_mode
-from finetune.optim.freezing import begins_stage, stage_in_words, unfreeze
-from finetune.optim.param_groups import split_parameters
+from finetune.models.batch_norm import convert_sync_batch_norm, hold_batch_norm, set_train_mode
+from finetune.optim.freezing import describe_stage, starts_stage, unfreeze
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Group
 from finetune.train import loop as train_loop
 from finetune.train.distributed import wrap
@@ -30,11 +30,11 @@ def residual_recipe(**changes):
     return small_recipe(**{"backbone": "test_resnet", "head": None, "groups": ROWS, **changes})
 
 
-@pytest.mark.parametrize("norm_stats", ["train", "eval"])
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 @pytest.mark.parametrize("optimizer", [AdamW(weight_decay=0.5), SGD(momentum=0.9, weight_decay=0.5)], ids=["AdamW", "SGD"])
-def test_frozen_groups_keep_every_bit(tmp_path, monkeypatch, optimizer, norm_stats):
+def test_frozen_groups_keep_every_bit(tmp_path, monkeypatch, optimizer, batch_norm):
     """Through training and evaluation, tensors of frozen groups keep every bit, and each group moves once it trains."""
-    recipe = residual_recipe(epochs=3, optimizer=optimizer, norm_stats=norm_stats)
+    recipe = residual_recipe(epochs=3, optimizer=optimizer, batch_norm=batch_norm)
     states = [{n: t.clone() for n, t in prepare(recipe)[0].state_dict().items()}]
     monkeypatch.setattr(
         train_loop,
@@ -47,9 +47,9 @@ def test_frozen_groups_keep_every_bit(tmp_path, monkeypatch, optimizer, norm_sta
         moved = {n for n, t in states[epoch + 1].items() if not torch.equal(t, states[epoch][n])}
         allowed = {n for n in states[0] if re.match(trained, n)}
         statistics = {n for n in allowed if "running" in n or "num_batches" in n}
-        assert moved <= allowed - (statistics if norm_stats == "eval" else set())
+        assert moved <= allowed - (statistics if batch_norm == "frozen" else set())
         assert moved >= {n for n in allowed if n.endswith(("conv1.weight", "fc.weight"))}
-        assert moved >= statistics or norm_stats == "eval"
+        assert moved >= statistics or batch_norm == "frozen"
 
 
 def test_refrozen_parameters_lose_their_gradient():
@@ -66,7 +66,7 @@ def test_a_frozen_backbone_runs_no_backward_pass():
     """In the head's own stage nothing before the head is on the autograd tape."""
     net, groups, _ = prepare(residual_recipe())
     unfreeze(groups, 0)
-    train_mode(net, "eval")
+    set_train_mode(net, "frozen")
     seen = []
     net.fc.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     net(torch.randn(4, 3, 32, 32)).sum().backward()
@@ -79,34 +79,34 @@ def test_a_frozen_backbone_runs_no_backward_pass():
 def test_stages_begin_where_the_table_says():
     """A stage begins at each epoch in which some group unfreezes, and at no other."""
     _, groups, _ = prepare(small_recipe())
-    assert [begins_stage(groups, epoch) for epoch in range(4)] == [True, True, True, False]
+    assert [starts_stage(groups, epoch) for epoch in range(4)] == [True, True, True, False]
 
 
 def test_a_stage_in_words():
     """What trains is named with its number of parameters, then what does not, where there is any."""
-    groups = split_parameters(small_recipe(), SmallNet())
-    assert stage_in_words(groups, 0) == "from epoch 0: trains: head (119 parameters); frozen: body, stem (1,408 parameters)"
-    assert stage_in_words(groups, 2) == "from epoch 2: trains: head, body, stem (1,527 parameters)"
+    groups = build_param_groups(small_recipe(), SmallNet())
+    assert describe_stage(groups, 0) == "from epoch 0: trains: head (119 parameters); frozen: body, stem (1,408 parameters)"
+    assert describe_stage(groups, 2) == "from epoch 2: trains: head, body, stem (1,527 parameters)"
 
 
-@pytest.mark.parametrize("held_by", [train_mode, hold_norms])
-@pytest.mark.parametrize("norm_stats,still", [("eval", {"a", "b"}), ("train", {"a"}), ("sync", {"a"})])
-def test_statistics_move_in_layers_that_train_only(held_by, norm_stats, still):
-    """With "train" and "sync" norms of frozen layers alone stand still, with "eval" all; also if the loop calls net.train()."""
+@pytest.mark.parametrize("held_by", [set_train_mode, hold_batch_norm])
+@pytest.mark.parametrize("batch_norm,still", [("frozen", {"a", "b"}), ("train", {"a"}), ("sync", {"a"})])
+def test_statistics_move_in_layers_that_train_only(held_by, batch_norm, still):
+    """With "train" and "sync" norms of frozen layers alone stand still, with "frozen" all; also if the loop calls net.train()."""
     net = nn.Sequential(OrderedDict(a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(3), c=nn.Dropout()))
     net.a.requires_grad_(False)
     net.b.register_forward_pre_hook(lambda module, inputs: None)  # somebody else's
     for _ in range(2):
-        held_by(net, norm_stats)
-    assert len(net.b._forward_pre_hooks) == 1 + (held_by is hold_norms)  # once, however often it is asked for
-    if held_by is hold_norms:
+        held_by(net, batch_norm)
+    assert len(net.b._forward_pre_hooks) == 1 + (held_by is hold_batch_norm)  # once, however often it is asked for
+    if held_by is hold_batch_norm:
         net.train()
     net(torch.randn(4, 3, 2, 2))
     assert {name for name in ("a", "b") if not net.get_buffer(f"{name}.num_batches_tracked")} == still and net.c.training
     net.a.requires_grad_(True)
-    held_by(net.train(), norm_stats)
+    held_by(net.train(), batch_norm)
     net(torch.randn(4, 3, 2, 2))
-    assert bool(net.a.num_batches_tracked) == (norm_stats != "eval")
+    assert bool(net.a.num_batches_tracked) == (batch_norm != "frozen")
 
 
 def test_a_norm_without_parameters_follows_what_surrounds_it():
@@ -115,9 +115,9 @@ def test_a_norm_without_parameters_follows_what_surrounds_it():
     net = nn.Sequential(nn.Sequential(block, nn.Conv2d(4, 4, 1)))  # the last layer always trains
     for moves in (False, True):
         block.requires_grad_(moves)
-        train_mode(net, "train")
+        set_train_mode(net, "train")
         assert block[1][0].training == moves
-    train_mode(nn.Sequential(nn.BatchNorm2d(4, affine=False)), "train")  # no parameter anywhere: nothing to ask
+    set_train_mode(nn.Sequential(nn.BatchNorm2d(4, affine=False)), "train")  # no parameter anywhere: nothing to ask
 
 
 @pytest.fixture
@@ -156,17 +156,17 @@ def test_several_processes_average_what_trains_in_the_stage(one_process_group):
 
 
 def test_synchronised_norms_keep_their_parameters(monkeypatch):
-    """norm_stats="sync" swaps norms once, keeping parameters and names; on CPUs it is refused, on one process it is "train"."""
+    """batch_norm="sync" swaps norms once, keeping parameters and names; on CPUs it is refused, on one process it is "train"."""
     accelerator = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
-    net, _, _ = prepare(residual_recipe(norm_stats="sync"))
+    net, _, _ = prepare(residual_recipe(batch_norm="sync"))
     before = dict(net.named_parameters())
-    kinds = {type(module).__name__ for module in synchronise_norms(net, "sync", accelerator).modules()}
+    kinds = {type(module).__name__ for module in convert_sync_batch_norm(net, "sync", accelerator).modules()}
     assert "SyncBatchNorm" in " ".join(kinds) and "BatchNorm2d" not in kinds
     assert all(parameter is before[name] for name, parameter in net.named_parameters()) and len(before) > 20
     for changed in ({"num_processes": 1}, {"num_processes": 1, "device": torch.device("cpu")}):
-        assert synchronise_norms(net, "sync", SimpleNamespace(**{**vars(accelerator), **changed})) is net
+        assert convert_sync_batch_norm(net, "sync", SimpleNamespace(**{**vars(accelerator), **changed})) is net
     with pytest.raises(RecipeError, match="needs GPUs"):
-        synchronise_norms(net, "sync", SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+        convert_sync_batch_norm(net, "sync", SimpleNamespace(num_processes=2, device=torch.device("cpu")))
 
 
 def test_no_module_is_swapped():
@@ -175,5 +175,5 @@ def test_no_module_is_swapped():
     before = dict(net.named_modules())
     for epoch in (0, 1, 2, 0):
         unfreeze(groups, epoch)
-        train_mode(net, "train")
+        set_train_mode(net, "train")
     assert all(module is before[name] for name, module in net.named_modules())

@@ -11,22 +11,22 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy, multilabel_soft_margin_loss, one_hot
 
-from finetune.data.loader import SeededImages
+from finetune.data.loader import ImageDataset
 from finetune.models.backbone import build_backbone, head_parameters
-from finetune.optim.loss import Objective
+from finetune.optim.loss import Criterion
 from finetune.recipe import Augment
 from finetune.train.loop import clip
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 
 
-def objective(recipe, labels=None, device="cpu"):
-    """The objective of SmallNet on a set of these labels."""
+def criterion(recipe, labels=None, device="cpu"):
+    """The criterion of SmallNet on a set of these labels."""
     images = prepare(recipe)[2][0] if labels is None else SimpleSet(labels)
-    return Objective(recipe, SmallNet(), images, torch.device(device))
+    return Criterion(recipe, SmallNet(), images, torch.device(device))
 
 
-class SimpleSet(SeededImages):
+class SimpleSet(ImageDataset):
     """Labels without images, of 4 classes."""
 
     def __init__(self, labels):
@@ -78,7 +78,7 @@ def test_the_logged_norm_is_from_before_clipping():
 def test_binary_loss_is_timms(smoothing):
     """loss="binary" equals timm's BinaryCrossEntropy with its smoothing, on labels of one class."""
     logits, labels = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
-    ours = objective(small_recipe(loss="binary", label_smoothing=smoothing), [0]).loss(logits, labels) / 6
+    ours = criterion(small_recipe(loss="binary", label_smoothing=smoothing), [0]).loss(logits, labels) / 6
     theirs = timm.loss.BinaryCrossEntropy(smoothing=smoothing)(logits, labels)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
@@ -86,7 +86,7 @@ def test_binary_loss_is_timms(smoothing):
 def test_multi_label_loss_is_torchs():
     """loss="multi_label" equals torch's multilabel_soft_margin_loss; an unreadable image counts for nothing."""
     logits, labels = torch.randn(6, 4), torch.randint(0, 2, (6, 4)).float()
-    ours = objective(small_recipe(loss="multi_label", score="mean_average_precision"), [0])
+    ours = criterion(small_recipe(loss="multi_label", metric="mean_average_precision"), [0])
     torch.testing.assert_close(ours.loss(logits, labels) / 6, multilabel_soft_margin_loss(logits, labels))
     labels[2] = -100
     seen = [0, 1, 3, 4, 5]
@@ -102,18 +102,18 @@ def test_smoothing_mixed_targets_is_timms():
         mixed = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.0, multi_label=several)
         logits = torch.randn(4, 4)
         score = "mean_average_precision" if several else "top1"
-        ours = objective(small_recipe(loss=kind, label_smoothing=0.2, score=score), [0])
+        ours = criterion(small_recipe(loss=kind, label_smoothing=0.2, metric=score), [0])
         expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, theirs) * 4
         torch.testing.assert_close(ours.loss(logits, mixed), expected)
     theirs = timm.loss.SoftTargetCrossEntropy()(logits, timm.data.mixup.mixup_target(labels, 4, 0.3, smoothing=0.2)) * 4
     mixed = timm.data.mixup.mixup_target(labels, 4, 0.3)
-    torch.testing.assert_close(objective(small_recipe(label_smoothing=0.2), [0]).loss(logits, mixed), theirs)
+    torch.testing.assert_close(criterion(small_recipe(label_smoothing=0.2), [0]).loss(logits, mixed), theirs)
 
 
 def test_balanced_class_weights_are_scikit_learns(tmp_path):
     """class_weights="balanced" is scikit-learn's formula, and a run with weights takes a bare loop's weighted steps."""
     labels = [0] * 7 + [1] * 2 + [2] * 3 + [3]
-    found = objective(small_recipe(class_weights="balanced"), labels).class_weights
+    found = criterion(small_recipe(class_weights="balanced"), labels).class_weights
     assert found.tolist() == pytest.approx(compute_class_weight("balanced", classes=np.arange(4), y=labels).tolist())
     assert found[labels].mean().item() == pytest.approx(1.0)
     weights = tuple(float(i + 1) for i in range(10))
@@ -135,7 +135,7 @@ def test_class_weights_that_do_not_fit_are_refused(weights, fault):
             return 3
 
     with pytest.raises(RecipeError, match=fault):
-        Objective(small_recipe(class_weights=weights), SmallNet(), SeededImages(Untold(), None, 0, Untold.classes), "cpu")
+        Criterion(small_recipe(class_weights=weights), SmallNet(), ImageDataset(Untold(), None, 0, Untold.classes), "cpu")
 
 
 def test_l2_sp_is_its_closed_form(tmp_path):
@@ -177,7 +177,7 @@ def test_each_update_and_each_seed_mixes_by_its_own_draw():
 
     def mixed(step, seed=0):
         recipe = small_recipe(augment=Augment(mixup=0.4, cutmix=1.0), seed=seed)
-        return objective(recipe, [0]).mix(images.clone(), labels, step)[1]
+        return criterion(recipe, [0]).mix(images.clone(), labels, step)[1]
 
     assert torch.equal(mixed(3), mixed(3))
     assert not torch.equal(mixed(3), mixed(4)) and not torch.equal(mixed(3), mixed(3, seed=1))

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
 from finetune.optim.optimizers import SeveralOptimizers, build_optimizer
-from finetune.optim.param_groups import planned_rates, split_parameters
+from finetune.optim.param_groups import build_param_groups, planned_lrs
 from finetune.recipe import SGD, AdamW, Constant, Data, Frozen, Group, Optimizer, Step, Switch
 from finetune.train import loop as train_loop
 from finetune.utils.errors import RecipeError
@@ -235,7 +235,7 @@ def test_frozen_rows_keep_every_bit_and_are_in_no_optimizer(tmp_path):
     before = prepare(recipe)[0].state_dict()
     assert {n for n, t in net.state_dict().items() if not torch.equal(t, before[n])} == {"fc.weight", "fc.bias"}
     assert {row["lr"]["rest"] for row in rows if "lr" in row} == {0.0}
-    optimizer = build_optimizer(split_parameters(recipe, net))
+    optimizer = build_optimizer(build_param_groups(recipe, net))
     assert sum(len(row["params"]) for row in optimizer.param_groups) == 2
 
 
@@ -254,7 +254,7 @@ def test_optimizers_that_do_not_fit_are_named(changes, fault):
     """An optimizer that can't take its groups is refused before training, with the remedy."""
     recipe = small_recipe(**changes)
     with pytest.raises(RecipeError) as caught:
-        build_optimizer(split_parameters(recipe, SmallNet()))
+        build_optimizer(build_param_groups(recipe, SmallNet()))
     assert fault in str(caught.value)
 
 
@@ -273,5 +273,5 @@ def test_columns_are_independent(tmp_path):
         mine = [name for name in both if name.startswith("fc.") == (moves == "head")]
         assert all(torch.equal(both[name], tensors[name]) for name in mine)
         assert not torch.equal(both[mine[0]], prepare(recipe)[0].state_dict()[mine[0]])
-        rates = [planned_rates(replace(one, epochs=3), SmallNet(), range(9), 3)[moves] for one in (recipe, alone)]
+        rates = [planned_lrs(replace(one, epochs=3), SmallNet(), range(9), 3)[moves] for one in (recipe, alone)]
         assert rates[0] == rates[1] and len(set(rates[0])) > 2

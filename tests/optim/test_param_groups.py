@@ -8,9 +8,9 @@ import timm.optim
 import torch
 
 from finetune.data.transforms import training_transform
-from finetune.models.backbone import build_backbone, outline, preprocessing
+from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import set_rates, split_parameters, table
+from finetune.optim.param_groups import build_param_groups, set_lrs, table
 from finetune.recipe import SGD, AdamW, Constant, Data, Frozen, Group, LayerDecay, Optimizer, Plateau, Step, Switch
 from finetune.recipe.load import load_recipe
 from finetune.utils.errors import RecipeError
@@ -33,15 +33,15 @@ def layered(name):
     recipe = small_recipe(backbone=name, head=None, groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01, unfreeze_at=2))
     with torch.device("meta"):
         net = timm.create_model(name, num_classes=10)
-    return net, split_parameters(recipe, net)
+    return net, build_param_groups(recipe, net)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.py")), ids=lambda file: file.stem)
 def test_every_recipe_fits_its_real_architecture(file):
     """Every shipped recipe's rows, optimizer and transforms fit the network it names, each parameter in one row."""
     recipe, _ = load_recipe(str(file))
-    net = outline(recipe)
-    groups = split_parameters(recipe, net)
+    net = meta_backbone(recipe)
+    groups = build_param_groups(recipe, net)
     claimed = [name for group in groups for name in group.params]
     assert sorted(claimed) == sorted(name for name, _ in net.named_parameters())
     optimizer = build_optimizer(groups)
@@ -106,7 +106,7 @@ def test_a_weight_of_one_output_decays():
     """The [1, C] weight of a binary head is a weight, though it is a vector by shape; a small table is no vector."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Flatten(), torch.nn.Sequential(torch.nn.Linear(5, 1)))
     net.scale, net.table = torch.nn.Parameter(torch.ones(1, 5, 1)), torch.nn.Parameter(torch.ones(2, 3))
-    groups = split_parameters(small_recipe(groups=(Group("all", ".", lr=1.0),)), net)
+    groups = build_param_groups(small_recipe(groups=(Group("all", ".", lr=1.0),)), net)
     assert set(groups[0].decayed) == {"0.weight", "2.0.weight", "table"}
 
 
@@ -115,9 +115,9 @@ def test_the_first_step_moves_each_group_by_its_rate(optimizer):
     """The first step of Adam and of Lion is the rate itself, so each group must move by its own."""
     recipe = small_recipe(optimizer=optimizer, schedule=Constant(warmup_epochs=5.0, warmup_start=1e-9), epochs=6)
     net = SmallNet()
-    groups = split_parameters(recipe, net)
+    groups = build_param_groups(recipe, net)
     opt = build_optimizer(groups)
-    set_rates(opt, groups, 25, 10, 4, ())  # the middle of the third epoch
+    set_lrs(opt, groups, 25, 10, 4, ())  # the middle of the third epoch
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.ones_like(p) + torch.rand_like(p)
@@ -131,7 +131,7 @@ def test_decay_reaches_weights_only():
     """With zero gradients AdamW shrinks the decayed parameters by rate x decay and leaves the others, bit for bit."""
     recipe = small_recipe(optimizer=AdamW(weight_decay=0.1))
     net = SmallNet()
-    groups = split_parameters(recipe, net)
+    groups = build_param_groups(recipe, net)
     opt = build_optimizer(groups)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     for p in net.parameters():
@@ -148,7 +148,7 @@ def test_decay_reaches_weights_only():
 def test_the_first_row_that_matches_a_names_start_claims():
     """Rows are tried in order, on the start of a name: an early narrow pattern wins, one of a name's middle finds nothing."""
     rows = (Group("bias", r"body\.bias", lr=1.0), Group("norm", "norm|bias", lr=2.0), Group("rest", ".", lr=3.0))
-    bias, norm, rest = split_parameters(small_recipe(groups=rows), SmallNet())
+    bias, norm, rest = build_param_groups(small_recipe(groups=rows), SmallNet())
     assert list(bias.params) == ["body.bias"] and list(norm.params) == ["norm.weight", "norm.bias"]
     assert sorted(rest.params) == ["body.weight", "fc.bias", "fc.weight", "stem.bias", "stem.weight"]
 
@@ -162,8 +162,8 @@ def test_a_row_brings_its_own_columns_or_the_recipes():
         Group("c", "norm", lr=3.0, optimizer=own, weight_decay=0.1),
         Frozen("d", "."),
     )
-    recipe = small_recipe(groups=rows, score="macro_f1")
-    a, b, c, d = groups = split_parameters(recipe, SmallNet())
+    recipe = small_recipe(groups=rows, metric="macro_f1")
+    a, b, c, d = groups = build_param_groups(recipe, SmallNet())
     assert [group.weight_decay for group in groups] == [0.0, 0.3, 0.1, 0.05]
     assert [group.optimizer for group in groups] == [recipe.optimizer, own, own, recipe.optimizer]
     assert [group.schedule for group in groups] == [recipe.schedule, schedule, recipe.schedule, recipe.schedule]
@@ -178,18 +178,18 @@ def test_a_plateau_sees_the_score_it_watches(mode, cut):
     """Of the rows of scores a schedule gets the one it watches, and a warmup begun late multiplies what it says."""
     rows = (*ALL, Group("late", "fc", lr=1.0, unfreeze_at=2, warmup_epochs=0.5))
     schedule = Plateau(mode=mode, patience=0, factor=0.1)
-    groups = split_parameters(small_recipe(groups=rows[::-1], schedule=schedule, score="macro_f1"), SmallNet())
+    groups = build_param_groups(small_recipe(groups=rows[::-1], schedule=schedule, metric="macro_f1"), SmallNet())
     better = {"macro_f1": [0.1, 0.2], "loss": [0.2, 0.1]}
     scored = [{"top1": 0.5, "macro_f1": 0.5, "loss": 0.5, cut: value} for value in better[cut][::-1]]
     optimizer = build_optimizer(groups)
-    assert set_rates(optimizer, groups, 20, 10, 4, scored) == pytest.approx({"late": 1e-3, "all": 1e-3})
-    assert set_rates(optimizer, groups, 25, 10, 4, scored) == pytest.approx({"late": 1e-1, "all": 1e-3})
+    assert set_lrs(optimizer, groups, 20, 10, 4, scored) == pytest.approx({"late": 1e-3, "all": 1e-3})
+    assert set_lrs(optimizer, groups, 25, 10, 4, scored) == pytest.approx({"late": 1e-1, "all": 1e-3})
 
 
 def test_a_switch_reaches_the_groups():
     """The groups are those of the recipe as it holds in the epoch."""
     recipe = small_recipe(switch=Switch(at=1, optimizer=SGD(), lr_factor=2.0))
-    rates = [[group.lr for group in split_parameters(recipe, SmallNet(), *epoch)] for epoch in ((), (0,), (1,))]
+    rates = [[group.lr for group in build_param_groups(recipe, SmallNet(), *epoch)] for epoch in ((), (0,), (1,))]
     assert rates == [[1e-2, 3e-3, 1e-3], [1e-2, 3e-3, 1e-3], [2e-2, 6e-3, 2e-3]]
 
 
@@ -198,7 +198,7 @@ def test_rows_that_do_not_fit_are_all_named():
     rows = (Group("head", "fc", lr=1.0), Group("again", r"fc\.b", lr=1.0), Group("top", "layer5", lr=1.0))
     recipe = small_recipe(groups=rows)
     with pytest.raises(RecipeError) as caught:
-        split_parameters(recipe, SmallNet())
+        build_param_groups(recipe, SmallNet())
     for text in (
         "the recipe's groups do not fit",
         "group 'again' (pattern 'fc\\.b') matches no parameter that an earlier row has not taken",
@@ -209,13 +209,13 @@ def test_rows_that_do_not_fit_are_all_named():
         assert text in str(caught.value)
     for left, pattern in {"1 parameter, .* 'fc.bias'": r"(?!fc\.bias)", "2 parameters, .* 'fc.weight'": "(?!fc)"}.items():
         with pytest.raises(RecipeError, match=f"no group matches {left}\n"):
-            split_parameters(small_recipe(groups=(Group("all", pattern, lr=1.0),)), SmallNet())
+            build_param_groups(small_recipe(groups=(Group("all", pattern, lr=1.0),)), SmallNet())
 
 
 def test_layer_decay_needs_a_model_that_knows_its_layers():
     """For a network without group_matcher the remedy is named."""
     with pytest.raises(RecipeError, match="SmallNet.* does not state its layers .*; write the groups as rows"):
-        split_parameters(small_recipe(groups=LayerDecay(head_lr=1.0, stem_ratio=0.1)), SmallNet())
+        build_param_groups(small_recipe(groups=LayerDecay(head_lr=1.0, stem_ratio=0.1)), SmallNet())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_layer_decay_needs_a_model_that_knows_its_layers():
 def test_wrong_optimizers_are_named(optimizer, fault):
     """An optimizer that does not exist, or not with these options, is refused before training."""
     with pytest.raises(RecipeError) as caught:
-        build_optimizer(split_parameters(small_recipe(optimizer=optimizer), SmallNet()))
+        build_optimizer(build_param_groups(small_recipe(optimizer=optimizer), SmallNet()))
     assert fault in str(caught.value)
 
 
@@ -243,7 +243,7 @@ def test_the_table_shows_each_group():
         Group("body", "body", lr=1e-3, unfreeze_at=2),
         Frozen("rest", "."),
     )
-    groups = split_parameters(small_recipe(groups=rows), SmallNet())
+    groups = build_param_groups(small_recipe(groups=rows), SmallNet())
     text = table(groups, {"head": [1e-4, 0.01234, 2e-5], "body": [3e-3], "rest": []})
     assert [re.split(r"  +", line.strip()) for line in text.splitlines()] == [
         ["group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer", "from epoch"],
@@ -266,7 +266,7 @@ def test_a_groups_own_schedule_and_warmup_are_torchs():
             Frozen("rest", "."),
         ),
     )
-    head, late, rest = split_parameters(recipe, SmallNet())
+    head, late, rest = build_param_groups(recipe, SmallNet())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     theirs = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5 * 6, gamma=0.9)
     for step in range(120):
@@ -293,7 +293,7 @@ def test_a_default_rate_for_what_is_not_named():
     )
     with torch.device("meta"):
         net = build_backbone(recipe, 10)
-    rates = {name: group.lr for group in split_parameters(recipe, net) for name in group.params}
+    rates = {name: group.lr for group in build_param_groups(recipe, net) for name in group.params}
     assert {name for name, rate in rates.items() if rate == 1e-2} == {
         f"classifier.{i}.{kind}" for i in (3, 6) for kind in ("weight", "bias")
     }

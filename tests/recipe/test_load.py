@@ -8,7 +8,7 @@ import pytest
 
 from finetune.recipe import EarlyStop, LinearProbe, Optimizer
 from finetune.recipe.load import load_recipe, override
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from helpers import RECIPES, ROOT, small_recipe
 
@@ -110,7 +110,7 @@ def test_unknown_names():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_resolved_recipe_is_plain_data(name):
     """The resolved recipe goes through JSON unchanged, and no two recipes resolve alike."""
-    resolved = as_dict(load_recipe(name)[0])
+    resolved = to_dict(load_recipe(name)[0])
     assert json.loads(json.dumps(resolved)) == resolved
     assert resolved["schedule"]["type"] and resolved["optimizer"]["name"]
-    assert all(resolved != as_dict(load_recipe(other)[0]) for other in RECIPES if other != name)
+    assert all(resolved != to_dict(load_recipe(other)[0]) for other in RECIPES if other != name)

@@ -63,7 +63,7 @@ def faults(recipe, **changes):
         ({"head": 3}, "head must be a text or None, not 3"),
         ({"backbone": 3}, "backbone must be a text or a function, not 3"),
         ({"data": Data(3, 8, 8)}, "data.source must be a text or a function, not 3"),
-        ({"norm_stats": "frozen"}, "norm_stats must be 'train' or 'eval' or 'sync', not 'frozen'"),
+        ({"batch_norm": "eval"}, "batch_norm must be 'frozen' or 'train' or 'sync', not 'eval'"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be 'no' or 'bf16' or 'fp16', not 'fp8'"),
         ({"optimizer": "AdamW"}, "optimizer must be an Optimizer, not 'AdamW'"),
         ({"optimizer": AdamW(weight_decay=True)}, "optimizer.weight_decay must be a number, not True"),
@@ -149,7 +149,7 @@ def test_every_number_has_its_range(recipe, field, sentence, right, wrong):
         assert f"\n  {sentence}" in str(caught.value) and f", not {value!r}" in str(caught.value)
 
 
-SKIPPING, SEVERAL = Data("digits", 8, 8, on_bad_image="skip"), {"loss": "multi_label", "score": "mean_average_precision"}
+SKIPPING, SEVERAL = Data("digits", 8, 8, on_bad_image="skip"), {"loss": "multi_label", "metric": "mean_average_precision"}
 CLASHES = [
     ({"class_weights": "balanced"}, {"loss": "binary"}, "class_weights need loss='cross_entropy'"),
     ({"clip_norm": None}, {"clip_norm_type": 1.0}, "clip_norm_type has no effect without clip_norm"),
@@ -205,8 +205,8 @@ def test_what_does_not_go_together(one, other, sentence):
         ({"backbone": SmallNet, "dropout": 0.1}, "dropout: only timm's networks have it"),
         ({"backbone": "torchvision/resnet18", "drop_path": 0.1}, "drop_path: only timm's networks have it"),
         ({"backbone": SmallNet, "gradient_checkpointing": True}, "gradient_checkpointing: only timm's networks have it"),
-        ({"loss": "multi_label"}, "score='top1' and loss='multi_label' do not go together"),
-        ({"score": "mean_average_precision"}, "score='mean_average_precision' and loss='cross_entropy' do not go together"),
+        ({"loss": "multi_label"}, "metric='top1' and loss='multi_label' do not go together"),
+        ({"metric": "mean_average_precision"}, "metric='mean_average_precision' and loss='cross_entropy' do not go together"),
         ({"optimizer": AdamW(lr=1e-3)}, "optimizer: lr belongs to the groups"),
         ({"optimizer": SGD(params=[])}, "optimizer: params belongs to the groups"),
         ({"schedule": Cosine(floor=1.0)}, "schedule: floor is a fraction of the peak"),

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from finetune.__main__ import main as verb
 from finetune.recipe import Data
 from finetune.recipe.load import load_recipe
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.results import baseline, reproduce
 from finetune.results.baseline import Baseline, baseline_of, interval, odds, promise, record_runs, summary, with_baseline
 from finetune.utils.errors import RecipeError
@@ -21,7 +21,7 @@ from helpers import ROOT, small_recipe
 def finished(folder, recipe, top1, **result):
     """A run folder with a result."""
     folder.mkdir()
-    (folder / "recipe.json").write_text(json.dumps(as_dict(recipe)))
+    (folder / "recipe.json").write_text(json.dumps(to_dict(recipe)))
     scores = {
         "top1": top1,
         "loss": 0.1,
@@ -75,7 +75,7 @@ def test_records_name_no_machine():
 
 def record_of(scores, val_images=400):
     return {
-        "recipe": as_dict(small_recipe()),
+        "recipe": to_dict(small_recipe()),
         "runs": [{"seed": seed, "top1": score, "val_images": val_images, "seconds": 90.0} for seed, score in enumerate(scores)],
         "versions": {"torch": "2.15.0+cu132"},
         "hardware": {"device": "cpu", "name": "CPU", "processes": 1, "threads": 2},
@@ -151,7 +151,7 @@ QUICK = '''"""Quick."""
 from finetune.lr_schedule import Constant
 from finetune.recipe import AdamW, Data, LayerDecay, Recipe
 
-recipe = Recipe(backbone="resnet10t", weights="none", data=Data("digits", 32, 64), epochs=1, norm_stats="train",
+recipe = Recipe(backbone="resnet10t", weights="none", data=Data("digits", 32, 64), epochs=1, batch_norm="train",
                 groups=LayerDecay(head_lr=1e-3, stem_ratio=0.1), optimizer=AdamW(), schedule=Constant())
 '''
 

@@ -47,7 +47,7 @@ def test_the_runs_picture_is_the_plans(tmp_path, monkeypatch, changes):
     recipe = small_recipe(**changes)
     before, marks, names = drawn(monkeypatch, lambda: plots.planned(tmp_path / "plan.png", recipe, SmallNet(), 22))
     run_here(recipe, tmp_path)
-    after, same_marks, same_names = drawn(monkeypatch, lambda: plots.curves(tmp_path, recipe.score))
+    after, same_marks, same_names = drawn(monkeypatch, lambda: plots.curves(tmp_path, recipe.metric))
     assert before.keys() == after.keys() and marks == same_marks == [1, 2] and names == same_names
     for name, line in before.items():
         np.testing.assert_array_equal(line, after[name])

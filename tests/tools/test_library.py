@@ -12,7 +12,7 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.recipe.load import load_recipe, override
-from finetune.recipe.serialize import as_dict
+from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import baseline_of, promise, summary
 from finetune.tools.library import copied, differences
 from finetune.utils.errors import RecipeError
@@ -63,7 +63,7 @@ def test_a_copy_is_the_recipe(here, name):
     assert main(["cp", name, "mine.py"]) == 0
     copy, file = load_recipe("mine.py")
     original, first = load_recipe(name)
-    assert as_dict(copy) == as_dict(original) and differences(name, "mine.py") == []
+    assert to_dict(copy) == to_dict(original) and differences(name, "mine.py") == []
     assert "accelerate launch -m finetune.run --recipe mine.py" in file.read_text()
     if promise(first, original).startswith("top-1"):
         assert promise(file, copy) == promise(first, original)
@@ -79,7 +79,7 @@ def test_changes_are_written_into_the_copy(here, name):
     arguments = [word for change in CHANGES + groups for word in ("--set", change)]
     assert main(["cp", name, "mine.py", *arguments]) == 0
     copy, file = load_recipe("mine.py")
-    assert as_dict(copy) == as_dict(override(load_recipe(name)[0], CHANGES + groups))
+    assert to_dict(copy) == to_dict(override(load_recipe(name)[0], CHANGES + groups))
     text = file.read_text()
     assert "3e-3" in text and "override" not in text and "not measured" in text and "%" not in text
     assert promise(file, copy) == "nothing: not measured"
@@ -119,7 +119,7 @@ def test_diff_names_the_fields(here, capsys):
     """Two recipes are compared field by field, groups by their names, and a run's folder stands for its recipe."""
     main(["cp", "resnet18_cifar", "mine.py", "--set", "groups.layer4.lr=1e-4"])
     (here / "run").mkdir()
-    (here / "run" / "recipe.json").write_text(json.dumps(as_dict(load_recipe("mine.py")[0])))
+    (here / "run" / "recipe.json").write_text(json.dumps(to_dict(load_recipe("mine.py")[0])))
     capsys.readouterr()
     for other in ("mine.py", "run"):
         assert main(["diff", "resnet18_cifar", other]) == 0

@@ -18,7 +18,7 @@ from finetune.recipe import SGD, Frozen, Group, LayerDecay, Step
 from finetune.recipe.load import override
 from finetune.tools import lr_finder
 from finetune.tools.lr_finder import line_to_paste, picture, range_test, smooth, suggestions
-from finetune.train.logger import RunRecord
+from finetune.train.logger import Logger
 from finetune.train.loop import train
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, prepare, same_tensors, small_recipe
@@ -35,7 +35,7 @@ RECIPES = {
     "norms": small_recipe(
         backbone="test_resnet",
         head=None,
-        norm_stats="train",
+        batch_norm="train",
         groups=(Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1), Frozen("early", ".")),
     ),
 }
@@ -75,7 +75,7 @@ def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
         if tested:
             range_test(recipe, net, images, accelerator, num_updates=10)
         (folder := tmp_path / str(tested)).mkdir()
-        net = train(recipe, net, images, RunRecord(folder, accelerator, lambda path, net: None, recipe.score), accelerator)
+        net = train(recipe, net, images, Logger(folder, accelerator, lambda path, net: None, recipe.metric), accelerator)
         ends.append((net.state_dict(), (folder / "metrics.jsonl").read_text()))
     assert same_tensors(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
@@ -90,14 +90,14 @@ def test_every_rate_rises_by_the_same_progression(monkeypatch):
         )
     )
     net, _, images = prepare(recipe)
-    seen, networks, step = [], [], lr_finder.take_step
+    seen, networks, step = [], [], lr_finder.train_step
 
-    def watched(recipe, objective, model, trained, optimizer, *rest):
+    def watched(recipe, criterion, model, trained, optimizer, *rest):
         seen.append({row["name"]: row["lr"] for row in optimizer.param_groups})
         networks.append(model)
-        return step(recipe, objective, model, trained, optimizer, *rest)
+        return step(recipe, criterion, model, trained, optimizer, *rest)
 
-    monkeypatch.setattr(lr_finder, "take_step", watched)
+    monkeypatch.setattr(lr_finder, "train_step", watched)
     multipliers, _ = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e1, num_updates=12)
     assert multipliers == pytest.approx(np.geomspace(1e-2, 1e1, 12), rel=1e-12) and len(seen) == 12
     for row, multiplier in zip(seen, np.geomspace(1e-2, 1e1, 12), strict=True):
@@ -106,17 +106,17 @@ def test_every_rate_rises_by_the_same_progression(monkeypatch):
     assert moved == {"body.weight", "body.bias", "fc.weight", "fc.bias"}
 
 
-@pytest.mark.parametrize("norm_stats", ["train", "eval"])
-def test_norms_behave_as_in_the_run(monkeypatch, norm_stats):
-    """On the copy, statistics move in layers that ever train and in no others, and with norm_stats="eval" nowhere."""
-    recipe = dataclasses.replace(RECIPES["norms"], norm_stats=norm_stats)
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_norms_behave_as_in_the_run(monkeypatch, batch_norm):
+    """On the copy, statistics move in layers that ever train and in no others, and with batch_norm="frozen" nowhere."""
+    recipe = dataclasses.replace(RECIPES["norms"], batch_norm=batch_norm)
     net, _, images = prepare(recipe)
-    networks, step = [], lr_finder.take_step
-    monkeypatch.setattr(lr_finder, "take_step", lambda *all: networks.append(all[2]) or step(*all))
+    networks, step = [], lr_finder.train_step
+    monkeypatch.setattr(lr_finder, "train_step", lambda *all: networks.append(all[2]) or step(*all))
     range_test(recipe, net, images, Accelerator(cpu=True), num_updates=10)
     moved = {n for n, t in networks[0].named_buffers() if not torch.equal(t, net.get_buffer(n))}
     late = {n for n, _ in net.named_buffers() if n.startswith(("layer3", "layer4"))}
-    assert moved == (late if norm_stats == "train" else set()) and late
+    assert moved == (late if batch_norm == "train" else set()) and late
 
 
 def test_losses_are_those_of_a_bare_loop():
@@ -190,7 +190,7 @@ def test_it_ends_when_the_loss_explodes(monkeypatch, last, kept):
     """No loss is asked for after one that is no number, which is not kept, or after the smoothed one is 4 times its lowest."""
     net, _, images = prepare(small_recipe())
     made = iter([2.0] * 12 + [last] + [2.0] * 7)
-    monkeypatch.setattr(lr_finder, "take_step", lambda *_: (torch.tensor(next(made)), None))
+    monkeypatch.setattr(lr_finder, "train_step", lambda *_: (torch.tensor(next(made)), None))
     multipliers, losses = range_test(small_recipe(), net, images, Accelerator(cpu=True), num_updates=20)
     assert len(losses) == kept and len(list(made)) == (0 if last == 1.0 else 7)
     assert multipliers == pytest.approx(np.geomspace(1e-3, 1e3, 20)[:kept])
@@ -235,8 +235,10 @@ def test_the_line_is_read_back():
 
 def test_the_picture_shows_the_suggestions(tmp_path, monkeypatch):
     """The file is a picture whose legend has both suggestions, and whose axis holds the valley but not the explosion."""
-    shown, tidy = [], lr_finder.tidy
-    monkeypatch.setattr(lr_finder, "tidy", lambda figure, axes, file: shown.extend(axes) or tidy(figure, axes, file))
+    shown, save_figure = [], lr_finder.save_figure
+    monkeypatch.setattr(
+        lr_finder, "save_figure", lambda figure, axes, file: shown.extend(axes) or save_figure(figure, axes, file)
+    )
     losses = [3.0] * 15 + np.linspace(3, 1, 25).tolist() + np.geomspace(1, 1e4, 10).tolist()
     file = picture(
         tmp_path / "find_lr.png",

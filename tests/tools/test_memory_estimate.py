@@ -8,12 +8,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.modules import module as torch_module
 
-from finetune.models.backbone import build_backbone, memory_format, outline
-from finetune.models.batch_norm import train_mode
-from finetune.models.fuse_conv_bn import fold_norms
+from finetune.models.backbone import build_backbone, memory_format, meta_backbone
+from finetune.models.batch_norm import set_train_mode
+from finetune.models.fuse_conv_bn import fuse_conv_bn
 from finetune.optim.freezing import unfreeze
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import split_parameters
+from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, Switch
 from finetune.recipe.load import load_recipe
 from finetune.tools.memory_estimate import layers, memory_table, stage_memory
@@ -73,10 +73,10 @@ def real_network(recipe, epoch):
     """The network on the CPU with weights, as the epoch trains it, and its groups."""
     torch.manual_seed(0)
     net = build_backbone(recipe, 10)
-    groups = split_parameters(recipe, net, epoch)
-    fold_norms(recipe, net)
+    groups = build_param_groups(recipe, net, epoch)
+    fuse_conv_bn(recipe, net)
     unfreeze(groups, epoch)
-    train_mode(net, recipe.norm_stats)
+    set_train_mode(net, recipe.batch_norm)
     return net, groups
 
 
@@ -84,7 +84,7 @@ def real_network(recipe, epoch):
 def test_the_layers_have_every_parameter_once(backbone):
     """The parameters of the rows add up to the network's, and each layer's are those of its module."""
     recipe = recipe_for(backbone)
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     table = columns(layers(recipe, net))
     counts = [int(count.replace(",", "")) for count in table["parameters"]]
     assert table["layer"][-1] == "all" and counts[-1] == sum(counts[:-1]) == sum(p.numel() for p in net.parameters())
@@ -98,7 +98,7 @@ def test_the_layers_have_every_parameter_once(backbone):
 def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
     """The layers come in the order, and return the shapes, that hooks see in a pass of one real image."""
     recipe = recipe_for(backbone, size)
-    table = columns(layers(recipe, outline(recipe)))
+    table = columns(layers(recipe, meta_backbone(recipe)))
     shapes = {name: shape for name, shape in zip(table["layer"], table["output"], strict=True) if shape}
     net, seen = build_backbone(recipe, 10).eval(), {}
     for name in shapes:
@@ -114,7 +114,7 @@ def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
 def test_the_shapes_are_timms(backbone):
     """The layers that timm names as stages have the channels and the reduction that timm states."""
     recipe = recipe_for(backbone)
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     table = columns(layers(recipe, net))
     stages = [info for info in net.feature_info if info["module"] in "\n".join(table["layer"])]
     assert len(stages) >= 4
@@ -133,17 +133,19 @@ def test_the_layers_name_who_trains_them():
         Group("body", "body", lr=1.0, unfreeze_at=1),
         Group("stem", "stem", lr=1.0),
     )
-    table = columns(layers(small_recipe(groups=rows), outline(small_recipe(groups=rows))))
+    table = columns(layers(small_recipe(groups=rows), meta_backbone(small_recipe(groups=rows))))
     assert table["layer"] == ["stem", "norm", "body", "fc", "all"]
     assert table["group"] == ["stem", "norm", "bias, body", "head", ""]
     assert table["from epoch"] == ["0", "never", "1, 2", "0", ""]
     recipe = recipe_for("resnet18", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1, unfreeze_at=1))
-    table = columns(layers(recipe, outline(recipe)))
+    table = columns(layers(recipe, meta_backbone(recipe)))
     assert dict(zip(table["layer"], table["group"], strict=True))["layer4.1"] == "layer08"
     recipe = recipe_for("swin_tiny_patch4_window7_224", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1))
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     table = columns(layers(recipe, net))
-    own = [group.name for group in split_parameters(recipe, net) if any(name.startswith("layers.2.") for name in group.params)]
+    own = [
+        group.name for group in build_param_groups(recipe, net) if any(name.startswith("layers.2.") for name in group.params)
+    ]
     assert dict(zip(table["layer"], table["group"], strict=True))["layers.2"] == f"{own[0]} .. {own[-1]}"
 
 
@@ -161,23 +163,23 @@ def allocated(recipe, epoch, images):
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize(
-    "backbone,size,norm_stats,checkpointing",
+    "backbone,size,batch_norm,checkpointing",
     [
         ("test_resnet", 64, "train", False),
-        ("resnet18", 64, "eval", True),
-        ("vit_tiny_patch16_224", 64, "eval", False),
-        ("vit_tiny_patch16_224", 64, "eval", True),
-        ("torchvision/mobilenet_v3_small", 32, "eval", False),
-        (ShiftedNet, 32, "eval", False),
+        ("resnet18", 64, "frozen", True),
+        ("vit_tiny_patch16_224", 64, "frozen", False),
+        ("vit_tiny_patch16_224", 64, "frozen", True),
+        ("torchvision/mobilenet_v3_small", 32, "frozen", False),
+        (ShiftedNet, 32, "frozen", False),
     ],
 )
-def test_activations_are_what_a_real_pass_leaves(backbone, size, norm_stats, checkpointing, epoch):
+def test_activations_are_what_a_real_pass_leaves(backbone, size, batch_norm, checkpointing, epoch):
     """The bytes of activations are what the allocator has handed out by the end of a real forward pass, and not taken back.
 
     To 0.1 %, the allocator rounds up; with checkpoints also to the generator's state that each of at most 12 keeps.
     """
-    recipe = recipe_for(backbone, size, norm_stats=norm_stats, gradient_checkpointing=checkpointing)
-    found = stage_memory(recipe, outline(recipe), epoch, 6)["activations"]
+    recipe = recipe_for(backbone, size, batch_norm=batch_norm, gradient_checkpointing=checkpointing)
+    found = stage_memory(recipe, meta_backbone(recipe), epoch, 6)["activations"]
     spare = 12 * torch.get_rng_state().nbytes if checkpointing and epoch else 0
     real = allocated(recipe, epoch, 6)
     assert 0.999 * (real - spare) <= found <= 1.001 * real
@@ -187,10 +189,10 @@ def test_activations_are_what_a_real_pass_leaves(backbone, size, norm_stats, che
 def test_frozen_layers_and_checkpoints_save_memory(backbone):
     """The head alone takes less than 0.4 of the activations of everything, and checkpoints leave less than 0.6."""
     recipe = recipe_for(backbone, 64)
-    head, everything = (stage_memory(recipe, outline(recipe), epoch, 8)["activations"] for epoch in (0, 1))
+    head, everything = (stage_memory(recipe, meta_backbone(recipe), epoch, 8)["activations"] for epoch in (0, 1))
     recipe = recipe_for(backbone, 64, gradient_checkpointing=True)
     assert head < 0.4 * everything
-    assert head < stage_memory(recipe, outline(recipe), 1, 8)["activations"] < 0.6 * everything
+    assert head < stage_memory(recipe, meta_backbone(recipe), 1, 8)["activations"] < 0.6 * everything
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_the_optimizers_state_is_the_real_ones(optimizer):
         net(torch.rand(2, 3, 24, 24)).sum().backward()
         real.step()
         state = [value for row in real.state_dict()["state"].values() for value in row.values()]
-        assert stage_memory(recipe, outline(recipe), epoch, 2)["optimizer"] == sum(
+        assert stage_memory(recipe, meta_backbone(recipe), epoch, 2)["optimizer"] == sum(
             value.nbytes for value in state if isinstance(value, torch.Tensor)
         )
 
@@ -225,7 +227,7 @@ def test_the_optimizers_state_is_the_real_ones(optimizer):
 def test_an_unknown_state_is_said(optimizer):
     """A state that can't be found without numbers is left out, and the sum is then a lower bound."""
     recipe = small_recipe(optimizer=optimizer, groups=(Group("all", ".", lr=1.0),))
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     assert "optimizer" not in stage_memory(recipe, net, 0, 2)
     row = memory_table(recipe, net, 2).splitlines()[1]
     assert "unknown" in row and "  > 0.0" in row
@@ -234,10 +236,10 @@ def test_an_unknown_state_is_said(optimizer):
 def test_parameters_and_their_average_are_the_real_ones():
     """Parameters and buffers, and the moving average's, take the bytes that the tensors on the CPU take."""
     recipe = recipe_for("resnet18", 64, ema_decay=0.9)
-    stage, net = stage_memory(recipe, outline(recipe), 0, 2), build_backbone(recipe, 10)
+    stage, net = stage_memory(recipe, meta_backbone(recipe), 0, 2), build_backbone(recipe, 10)
     assert stage["parameters"] == sum(t.nbytes for t in net.state_dict().values())
     assert stage["average"] == sum(t.nbytes for t in ModelEmaV3(net).module.state_dict().values())
-    assert "average" not in stage_memory(recipe_for("resnet18", 64), outline(recipe), 0, 2)
+    assert "average" not in stage_memory(recipe_for("resnet18", 64), meta_backbone(recipe), 0, 2)
 
 
 def test_the_table_has_every_stage_and_its_sum():
@@ -254,7 +256,7 @@ def test_the_table_has_every_stage_and_its_sum():
         switch=Switch(at=3, optimizer=SGD(momentum=0.9)),
         ema_decay=0.9,
     )
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     text = memory_table(recipe, net, 4)
     table = columns("\n".join(text.splitlines()[:-2]))
     assert table["from epoch"] == ["0", "1", "3"] and table["trains"] == ["head", "head, top", "head .. rest"]
@@ -272,7 +274,7 @@ def test_the_table_has_every_stage_and_its_sum():
 def test_the_network_stays_as_it_was():
     """Looking leaves every tensor, flag, mode, gradient and hook of the network, and torch's own hooks, alone."""
     recipe = recipe_for("test_resnet", 64)
-    net = outline(recipe).train()
+    net = meta_backbone(recipe).train()
     net.bn1.eval()
     net.fc.weight.requires_grad = False
 
@@ -292,6 +294,6 @@ def test_the_network_stays_as_it_was():
 def test_a_recipes_plan_fits_a_screen(name):
     """The layers and the stages of recipes of each family are lines of at most 120 characters."""
     recipe, _ = load_recipe(name)
-    net = outline(recipe)
+    net = meta_backbone(recipe)
     lines = f"{layers(recipe, net)}\n{memory_table(recipe, net, recipe.data.batch_size)}".splitlines()
     assert len(lines) > 15 and max(map(len, lines)) <= 120

@@ -6,7 +6,7 @@ from PIL import Image
 from finetune.__main__ import main as verb
 from finetune.data import sources as image_data
 from finetune.models import pretrained as weights
-from finetune.optim.param_groups import group_tables, planned_rates
+from finetune.optim.param_groups import param_group_tables, planned_lrs
 from finetune.recipe import SGD, Frozen, Group, Step, Switch
 from finetune.run import main
 from finetune.train import setup as assemble
@@ -23,9 +23,9 @@ ROWS = (
 def test_the_group_table_has_first_peak_and_last_rate():
     """A late group's first and highest rate are those it really gets; a frozen row has none; a switch has its own table."""
     recipe = small_recipe(groups=ROWS, switch=Switch(at=2, optimizer=SGD(momentum=0.5), lr_factor=2.0))
-    first, second = (text.splitlines() for text in group_tables(recipe, SmallNet(), 22).split("\n\nfrom epoch 2:\n"))
+    first, second = (text.splitlines() for text in param_group_tables(recipe, SmallNet(), 22).split("\n\nfrom epoch 2:\n"))
     cells = {line.split()[0]: line.split() for line in first}
-    rates = planned_rates(recipe, SmallNet(), range(12), 3)
+    rates = planned_lrs(recipe, SmallNet(), range(12), 3)
     assert cells["body"][3:6] == [f"{rate:.2g}" for rate in (rates["body"][3], max(rates["body"][3:6]), rates["body"][5])]
     assert cells["stem"][-2:] == ["frozen", "never"] and cells["head"][-2:] == ["AdamW", "0"]
     later = {line.split()[0]: line.split() for line in second}

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from finetune.data.sources import data_size
-from finetune.models.backbone import outline
+from finetune.models.backbone import meta_backbone
 from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe
 from finetune.tools import plan
-from finetune.tools.image_stats import Facts, look
+from finetune.tools.image_stats import ImageStats, look
 from finetune.tools.suggest import suggestion
 from finetune.utils.errors import RecipeError
 
-PHOTOS = Facts(
+PHOTOS = ImageStats(
     source="digits",
     train=1500,
     val=500,
@@ -56,7 +56,7 @@ BACKBONES = [
 
 @pytest.fixture
 def written(tmp_path):
-    """A function from changed facts to the recipe that is suggested for them, loaded from its file."""
+    """A function from changed stats to the recipe that is suggested for them, loaded from its file."""
 
     def load(backbone="resnet18", weights=None, **changes):
         file = tmp_path / "my recipe.py"
@@ -70,7 +70,7 @@ def written(tmp_path):
 def test_the_file_loads_and_fits(written, kind, backbone):
     """Whatever the images and the network, the file is a recipe whose groups, optimizer and transforms fit that network."""
     recipe = written(backbone, **KINDS[kind])
-    plan.check(recipe, outline(recipe))
+    plan.check(recipe, meta_backbone(recipe))
     assert recipe.data.source == KINDS[kind].get("source", "digits") and recipe.backbone == backbone
 
 
@@ -128,7 +128,7 @@ def test_choices_follow_the_images(written):
     }.items():
         assert written(classes=classes).augment.hflip == flip, classes
     even, uneven = written(), written(largest=900, smallest=300)
-    assert (even.class_weights, even.score, uneven.class_weights, uneven.score) == (None, "top1", "balanced", "macro_f1")
+    assert (even.class_weights, even.metric, uneven.class_weights, uneven.metric) == (None, "top1", "balanced", "macro_f1")
     assert written(aspect=4.0).augment.crop_scale == (0.12, 0.25)
     assert written(train=19_999).augment.mixup == 0 and written(train=20_000).augment.mixup > 0
     assert even.ema_decay == 0.99 and written(train=1_000_000).ema_decay == 0.999
@@ -166,10 +166,10 @@ def test_look_finds_what_was_drawn(tmp_path):
     images(tmp_path / "train" / "b", 2, (30, 60))
     images(tmp_path / "val" / "a", 1, (9, 9))
     images(tmp_path / "val" / "b", 1, (9, 9))
-    assert look(os.path.relpath(tmp_path)) == Facts(
+    assert look(os.path.relpath(tmp_path)) == ImageStats(
         str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=2, largest=6, side=20, least=20, aspect=2.0, grey=False
     )
-    assert look("digits") == Facts("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
+    assert look("digits") == ImageStats("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])

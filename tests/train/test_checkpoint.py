@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from finetune.optim.optimizers import SeveralOptimizers
 from finetune.train.checkpoint import restore, restore_optimizer, save_checkpoint
-from finetune.train.logger import RunRecord
+from finetune.train.logger import Logger
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
@@ -28,7 +28,7 @@ SGD, AdamW = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW
 
 def recorded(folder, accelerator=None):
     folder.mkdir(exist_ok=True)
-    return RunRecord(folder, accelerator or Accelerator(cpu=True), lambda path, net: None, quiet=True)
+    return Logger(folder, accelerator or Accelerator(cpu=True), lambda path, net: None, quiet=True)
 
 
 def save(folder, net, optimizer, scored=None, step=3, accelerator=None):

@@ -20,7 +20,7 @@ from finetune.train import checkpoint
 from finetune.train import distributed as processes
 from finetune.train import loop as train_loop
 from finetune.train.distributed import Stopped, StopRequest
-from finetune.train.run_dir import lock, new_folder, newest_checkpoint
+from finetune.train.run_dir import lock, new_run_dir, newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, run_here, small_recipe
 
@@ -92,8 +92,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     """The message has the update, its images and its rates; the last good checkpoint stays, and nothing bad is saved."""
     real = train_loop.backward
 
-    def spoilt(recipe, objective, model, update, batches, step, accelerator):
-        return real(recipe, objective, model, update, batches, step, accelerator) * (float("nan") if step == 7 else 1.0)
+    def spoilt(recipe, criterion, model, update, batches, step, accelerator):
+        return real(recipe, criterion, model, update, batches, step, accelerator) * (float("nan") if step == 7 else 1.0)
 
     monkeypatch.setattr(train_loop, "backward", spoilt)
     recipe = small_recipe()
@@ -201,7 +201,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     os.kill(worker, 0)  # the worker lives on
     lock(tmp_path).close()
     os.kill(worker, signal.SIGKILL)
-    assert new_folder("x", tmp_path) == tmp_path  # a lock alone is no run
+    assert new_run_dir("x", tmp_path) == tmp_path  # a lock alone is no run
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
 from finetune.recipe import SGD, Constant, Data, Frozen, Group, Optimizer, Plateau
-from finetune.train.evaluate import evaluate
-from finetune.train.evaluate import scores as count
+from finetune.train.evaluate import compute_metrics as count
+from finetune.train.evaluate import predict_logits
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe
@@ -60,7 +60,7 @@ def test_metrics_are_scikit_learns():
     """Loss, top-1, top-5, macro F1 and accuracy by class equal scikit-learn's on the same predictions."""
     recipe = small_recipe(data=Data("digits", 24, 64))
     net, _, images = prepare(recipe)
-    scores = count(recipe, *evaluate(recipe, net, images[1], Accelerator(cpu=True)))
+    scores = count(recipe, *predict_logits(recipe, net, images[1], Accelerator(cpu=True)))
     with torch.no_grad():
         logits = torch.cat([net(batch) for batch, _ in load(images[1], 0, [list(range(len(images[1])))], 0)])
     labels, chances, guess = np.array(images[1].images.labels), logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
@@ -184,7 +184,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path):
 
 
 def test_the_best_epoch_is_kept(tmp_path):
-    """keep_best writes at each epoch whose top-1 is the highest so far, and only then."""
+    """save_best writes at each epoch whose top-1 is the highest so far, and only then."""
     kept = []
     _, rows = run_here(small_recipe(groups=ALL, epochs=6), tmp_path, save_model=lambda path, net: kept.append(path.name))
     scores = [row["top1"] for row in rows if "top1" in row]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from finetune.recipe import SGD
 from finetune.train import loop as train_loop
 from finetune.train import micro_batch as memory
-from finetune.train.micro_batch import fitting_accumulation
+from finetune.train.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
 from helpers import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
 
@@ -41,15 +41,15 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_update(tmp_path, cap
 def test_a_try_for_memory_leaves_no_trace(monkeypatch):
     """Trying a micro-batch changes no parameter, gradient or statistic; one image too many is refused."""
     monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
-    net, groups, _ = prepare(small_recipe(backbone=DroppingNet, norm_stats="train"))
+    net, groups, _ = prepare(small_recipe(backbone=DroppingNet, batch_norm="train"))
     before = {n: t.clone() for n, t in net.state_dict().items()}
     net.train()
-    assert fitting_accumulation(small_recipe(), net, Accelerator(cpu=True), 1, print) == 1
+    assert find_micro_batches(small_recipe(), net, Accelerator(cpu=True), 1, print) == 1
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     net.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError())
     with pytest.raises(RecipeError, match="out of memory with 1 images of 24 px"):
-        fitting_accumulation(small_recipe(), net, Accelerator(cpu=True), 1, print)
+        find_micro_batches(small_recipe(), net, Accelerator(cpu=True), 1, print)
 
 
 ALLOCATES = """

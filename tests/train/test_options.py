@@ -18,7 +18,7 @@ from finetune.data.loader import load
 from finetune.models.backbone import build_backbone
 from finetune.recipe import SGD, Data, EarlyStop, Group
 from finetune.train import loop as train_loop
-from finetune.train.evaluate import evaluate, scores
+from finetune.train.evaluate import compute_metrics, predict_logits
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 
@@ -30,10 +30,10 @@ def test_several_labels_are_scored_as_scikit_learn_does(tmp_path):
     def several():
         return Coloured(labels, ("red", "dark", "never")), Coloured(labels[:9], ("red", "dark", "never"))
 
-    recipe = small_recipe(groups=ALL, data=Data(several, 24, 8), loss="multi_label", score="mean_average_precision", epochs=3)
+    recipe = small_recipe(groups=ALL, data=Data(several, 24, 8), loss="multi_label", metric="mean_average_precision", epochs=3)
     net, rows = run_here(recipe, tmp_path)
-    logits, truth = evaluate(recipe, net, prepare(recipe)[2][1], Accelerator(cpu=True))
-    found, chances = scores(recipe, logits, truth), logits.sigmoid().numpy()
+    logits, truth = predict_logits(recipe, net, prepare(recipe)[2][1], Accelerator(cpu=True))
+    found, chances = compute_metrics(recipe, logits, truth), logits.sigmoid().numpy()
     truth = truth.numpy()
     by_class = [average_precision_score(truth[:, i], chances[:, i]) for i in range(2)] + [0.0]
     assert found["class_average_precision"] == pytest.approx(by_class, abs=1e-6)
@@ -48,7 +48,7 @@ def test_flipped_logits_are_averaged():
     """flip_test gives the mean of the logits of each image and of its mirror image, made by torchvision."""
     recipe = small_recipe(flip_test=True)
     net, _, images = prepare(recipe)
-    logits, _ = evaluate(recipe, net, images[1], Accelerator(cpu=True))
+    logits, _ = predict_logits(recipe, net, images[1], Accelerator(cpu=True))
     ((batch, _),) = load(images[1], 0, [list(range(len(images[1])))], 0)
     with torch.no_grad():
         torch.testing.assert_close(logits, (net(batch) + net(hflip(batch))) / 2)
@@ -62,7 +62,7 @@ def test_the_score_chooses_the_best_epoch(tmp_path, monkeypatch, score, best):
     made = [{"loss": 1.0, "val_images": 10, "top1": top1, "macro_f1": macro_f1} for top1, macro_f1 in pairs]
     done, kept = [], []
     monkeypatch.setattr(train_loop, "scores", lambda *given: done.append(made[len(done)]) or done[-1])
-    recipe = small_recipe(groups=ALL, epochs=5, score=score)
+    recipe = small_recipe(groups=ALL, epochs=5, metric=score)
     run_here(recipe, tmp_path, save_model=lambda path, net: kept.append(len(done) - 1))
     assert kept == best
 
@@ -79,7 +79,7 @@ def test_the_average_is_its_recurrence(tmp_path):
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor.double(), average[name], rtol=0, atol=1e-6)
     assert (net.fc.weight - trail[-1]["fc.weight"]).abs().max() > 1e-4
-    logits, labels = evaluate(recipe, net, prepare(recipe)[2][1], Accelerator(cpu=True))
+    logits, labels = predict_logits(recipe, net, prepare(recipe)[2][1], Accelerator(cpu=True))
     assert rows[-1]["loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-6)
 
 

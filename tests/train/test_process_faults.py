@@ -115,17 +115,17 @@ def drifting(answers):
     """One of two processes, whose norm statistics are made to differ."""
     from accelerate import Accelerator
 
-    from finetune.train.distributed import check_agreement
+    from finetune.train.distributed import check_same_weights
 
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     accelerator = Accelerator(cpu=True)
     for parameter in net.parameters():
         torch.nn.init.ones_(parameter)
-    check_agreement(net, accelerator)
+    check_same_weights(net, accelerator)
     if accelerator.process_index:
         net[1].running_mean[1] += 1e-7
     try:
-        check_agreement(net, accelerator)
+        check_same_weights(net, accelerator)
         text = "agreed"
     except RuntimeError as error:
         text = str(error)

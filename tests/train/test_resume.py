@@ -23,7 +23,7 @@ from finetune.recipe import (
     Plateau,
     Switch,
 )
-from finetune.recipe.serialize import as_dict, changes
+from finetune.recipe.serialize import changes, to_dict
 from finetune.train import logger as run_record
 from finetune.train import loop as train_loop
 from finetune.train.distributed import Stopped
@@ -57,9 +57,9 @@ def assert_same_bits(a, b):
 
 def go_on(monkeypatch, recipe, folder, *args, **options):
     """Resume a run, which takes the updates that its checkpoint lacks, and no other."""
-    done, real, calls = int(newest_checkpoint(folder).name.split("-")[1]), train_loop.take_step, []
+    done, real, calls = int(newest_checkpoint(folder).name.split("-")[1]), train_loop.train_step, []
     with monkeypatch.context() as patched:
-        patched.setattr(train_loop, "take_step", lambda *args: calls.append(1) or real(*args))
+        patched.setattr(train_loop, "train_step", lambda *args: calls.append(1) or real(*args))
         run_here(recipe, folder, *args, **options)
     assert done and done + len(calls) == 12
 
@@ -76,15 +76,15 @@ def unbroken(tmp_path_factory):
 
 
 def interrupted_recipe():
-    return small_recipe(backbone=DroppingNet, norm_stats="train", optimizer=AdamW(weight_decay=0.05))
+    return small_recipe(backbone=DroppingNet, batch_norm="train", optimizer=AdamW(weight_decay=0.05))
 
 
 @pytest.mark.parametrize(
     "before,call,accumulate,every,workers",
     [
-        ("set_rates", 5, 1, 0, (0, 0)),  # in an epoch, with the checkpoint at its start
-        ("set_rates", 6, 1, 1, (0, 2)),  # in an epoch, with a checkpoint after each update
-        ("set_rates", 6, 2, 2, (2, 0)),  # with fewer workers than before
+        ("set_lrs", 5, 1, 0, (0, 0)),  # in an epoch, with the checkpoint at its start
+        ("set_lrs", 6, 1, 1, (0, 2)),  # in an epoch, with a checkpoint after each update
+        ("set_lrs", 6, 2, 2, (2, 0)),  # with fewer workers than before
         ("seed_all", 9, 2, 1, (0, 0)),  # in the middle of an accumulation
         ("unfreeze", 2, 1, 1, (2, 2)),  # at an unfreezing boundary
         ("evaluate", 3, 1, 1, (0, 0)),  # after an epoch's last update, before its scores
@@ -126,10 +126,10 @@ LEVERS = {
 @pytest.mark.parametrize("lever", LEVERS)
 def test_every_lever_survives_a_cut(tmp_path, monkeypatch, lever, call):
     """With any lever a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a change of optimizer."""
-    recipe = small_recipe(**{"backbone": DroppingNet, "norm_stats": "train", **LEVERS[lever]})
+    recipe = small_recipe(**{"backbone": DroppingNet, "batch_norm": "train", **LEVERS[lever]})
     run_here(recipe, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        cut_before(patched, "set_rates", call)
+        cut_before(patched, "set_lrs", call)
         with pytest.raises(Cut):
             run_here(recipe, tmp_path / "cut", checkpoint_every=1)
     go_on(monkeypatch, recipe, tmp_path / "cut")
@@ -148,7 +148,7 @@ def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch
     skipped = [row["step"] for row in updates if not math.isfinite(row["grad_norm"])]
     assert skipped and len(skipped) < len(updates) and all(math.isfinite(row["loss"]) for row in updates)
     with monkeypatch.context() as patched:
-        cut_before(patched, "set_rates", 6)
+        cut_before(patched, "set_lrs", 6)
         with pytest.raises(Cut):
             run_here(recipe, tmp_path / "cut", checkpoint_every=1, accelerator=scaling_accelerator())
     go_on(monkeypatch, recipe, tmp_path / "cut", accelerator=scaling_accelerator())
@@ -161,10 +161,10 @@ def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypa
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     real = train_loop.backward
 
-    def signalled(recipe, objective, model, update, batches, step, accelerator):
+    def signalled(recipe, criterion, model, update, batches, step, accelerator):
         if step == 4:
             os.kill(os.getpid(), number)
-        return real(recipe, objective, model, update, batches, step, accelerator)
+        return real(recipe, criterion, model, update, batches, step, accelerator)
 
     with monkeypatch.context() as patched:
         patched.setattr(train_loop, "backward", signalled)
@@ -179,7 +179,7 @@ def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypa
 def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
     """Resuming names every changed field; fields younger than the run count as having had their defaults."""
     recipe = small_recipe()
-    resolved = as_dict(recipe)
+    resolved = to_dict(recipe)
     (tmp_path / "recipe.json").write_text(json.dumps(resolved))
     check_same_recipe(tmp_path, recipe)
     with pytest.raises(RecipeError) as caught:
@@ -206,15 +206,15 @@ ROWS = small_recipe().groups
 )
 def test_a_table_of_another_kind_is_named(before, now):
     """Whatever stood in place of the table, with as many rows or fields or with others, that change alone is named."""
-    resolved = json.loads(json.dumps(as_dict(small_recipe(groups=before))))
+    resolved = json.loads(json.dumps(to_dict(small_recipe(groups=before))))
     ((change),) = changes(resolved, small_recipe(groups=now))
-    assert change == f"groups: {resolved['groups']} before, {json.loads(json.dumps(as_dict(now)))} now"
+    assert change == f"groups: {resolved['groups']} before, {json.loads(json.dumps(to_dict(now)))} now"
 
 
 def test_fields_younger_than_the_run_had_their_defaults():
     """In rows and parts as well; a field without a default had no value, and one that is there no more is left aside."""
     recipe = small_recipe(switch=Switch(at=2, optimizer=SGD()))
-    resolved = json.loads(json.dumps(as_dict(recipe))) | {"no longer": 1}
+    resolved = json.loads(json.dumps(to_dict(recipe))) | {"no longer": 1}
     del resolved["groups"][1]["warmup_epochs"], resolved["schedule"]["floor"], resolved["switch"]["lr_factor"]
     assert changes(resolved, recipe) == []
     (change,) = changes(resolved, small_recipe(switch=Switch(at=2, optimizer=SGD(), lr_factor=2.0)))

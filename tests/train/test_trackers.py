@@ -18,7 +18,7 @@ def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder)
     arguments = [*on_folder(image_folder, "out"), "--track", "tensorboard"]
     with monkeypatch.context() as patched:
         patched.setattr(run_record, "FLUSH_EVERY", 1)
-        cut_before(patched, "set_rates", 11)  # two updates after the checkpoint of epoch 1
+        cut_before(patched, "set_lrs", 11)  # two updates after the checkpoint of epoch 1
         with pytest.raises(Cut):
             main(arguments)
     assert main([*arguments, "--resume"]) == 0

@@ -45,7 +45,7 @@ def hold_if_frozen(net: nn.Module, name: str, batch_norm: str, module: nn.Module
 
 
 def hold_batch_norm(net: nn.Module, batch_norm: str) -> None:
-    """Have `set_train_mode`'s rule hold in loops that call net.train() when they like: each norm asks before its forward pass."""
+    """Make `set_train_mode`'s rule hold in loops that call net.train() themselves: each norm checks before its forward pass."""
     for name, module in net.named_modules():
         hooks = module._forward_pre_hooks.values()
         if isinstance(module, _NormBase) and not any(getattr(hook, "func", None) is hold_if_frozen for hook in hooks):

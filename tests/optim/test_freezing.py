@@ -92,7 +92,7 @@ def test_a_stage_in_words():
 @pytest.mark.parametrize("held_by", [set_train_mode, hold_batch_norm])
 @pytest.mark.parametrize("batch_norm,still", [("frozen", {"a", "b"}), ("train", {"a"}), ("sync", {"a"})])
 def test_statistics_move_in_layers_that_train_only(held_by, batch_norm, still):
-    """With "train" and "sync" norms of frozen layers alone stand still, with "frozen" all; also if the loop calls net.train()."""
+    """With "train" and "sync" norms of frozen layers alone stand still, with "frozen" all; so too after net.train()."""
     net = nn.Sequential(OrderedDict(a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(3), c=nn.Dropout()))
     net.a.requires_grad_(False)
     net.b.register_forward_pre_hook(lambda module, inputs: None)  # somebody else's

@@ -235,10 +235,8 @@ def test_the_line_is_read_back():
 
 def test_the_picture_shows_the_suggestions(tmp_path, monkeypatch):
     """The file is a picture whose legend has both suggestions, and whose axis holds the valley but not the explosion."""
-    shown, save_figure = [], lr_finder.save_figure
-    monkeypatch.setattr(
-        lr_finder, "save_figure", lambda figure, axes, file: shown.extend(axes) or save_figure(figure, axes, file)
-    )
+    shown, save = [], lr_finder.save_figure
+    monkeypatch.setattr(lr_finder, "save_figure", lambda figure, axes, file: shown.extend(axes) or save(figure, axes, file))
     losses = [3.0] * 15 + np.linspace(3, 1, 25).tolist() + np.geomspace(1, 1e4, 10).tolist()
     file = picture(
         tmp_path / "find_lr.png",

@@ -10,10 +10,9 @@ LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded a
 
 
 class ImageCache:
-    """Pixels [H, W, 3] of up to `num_images` images, in memory that the loader processes forked from this one share.
+    """Pixels [H, W, 3] of up to `num_images` images, in memory shared with the loader processes forked from this one.
 
-    The memory is the system's as long as nothing is written there. Processes that are started afresh, as on macOS and
-    Windows, share nothing and keep nothing.
+    No memory is used before an image is kept. Loader processes that are spawned, as on macOS and Windows, keep nothing.
     """
 
     def __init__(self, num_images: int, limit: int | None = None):

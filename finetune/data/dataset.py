@@ -1,4 +1,4 @@
-"""Images and labels as lists, and how one list is split in two."""
+"""Lists of images and labels, and their split into training and validation images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from PIL import Image
 
 from finetune.utils.errors import RecipeError
 
-Many = Sequence[Any] | np.ndarray  # of images: their items, or their labels, numbers [n] or 0 and 1 [n, classes]
-Reader = Callable[[Any], Image.Image]  # makes the RGB image of an item
+Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
+Reader = Callable[[Any], Image.Image]  # reads an item as an RGB image
 
 
 class Images(Protocol):
@@ -25,7 +25,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class ImageData:
-    """Two map-style sets of (PIL image, label), labels counting from 0 in the order of `classes`."""
+    """Training and validation images with labels from 0, in the order of `classes`."""
 
     train: Images
     val: Images
@@ -33,12 +33,12 @@ class ImageData:
 
 
 class ImageList:
-    """A map-style set: `read(item)` makes the RGB image of an item when it is asked for.
+    """A map-style set of items that `read` makes RGB images of, when they are asked for.
 
-    `subgroups` says what kind of image each is, beside its label; a run's result then has the scores of each kind, too.
+    `subgroups` names the subgroup of each image; a run's result then has the metrics of each subgroup, too.
     """
 
-    def __init__(self, items: Many, labels: Many, read: Reader, subgroups: Sequence[str] | None = None):
+    def __init__(self, items: Values, labels: Values, read: Reader, subgroups: Sequence[str] | None = None):
         self.items, self.labels, self.read, self.subgroups = items, labels, read, subgroups
 
     def __len__(self) -> int:
@@ -49,17 +49,17 @@ class ImageList:
         return self.read(self.items[index]), label if np.ndim(label) else int(label)
 
     def part(self, indices: list[int]) -> "ImageList":
-        """The list of these images alone."""
+        """The images at `indices`."""
 
-        def chosen(values: Many) -> Many:
+        def part_of(values: Values) -> Values:
             return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
 
         subgroups = self.subgroups and [self.subgroups[i] for i in indices]
-        return ImageList(chosen(self.items), chosen(self.labels), self.read, subgroups)
+        return ImageList(part_of(self.items), part_of(self.labels), self.read, subgroups)
 
 
 def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(train, validation) indices with the same share of every stratum; the same split for a seed, everywhere, for ever."""
+    """(training, validation) indices with the same share of every stratum; a seed's split never changes."""
     random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
     members_of: dict[Any, list[int]] = {}
     for i, stratum in enumerate(strata):
@@ -74,13 +74,13 @@ def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tupl
 
 
 def split(images: ImageList, strata: Sequence[Any], val_share: float, seed: int = 0) -> tuple[ImageList, ImageList]:
-    """A list of images as training and validation images; without a seed by a split that no recipe changes."""
+    """(training images, validation images), split by strata."""
     train, val = (images.part(indices) for indices in stratified_split(strata, val_share, seed))
     return train, val
 
 
 def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
-    """The lists of the training and the validation images; of one alone a fifth of each class validates.
+    """The lists of the training and the validation images; of one list alone, a fifth of each class is for validation.
 
     Raises:
         RecipeError: for a class with too few images for that, a set without images, or a single class.
@@ -90,11 +90,11 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
         # of several labels the rarest counts, so that each class can have its share
         strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
         parts = [*split(parts[0], strata.tolist(), 0.2, seed)]
-        kept = np.asarray(parts[1].labels)
-        seen = [(kept == i).any() if labels.ndim == 1 else kept[:, i].any() for i in range(len(classes))]
-        if not all(seen):
+        val_labels = np.asarray(parts[1].labels)
+        present = [(val_labels == i).any() if labels.ndim == 1 else val_labels[:, i].any() for i in range(len(classes))]
+        if not all(present):
             raise RecipeError(
-                f"data: class '{classes[seen.index(False)]}' in {where} has too few images to keep a fifth for "
+                f"data: class '{classes[present.index(False)]}' in {where} has too few images to keep a fifth for "
                 "validation (3 are enough); add some, or split them yourself"
             )
     sizes = [len(part) for part in parts]
@@ -104,9 +104,9 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
 
 
 def held_out(data: ImageData, share: float) -> ImageData:
-    """For choosing a recipe: that share of each class of the training images, in place of the validation images.
+    """The training images alone, of which that share of each class takes the place of the validation images.
 
-    A number that is reported must not have been chosen on the images it is told for. The split is the same for every seed.
+    For choosing options: a metric must not be reported on images that played a part in a choice. All seeds have the same split.
 
     Raises:
         RecipeError: if there is no list of the training images' labels, or a class has too few.
@@ -114,7 +114,9 @@ def held_out(data: ImageData, share: float) -> ImageData:
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    images = ImageList(range(len(labels)), labels.tolist(), partial(image_of, data.train))
+    images = ImageList(
+        range(len(labels)), labels.tolist(), partial(image_of, data.train), getattr(data.train, "subgroups", None)
+    )
     train, val = split(images, labels.tolist(), share)
     if set(val.labels) != set(labels.tolist()):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
@@ -132,8 +134,8 @@ def labels_of(images: Images) -> np.ndarray:
         RecipeError: if the data set has no such list.
     """
     for name in ("labels", "targets"):  # ours, torchvision's
-        if len(there := getattr(images, name, ())) == len(images):
-            return np.asarray(there)
+        if len(labels := getattr(images, name, ())) == len(images):
+            return np.asarray(labels)
     raise RecipeError(
         "balanced sampling, class weights and a holdout need to know every label: give the data set that the "
         "recipe's function returns a list `targets`"

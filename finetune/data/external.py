@@ -1,4 +1,4 @@
-"""Lists of images and labels from elsewhere: torchvision's data sets, the Hugging Face hub, CSV files, tar shards."""
+"""Data sets of other libraries: torchvision, Hugging Face datasets, WebDataset's tar shards."""
 
 import io
 import re
@@ -17,12 +17,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.builtin import data_folder, require_package
 from finetune.data.dataset import ImageList
-from finetune.data.folders import from_csv, read_image
+from finetune.data.folders import read_image
 from finetune.utils.errors import RecipeError
 from finetune.utils.net import reach
 from finetune.utils.text import nearest
 
 TORCHVISION = {  # argument that names the split, its values for training and validation, training images, classes, place
+    "CIFAR10": ("train", (True, False), 50_000, 10, "cifar-10-batches-py"),
+    "CIFAR100": ("train", (True, False), 50_000, 100, "cifar-100-python"),
     "DTD": ("split", ("train", "val"), 1880, 47, "dtd/dtd"),
     "EuroSAT": (None, (None,), 21_600, 10, "eurosat/2750"),  # has no split
     "FashionMNIST": ("train", (True, False), 60_000, 10, "FashionMNIST/raw"),
@@ -38,25 +40,8 @@ TORCHVISION = {  # argument that names the split, its values for training and va
 }
 
 
-def other_lists(source: str, multi_label: bool) -> tuple[list[ImageList], Sequence[str]] | None:
-    """([training images, validation images], classes), or None if it is no source of this module.
-
-    One list alone is still to be split. Labels are numbers [n] or 0 and 1 [n, classes].
-
-    Raises:
-        RecipeError: if the images can't be had, or are not in order.
-    """
-    if source.startswith("torchvision/"):
-        return from_torchvision(source.removeprefix("torchvision/"))
-    if source.startswith("hf/"):
-        return from_hub(source.removeprefix("hf/"))
-    if source.lower().endswith(".csv"):
-        return from_csv(Path(source), multi_label)
-    return from_shards(Path(source)) if any(Path(source).glob("train-*.tar")) else None
-
-
 def from_torchvision(name: str) -> tuple[list[ImageList], Sequence[str]]:
-    """A data set that torchvision reads, fetched if it is not here."""
+    """([training images, validation images], classes) of a torchvision set; downloaded if need be."""
     if name not in TORCHVISION:
         raise RecipeError(f"data: no 'torchvision/{name}'.{nearest(name, TORCHVISION)} There are: {', '.join(TORCHVISION)}")
     if name in ("Flowers102", "SVHN"):
@@ -68,17 +53,18 @@ def from_torchvision(name: str) -> tuple[list[ImageList], Sequence[str]]:
 
 
 def open_torchvision(name: str, arguments: dict[str, Any], place: Path) -> Any:
-    """torchvision's own object, without a network if the files are here."""
-    kind, before = getattr(torchvision.datasets, name), socket.getdefaulttimeout()
+    """torchvision's own object; CIFAR's, which are pickles, are read only if their md5 is right."""
+    cls, before = getattr(torchvision.datasets, name), socket.getdefaulttimeout()
     with suppress(RuntimeError, OSError):  # not here yet
-        return kind(data_folder(), **arguments)
+        return cls(data_folder(), **arguments)
     socket.setdefaulttimeout(20)  # torchvision sets none, and could wait for ever
     try:
-        return kind(data_folder(), download=True, **arguments)
+        return cls(data_folder(), download=True, **arguments)
     except Exception as error:  # no network, a cut file, a full disk
+        url = getattr(cls, "url", getattr(cls, "_URL", ""))  # not all sets have one
         raise RecipeError(
-            f"can't download torchvision/{name}: {error}\n  by hand: unpack it so that {place} is as torchvision "
-            f"wants it (FINETUNE_DATA names another folder than {data_folder()})"
+            f"can't download torchvision/{name}{url and f' from {url}'}: {error}\n  by hand: unpack it so that {place} is as "
+            f"torchvision wants it (FINETUNE_DATA names another folder than {data_folder()})"
         ) from None
     finally:
         socket.setdefaulttimeout(before)
@@ -91,12 +77,12 @@ def torchvision_list(part: Any) -> ImageList:
     if files := getattr(part, "_image_files", getattr(part, "_images", None)):
         return ImageList(files, part._labels, read_image)
     pixels, labels = np.asarray(part.data), np.asarray(part.labels if hasattr(part, "labels") else part.targets)
-    pixels = pixels.transpose(0, 2, 3, 1) if pixels.ndim == 4 else pixels  # MNIST is grey
+    pixels = pixels.transpose(0, 2, 3, 1) if pixels.shape[1] == 3 else pixels  # STL10 and SVHN keep channels first
     return ImageList(pixels, labels, partial(read_image, load=Image.fromarray))
 
 
 def from_hub(name: str) -> tuple[list[ImageList], Sequence[str]]:
-    """A data set that the package datasets reads: of the hub, OWNER/NAME or OWNER/NAME:CONFIG, or a folder."""
+    """The same of a data set that the package datasets reads: OWNER/NAME, OWNER/NAME:CONFIG or a folder."""
     require_package("datasets", "datasets", '"finetune-recipes[hf]"')
     import datasets
 
@@ -152,7 +138,7 @@ def hub_image(rows: Any, index: int) -> Image.Image:
 
 
 def from_shards(root: Path) -> tuple[list[ImageList], Sequence[str]]:
-    """WebDataset's train-*.tar and val-*.tar (or test-*.tar), read where they lie; class names from classes.txt, one a line."""
+    """The same of WebDataset's train-*.tar and val-*.tar (or test-*.tar), not unpacked; class names from classes.txt."""
     val = [split for split in ("val", "test") if any(root.glob(f"{split}-*.tar"))][:1]
     parts = []
     for split in ["train", *val]:

@@ -11,49 +11,59 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from finetune.data.dataset import ImageData, ImageList, from_lists
+from finetune.data.dataset import ImageData, ImageList, Values, from_lists
 from finetune.utils.errors import RecipeError
 
-COLUMNS = {"path": ("path", "file", "filename", "image"), "label": ("label", "class", "target"), "split": ("split",)}
-
-
+COLUMNS = {  # of a table, by any of these names; the last two are optional
+    "path": ("path", "file", "filename", "image"),
+    "label": ("label", "class", "target"),
+    "split": ("split",),
+    "subgroup": ("subgroup",),
+}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[str]]:
-    """A table with the columns path (relative to the file), label and, if it likes, split; see COLUMNS and SPLITS."""
+    """([training images, validation images], or all in one list, classes) of a table; paths are relative to the file.
+
+    Raises:
+        RecipeError: with everything that is wrong with the table.
+    """
     columns, faults = read_columns(file)
     paths = [file.parent / cell for cell in columns["path"]]
-    if absent := [str(path) for path in paths if not path.is_file()]:
-        faults.append(f"{len(absent)} of {len(paths)} files are missing: {', '.join(absent[:5])}{', ...' * (len(absent) > 5)}")
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        more = ", ..." if len(missing) > 5 else ""
+        faults.append(f"{len(missing)} of {len(paths)} files are missing: {', '.join(missing[:5])}{more}")
     names = [[name.strip() for name in re.split("[;|]", cell) if name.strip()] for cell in columns["label"]]
-    wrong = [row for row, found in enumerate(names, 2) if len(found) != 1 and not multi_label]
-    if wrong:
+    if not multi_label and (wrong := [row for row, found in enumerate(names, 2) if len(found) != 1]):
         faults.append(f"{len(wrong)} rows have no label or several, first row {wrong[0]}: that needs loss='multi_label'")
-    texts = [cell.strip().lower() for cell in columns["split"]]
-    faults += [f"split '{text}' is none of {', '.join(SPLITS)}" for text in sorted(set(texts) - set(SPLITS))]
-    splits = [SPLITS.get(text) for text in texts]
-    wanted = ["train", "val" if "val" in splits else "test"] if splits else []
-    seen = [{name for at, found in zip(splits, names, strict=False) if at == split for name in found} for split in wanted]
-    if seen and seen[0] != seen[1]:
+    cells = [cell.strip().lower() for cell in columns["split"]]
+    faults += [f"split '{cell}' is none of {', '.join(SPLITS)}" for cell in sorted(set(cells) - set(SPLITS))]
+    splits = [SPLITS.get(cell) for cell in cells]
+    parts = ["train", "val" if "val" in splits else "test"] if splits else []
+    seen = [{name for split, found in zip(splits, names, strict=False) if split == part for name in found} for part in parts]
+    if parts and seen[0] != seen[1]:
         only = [", ".join(sorted(a - b)) or "none" for a, b in (seen, seen[::-1])]
-        faults.append(f"the classes differ: only in {wanted[0]}: {only[0]}; only in {wanted[1]}: {only[1]}")
+        faults.append(f"the classes differ: only in {parts[0]}: {only[0]}; only in {parts[1]}: {only[1]}")
     if faults:
         raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
+
     classes = sorted({name for found in names for name in found})
-    places = {name: place for place, name in enumerate(classes)}
-    labels = (
-        [places[found[0]] for found in names]
-        if not multi_label
-        else np.array([[name in found for name in classes] for found in names], np.uint8)
-    )
-    chosen = [[i for i, at in enumerate(splits) if at == split] for split in wanted] or [list(range(len(paths)))]
-    images = ImageList(paths, labels, read_image)
-    return [images.part(indices) for indices in chosen], classes
+    labels: Values
+    if multi_label:
+        labels = np.array([[name in found for name in classes] for found in names], np.uint8)
+    else:
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[found[0]] for found in names]
+    subgroups = [cell.strip() or "none" for cell in columns["subgroup"]]
+    images = ImageList(paths, labels, read_image, subgroups or None)
+    if not parts:
+        return [images], classes
+    return [images.part([i for i, split in enumerate(splits) if split == part]) for part in parts], classes
 
 
 def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The cells of each of COLUMNS, none of one that is not there, and what is wrong with that."""
+    """(the cells of each of COLUMNS, an empty list for one that is not there, a sentence for each that is missing)."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             header, *rows = [row for row in csv.reader(lines) if row] or [[]]
@@ -61,9 +71,9 @@ def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
         raise RecipeError(f"data: can't read {file}: {error}") from None
     header, columns, faults = [cell.strip().lower() for cell in header], {}, []
     for kind, accepted in COLUMNS.items():
-        there = [header.index(name) for name in accepted if name in header]
-        columns[kind] = [row[there[0]] if there[0] < len(row) else "" for row in rows] if there else []
-        if not there and kind != "split":
+        at = next((header.index(name) for name in accepted if name in header), None)
+        columns[kind] = [] if at is None else [row[at] if at < len(row) else "" for row in rows]
+        if at is None and kind in ("path", "label"):
             faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
     return columns, faults
 
@@ -79,31 +89,32 @@ def read_image(item: Any, load: Callable[[Any], Image.Image] = Image.open, where
 
 
 def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
-    """train/ and val/ (or test/) with a folder for each class, or the class folders themselves: a fifth then validates.
+    """train/ and val/ (or test/) with a folder for each class; of class folders alone, a fifth is for validation.
 
     Raises:
-        RecipeError: for a class without images, classes that differ between the splits, or a file that is no image.
+        RecipeError: for classes that differ between the splits, and as `class_folders`.
     """
     if (root / "train").is_dir():
         val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
         if val is None:
             raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
-        (train, classes), (scored, theirs) = class_folders(root / "train", check), class_folders(val, check)
-        if classes != theirs:
-            only = [sorted(set(a) - set(b)) for a, b in ((classes, theirs), (theirs, classes))]
+        (train, classes), (val_images, val_classes) = class_folders(root / "train", check), class_folders(val, check)
+        if classes != val_classes:
+            only = [sorted(set(a) - set(b)) for a, b in ((classes, val_classes), (val_classes, classes))]
             raise RecipeError(
                 f"data: the classes of {root / 'train'} and {val} differ: only in train: "
                 f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}"
             )
-        return ImageData(train, scored, classes)
+        return ImageData(train, val_images, classes)
     images, classes = class_folders(root, check)
     return from_lists([images], classes, root, seed)
 
 
 def class_folders(root: Path, check: bool) -> tuple[ImageList, tuple[str, ...]]:
-    """(images, classes) as torchvision reads a folder of class folders, its faults found before training.
+    """(images, classes) of a folder of class folders, as torchvision reads it; `check` opens every image.
 
-    `check` opens every image, too.
+    Raises:
+        RecipeError: for a class without images, a single class, or with `check` an image that can't be opened.
     """
     try:
         folder = ImageFolder(root, allow_empty=True)

@@ -1,10 +1,11 @@
-"""Batches: the order of the images in an epoch, each step's share of every process, and their loading."""
+"""Batches: the order of the images in an epoch, the share of each process, and their loading."""
 
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or
 
 
 class Transform(Protocol):
-    """How images become the network's input: one by one as they are loaded, then the batch on the device."""
+    """How images become the network's input: one by one when loaded, then as a batch on the device."""
 
     preprocessing: dict[str, Any]
 
@@ -46,9 +47,9 @@ WHOLE = Cut()
 class BatchPlan:
     """One step's batch: the indices of its images over all processes, and this process's micro-batches of them.
 
-    `step` counts over the run, `positions` counts micro-batches over all processes, so that 2 processes with 2 micro-batches
-    differ in nothing from any other way of cutting a batch in 4. `weight` is 0 where a last, short batch leaves this process
-    without images: it then repeats one for nothing, because every process must take part in averaging the gradients.
+    `step` counts over the run, `positions` over the micro-batches of all processes: 2 processes with 2 micro-batches each
+    compute what 1 process with 4 does. `weight` is 0 if a short last batch has no image for this process, which then computes
+    on one all the same, because every process must take part in averaging the gradients.
     """
 
     step: int
@@ -63,7 +64,7 @@ class BatchPlan:
 
 
 class Batch(NamedTuple):
-    """A step's batch as it was loaded: images [n, 3, H, W] and labels, [n] or [n, classes], of each micro-batch."""
+    """One step's batch, loaded: (images [n, 3, H, W], labels) of each micro-batch of this process."""
 
     plan: BatchPlan
     micro_batches: list[Loaded]
@@ -80,31 +81,39 @@ def plan_epoch(
 ) -> list[BatchPlan]:
     """The batches of an epoch: every image once, in an order that depends on seed and epoch alone.
 
-    With `sample_weights`, one for each image that add up to 1, as many images drawn with replacement. With `pairs`, the images
-    0 and 1 of each batch, 2 and 3, and so on, stay together in one micro-batch.
+    With `sample_weights` [num_images], which add up to 1, as many images are drawn with replacement. With `pairs`, images 0 and
+    1 of each batch, 2 and 3, and so on, stay together in one micro-batch.
     """
     random = np.random.RandomState(keyed_seed(seed, epoch))
-    order = (
-        random.permutation(num_images) if sample_weights is None else random.choice(num_images, num_images, p=sample_weights)
-    )
-    plans: list[BatchPlan] = []
-    unit, first_step = 2 if pairs else 1, epoch * math.ceil(num_images / batch_size)
+    if sample_weights is None:
+        order = random.permutation(num_images).tolist()
+    else:
+        order = random.choice(num_images, num_images, p=sample_weights).tolist()
     own = range(cut.process * cut.micro_batches, (cut.process + 1) * cut.micro_batches)
-    for start in range(0, num_images, batch_size):
+    plans = []
+    for step, start in enumerate(range(0, num_images, batch_size), epoch * math.ceil(num_images / batch_size)):
         batch = order[start : start + batch_size]
-        units = np.array_split(np.arange(math.ceil(len(batch) / unit)), cut.processes * cut.micro_batches)
-        mine = {i: batch[unit * units[i][0] : unit * (units[i][-1] + 1)].tolist() for i in own if len(units[i])}
-        weight = 1.0 if mine else 0.0
-        mine = mine or {own[0]: [int(batch[0])]}
-        plans.append(BatchPlan(first_step + len(plans), batch.tolist(), list(mine.values()), list(mine), weight))
+        parts = split_batch(batch, cut.processes * cut.micro_batches, pairs)
+        positions = [i for i in own if parts[i]]
+        if positions:
+            plans.append(BatchPlan(step, batch, [parts[i] for i in positions], positions))
+        else:
+            plans.append(BatchPlan(step, batch, [batch[:1]], [own[0]], weight=0.0))
     return plans
 
 
-class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
-    """Transformed images and labels, asked for by (epoch, index): augmentation is a function of that alone.
+def split_batch(batch: list[int], num_parts: int, pairs: bool) -> list[list[int]]:
+    """A batch in parts of nearly equal size, pair by pair if `pairs` stay together; of a short batch some are empty."""
+    unit = 2 if pairs else 1
+    sizes = [unit * len(units) for units in np.array_split(batch[::unit], num_parts)]
+    return [batch[start:end] for start, end in pairwise(np.cumsum([0, *sizes]))]
 
-    `transform` is one of finetune.data.transforms; batches are laid out as `memory_format` says. Images of a list are decoded
-    once, those of a recipe's own function each time.
+
+class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
+    """Transformed images and labels by (epoch, index), on which alone, with the seed, augmentation depends.
+
+    `transform` is one of finetune.data.transforms, `memory_format` that of the batches. Images of an ImageList are decoded
+    once, others each time.
     """
 
     def __init__(
@@ -125,10 +134,10 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return len(self.images)
 
     def transformed_as(self, other: "ImageDataset") -> "ImageDataset":
-        """These images, transformed as those of another set are."""
-        same = copy(self)
-        same.transform = other.transform
-        return same
+        """These images with the transform of another dataset."""
+        images = copy(self)
+        images.transform = other.transform
+        return images
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
@@ -143,7 +152,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return self.transform.image(pixels), self.target(label, index)
 
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
-        """The image's pixels, uint8 [H, W, 3], and its label."""
+        """(pixels, uint8 [H, W, 3], label) of an image."""
         if self.cache is not None and (pixels := self.cache.get(index)) is not None:
             assert isinstance(self.images, ImageList)  # only a list is kept in memory
             return pixels, self.images.labels[index]
@@ -153,8 +162,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             self.cache.keep(index, pixels)
         return pixels, label
 
-    def target(self, label: Any, index: int = 0) -> int | torch.Tensor:
-        """A label as the loss takes it: a number, or where images have several a float vector [classes] of 0 and 1."""
+    def target(self, label: Any, index: int) -> int | torch.Tensor:
+        """A label as the loss takes it: a number, or for several labels floats [classes] of 0 and 1."""
         if np.ndim(label) == 1:
             return torch.as_tensor(label, dtype=torch.float32)
         if label == UNREADABLE:
@@ -175,18 +184,18 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
 
 
 def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
-    """Which of the loaded labels [n] or [n, classes] stand for an image that could not be read: bool [n]."""
+    """Which labels, [n] or [n, classes], are those of images that could not be read: bool [n]."""
     return labels.reshape(len(labels), -1)[:, 0] == UNREADABLE
 
 
 def balanced_sample_weights(labels: np.ndarray) -> np.ndarray:
-    """Probabilities [n] of drawing each image by which every class is drawn equally often."""
+    """Sample weights [n], adding up to 1, with which each class is drawn equally often."""
     weights = 1 / np.bincount(labels)[labels]
     return weights / weights.sum()
 
 
 def epoch_batches(recipe: Recipe, images: ImageDataset, epoch: int, cut: Cut = WHOLE) -> list[BatchPlan]:
-    """The batches of an epoch in the order, and by the sampling, of the recipe: see `plan_epoch`."""
+    """The batches of an epoch as the recipe samples them: see `plan_epoch`."""
     weights = balanced_sample_weights(images.labels()) if recipe.data.sampling == "balanced" else None
     return plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, cut, weights, pairs=recipe.augment.mixes)
 
@@ -210,7 +219,7 @@ def load(
 def load_batches(
     images: ImageDataset, epoch: int, plans: Sequence[BatchPlan], workers: int, device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """Each batch with the loaded micro-batches of this process."""
+    """The batches of these plans, loaded in the background."""
     loaded = load(images, epoch, [indices for plan in plans for indices in plan.micro_batches], workers, device)
     for plan in plans:
         yield Batch(plan, [next(loaded) for _ in plan.micro_batches])

@@ -1,22 +1,23 @@
-"""Where images come from: named data sets, folders, functions of the recipe; their faults."""
+"""The images of a recipe's source: a named data set, a folder, a table or a function of the recipe."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.data.builtin import cifar10, cifar100, digits, elpv, generated
+from finetune.data.builtin import digits, elpv, generated
 from finetune.data.dataset import ImageData, from_lists, held_out
-from finetune.data.external import TORCHVISION, other_lists
-from finetune.data.folders import from_folder
+from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision
+from finetune.data.folders import from_csv, from_folder
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
 
 def load_data(recipe: Recipe) -> ImageData:
-    """The recipe's images, downloaded if they are a named set that is not here yet.
+    """The recipe's images, downloaded if need be; with a holdout, training images alone.
 
     Raises:
         RecipeError: if they can't be had, or a folder of images is not in order.
@@ -27,19 +28,30 @@ def load_data(recipe: Recipe) -> ImageData:
 
 def whole_data(recipe: Recipe) -> ImageData:
     """The training and validation images of the recipe's source."""
-    source = recipe.data.source
+    source, multi_label = recipe.data.source, recipe.loss == "multi_label"
     if callable(source):
-        return from_function(source, recipe.loss == "multi_label")
+        return from_function(source, multi_label)
     if source in NAMED:
         return NAMED[source]()
-    if lists := other_lists(source, recipe.loss == "multi_label"):
-        return from_lists(*lists, source, 0 if source.startswith(("torchvision/", "hf/")) else recipe.seed)
+    if source.startswith("torchvision/"):
+        return torchvision_data(source.removeprefix("torchvision/"))
+    if source.startswith("hf/"):
+        return from_lists(*from_hub(source.removeprefix("hf/")), source, seed=0)
+    if source.lower().endswith(".csv"):
+        return from_lists(*from_csv(Path(source), multi_label), source, recipe.seed)
+    if any(Path(source).glob("train-*.tar")):
+        return from_lists(*from_shards(Path(source)), source, recipe.seed)
     if Path(source).is_dir():
         return from_folder(Path(source), recipe.seed, check=recipe.data.on_bad_image == "stop")
     raise RecipeError(
         f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
         f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
     )
+
+
+def torchvision_data(name: str) -> ImageData:
+    """A data set that torchvision reads; if it comes in one part, the same split for every seed."""
+    return from_lists(*from_torchvision(name), f"torchvision/{name}", seed=0)
 
 
 def known_size(recipe: Recipe) -> tuple[int, int] | None:
@@ -57,8 +69,14 @@ def data_size(recipe: Recipe) -> tuple[int, int]:
     return len(data.train), len(data.classes)
 
 
-NAMED = {"digits": digits, "elpv": elpv, "cifar10": cifar10, "cifar100": cifar100, "generated": generated}
-DOWNLOADED = ("cifar10", "cifar100", *map("torchvision/{}".format, TORCHVISION))  # the others come with packages
+NAMED: dict[str, Callable[[], ImageData]] = {
+    "digits": digits,
+    "elpv": elpv,
+    "cifar10": partial(torchvision_data, "CIFAR10"),
+    "cifar100": partial(torchvision_data, "CIFAR100"),
+    "generated": generated,
+}
+DOWNLOADED = ("cifar10", "cifar100", *(f"torchvision/{name}" for name in TORCHVISION))  # the others come with packages
 
 
 def is_downloaded(source: str | Callable[[], Any]) -> bool:
@@ -67,7 +85,7 @@ def is_downloaded(source: str | Callable[[], Any]) -> bool:
 
 
 def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
-    """What a function of the recipe file returns, checked."""
+    """The images that a function of the recipe file returns, checked."""
     try:
         train, val = source()
         classes, sizes = tuple(train.classes), (len(train), len(val))

@@ -18,10 +18,10 @@ from finetune.utils.seed import seed_all
 
 
 class Pixels:
-    """Crop, resize and mirror, image by image on uint8, then the batch as normalised floats: what timm's transforms do.
+    """timm's basic transforms, faster: crop, resize and flip uint8 images one by one, then normalise the batch.
 
-    It draws what they draw from the same seed; values are as theirs, which pass through PIL, but for rounding. Without
-    `augment` images are preprocessed for evaluation: resized and cropped in the middle.
+    From the same seed the results are timm's but for rounding, since timm's pass through PIL. Without `augment`, images are
+    preprocessed for evaluation: resized and cropped in the middle.
     """
 
     def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None):
@@ -31,7 +31,7 @@ class Pixels:
         self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
-        """Of uint8 pixels [H, W, 3] the uint8 input [size, size, 3] of the network."""
+        """uint8 pixels [H, W, 3] -> uint8 [size, size, 3]."""
         if self.augment is None:
             image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
             return functional.center_crop_image(image, [self.size, self.size]).permute(1, 2, 0)
@@ -44,20 +44,20 @@ class Pixels:
         return image.flip(1) if self.augment.hflip and torch.rand(1) < self.augment.hflip else image
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
-        """Of uint8 [n, H, W, 3] the normalised floats [n, 3, H, W], channels last in memory."""
+        """uint8 [n, H, W, 3] -> normalised floats [n, 3, H, W], channels last in memory."""
         rows = images.flatten(2).float()  # [n, H, 3 W]: long rows are what makes this fast
-        mean, std = (of.to(images.device).repeat(images.shape[2]) for of in (self.mean, self.std))
+        mean, std = (values.to(images.device).repeat(images.shape[2]) for values in (self.mean, self.std))
         return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 
 class Timm:
-    """Any of timm's transforms, of PIL images one by one to normalised floats."""
+    """Any of timm's transforms, which turn one PIL image into normalised floats."""
 
     def __init__(self, preprocessing: dict[str, Any], transform: Callable[[Image.Image], torch.Tensor]):
         self.preprocessing, self.transform = preprocessing, transform
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
-        """Of uint8 pixels [H, W, 3] the floats [3, size, size]."""
+        """uint8 pixels [H, W, 3] -> floats [3, size, size]."""
         return self.transform(Image.fromarray(pixels))
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
 
 
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """How a recipe augments its training images.
+    """The augmentation of the training images.
 
     Raises:
         RecipeError: if timm can't read the `randaugment` text.
@@ -111,7 +111,7 @@ def matches_timm(preprocessing: dict[str, Any]) -> bool:
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """timm's Mixup with one draw for a whole step, or None; labels are smoothed later, by the loss."""
+    """timm's Mixup, which draws once for a batch; None without mixup and cutmix. The loss smooths labels, not this."""
     augment = recipe.augment
     if not augment.mixes:
         return None
@@ -128,15 +128,17 @@ def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
 def mix_neighbours(
     mixup: Mixup, images: torch.Tensor, labels: torch.Tensor, key: tuple[int | str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [n, 3, H, W], each mixed with its neighbour (0 with 1, 2 with 3, ...), and their mixed targets [n, classes].
+    """(images [n, 3, H, W], targets [n, classes]), each image mixed with its neighbour: 0 with 1, 2 with 3, ...
 
-    timm mixes the first image of a batch with the last. Laid out so that these are neighbours, and drawn by `key` alone, the
-    mix is the same however a batch is cut into micro-batches. A last image without a neighbour is mixed with itself.
+    The draw depends on `key` alone, so the result is the same however a batch is cut into micro-batches. A last image without
+    a neighbour is mixed with itself. Images come back in another order, with their targets.
     """
     n = len(images)
     even, odd = list(range(0, n, 2)), list(range(1, n, 2)) + [n - 1] * (n % 2)
+    order = even + odd[::-1]  # timm mixes the first image with the last, the second with the last but one, ...
     seed_all("mix", *key)
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    images, targets = mixup(images[even + odd[::-1]], labels[even + odd[::-1]])
-    kept = [i for i in range(len(images)) if i != len(even)] if n % 2 else slice(None)
-    return images[kept].contiguous(memory_format=layout), targets[kept]
+    images, targets = mixup(images[order], labels[order])
+    if n % 2:  # the last image came twice
+        images, targets = (torch.cat([part[: len(even)], part[len(even) + 1 :]]) for part in (images, targets))
+    return images.contiguous(memory_format=layout), targets

@@ -1,4 +1,4 @@
-"""A pretrained model with a new head: a timm name, a torchvision name, or a function of the recipe."""
+"""A backbone with a new head: a timm model, a torchvision model, or what a function of the recipe returns."""
 
 from typing import Any
 
@@ -13,52 +13,46 @@ from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
-INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # what timm says of the images
-TimmModel = Any  # an nn.Module, with methods that torch's class does not have
+INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of preprocessing, by timm's names
+TimmModel = Any  # an nn.Module with methods that torch's class does not have
 
 
 def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None = None) -> nn.Module:
-    """The recipe's network with the tensors of `state`, all of them used, and a new head of `num_classes` outputs.
+    """The recipe's network with the pretrained tensors of `state`, all of them, and a new head of `num_classes` outputs.
 
-    Takes float images [N, 3, H, W], returns logits [N, num_classes].
+    It takes float images [n, 3, H, W] and returns logits [n, num_classes].
 
     Raises:
         RecipeError: if there is no such network, or the tensors do not fit it.
     """
-    if callable(recipe.backbone):
-        net = recipe.backbone()
-    elif recipe.backbone.startswith("torchvision/"):
-        net = torchvision_model(recipe.backbone.removeprefix("torchvision/"))
+    if is_timm(recipe):
+        net = timm_model(recipe, num_classes, state)
     else:
-        try:
-            net = timm_model(recipe.backbone, recipe, num_classes, state)
-            if recipe.gradient_checkpointing:
-                net.set_grad_checkpointing()
-        except (TypeError, AttributeError, AssertionError) as error:
-            raise RecipeError(
-                f"{recipe.backbone} does not take dropout={recipe.dropout}, drop_path={recipe.drop_path}, "
-                f"gradient_checkpointing={recipe.gradient_checkpointing}: {error}"
-            ) from error
-        return net.to(memory_format=memory_format(recipe))
-    if state is not None:
-        try:
-            net.load_state_dict(state)
-        except RuntimeError as error:
-            raise weights_error(recipe.weights, error) from error
-    head = recipe.head if callable(recipe.backbone) else last_layer(net)
-    return replace_head(net, str(head), num_classes).to(memory_format=memory_format(recipe))
+        net = recipe.backbone() if callable(recipe.backbone) else torchvision_model(recipe.backbone.partition("/")[2])
+        if state is not None:
+            try:
+                net.load_state_dict(state)
+            except RuntimeError as error:
+                raise weights_error(recipe.weights, error) from error
+        net = replace_head(net, head_name(recipe, net), num_classes)
+    return net.to(memory_format=memory_format(recipe))
+
+
+def is_timm(recipe: Recipe) -> bool:
+    """Whether the backbone is a timm model."""
+    return not callable(recipe.backbone) and not recipe.backbone.startswith("torchvision/")
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
-    """How weights and images lie in memory: channels last, for convolutions up to 3 times faster.
+    """The memory format of weights and images: channels last, with which convolutions are up to 3 times faster.
 
-    A function's own network may call `view` on what it takes to be contiguous, so it gets that.
+    The network of a recipe's function may call `view` on its input, which must be contiguous for that.
     """
     return torch.contiguous_format if callable(recipe.backbone) else torch.channels_last
 
 
 def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
-    """The same network without weights or memory (on torch's meta device), tried on one image of the recipe's size.
+    """The network on torch's meta device, without weights or memory, tried on one image of the recipe's size.
 
     Raises:
         RecipeError: if there is no such network or it does not take such images.
@@ -66,12 +60,12 @@ def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
     with torch.device("meta"):
         try:
             net = build_backbone(recipe, num_classes).eval()
-        except NotImplementedError as error:  # torch's word for a constructor that reads its own values
-            raise RecipeError(f"{to_dict(recipe.backbone)} can't be laid out without its weights: {error}") from error
+        except NotImplementedError as error:  # from a constructor that reads the values of its tensors
+            raise RecipeError(f"{to_dict(recipe.backbone)} can't be built on the meta device: {error}") from error
         size = recipe.data.image_size
         try:
             logits = net(torch.empty(1, 3, size, size))
-        except Exception as error:  # each network says this its own way
+        except Exception as error:  # each network raises something else
             raise RecipeError(f"{to_dict(recipe.backbone)} does not take {size} x {size} images: {error}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
         shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
@@ -81,34 +75,49 @@ def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
     return net
 
 
-def timm_model(name: str, recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None) -> TimmModel:
-    """A timm model. It is built as large as the weights' own head so that every tensor must fit, then given a new one."""
+def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None) -> TimmModel:
+    """The recipe's timm model with these tensors and a new head."""
+    name = str(recipe.backbone)
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise RecipeError(f"timm has no model '{architecture}'.{nearest(architecture, timm.list_models())}")
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:
         raise RecipeError(f"timm has no weights '{tag}' for {architecture}. There are: {', '.join(tags)}")
-    config = timm.models.get_pretrained_cfg(name)
-    assert config is not None  # as of every model of timm's list
-    # None is timm's way of leaving an option out; not every network knows drop_path_rate.
+    fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    # timm leaves out an option that is None; not every network takes drop_path_rate.
     options: dict[str, Any] = {
-        "img_size": recipe.data.image_size if config.fixed_input_size else None,
+        "img_size": recipe.data.image_size if fixed_size else None,
         "drop_rate": recipe.dropout or None,
         "drop_path_rate": recipe.drop_path or None,
     }
-    if state is None:
-        return timm.create_model(name, num_classes=num_classes, **options)
-    classifier: Any = config.classifier  # a name, or several
-    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
-    theirs = 0 if head is None else head.shape[0]
-    in_file = {"state_dict": state, "num_classes": theirs, "label_offset": 0}
     try:
-        net: TimmModel = timm.create_model(name, pretrained=True, num_classes=theirs, pretrained_cfg_overlay=in_file, **options)
+        if state is None:
+            net: TimmModel = timm.create_model(name, num_classes=num_classes, **options)
+        else:
+            net = load_timm_model(name, recipe.weights, state, options)
+            net.reset_classifier(num_classes)
+        if recipe.gradient_checkpointing:
+            net.set_grad_checkpointing()
+    except (TypeError, AttributeError, AssertionError) as error:
+        raise RecipeError(
+            f"{name} does not take dropout={recipe.dropout}, drop_path={recipe.drop_path}, "
+            f"gradient_checkpointing={recipe.gradient_checkpointing}: {error}"
+        ) from error
+    return net
+
+
+def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], options: dict[str, Any]) -> TimmModel:
+    """A timm model with the head that the weights have, so that every tensor must fit."""
+    classifier: Any = timm.models.get_pretrained_cfg_value(name, "classifier")  # a name, or several
+    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    num_classes = 0 if head is None else len(head)
+    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
+    try:
+        net: TimmModel = timm.create_model(name, True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **options)
     except RuntimeError as error:
-        raise weights_error(recipe.weights, error) from error
+        raise weights_error(weights, error) from error
     del net.pretrained_cfg["state_dict"]
-    net.reset_classifier(num_classes)
     return net
 
 
@@ -121,7 +130,7 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
-    """The network with the layer named `head` (linear or convolution) replaced by a new one with `num_classes` outputs."""
+    """The network with a new layer of `num_classes` outputs in place of `head`, a linear layer or a convolution."""
     layer = dict(net.named_modules()).get(head)
     if isinstance(layer, nn.Linear):
         new: nn.Module = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
@@ -137,39 +146,37 @@ def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
 
 
 def head_parameters(recipe: Recipe, net: nn.Module) -> set[str]:
-    """The names of the parameters that the pretrained weights do not have: those of the new head."""
-    if not callable(recipe.backbone) and not recipe.backbone.startswith("torchvision/"):
+    """The names of the new head's parameters."""
+    if is_timm(recipe):
         return classifier_parameters(net)
-    head = last_layer(net) if not callable(recipe.backbone) else recipe.head
-    return {f"{head}.{name}" for name, _ in net.get_submodule(head).named_parameters()} if head else set()
+    if callable(recipe.backbone) and not recipe.head:
+        return set()
+    head = head_name(recipe, net)
+    return {f"{head}.{name}" for name, _ in net.get_submodule(head).named_parameters()}
 
 
 def classifier_parameters(net: TimmModel) -> set[str]:
-    """The names of the parameters of a timm model's classifier, or classifiers.
-
-    By identity: the last layer of some models' own list has pretrained norms beside the classifier, and these are no new head.
-    """
+    """The names of the parameters of a timm model's classifier, or classifiers."""
     heads = net.get_classifier()
-    own = {id(p) for module in (heads if isinstance(heads, tuple) else [heads]) for p in module.parameters()}
-    return {name for name, parameter in net.named_parameters() if id(parameter) in own}
+    ids = {id(parameter) for head in (heads if isinstance(heads, tuple) else (heads,)) for parameter in head.parameters()}
+    return {name for name, parameter in net.named_parameters() if id(parameter) in ids}
 
 
-def last_layer(net: nn.Module) -> str:
-    """The name of the last linear layer or convolution: the last layer of each of torchvision's classifiers."""
+def head_name(recipe: Recipe, net: nn.Module) -> str:
+    """The layer to replace: of a function's network the recipe's `head`, of a torchvision classifier the last layer."""
+    if callable(recipe.backbone):
+        return str(recipe.head)
     return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
 
 
 def weights_error(source: str, error: Exception) -> RecipeError:
-    """What torch says of tensors that do not fit, shortened."""
+    """torch's message on tensors that do not fit, shortened."""
     lines = [line.strip()[:160] for line in str(error).splitlines()]
     return RecipeError("\n    ".join([f"the weights {source} do not fit:", *lines[:5]]))
 
 
 def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
-    """How images are turned into the network's input: timm's mean, std, interpolation, crop_pct and input_size.
-
-    Mean and deviation belong to the weights: not all were trained with ImageNet's.
-    """
+    """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS."""
     config = dict(getattr(net, "pretrained_cfg", {}))
     if isinstance(recipe.backbone, str) and recipe.backbone.startswith("torchvision/"):
         preset = torchvision.models.get_model_weights(recipe.backbone.partition("/")[2]).DEFAULT.transforms()

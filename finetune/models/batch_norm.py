@@ -1,4 +1,4 @@
-"""Batch norm: which statistics move while the network trains."""
+"""Batch norm: which layers update their running statistics in training."""
 
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from finetune.utils.errors import RecipeError
 
 
 def convert_sync_batch_norm(net: nn.Module, batch_norm: str, accelerator: Accelerator) -> nn.Module:
-    """With batch_norm="sync" on several processes, the network with torch's SyncBatchNorm in place of each batch norm.
+    """With batch_norm="sync" on several processes, replace each batch norm by torch's SyncBatchNorm.
 
-    Done once, before anything refers to a module; parameters stay the same objects under the same names.
+    To be called before anything refers to a module; parameters stay the same objects under the same names.
 
     Raises:
         RecipeError: on CPUs, for which torch has no such layer.
@@ -27,10 +27,9 @@ def convert_sync_batch_norm(net: nn.Module, batch_norm: str, accelerator: Accele
 
 
 def set_train_mode(net: nn.Module, batch_norm: str) -> None:
-    """net.train(), except that norms whose statistics must not move stay in eval mode.
+    """net.train(), but with the batch norms whose statistics are frozen in eval mode: all with "frozen", else in frozen layers.
 
-    These are all of them with batch_norm="frozen", otherwise those of frozen layers. Where a norm has no parameters of its own,
-    those of the nearest layer around it that has some decide.
+    A batch norm without parameters is frozen if the nearest module around it that has parameters is.
     """
     net.train()
     for name, module in net.named_modules():
@@ -39,13 +38,13 @@ def set_train_mode(net: nn.Module, batch_norm: str) -> None:
 
 
 def hold_if_frozen(net: nn.Module, name: str, batch_norm: str, module: nn.Module, inputs: tuple[Any, ...] = ()) -> None:
-    """Put one norm into eval mode if its statistics must not move."""
+    """Put a batch norm into eval mode if its statistics must stay."""
     if batch_norm == "frozen" or is_frozen(net, name):
         module.eval()
 
 
 def hold_batch_norm(net: nn.Module, batch_norm: str) -> None:
-    """Make `set_train_mode`'s rule hold in loops that call net.train() themselves: each norm checks before its forward pass."""
+    """Apply `set_train_mode`'s rule before each forward pass, for training loops that call net.train() themselves."""
     for name, module in net.named_modules():
         hooks = module._forward_pre_hooks.values()
         if isinstance(module, _NormBase) and not any(getattr(hook, "func", None) is hold_if_frozen for hook in hooks):
@@ -53,7 +52,7 @@ def hold_batch_norm(net: nn.Module, batch_norm: str) -> None:
 
 
 def is_frozen(net: nn.Module, name: str) -> bool:
-    """Whether no parameter trains in the module `name`, or in the nearest around it that has parameters."""
+    """Whether no parameter is trained in the module `name`, or in the nearest one around it that has parameters."""
     params = list(net.get_submodule(name).parameters())
     while not params and name:
         name = name.rpartition(".")[0]

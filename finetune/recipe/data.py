@@ -20,7 +20,7 @@ class Data(Checked):
     - "digits", "elpv", "cifar10", "cifar100";
     - "torchvision/NAME": Flowers102, DTD, Food101, ...;
     - "hf/OWNER/NAME", "hf/OWNER/NAME:CONFIG" or "hf/PATH", read by the package datasets;
-    - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split;
+    - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split and subgroup;
     - a folder of images: train/CLASS/* and val/CLASS/*, or CLASS/*;
     - a folder of WebDataset's train-*.tar and val-*.tar (KEY.jpg, KEY.cls; class names in classes.txt);
     - a function without arguments that returns (train, validation), two map-style sets of (PIL image, label), the first

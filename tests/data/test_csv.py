@@ -1,17 +1,21 @@
 """Tables of images and labels."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torchvision
+from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from finetune.data.loader import load
 from finetune.data.sources import load_data
+from finetune.run import main
 from finetune.utils.errors import RecipeError
-from helpers import prepare
+from helpers import on_folder, prepare
 from image_files import assert_same_set, put_image, source, write_csv
 
 MULTI = {"loss": "multi_label", "metric": "mean_average_precision"}
@@ -68,6 +72,45 @@ def test_several_labels_in_a_cell_are_vectors(tmp_path, split):
     images = prepare(source(file, **MULTI))[2][0]
     labels = next(load(images, 0, [[0, 1, 2]], 0))[1]
     assert labels.dtype == torch.float32 and np.array_equal(labels, np.stack(data.train.labels[:3]))
+
+
+def with_subgroups(image_folder, tmp_path, split):
+    """A table of the image folder's 45 images with a camera as subgroup, and the camera of each file."""
+    files = [(path, part) for part in ("train", "val") for path in sorted((image_folder / part).rglob("*.png"))]
+    cameras = {str(path): ("old", " new ", "")[int(path.stem) % 3] for path, _ in files}
+    rows = [f"{path},{path.parent.name},{cameras[str(path)]}" + f",{part}" * split for path, part in files]
+    file = write_csv(tmp_path, rows, "path,label,Subgroup" + ",split" * split)
+    return file, {path: camera.strip() or "none" for path, camera in cameras.items()}
+
+
+@pytest.mark.parametrize("split,holdout", [(True, 0.0), (False, 0.0), (True, 0.2)])
+def test_subgroups_stay_with_their_images(image_folder, tmp_path, split, holdout):
+    """Each image of a table has its row's subgroup, in a split column's parts, in a split by chance, and in a holdout."""
+    file, camera_of = with_subgroups(image_folder, tmp_path, split)
+    path_of = {tuple(np.asarray(torchvision.datasets.folder.default_loader(path)).ravel()): path for path in camera_of}
+    data = load_data(source(file, holdout=holdout))
+    for part in (data.train, data.val):
+        paths = [path_of[tuple(np.asarray(part[i][0]).ravel())] for i in range(len(part))]
+        assert part.subgroups == [camera_of[path] for path in paths]
+    reversed_part = data.val.part([2, 0])
+    assert reversed_part.subgroups == [data.val.subgroups[2], data.val.subgroups[0]]
+    assert load_data(source(image_folder)).val.subgroups is None
+
+
+def test_a_run_on_a_csv_has_the_metrics_of_each_subgroup(image_folder, tmp_path, capsys):
+    """result.json has the metrics of each subgroup: scikit-learn's accuracy of the predictions on its images."""
+    file, camera_of = with_subgroups(image_folder, tmp_path, True)
+    assert main([*on_folder(file, tmp_path / "run"), "--set", "epochs=4"]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["by_subgroup"]
+    kept = safetensors.torch.load_file(tmp_path / "run" / "predictions.safetensors")
+    cameras = [camera_of[str(path)] for path in sorted((image_folder / "val").rglob("*.png"))]
+    out = capsys.readouterr().out
+    assert list(result) == ["new", "none", "old"]
+    for name, metrics in result.items():
+        rows = [i for i, camera in enumerate(cameras) if camera == name]
+        accuracy = accuracy_score(kept["labels"][rows], kept["logits"][rows].argmax(1))
+        assert metrics["top1"] == pytest.approx(accuracy) and metrics["val_images"] == len(rows)
+        assert f"{name}: top-1 {accuracy:.2%} of {len(rows)} images" in out
 
 
 def test_a_csv_that_is_not_in_order(tmp_path):

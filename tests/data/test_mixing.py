@@ -1,4 +1,4 @@
-"""Which images are drawn, and which are mixed."""
+"""Balanced sampling, mixup and cutmix."""
 
 import math
 
@@ -9,10 +9,10 @@ import timm.layers
 import timm.loss
 import torch
 
-from finetune.data import transforms as augment
-from finetune.data.loader import ImageDataset, balanced_sample_weights, plan_epoch
+from finetune.data.loader import Cut, ImageDataset, balanced_sample_weights, plan_epoch
 from finetune.data.transforms import mix_neighbours
 from finetune.recipe import Augment, Data
+from finetune.train import setup
 from finetune.utils.seed import seed_all
 from helpers import ALL, Coloured, assert_same_weights, plain, run_here, small_recipe
 
@@ -36,17 +36,16 @@ def test_neighbours_are_mixed_as_timm_mixes(alphas):
 
 
 @pytest.mark.parametrize("processes,accumulate", [(1, 2), (2, 1), (1, 3), (3, 2), (4, 1)])
-def test_pairs_stay_together_however_an_update_is_cut(processes, accumulate):
-    """Over all micro-batches the same pairs come together, in the same updates, as when nothing is cut."""
+def test_pairs_stay_together_however_a_batch_is_cut(processes, accumulate):
+    """Over all micro-batches the same pairs come together, in the same steps, as in whole batches."""
 
     def pairs(processes, accumulate):
         found = []
-        for update in zip(
-            *(plan_epoch(23, 12, 0, 1, p, processes, accumulate, pairs=True) for p in range(processes)), strict=True
-        ):
-            cuts = [cut for part in update if part.weight for cut in part.micro_batches]
-            assert sorted(i for cut in cuts for i in cut) == sorted(update[0].images)
-            found.append({tuple(cut[i : i + 2]) for cut in cuts for i in range(0, len(cut), 2)})
+        cuts = [Cut(process, processes, accumulate) for process in range(processes)]
+        for step in zip(*(plan_epoch(23, 12, 0, 1, cut, pairs=True) for cut in cuts), strict=True):
+            parts = [part for plan in step if plan.weight for part in plan.micro_batches]
+            assert sorted(i for part in parts for i in part) == sorted(step[0].images)
+            found.append({tuple(part[i : i + 2]) for part in parts for i in range(0, len(part), 2)})
         return found
 
     assert pairs(processes, accumulate) == pairs(1, 1)
@@ -57,21 +56,21 @@ def test_a_mixed_run_is_the_same_however_it_is_cut(tmp_path, accumulate):
     """Mixup and cutmix with accumulation give the weights of whole batches, and other weights than without mixing."""
     recipe = plain(augment=Augment(mixup=0.4, cutmix=1.0))
     whole, _ = run_here(recipe, tmp_path / "whole")
-    assert_same_weights(run_here(recipe, tmp_path / "cut", accumulate)[0], whole.state_dict())
+    assert_same_weights(run_here(recipe, tmp_path / "cut", accumulate=accumulate)[0], whole.state_dict())
     unmixed, _ = run_here(plain(), tmp_path / "unmixed")
     assert (whole.fc.weight - unmixed.fc.weight).abs().max() > 1e-3
 
 
 def test_balanced_sampling_draws_each_class_equally():
-    """Of an uneven set each class is drawn equally often, as many images as there are; anew each epoch, alike if repeated."""
+    """Of an uneven set each class is drawn equally often, as many images as there are; each epoch has its own draw."""
     labels = np.array([0] * 700 + [1] * 200 + [2] * 100)
-    chances = balanced_sample_weights(labels)
-    draw = [i for update in plan_epoch(1000, 64, 0, 3, chances=chances) for i in update.images]
+    weights = balanced_sample_weights(labels)
+    draw = [i for plan in plan_epoch(1000, 64, 0, 3, sample_weights=weights) for i in plan.images]
     assert len(draw) == 1000 and len(set(draw)) < 1000
     drawn = np.bincount(labels[draw])
     assert abs(drawn - 1000 / 3).max() < 4 * math.sqrt(1000 * 1 / 3 * 2 / 3)  # four standard deviations of a binomial
     again, other = (
-        [i for update in plan_epoch(1000, 64, 0, epoch, chances=chances) for i in update.images] for epoch in (3, 4)
+        [i for plan in plan_epoch(1000, 64, 0, epoch, sample_weights=weights) for i in plan.images] for epoch in (3, 4)
     )
     assert draw == again != other
 
@@ -82,7 +81,7 @@ def test_balanced_sampling_reaches_the_run(tmp_path):
 
     class Watching(ImageDataset):
         def __getitem__(self, key):
-            seen.extend([self.labels()[key[1]]] * (len(self) == 45))  # not of those that are scored
+            seen.extend([self.labels()[key[1]]] * (len(self) == 45))  # not the validation images
             return super().__getitem__(key)
 
     def uneven():
@@ -91,6 +90,6 @@ def test_balanced_sampling_reaches_the_run(tmp_path):
 
     recipe = small_recipe(groups=ALL, epochs=8, data=Data(uneven, 24, 8, sampling="balanced"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(augment, "ImageDataset", Watching)
+        patched.setattr(setup, "ImageDataset", Watching)
         run_here(recipe, tmp_path)
     assert len(seen) == 8 * 45 and abs(sum(seen) - 180) < 4 * math.sqrt(360 / 4)  # four standard deviations of a binomial

@@ -1,16 +1,15 @@
-"""Which images, in which order, in which split; and what is wrong with a folder."""
+"""Named sets, folders and functions: images, their order and split, and what is wrong with them."""
 
+import importlib.util
 import shutil
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from finetune.data import sources as image_data
 from finetune.data.dataset import ImageList, stratified_split
-from finetune.data.loader import ImageDataset, load, plan_epoch
+from finetune.data.loader import Cut, ImageDataset, load, plan_epoch
 from finetune.data.sources import known_size, load_data
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import meta_backbone, preprocessing
@@ -22,17 +21,17 @@ from image_files import source
 
 @pytest.mark.parametrize("images,batch,parts", [(20, 8, 4), (22, 8, 2), (3, 8, 4), (16, 8, 1)])
 def test_an_epoch_is_the_same_however_it_is_cut(images, batch, parts):
-    """For any processes x micro-batches, the parts of each update make up the same images; each image comes once."""
+    """For any processes x micro-batches, the parts of each batch make up the same images; each image comes once."""
     whole = plan_epoch(images, batch, seed=1, epoch=2)
-    assert sorted(i for update in whole for i in update.micro_batches[0]) == list(range(images))
+    assert sorted(i for plan in whole for i in plan.micro_batches[0]) == list(range(images))
     for processes in (n for n in (1, 2, 4) if parts % n == 0):
-        cut = [plan_epoch(images, batch, 1, 2, process, processes, parts // processes) for process in range(processes)]
-        for number, update in enumerate(whole):
-            mine = [plan[number] for plan in cut]
-            assert {u.size for u in mine} == {update.size} == {len(update.micro_batches[0])}
-            pieces = [piece for u in mine if u.weight for piece in u.micro_batches]
-            assert [i for piece in pieces for i in piece] == update.micro_batches[0]
-            assert all(len(u.micro_batches) > 0 for u in mine)  # every process takes part
+        cuts = [Cut(process, processes, parts // processes) for process in range(processes)]
+        for plan, *of_processes in zip(whole, *(plan_epoch(images, batch, 1, 2, cut) for cut in cuts), strict=True):
+            assert {each.size for each in of_processes} == {plan.size} == {len(plan.micro_batches[0])}
+            assert {each.step for each in of_processes} == {plan.step}
+            pieces = [piece for each in of_processes if each.weight for piece in each.micro_batches]
+            assert [i for piece in pieces for i in piece] == plan.micro_batches[0]
+            assert all(len(each.micro_batches) > 0 for each in of_processes)  # every process takes part
     assert len(whole) == -(-images // batch)
 
 
@@ -40,13 +39,13 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     """Another epoch or seed is another order, the same is the same."""
 
     def order(seed, epoch):
-        return [i for update in plan_epoch(50, 8, seed, epoch) for i in update.micro_batches[0]]
+        return [i for plan in plan_epoch(50, 8, seed, epoch) for i in plan.micro_batches[0]]
 
     assert order(0, 0) == order(0, 0) and len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
 
 
 def test_augmentation_depends_on_epoch_and_image_alone():
-    """Workers, order and what else is drawn do not change how an image is varied; the epoch does."""
+    """Workers, order and what else is drawn do not change how an image is augmented; the epoch does."""
     recipe = source("generated", augment=Augment(randaugment="rand-m9-mstd0.5", color_jitter=0.4))
     images = prepare(recipe)[2][0]
     first = dict(zip(range(6), torch.cat([b for b, _ in load(images, 3, [[0, 1, 2], [3, 4, 5]], 0)]), strict=True))
@@ -87,48 +86,6 @@ def test_solar_cells_keep_their_shares_of_label_and_type():
     assert sum(data.train.labels) + sum(data.val.labels) == 821
     assert not set(data.train.items) & set(data.val.items)
     assert sum(data.train.labels) / 1969 == pytest.approx(sum(data.val.labels) / 655, abs=0.002)
-
-
-@pytest.mark.parametrize(
-    "name,label_bytes,train,val,names,classes",
-    [
-        ("cifar-10-batches-bin", 1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 10),
-        ("cifar-100-binary", 2, ["train.bin"], "test.bin", "fine_label_names.txt", 100),
-    ],
-)
-def test_cifar_is_read_from_its_binary_form(tmp_path, monkeypatch, name, label_bytes, train, val, names, classes):
-    """Rows of label bytes and planes of red, green and blue come back as the images they were."""
-    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
-    folder = tmp_path / name
-    folder.mkdir()
-    files = [*train, val]
-    pixels = np.random.RandomState(0).randint(0, 256, (len(files), 4, 32, 32, 3)).astype(np.uint8)
-    labels = np.random.RandomState(1).randint(0, classes, (len(files), 4))
-    for file, images, given in zip(files, pixels, labels, strict=True):
-        rows = (
-            bytes([0] * (label_bytes - 1) + [label]) + image.transpose(2, 0, 1).tobytes()
-            for image, label in zip(images, given, strict=True)
-        )
-        (folder / file).write_bytes(b"".join(rows))
-    (folder / names).write_text("\n".join(f"class{i}" for i in range(classes)) + "\n\n")
-    data = load_data(source("cifar10" if classes == 10 else "cifar100"))
-    assert (len(data.train), len(data.val), len(data.classes)) == (4 * len(train), 4, classes)
-    everything = [*zip(pixels, labels, strict=True)]
-    for part, parts in ((data.train, everything[:-1]), (data.val, everything[-1:])):
-        for i, (images, given) in enumerate(parts):
-            for j in range(4):
-                image, label = part[4 * i + j]
-                assert np.array_equal(np.asarray(image), images[j]) and label == given[j]
-
-
-def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch):
-    """Without a network the message names the archive, and where its content belongs."""
-    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
-    monkeypatch.setattr(image_data, "CIFAR_URL", "http://127.0.0.1:9/")
-    with pytest.raises(RecipeError) as caught:
-        load_data(source("cifar10"))
-    for text in ("cifar-10-binary.tar.gz", str(tmp_path / "cifar-10-batches-bin" / "test_batch.bin"), "FINETUNE_DATA"):
-        assert text in str(caught.value)
 
 
 def test_folders(image_folder, tmp_path):
@@ -173,7 +130,7 @@ def test_an_unknown_source_is_answered_with_the_nearest():
 
 def test_a_missing_package_names_its_pip_line(monkeypatch):
     """A set whose package is not installed comes with the line that installs it."""
-    monkeypatch.setattr(image_data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install elpv-dataset"):
         load_data(source("elpv"))
     with pytest.raises(RecipeError, match="pip install scikit-learn"):
@@ -209,7 +166,7 @@ def test_a_function_brings_its_own_images():
     ],
 )
 def test_a_function_that_returns_something_else(made, fault):
-    """A function that does not return two sets of labelled images is told what is wanted."""
+    """A function that does not return two sets of labelled images gets a message on what is wanted."""
     with pytest.raises(RecipeError) as caught:
         load_data(source(made))
     assert fault in str(caught.value)
@@ -225,7 +182,7 @@ def test_a_label_out_of_range_is_named():
 
 
 def test_a_holdout_comes_from_the_training_images_alone(image_folder):
-    """With a holdout what is scored is a share of each class of the training images, and no image is on both sides."""
+    """With a holdout, the validation images are a share of each class of the training images, and no image is in both."""
     whole = load_data(source(str(image_folder)))
     part = load_data(source(str(image_folder), holdout=0.2, seed=5))
     pixels = [[images[i][0].tobytes() for i in range(len(images))] for images in (whole.train, part.train, part.val)]

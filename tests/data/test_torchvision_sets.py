@@ -1,6 +1,8 @@
 """Images and labels of torchvision's sets are what torchvision reads."""
 
+import hashlib
 import json
+import pickle
 import urllib.request
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torchvision
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from finetune.data.external import TORCHVISION
 from finetune.data.sources import data_size, is_downloaded, known_size, load_data
@@ -93,7 +96,21 @@ def make_mnist(name):
     return make
 
 
+def make_cifar(kind):
+    def make(root):
+        for i, (file, _) in enumerate([*kind.train_list, *kind.test_list]):
+            rows = {"data": PIXELS[2 * i : 2 * i + 2].transpose(0, 3, 1, 2).reshape(2, -1), CIFAR_LABELS[kind]: [i, 0]}
+            put(root / kind.base_folder / file, pickle.dumps(rows))
+        names = [f"class {i}" for i in range(10)]
+        put(root / kind.base_folder / kind.meta["filename"], pickle.dumps({kind.meta["key"]: names}))
+
+    return make
+
+
+CIFAR_LABELS = {CIFAR10: "labels", CIFAR100: "fine_labels"}
 MADE = {
+    "CIFAR10": make_cifar(CIFAR10),
+    "CIFAR100": make_cifar(CIFAR100),
     "DTD": make_dtd,
     "EuroSAT": make_eurosat,
     "FGVCAircraft": make_aircraft,
@@ -111,10 +128,10 @@ MADE = {
 
 @pytest.fixture
 def torchvision_folder(tmp_path, monkeypatch):
-    """An empty $FINETUNE_DATA, whose files are not held against the md5 of the real ones."""
+    """An empty $FINETUNE_DATA, whose files are not compared with the md5 of the real ones."""
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "sets"))
     (tmp_path / "sets").mkdir()
-    for name in ("flowers102", "stl10", "svhn"):
+    for name in ("cifar", "flowers102", "stl10", "svhn"):
         module = getattr(torchvision.datasets, name)
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
     return tmp_path / "sets"
@@ -145,21 +162,78 @@ def test_torchvisions_sets_are_what_torchvision_reads(torchvision_folder, name):
     )
 
 
+def refuse(*args, **options):
+    raise urllib.error.URLError("no network")
+
+
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_a_set_that_can_not_be_downloaded_is_named(torchvision_folder, monkeypatch, name):
     """Without a network one message has the set, where it belongs and the reason; its size is known all the same."""
-
-    def refuse(*args, **options):
-        raise urllib.error.URLError("no network")
-
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     recipe = source(f"torchvision/{name}")
     with pytest.raises(RecipeError) as caught:
         load_data(recipe)
     message = str(caught.value)
     assert f"torchvision/{name}" in message and str(torchvision_folder / TORCHVISION[name][-1]) in message
-    assert "no network" in message or name == "MNIST"  # torchvision tells its mirrors' faults on the screen
+    assert "no network" in message or name == "MNIST"  # torchvision prints its mirrors' faults
     assert data_size(recipe) == known_size(recipe) == TORCHVISION[name][2:4] and is_downloaded(f"torchvision/{name}")
+
+
+@pytest.fixture(params=[CIFAR10, CIFAR100])
+def cifar(request, tmp_path, monkeypatch):
+    """(torchvision's class, its folder): a small set whose md5 torchvision expects, and no network."""
+    kind, folder = request.param, tmp_path / request.param.base_folder
+    make_cifar(kind)(tmp_path)
+
+    def md5(name):
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, files, [[name, md5(name)] for name, _ in getattr(kind, files)])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5(kind.meta["filename"])})
+    monkeypatch.setenv("FINETUNE_DATA", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return kind, folder
+
+
+def test_cifar_by_its_short_name(cifar):
+    """cifar10 and cifar100 are torchvision's sets: the images that were written, their labels and class names."""
+    kind, folder = cifar
+    data = load_data(source(kind.__name__.lower()))
+    assert_same_set(data.train, kind(folder.parent))
+    assert_same_set(data.val, kind(folder.parent, train=False))
+    files = len(kind.train_list)
+    assert all(np.array_equal(data.train[i][0], PIXELS[i]) for i in range(2 * files))
+    assert all(np.array_equal(data.val[i][0], PIXELS[2 * files + i]) for i in range(2))
+    assert list(data.train.labels) == [label for i in range(files) for label in (i, 0)] and list(data.val.labels) == [files, 0]
+    assert data.classes == tuple(kind(folder.parent).classes)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickle_of_cifar_with_another_md5_is_read(cifar, tmp_path):
+    """A file whose md5 is wrong (images, class names, the archive) is never unpickled; one message says what is wanted."""
+    kind, folder = cifar
+    bomb = pickle.dumps(Bomb(tmp_path / "ran"))
+    put(tmp_path / kind.filename, bomb)
+    for name in [*(name for name, _ in kind.train_list + kind.test_list), kind.meta["filename"]]:
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(bomb)
+        with pytest.raises(RecipeError) as caught:
+            load_data(source(kind.__name__.lower()))
+        for text in (f"torchvision/{kind.__name__}", kind.url, str(folder), "FINETUNE_DATA"):
+            assert text in str(caught.value)
+        assert not (tmp_path / "ran").exists()
+        (folder / name).write_bytes(good)
+    assert load_data(source(kind.__name__.lower()))
+    pickle.loads(bomb).close()
+    assert (tmp_path / "ran").exists()  # it would have gone off
 
 
 def test_an_unknown_set_of_torchvision_is_answered_with_the_nearest():

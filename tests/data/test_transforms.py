@@ -1,4 +1,4 @@
-"""What an image goes through before the network sees it, against timm's transforms; that it is decoded once."""
+"""Transforms against timm's; each image is decoded once."""
 
 import pickle
 import random
@@ -17,7 +17,7 @@ from finetune.data.loader import ImageDataset, load
 from finetune.data.transforms import Pixels, Timm, eval_transform, training_transform
 from finetune.recipe import Augment, Data
 from finetune.utils.seed import keyed_seed, seed_cpu
-from helpers import prepare, small_recipe
+from helpers import ALL, prepare, small_recipe
 
 PHOTOGRAPH, FLOWER = (image.copy() for image in load_sample_images().images)  # 427 x 640; torch wants them writable
 IMAGES = {
@@ -27,6 +27,7 @@ IMAGES = {
     "tiny": PHOTOGRAPH[:9, :7],
     "grey": None,
 }
+TIMM = {"backbone": "test_resnet", "head": None, "groups": ALL}
 
 
 def pixels(name):
@@ -58,13 +59,12 @@ def assert_as_through_pil(ours, theirs):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_training_images_are_timms(name, interpolation):
-    """From the same seed the same crop, the same size and the same side as timm's transform."""
+    """From the same seed the same crop, the same size and the same flip as timm's transform."""
     image, augment = pixels(name), Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=0.5)
     given = inputs(interpolation)
     ours = training_transform(small_recipe(augment=augment), given)
-    theirs = Timm(
-        timm.data.create_transform(**given, is_training=True, scale=(0.2, 1.0), ratio=(0.5, 2.0), hflip=0.5, color_jitter=None)
-    )
+    options = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "hflip": 0.5, "color_jitter": None}
+    theirs = Timm(given, timm.data.create_transform(**given, is_training=True, **options))
     seen = []
     for number in range(20):
         seed_cpu(number)
@@ -76,11 +76,11 @@ def test_training_images_are_timms(name, interpolation):
 
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 1.2])
 @pytest.mark.parametrize("name", IMAGES)
-def test_scored_images_are_timms(name, crop_pct):
+def test_evaluated_images_are_timms(name, crop_pct):
     """Resized and cropped in the middle as timm's transform does it."""
     for interpolation in ("bilinear", "bicubic"):
         given = inputs(interpolation, crop_pct)
-        ours, theirs = eval_transform(given), Timm(timm.data.create_transform(**given))
+        ours, theirs = eval_transform(given), Timm(given, timm.data.create_transform(**given))
         assert isinstance(ours, Pixels)
         assert_as_through_pil(levels(ours, pixels(name)), levels(theirs, pixels(name)))
 
@@ -103,7 +103,7 @@ def test_what_is_not_done_here_is_left_to_timm(changes, options):
         seed_cpu(number)
         seen = levels(ours, PHOTOGRAPH)
         seed_cpu(number)
-        assert torch.equal(seen, levels(Timm(theirs), PHOTOGRAPH))
+        assert torch.equal(seen, levels(Timm(inputs(), theirs), PHOTOGRAPH))
 
 
 def test_the_rarer_ways_to_resize_are_left_to_timm():
@@ -112,11 +112,12 @@ def test_the_rarer_ways_to_resize_are_left_to_timm():
         assert isinstance(eval_transform(inputs() | given), Timm)
 
 
-def test_a_batch_is_as_its_images():
-    """An image looks the same alone and in a batch, and lies channels last."""
-    images = prepare(small_recipe())[2][0]
+@pytest.mark.parametrize("changes,layout", [({}, torch.contiguous_format), (TIMM, torch.channels_last)])
+def test_a_batch_is_as_its_images(changes, layout):
+    """An image looks the same alone and in a batch, which is channels last but for a function's own network."""
+    images = prepare(small_recipe(**changes))[2][0]
     ((batch, _),) = load(images, 2, [[4, 1, 9]], 0)
-    assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=torch.channels_last)
+    assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=layout)
     for image, index in zip(batch, (4, 1, 9), strict=True):
         assert torch.equal(next(load(images, 2, [[index]], 0))[0][0], image)
 
@@ -155,18 +156,18 @@ def test_an_image_is_decoded_once(tmp_path, workers):
 def test_what_has_no_room_is_decoded_again(tmp_path):
     """Beyond the limit, images are decoded each time and are the same."""
     images, reader = counted(tmp_path)
-    images.memory = ImageCache(6, limit=3 * 20 * (10 + 11))  # the first two
+    images.cache = ImageCache(6, limit=3 * 20 * (10 + 11))  # the first two
     first, second = (list(load(images, epoch, [[i] for i in range(6)], 0)) for epoch in (0, 1))
     assert reader.read() == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
 
 
-def test_memory_is_not_sent_to_processes_started_afresh(tmp_path):
+def test_the_cache_is_not_sent_to_spawned_processes(tmp_path):
     """A pickled set decodes for itself."""
     images, reader = counted(tmp_path)
     list(load(images, 0, [[0, 1]], 0))
     sent = pickle.loads(pickle.dumps(images))
-    assert [sent.memory.get(i) is None for i in range(6)] == [True] * 6 and images.memory.get(1).shape == (11, 20, 3)
+    assert [sent.cache.get(i) is None for i in range(6)] == [True] * 6 and images.cache.get(1).shape == (11, 20, 3)
     assert torch.equal(next(load(sent, 0, [[1]], 0))[0], next(load(images, 0, [[1]], 0))[0]) and reader.read() == [0, 1, 1]
 
 
@@ -203,8 +204,8 @@ def test_an_images_seed_is_its_own():
     assert drawn[0] == drawn[1]
 
 
-def test_the_parts_of_a_set_do_not_share_memory():
-    """Training and validation images have a memory each."""
+def test_the_parts_of_a_set_do_not_share_a_cache():
+    """Training and validation images have a cache each."""
     train, val = prepare(small_recipe())[2]
     list(load(train, 0, [[0]], 0))
-    assert val.memory.get(0) is None and train.memory.get(0) is not None
+    assert val.cache.get(0) is None and train.cache.get(0) is not None

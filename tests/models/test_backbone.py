@@ -124,7 +124,7 @@ def test_preprocessing_belongs_to_the_weights():
     ],
 )
 def test_torchvision_heads_are_found(name, head):
-    """Of torchvision's classifiers the last layer is replaced; `outline` has tried one image."""
+    """Of torchvision's classifiers the last layer is replaced; `meta_backbone` has tried one image."""
     net = meta_backbone(small_recipe(backbone=f"torchvision/{name}", head=None, data=Data("digits", 224, 8)), num_classes=7)
     layer = net.get_submodule(head)
     assert (layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels) == 7

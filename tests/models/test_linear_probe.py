@@ -1,9 +1,10 @@
-"""The head alone before the first epoch: against scikit-learn's logistic regression, and what a run makes of it."""
+"""The linear probe: against scikit-learn's logistic regression, and what a run makes of it."""
 
 import json
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
@@ -14,21 +15,22 @@ from finetune.data.loader import load
 from finetune.models import linear_probe
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data, Group, LinearProbe
-from finetune.results.summary import paid
+from finetune.results.summary import describe_gain
 from finetune.train import loop as train_loop
-from finetune.train.setup import check
+from finetune.train.evaluate import predict_logits
+from finetune.train.setup import DEFAULTS, check_recipe
 from finetune.utils.errors import RecipeError
 from helpers import prepare, run_here, small_recipe
 
 
 def probed(**changes):
-    """One update an epoch of everything, after the head alone."""
+    """Everything is trained after a linear probe."""
     groups = (Group("all", ".", lr=1e-3),)
     return small_recipe(**{"linear_probe": LinearProbe(l2=0.1), "groups": groups, "epochs": 2, **changes})
 
 
 def test_the_head_is_scikit_learns():
-    """The fitted layer gives the chances of scikit-learn's logistic regression on features whose variances average 1.
+    """The fitted layer gives the probabilities of scikit-learn's logistic regression on features whose variances average 1.
 
     Both are the one minimum of the same function; scikit-learn's C is 1 / (l2 x images). One feature never changes, one image
     could not be read.
@@ -55,8 +57,8 @@ def test_the_head_is_scikit_learns():
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_features_are_what_the_head_is_given(tmp_path, monkeypatch, views):
-    """The head is fitted to its own inputs: of each image as it is scored, then varied as for training, another way a view."""
+def test_features_are_the_inputs_of_the_head(tmp_path, monkeypatch, views):
+    """The head is fitted to its own inputs: of each image preprocessed for evaluation, then augmented anew for each view."""
     seen = []
     monkeypatch.setattr(train_loop, "fit", lambda layer, features, labels, loss, l2: seen.append((features, labels)))
     recipe = probed(linear_probe=LinearProbe(views=views), epochs=1)
@@ -66,7 +68,7 @@ def test_features_are_what_the_head_is_given(tmp_path, monkeypatch, views):
     everything = [list(range(len(train_images)))]
     with torch.no_grad():
         for view in range(views):
-            ((images, labels),) = load(train_images if view else train_images.seen_as(val_images), -view, everything, 0)
+            ((images, labels),) = load(train_images if view else train_images.transformed_as(val_images), -view, everything, 0)
             net(images)
     run_here(recipe, tmp_path)
     ((features, targets),) = seen
@@ -74,27 +76,26 @@ def test_features_are_what_the_head_is_given(tmp_path, monkeypatch, views):
     assert torch.equal(targets, labels.repeat(views)) and len({part.sum().item() for part in inputs}) == views
 
 
-def test_the_head_alone_is_the_first_candidate(tmp_path):
-    """Its score is the first line; epochs that only do harm leave it the best, and the report says so."""
-    saved = []
+def test_the_linear_probe_is_the_first_candidate(tmp_path):
+    """Its metrics are the first line; epochs that only do harm leave it the best model."""
     recipe = probed(groups=(Group("all", ".", lr=10.0),), clip_norm=None, data=Data("digits", 24, 256))
-    _, rows = run_here(recipe, tmp_path, save_model=lambda path, net: saved.append((path.name, net.fc.weight.clone())))
-    scores = [row["top1"] for row in rows if "top1" in row]
-    assert rows[0]["epoch"] == -1 and rows[0]["top1"] == scores[0] > 2 * max(scores[1:])
-    net, _, images = prepare(recipe)
-    criterion = train_loop.Criterion(recipe, net, images[0], torch.device("cpu"))
+    _, rows = run_here(recipe, tmp_path)
+    top1 = [row["top1"] for row in rows if "top1" in row]
+    assert rows[0]["epoch"] == -1 and rows[0]["top1"] == top1[0] > 2 * max(top1[1:])
+    net, _, datasets = prepare(recipe)
+    criterion = train_loop.Criterion(recipe, net, datasets[0], torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    train_loop.fit_linear_probe(recipe, criterion, net, images, Accelerator(cpu=True), 1, 0)
-    ((name, weight),) = saved
-    assert name == "model-best" and torch.equal(weight, net.fc.weight)
+    train_loop.fit_linear_probe(recipe, net, criterion, datasets, Accelerator(cpu=True), DEFAULTS)
+    saved = safetensors.torch.load_file(tmp_path / "model-best" / "model.safetensors")
+    assert torch.equal(saved["fc.weight"], net.fc.weight)
     moved = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"fc.weight", "fc.bias"}
-    logits, labels = train_loop.evaluate(recipe, net, images[1], Accelerator(cpu=True))
+    logits, labels = predict_logits(recipe, net, datasets[1], Accelerator(cpu=True))
     assert (logits.argmax(1) == labels).double().mean().item() == rows[0]["top1"]
 
 
-def test_the_average_begins_with_the_fitted_head(tmp_path):
-    """With a moving average of the weights, what is scored first is the fitted head, too."""
+def test_the_average_starts_with_the_fitted_head(tmp_path):
+    """With a moving average of the weights, the fitted head is evaluated first, too."""
     recipe = probed(data=Data("digits", 24, 256))
     firsts = [run_here(probed(data=recipe.data, ema_decay=decay), tmp_path / str(decay))[1][0] for decay in (None, 0.9999)]
     assert firsts[0] == firsts[1] and firsts[0]["epoch"] == -1
@@ -109,37 +110,39 @@ def test_the_average_begins_with_the_fitted_head(tmp_path):
         (0.7, 0.8, "added 10.00 points\n"),
     ],
 )
-def test_the_report_says_whether_fine_tuning_paid(before, after, words):
+def test_the_summary_says_whether_fine_tuning_paid(before, after, words):
     """Twenty of 1,000 images are no gain, and a hundred are: the standard error of the difference is 1.8 to 1.9 points."""
-    said = paid("top1", {"head_top1": before, "top1": after, "val_images": 1000})
+    said = describe_gain("top1", {"linear_probe_top1": before, "top1": after, "val_images": 1000})
     assert words in said and f"{before:.2%}" in said
-    assert paid("top1", {"top1": after, "val_images": 1000}) == ""
+    assert describe_gain("top1", {"top1": after, "val_images": 1000}) == ""
 
 
-def test_a_finished_run_tells_both(tmp_path, capsys, monkeypatch):
-    """result.json has the head's score, and the seconds at which each score was there, in order."""
+def test_a_finished_run_has_both_metrics(tmp_path, capsys, monkeypatch):
+    """result.json has the linear probe's metric, and the seconds at which each metric was there, in order."""
     from finetune.run import main
 
     monkeypatch.chdir(tmp_path)
     assert main(["--recipe", "efficientnet_lite0_digits", "--smoke", "--output", "out", "--set", "linear_probe.l2=0.1"]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert result["head_top1"] == rows[0]["top1"] and len(result["clock"]) == 1 + result["epochs"]
+    assert result["linear_probe_top1"] == rows[0]["top1"] and len(result["clock"]) == 1 + result["epochs"]
     assert result["clock"] == sorted(result["clock"]) and result["clock"][-1] <= result["seconds"]
-    assert "with the head alone; fine-tuning the rest" in capsys.readouterr().out
+    assert "of the linear probe; fine-tuning the rest" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("backbone", ["deit_tiny_distilled_patch16_224", "torchvision/squeezenet1_1"])
 def test_a_head_that_is_no_linear_layer_is_refused(backbone):
-    """Two heads, and a convolution, end in one message before anything is loaded; without the field they are fine."""
+    """Two heads, and a convolution, end in one message before anything is loaded; without the option they are fine."""
     recipe = small_recipe(backbone=backbone, head=None, groups=(Group("all", ".", lr=1e-3),), data=Data("digits", 224, 8))
-    check(recipe, meta_backbone(recipe))
+    check_recipe(recipe, meta_backbone(recipe))
     probing = replace(recipe, linear_probe=LinearProbe())
     with pytest.raises(RecipeError, match="linear_probe needs a head that is one linear layer"):
-        check(probing, meta_backbone(probing))
+        check_recipe(probing, meta_backbone(probing))
 
 
 def test_values_out_of_range_are_refused():
-    """No views, or no penalty, are faults of the recipe; both are told."""
-    with pytest.raises(RecipeError, match=r"(?s)linear_probe: views .* 0.*linear_probe: l2 .* 0"):
+    """No views, or no penalty, are faults of the recipe; both are named."""
+    with pytest.raises(RecipeError) as caught:
         small_recipe(linear_probe=LinearProbe(views=0, l2=0.0))
+    for fault in ("linear_probe.views must be 1 or more, not 0", "linear_probe.l2 must be above 0, not 0.0"):
+        assert fault in str(caught.value)

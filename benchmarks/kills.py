@@ -30,8 +30,7 @@ from finetune.utils import files
 WAYS = ("all processes", "one process", "while a checkpoint is written")
 RECIPE = """
 from torch import nn
-from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Data, Group, Recipe
+from finetune import AdamW, Cosine, Data, Group, Recipe
 
 
 class Net(nn.Module):

@@ -86,7 +86,7 @@ def test_the_average_is_its_recurrence(tmp_path):
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_early_stopping_counts_as_torchs_plateau(mode):
-    """It stops after the very epoch at which torch's ReduceLROnPlateau with one epoch less of patience first cuts the learning rate."""
+    """It stops after the very epoch at which torch's ReduceLROnPlateau with one epoch less of patience first cuts the lr."""
     stopped = set()
     for seed in range(40):
         draw, stop = random.Random(seed), EarlyStop(patience=3, mode=mode, threshold=0.01)

@@ -124,7 +124,7 @@ OPTIONS = {
 @pytest.mark.parametrize("call", [4, 6, 7, 9])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_survives_a_cut(tmp_path, monkeypatch, option, call):
-    """With any option a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a switch of optimizers."""
+    """With any option a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a switch."""
     recipe = small_recipe(**{"backbone": DroppingNet, "batch_norm": "train", **OPTIONS[option]})
     run_here(recipe, tmp_path / "whole")
     with monkeypatch.context() as patched:

@@ -12,7 +12,7 @@ from helpers import Cut, cut_before, on_folder
 
 
 def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder):
-    """TensorBoard's own reader finds each step's loss and learning rates and each epoch's metrics once, though the run was cut."""
+    """TensorBoard's own reader finds each step's loss and lrs and each epoch's metrics once, though the run was cut."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = [*on_folder(image_folder, "out"), "--track", "tensorboard"]
@@ -53,7 +53,9 @@ def test_wandb_is_told_offline(here, monkeypatch):
             for item in record.history.item
             if "/".join(item.nested_key) == "train/loss" or item.key == "train/loss"
         ]
-        config |= {item.key: item.value_json for step in (record.run.config, record.config) for item in step.step}
+        config |= {
+            item.key: item.value_json for config_record in (record.run.config, record.config) for item in config_record.update
+        }
     assert losses == pytest.approx([row["loss"] for row in rows if "grad_norm" in row])
     assert config["optimizer.name"] == '"AdamW"'
 

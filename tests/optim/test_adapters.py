@@ -1,4 +1,4 @@
-"""A recipe in loops that are not ours: the other library runs for real, with this repository's rates, decays and stages."""
+"""A recipe in loops that are not ours: the other library runs for real, with the recipe's learning rates, decays and stages."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def recipe_of(**changes):
 
 
 class Watch:
-    """What the other loop really did: each update's rates, each epoch's trained groups, statistics that moved."""
+    """What the other loop really did: each step's lrs, each epoch's trained groups, statistics that moved."""
 
     def __init__(self, recipe):
         self.recipe, (self.net, _, (images, _)) = recipe, prepare(recipe)
@@ -43,12 +43,12 @@ class Watch:
         self.optimizer = make_optimizer(recipe, self.net)
         self.scheduler = make_lr_scheduler(recipe, self.net, self.optimizer, STEPS)
         self.start = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
-        self.rates, self.trained = [], []
+        self.lrs, self.trained = [], []
 
     def note(self, epoch=None):
         if epoch is not None:
             unfreeze(self.recipe, self.net, epoch)
-        self.rates.append({row["name"]: row["lr"] for row in self.optimizer.param_groups})
+        self.lrs.append({row["name"]: row["lr"] for row in self.optimizer.param_groups})
         self.trained.append(
             {
                 group.name
@@ -58,9 +58,9 @@ class Watch:
         )
 
     def check(self):
-        """Rates are the plan's, to the bit; decays and optimizers are ours; stages came when they should; norms stayed."""
-        planned = planned_lrs(self.recipe, self.net, range(4 * STEPS), STEPS)
-        assert self.rates == [{name: values[step] for name, values in planned.items()} for step in range(4 * STEPS)]
+        """Learning rates are the plan's, to the bit; decays and optimizers are ours; stages came in time; norms stayed."""
+        planned = planned_lrs(build_param_groups(self.recipe, self.net), range(4 * STEPS), STEPS, 4)
+        assert self.lrs == [{name: values[step] for name, values in planned.items()} for step in range(4 * STEPS)]
         ours = build_optimizer(build_param_groups(self.recipe, self.net))
         assert [(row["name"], row["weight_decay"], len(row["params"])) for row in self.optimizer.param_groups] == [
             (row["name"], row["weight_decay"], len(row["params"])) for row in ours.param_groups
@@ -83,8 +83,8 @@ def test_a_bare_pytorch_loop_is_ours_to_the_bit(tmp_path):
     scheduler = make_lr_scheduler(recipe, net, optimizer, STEPS)
     for epoch in range(recipe.epochs):
         unfreeze(recipe, net, epoch)
-        for update in plan_epoch(22, 8, recipe.seed, epoch):
-            ((batch, labels),) = load(images, epoch, update.micro_batches, 0)
+        for plan in plan_epoch(22, 8, recipe.seed, epoch):
+            ((batch, labels),) = load(images, epoch, plan.micro_batches, 0)
             optimizer.zero_grad()
             (cross_entropy(net(batch.contiguous()), labels, reduction="sum") / len(labels)).backward()
             optimizer.step()
@@ -93,12 +93,12 @@ def test_a_bare_pytorch_loop_is_ours_to_the_bit(tmp_path):
     assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
-def test_a_plateau_follows_the_scores_the_loop_appends():
-    """In another loop a Plateau cuts the rate when the scores given to it have stalled."""
+def test_a_plateau_follows_the_metrics_the_loop_appends():
+    """In another loop a Plateau cuts the learning rate when the metrics given to it have stalled."""
     recipe = small_recipe(schedule=Plateau(patience=0, factor=0.5), groups=(Group("all", ".", lr=1e-2),))
-    net, scored = prepare(recipe)[0], []
+    net, history = prepare(recipe)[0], []
     optimizer = make_optimizer(recipe, net)
-    scheduler = make_lr_scheduler(recipe, net, optimizer, STEPS, scored)
+    scheduler = make_lr_scheduler(recipe, net, optimizer, STEPS, history)
     seen = []
     for epoch in range(4):
         unfreeze(recipe, net, epoch)
@@ -106,7 +106,7 @@ def test_a_plateau_follows_the_scores_the_loop_appends():
             seen.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             if _ == STEPS - 1:
-                scored.append({"top1": 0.5, "loss": 1.0})
+                history.append({"top1": 0.5, "loss": 1.0})
             scheduler.step()
     assert seen == [1e-2] * 6 + [5e-3] * 3 + [2.5e-3] * 3
 
@@ -125,19 +125,19 @@ def test_norms_hold_still_whatever_the_loop_calls(batch_norm):
     assert max(len(module._forward_pre_hooks) for module in net.modules()) == 1
 
 
-def test_what_has_no_place_in_another_loop_is_said():
+def test_what_has_no_place_in_another_loop_is_refused():
     """A switch of optimizers needs two of them: refused with the remedy."""
     recipe = recipe_of(switch=Switch(at=1, optimizer=SGD()))
-    with pytest.raises(RecipeError, match="Recipe.at"):
+    with pytest.raises(RecipeError, match=r"make a second optimizer yourself, from dataclasses.replace\(recipe, ...\)"):
         make_optimizer(recipe, prepare(recipe)[0])
 
 
 def test_a_layer_decay_recipe_travels_too():
-    """LayerDecay's rows reach another loop with their rates."""
+    """LayerDecay's rows reach another loop with their learning rates."""
     recipe = recipe_of(groups=LayerDecay(head_lr=1e-2, stem_ratio=0.1))
     net = prepare(recipe)[0]
-    rates = {row["name"]: row["lr"] for row in make_optimizer(recipe, net).param_groups}
-    assert rates == {group.name: group.lr for group in build_param_groups(recipe, net)} and len(rates) > 3
+    lrs = {row["name"]: row["lr"] for row in make_optimizer(recipe, net).param_groups}
+    assert lrs == {group.name: group.lr for group in build_param_groups(recipe, net)} and len(lrs) > 3
 
 
 def test_transformers_trainer(tmp_path):
@@ -219,9 +219,9 @@ def test_fastai():
     watch = Watch(recipe_of())
 
     class Stages(fastai.Callback):
-        def before_fit(self):  # fit() has set one rate for all
-            for row, rate in zip(watch.optimizer.param_groups, watch.scheduler.get_last_lr(), strict=True):
-                row["lr"] = rate
+        def before_fit(self):  # fit() has set one learning rate for all
+            for row, lr in zip(watch.optimizer.param_groups, watch.scheduler.get_last_lr(), strict=True):
+                row["lr"] = lr
 
         def before_train(self):
             unfreeze(watch.recipe, watch.net, self.epoch)

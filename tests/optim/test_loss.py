@@ -15,7 +15,7 @@ from finetune.data.loader import ImageDataset
 from finetune.models.backbone import build_backbone, head_parameters
 from finetune.optim.loss import Criterion
 from finetune.recipe import Augment
-from finetune.train.loop import clip
+from finetune.train.loop import clip_gradients
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 
@@ -52,10 +52,10 @@ class SimpleSet(ImageDataset):
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping_is_torchs_and_timms(tmp_path, changes, theirs, accumulate):
-    """Each way of clipping acts once an update on its whole gradient, as the library's own function in a bare loop."""
+    """Each way of clipping acts once a step on its whole gradient, as the library's own function in a bare loop."""
     recipe = plain(**changes)
     reference, trail = bare_loop(recipe, mean_loss, theirs)
-    assert_same_weights(run_here(recipe, tmp_path / "a", accumulate)[0], trail[-1])
+    assert_same_weights(run_here(recipe, tmp_path / "a", accumulate=accumulate)[0], trail[-1])
     unclipped = bare_loop(recipe, mean_loss)[1][-1]
     assert (trail[-1]["fc.weight"] - unclipped["fc.weight"]).abs().max() > 1e-4
 
@@ -67,7 +67,8 @@ def test_the_logged_norm_is_from_before_clipping():
     net(torch.randn(4, 3, 24, 24)).sum().backward()
     trained = [p for p in net.parameters() if p.requires_grad]
     raw = [p.grad.clone() for p in trained]
-    norm = clip(small_recipe(clip_norm=0.5, clip_value=0.01), trained)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    norm = clip_gradients(small_recipe(clip_norm=0.5, clip_value=0.01), optimizer)
     assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in raw)), rel=1e-5)
     scaled = [(g * 0.5 / norm).clamp(-0.01, 0.01) for g in raw]
     for parameter, gradient in zip(trained, scaled, strict=True):
@@ -101,8 +102,8 @@ def test_smoothing_mixed_targets_is_timms():
         theirs = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.2, multi_label=several)
         mixed = timm.data.mixup.mixup_target(targets, 4, 0.3, smoothing=0.0, multi_label=several)
         logits = torch.randn(4, 4)
-        score = "mean_average_precision" if several else "top1"
-        ours = criterion(small_recipe(loss=kind, label_smoothing=0.2, metric=score), [0])
+        metric = "mean_average_precision" if several else "top1"
+        ours = criterion(small_recipe(loss=kind, label_smoothing=0.2, metric=metric), [0])
         expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, theirs) * 4
         torch.testing.assert_close(ours.loss(logits, mixed), expected)
     theirs = timm.loss.SoftTargetCrossEntropy()(logits, timm.data.mixup.mixup_target(labels, 4, 0.3, smoothing=0.2)) * 4
@@ -121,25 +122,27 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
     trail = bare_loop(
         recipe, lambda net, logits, labels: cross_entropy(logits, labels, torch.tensor(weights), reduction="sum") / len(labels)
     )[1]
-    assert_same_weights(run_here(recipe, tmp_path, 2)[0], trail[-1], 1e-5)
+    assert_same_weights(run_here(recipe, tmp_path, accumulate=2)[0], trail[-1], 1e-5)
 
 
 @pytest.mark.parametrize("weights,fault", [((1.0, 2.0), "class_weights: 2 for 10 classes"), ("balanced", "a list `targets`")])
 def test_class_weights_that_do_not_fit_are_refused(weights, fault):
-    """A wrong number of weights, and a data set that does not tell its labels, each get one message."""
+    """A wrong number of weights, and a data set that does not give its labels, each get one message."""
 
-    class Untold:
+    class Unlabelled:
         classes = tuple("0123456789")
 
         def __len__(self):
             return 3
 
     with pytest.raises(RecipeError, match=fault):
-        Criterion(small_recipe(class_weights=weights), SmallNet(), ImageDataset(Untold(), None, 0, Untold.classes), "cpu")
+        Criterion(
+            small_recipe(class_weights=weights), SmallNet(), ImageDataset(Unlabelled(), None, 0, Unlabelled.classes), "cpu"
+        )
 
 
 def test_l2_sp_is_its_closed_form(tmp_path):
-    """The pull is l2_sp times the distance from the start, on the backbone's weights only, once an update however it is cut."""
+    """The pull is l2_sp times the distance from the start, on the backbone's weights only, once a step however it is cut."""
     recipe = plain(l2_sp=0.5)
     start = {name: p.detach().clone() for name, p in prepare(recipe)[0].named_parameters()}
 
@@ -151,7 +154,7 @@ def test_l2_sp_is_its_closed_form(tmp_path):
 
     trail = bare_loop(recipe, loss)[1]
     for accumulate in (1, 2):
-        assert_same_weights(run_here(recipe, tmp_path / str(accumulate), accumulate)[0], trail[-1])
+        assert_same_weights(run_here(recipe, tmp_path / str(accumulate), accumulate=accumulate)[0], trail[-1])
     without = bare_loop(recipe, mean_loss)[1][-1]
     assert (trail[-1]["body.weight"] - without["body.weight"]).abs().max() > 1e-5
 
@@ -171,8 +174,8 @@ def test_the_new_head_is_known(backbone, head, expected):
     assert head_parameters(recipe, SmallNet() if callable(backbone) else build_backbone(recipe, 10)) == expected
 
 
-def test_each_update_and_each_seed_mixes_by_its_own_draw():
-    """Two updates, and two seeds, mix the same images differently; the same update mixes them the same again."""
+def test_each_step_and_each_seed_mixes_by_its_own_draw():
+    """Two steps, and two seeds, mix the same images differently; the same step mixes them the same again."""
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
 
     def mixed(step, seed=0):

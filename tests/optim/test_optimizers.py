@@ -1,7 +1,6 @@
 """Optimizers by name, several in one run, and a switch of them, each against torch's own in a bare loop."""
 
 import inspect
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import load, plan_epoch
 from finetune.optim.optimizers import SeveralOptimizers, build_optimizer
 from finetune.optim.param_groups import build_param_groups, planned_lrs
-from finetune.recipe import SGD, AdamW, Constant, Data, Frozen, Group, Optimizer, Step, Switch
+from finetune.recipe import SGD, AdamW, Constant, Data, Group, Optimizer, Step, Switch
 from finetune.train import loop as train_loop
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, assert_same_weights, prepare, run_here, scaling_accelerator, small_recipe
@@ -22,22 +21,22 @@ TORCH = sorted(
     and issubclass(kind, torch.optim.Optimizer)
     and name not in ("Optimizer", "SparseAdam", "LBFGS", "Muon")
 )
-HEAD = (Group("head", "fc", lr=1e-2), Frozen("rest", "."))
+HEAD = (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=0))
 
 
 def constant(**changes):
-    """Two epochs at one rate without clipping: 6 updates, the last of each epoch smaller."""
+    """Two epochs at one learning rate without clipping: 6 steps, the last of each epoch smaller."""
     return small_recipe(**{"schedule": Constant(), "epochs": 2, "clip_norm": None, **changes})
 
 
 def bare_loop(recipe, optimizers_of, before_epoch=lambda epoch, net, optimizers: optimizers, clip=None):
-    """The weights after the recipe's updates, taken by torch's own optimizers from the same start on the same batches."""
+    """The weights after the recipe's steps, taken by torch's own optimizers from the same start on the same batches."""
     net, _, images = prepare(recipe)
     optimizers = optimizers_of(net)
     for epoch in range(recipe.epochs):
         optimizers = before_epoch(epoch, net, optimizers)
-        for update in plan_epoch(22, 8, recipe.seed, epoch):
-            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
+        for plan in plan_epoch(22, 8, recipe.seed, epoch):
+            ((batch, labels),) = load(images[0], epoch, plan.micro_batches, 0)
 
             def loss(batch=batch, labels=labels):
                 net.zero_grad()
@@ -83,11 +82,11 @@ def test_every_optimizer_of_torch_works_by_its_name(tmp_path, name):
 def test_lbfgs_is_given_its_closure(tmp_path, monkeypatch, accumulate):
     """LBFGS with a line search on a head over frozen features takes torch's own steps, and more than one look at the loss."""
     options = {"max_iter": 4, "line_search_fn": "strong_wolfe"}
-    recipe = constant(groups=(Group("head", "fc", lr=0.5), Frozen("rest", ".")), optimizer=Optimizer("LBFGS", **options))
+    recipe = constant(groups=(Group("head", "fc", lr=0.5), Group("rest", ".", lr=0)), optimizer=Optimizer("LBFGS", **options))
     reference = bare_loop(recipe, lambda net: [torch.optim.LBFGS(net.fc.parameters(), lr=0.5, **options)])
     looks, backward = [], train_loop.backward
     monkeypatch.setattr(train_loop, "backward", lambda *given: looks.append(1) or backward(*given))
-    net, rows = run_here(recipe, tmp_path, accumulate)
+    net, rows = run_here(recipe, tmp_path, accumulate=accumulate)
     assert len(looks) > 2 * sum("grad_norm" in row for row in rows)
     assert_same_weights(net, reference, 1e-4)  # a line search amplifies rounding
     assert_moved(net, recipe)
@@ -139,8 +138,8 @@ def test_muon_for_matrices_and_adamw_for_the_rest():
     of = dict(other.named_parameters())
     theirs = [
         torch.optim.Muon([of[name] for name in matrices], lr=2e-2, weight_decay=0.0),
-        torch.optim.AdamW([of[name] for name in groups[1].decayed], lr=1e-3, weight_decay=0.05, fused=True),
-        torch.optim.AdamW([of[name] for name in groups[1].undecayed], lr=1e-3, weight_decay=0, fused=True),
+        torch.optim.AdamW([of[name] for name in groups[1].decay], lr=1e-3, weight_decay=0.05, fused=True),
+        torch.optim.AdamW([of[name] for name in groups[1].no_decay], lr=1e-3, weight_decay=0, fused=True),
     ]
     for _ in range(3):
         for network in (net, other):
@@ -162,16 +161,16 @@ def test_several_optimizers_under_a_loss_scaler(tmp_path):
         tmp_path / "one",
         accelerator=scaling_accelerator(),
     )
-    two, updates = run_here(
+    two, logged = run_here(
         constant(optimizer=plain, groups=rows, epochs=6), tmp_path / "two", accelerator=scaling_accelerator()
     )
     assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
-    skipped = [row for row in updates if "grad_norm" in row and row["grad_norm"] == float("inf")]
+    skipped = [row for row in logged if "grad_norm" in row and row["grad_norm"] == float("inf")]
     assert 0 < len(skipped) < 18
 
 
 def test_several_optimizers_share_rows_and_state():
-    """A row's rate reaches the optimizer within; loading a state reaches it too, after any number of loads."""
+    """A row's lr reaches the optimizer within; loading a state reaches it too, after any number of loads."""
     rows = (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=3e-3, optimizer=SGD(momentum=0.9)))
     net, groups, _ = prepare(small_recipe(groups=rows))
     optimizer = build_optimizer(groups)
@@ -194,7 +193,7 @@ def test_several_optimizers_share_rows_and_state():
     ids=["SGD", "AdamW"],
 )
 def test_a_switch_starts_another_optimizer_afresh(tmp_path, later, theirs):
-    """From its epoch on the run takes the steps of a new optimizer at its own rates, without the first one's state."""
+    """From its epoch on the run takes the steps of a new optimizer at its own lrs, without the first one's state."""
     rows = (Group("head", "fc", lr=1e-3), Group("rest", ".", lr=1e-4, unfreeze_at=1))
     recipe = constant(groups=rows, optimizer=AdamW(), epochs=3, switch=Switch(at=1, optimizer=later, lr_factor=10.0))
 
@@ -207,14 +206,14 @@ def test_a_switch_starts_another_optimizer_afresh(tmp_path, later, theirs):
         return [theirs([{"params": net.fc.parameters(), "lr": 1e-2}, {"params": rest, "lr": 1e-3}])]
 
     reference = bare_loop(recipe, lambda net: [torch.optim.AdamW(net.fc.parameters(), lr=1e-3, weight_decay=0)], switch)
-    net, updates = run_here(recipe, tmp_path)
+    net, logged = run_here(recipe, tmp_path)
     assert_same_weights(net, reference)
-    rates = [row["lr"] for row in updates if "lr" in row]
-    assert rates[2] == {"head": 1e-3, "rest": 0.0} and rates[3] == pytest.approx({"head": 1e-2, "rest": 1e-3})
+    lrs = [row["lr"] for row in logged if "lr" in row]
+    assert lrs[2] == {"head": 1e-3, "rest": 0.0} and lrs[3] == pytest.approx({"head": 1e-2, "rest": 1e-3})
 
 
-def test_changing_rates_keeps_momentum(tmp_path):
-    """A step of the schedule changes the rate alone: torch's SGD under torch's StepLR, one state throughout."""
+def test_changing_learning_rates_keeps_momentum(tmp_path):
+    """A step of the schedule changes the learning rate alone: torch's SGD under torch's StepLR, one state throughout."""
     recipe = constant(
         groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), epochs=3, schedule=Step(every=1, factor=0.5)
     )
@@ -228,9 +227,11 @@ def test_changing_rates_keeps_momentum(tmp_path):
     assert_same_weights(run_here(recipe, tmp_path)[0], reference)
 
 
-def test_frozen_rows_keep_every_bit_and_are_in_no_optimizer(tmp_path):
-    """A Frozen row is outside the optimizer, its rate is logged as 0, and training leaves its tensors as they were."""
-    recipe = small_recipe(groups=HEAD, epochs=2, optimizer=AdamW(weight_decay=0.5))
+@pytest.mark.parametrize("backbone,head", [(SmallNet, "fc"), ("test_resnet", None)], ids=["SmallNet", "batch norm"])
+def test_frozen_rows_keep_every_bit_and_are_in_no_optimizer(tmp_path, backbone, head):
+    """A row with lr=0 is outside the optimizer, its lr is logged as 0, and training leaves its tensors as they were."""
+    changes = {"backbone": backbone, "head": head, "batch_norm": "train"}
+    recipe = small_recipe(groups=HEAD, epochs=2, optimizer=AdamW(weight_decay=0.5), **changes)
     net, rows = run_here(recipe, tmp_path)
     before = prepare(recipe)[0].state_dict()
     assert {n for n, t in net.state_dict().items() if not torch.equal(t, before[n])} == {"fc.weight", "fc.bias"}
@@ -246,7 +247,7 @@ def test_frozen_rows_keep_every_bit_and_are_in_no_optimizer(tmp_path):
         ({"groups": (Group("a", "fc", lr=1.0, optimizer=Optimizer("sdg")), Group("b", ".", lr=1.0))}, "Did you mean sgd?"),
         (
             {"groups": (Group("a", "fc", lr=1.0, weight_decay=0.1, optimizer=Optimizer("Rprop")), Group("b", ".", lr=1.0))},
-            "Rprop knows no weight_decay",
+            "Rprop has no weight_decay",
         ),
     ],
 )
@@ -259,10 +260,10 @@ def test_optimizers_that_do_not_fit_are_named(changes, fault):
 
 
 def test_columns_are_independent(tmp_path):
-    """A group's own columns change nothing of its neighbour: after one update each has moved, and has rates, as when alone."""
+    """A group's own columns change nothing of its neighbour: after one step each has moved, and has lrs, as when alone."""
     own = {"weight_decay": 0.3, "schedule": Step(every=1, factor=0.5), "warmup_epochs": 0.5, "optimizer": SGD(momentum=0.9)}
     rows = (Group("head", "fc", lr=1e-2, **own), Group("rest", ".", lr=1e-3))
-    still = (Frozen("head", "fc"), Frozen("rest", "."))
+    still = (Group("head", "fc", lr=0), Group("rest", ".", lr=0))
     recipe, head, rest = (
         small_recipe(groups=groups, data=Data("generated", 24, 22), epochs=1, clip_norm=None)
         for groups in (rows, (rows[0], still[1]), (still[0], rows[1]))
@@ -273,5 +274,5 @@ def test_columns_are_independent(tmp_path):
         mine = [name for name in both if name.startswith("fc.") == (moves == "head")]
         assert all(torch.equal(both[name], tensors[name]) for name in mine)
         assert not torch.equal(both[mine[0]], prepare(recipe)[0].state_dict()[mine[0]])
-        rates = [planned_lrs(replace(one, epochs=3), SmallNet(), range(9), 3)[moves] for one in (recipe, alone)]
-        assert rates[0] == rates[1] and len(set(rates[0])) > 2
+        lrs = [planned_lrs(build_param_groups(one, SmallNet()), range(9), 3, 3)[moves] for one in (recipe, alone)]
+        assert lrs[0] == lrs[1] and len(set(lrs[0])) > 2

@@ -81,7 +81,7 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         rows, owner = layer_rows(recipe, recipe.groups, net)
     else:
         rows, owner = matched_rows(recipe, recipe.groups, net)
-    exempt, groups = no_weight_decay(net), []
+    undecayed, groups = no_weight_decay(net), []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
         optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
@@ -94,8 +94,8 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             watched_metric=schedule.watched_metric(recipe.metric),
             warmup_epochs=row.warmup_epochs,
             optimizer=optimizer,
-            decay={name: own[name] for name in own if name not in exempt},
-            no_decay={name: own[name] for name in own if name in exempt},
+            decay={name: own[name] for name in own if name not in undecayed},
+            no_decay={name: own[name] for name in own if name in undecayed},
         )
         groups.append(with_switch(group, row, recipe.switch) if recipe.switch else group)
     return groups

@@ -152,9 +152,8 @@ def replaced(part: Any, keys: list[str], value: Any) -> Any:
         return value
     key, rest = keys[0], keys[1:]
     if isinstance(part, Optimizer):  # any option may be added: the optimizer's own signature is checked later
-        if rest:
-            require(rest[0], [])
-        return Optimizer(**{"name": part.name, "weight_decay": part.weight_decay, **part.options, key: value})
+        options = {"name": part.name, "weight_decay": part.weight_decay, **part.options}
+        return Optimizer(**{**options, key: replaced(options.get(key), rest, value)})
     if isinstance(part, tuple) and all(isinstance(group, Group) for group in part):
         require(key, [group.name for group in part])
         return tuple(replaced(group, rest, value) if group.name == key else group for group in part)

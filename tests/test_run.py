@@ -20,22 +20,21 @@ def test_every_recipe_smokes(here, capsys, name):
     """Every recipe runs end to end on generated images, says that this is no result, and has all its stages."""
     assert main(["--recipe", name, "--smoke", "--output", "out"]) == 0
     out = capsys.readouterr().out
-    assert "SMOKE RUN" in out and "promised  nothing: a smoke run" in out
+    assert "SMOKE RUN" in out and "baseline  none: a smoke run" in out
     result, rows = json.loads((here / "out" / "result.json").read_text()), load_recipe(name)[0].groups
     stages = len({0} | {getattr(row, "unfreeze_at", 0) for row in (rows if isinstance(rows, tuple) else [rows])})
     assert [f"from epoch {epoch}: trains" in out for epoch in range(stages + 1)] == [True] * stages + [False]
     assert result["smoke"] is True and result["epochs"] == stages + 1
 
 
-LEVERS = """
-from finetune.lr_schedule import Constant, Step
-from finetune.recipe import *
+EVERY_OPTION = """
+from finetune import *
 
 recipe = Recipe(
     backbone="resnet18", weights="none", data=Data("cifar10", 64, 32, sampling="balanced"),
     groups=(Group("head", "fc", lr=1e-2, schedule=Step(every=5, factor=0.9, warmup_epochs=2.0), weight_decay=0.0),
             Group("top", "layer[34]", lr=1e-3, unfreeze_at=3, warmup_epochs=2.0, optimizer=SGD(momentum=0.9)),
-            Group("middle", "layer2", lr=1e-3, unfreeze_at=7), Frozen("rest", ".")),
+            Group("middle", "layer2", lr=1e-3, unfreeze_at=7), Group("rest", ".", lr=0)),
     optimizer=AdamW(), schedule=Constant(), epochs=20, batch_norm="frozen", switch=Switch(at=7, optimizer=Optimizer("NAdam")),
     class_weights=tuple(range(1, 11)), early_stop=EarlyStop(patience=1), augment=Augment(mixup=0.2, cutmix=1.0, erasing=0.1),
     dropout=0.1, drop_path=0.1, ema_decay=0.9, l2_sp=0.1, flip_test=True, clip_value=1.0, metric="macro_f1", loss="LOSS",
@@ -44,9 +43,9 @@ recipe = Recipe(
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "multi_label"])
-def test_a_recipe_with_every_lever_smokes(here, capsys, loss):
+def test_a_recipe_with_every_option_smokes(here, capsys, loss):
     """The smoke run cuts every option down to a stage an epoch: three stages, two optimizers and a switch among them."""
-    text = LEVERS.replace("LOSS", loss)
+    text = EVERY_OPTION.replace("LOSS", loss)
     if loss == "multi_label":
         text = text.replace("macro_f1", "mean_average_precision").replace("class_weights=tuple(range(1, 11)), ", "")
         text = text.replace(', sampling="balanced"', "")
@@ -60,7 +59,7 @@ def test_a_recipe_with_every_lever_smokes(here, capsys, loss):
 
 
 def test_a_run_folder_is_complete(finished, image_folder):
-    """The folder holds the recipe as given and as resolved, groups, metrics, a result with its surroundings, a picture."""
+    """The folder holds the recipe as given and as resolved, groups, metrics, a result with versions and hardware, a picture."""
     folder, _, _ = finished
     assert (folder / "recipe.py").read_text() == (ROOT / "recipes" / "resnet18_cifar.py").read_text()
     recipe = json.loads((folder / "recipe.json").read_text())
@@ -93,7 +92,7 @@ def test_a_run_folder_is_complete(finished, image_folder):
         assert picture.size[0] > 600
 
 
-def test_timm_alone_gets_the_same_score(finished, image_folder):
+def test_timm_by_itself_gets_the_same_metric(finished, image_folder):
     """timm loads model/ by its own means, preprocesses by its own means, and classifies as many images rightly."""
     folder, _, _ = finished
     names = json.loads((folder / "model" / "config.json").read_text())["label_names"]
@@ -105,8 +104,8 @@ def test_timm_alone_gets_the_same_score(finished, image_folder):
     assert timm.create_model(f"local-dir:{folder / 'model-best'}", pretrained=True).num_classes == 3
 
 
-def test_the_terminal_tells_it_all_in_lines(finished):
-    """Without a terminal there are lines and no bars: the group table, a line an epoch, what was reached, where it lies."""
+def test_the_terminal_has_it_all_in_lines(finished):
+    """Without a terminal there are lines and no bars: the group table, a line an epoch, the result, where it lies."""
     folder, out, err = finished
     for text in (
         "group   tensors  parameters",

@@ -107,7 +107,7 @@ def test_processes_decide_from_one_metric(tmp_path, image_folder):
         file = tmp_path / "net.py"
         file.write_text(
             file.read_text()
-            .replace("import Cosine", "import Plateau")
+            .replace("AdamW, Cosine,", "AdamW, Plateau,")
             .replace("Cosine(warmup_epochs=0.5)", "Plateau(mode='min', patience=0, factor=0.5, threshold=0.3)")
         )
         finish(line)

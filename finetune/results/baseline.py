@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe import Recipe
+from finetune.recipe.legacy import new_names
 from finetune.recipe.load import RECIPES
 from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import diff, from_dict
@@ -18,22 +19,23 @@ from finetune.utils.errors import RecipeError
 Record = dict[str, Any]  # a file of recipes/baselines/, which record_runs writes
 
 
-def place(hardware: dict[str, Any]) -> str:
+def describe_hardware(hardware: dict[str, Any]) -> str:
     """What a recorded run had: its processes, and each one's cores or GPU."""
     cores = f"{hardware['threads']} CPU core{'s' * (hardware['threads'] > 1)}"
     return f"{hardware['processes']} x {cores if hardware['device'] == 'cpu' else hardware['name']}"
 
 
 def metric_of(record: Record) -> str:
-    return record["recipe"].get("metric", "top1")
+    """The name of the metric that the recorded recipe is measured by."""
+    return str(new_names(record["recipe"], warn=False).get("metric", "top1"))
 
 
-def spread(record: Record, new: int) -> tuple[float, float]:
+def mean_and_error(record: Record, new: int) -> tuple[float, float]:
     """(recorded mean, standard error of the difference between it and the mean of `new` runs).
 
     The error of one run is the larger of two: the standard deviation over the recorded seeds, and the binomial error of as many
-    validation images, with Agresti and Coull's two more of each so that it is never 0.
-    The seeds alone would promise too much: three may agree by accident.
+    validation images, with Agresti and Coull's two more of each so that it is never 0. The seeds alone would give too narrow an
+    interval: three may agree by accident.
     """
     values = [run[metric_of(record)] for run in record["runs"]]
     mean, images = statistics.mean(values), record["runs"][0]["val_images"]
@@ -44,23 +46,23 @@ def spread(record: Record, new: int) -> tuple[float, float]:
 
 
 def prediction_interval(record: Record, new: int) -> tuple[float, float]:
-    """Where the mean of `new` runs lies with a probability of 95 % if nothing has changed."""
-    mean, error = spread(record, new)
+    """Where the mean of `new` runs of the same recipe lies with a probability of 95 %: its lower and upper end."""
+    mean, error = mean_and_error(record, new)
     return max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
 
 
 def p_value(record: Record, values: list[float]) -> float:
-    """The probability that runs like the recorded ones differ from them in the mean at least as much as these `values` do."""
-    mean, error = spread(record, len(values))
+    """The probability that the mean of runs like the recorded ones differs from theirs at least as much as that of `values`."""
+    mean, error = mean_and_error(record, len(values))
     return math.erfc(abs(statistics.mean(values) - mean) / error / math.sqrt(2))
 
 
-def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[str]]:
-    """(the record that is about this recipe, what a record beside it differs in).
+def find_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[str]]:
+    """(the record of this very recipe, the fields in which the record beside its file differs).
 
-    A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. It is
-    about the recipe as recorded: any changed field, but for the seed, makes its number another recipe's. Where the images were given
-    by --data, the record says in words which they were.
+    A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. The
+    number of a recipe with any other field than the seed changed is not recorded. Where the images were given by --data, the
+    record says in words which they were.
     """
 
     def changed(record: Record) -> list[str]:
@@ -78,7 +80,7 @@ def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[
 
 def describe_baseline(recipe_file: Path, recipe: Recipe) -> str:
     """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none."""
-    record, differing = kept_record(recipe_file, recipe)
+    record, differing = find_record(recipe_file, recipe)
     if record:
         return f"{METRICS[recipe.metric]} {describe_record(record)}"
     return f"none: {', '.join(differing)} differ from the measured recipe" if differing else "none: not measured"
@@ -87,9 +89,9 @@ def describe_baseline(recipe_file: Path, recipe: Recipe) -> str:
 def describe_record(record: Record) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
     values = [100 * run[metric_of(record)] for run in record["runs"]]
-    spread = f"{min(values):.1f} to {max(values):.1f}, {len(values)} seeds" if len(values) > 1 else "1 seed"
+    seeds = f"{min(values):.1f} to {max(values):.1f}, {len(values)} seeds" if len(values) > 1 else "1 seed"
     images = f" on {record['images']}" if "images" in record else ""
-    return f"{statistics.mean(values):.1f} % ({spread}){images}"
+    return f"{statistics.mean(values):.1f} % ({seeds}){images}"
 
 
 def record_runs(folders: list[Path]) -> Record:

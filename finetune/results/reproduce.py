@@ -10,21 +10,21 @@ from typing import Any
 
 from finetune.recipe.load import HERE, load_recipe
 from finetune.recipe.recipe import METRICS
-from finetune.results.baseline import describe_baseline, describe_record, kept_record, metric_of, p_value, prediction_interval
+from finetune.results.baseline import describe_baseline, describe_record, find_record, metric_of, p_value, prediction_interval
 from finetune.utils.errors import RecipeError
 
 
 def reproduce(name: str, seeds: int, output: Path | None = None, data: str | None = None) -> bool:
-    """Run the recipe with as many seeds, the recorded ones first, and print each value beside the prediction interval.
+    """Run the recipe with as many seeds, the recorded ones first; whether their mean is inside the prediction interval.
 
-    Runs lie in `output`/seed-N and go on where they were cut off; a finished one is not run again. Returns whether the mean
-    lies inside the interval that the record predicts for the mean of so many runs.
+    Prints each value and the interval. Runs lie in `output`/seed-N and go on where they were cut off; a finished one is not run
+    again.
 
     Raises:
         RecipeError: if the recipe has no number, or a run fails.
     """
     recipe, file = load_recipe(name)
-    record, _ = kept_record(file, recipe)
+    record, _ = find_record(file, recipe)
     if record is None:
         raise RecipeError(f"{file.stem} has no baseline to compare with ({describe_baseline(file, recipe)})")
     if "images" in record and not data:
@@ -35,7 +35,7 @@ def reproduce(name: str, seeds: int, output: Path | None = None, data: str | Non
     output = output or Path("runs") / f"{file.stem}-reproduce"
     values = []
     for seed in chosen:
-        value = result_of_run(file, seed, output / f"seed-{seed}", data)[metric]
+        value = run_seed(file, seed, output / f"seed-{seed}", data)[metric]
         print(f"seed {seed}: {value:.2%}" + (f", recorded {recorded[seed]:.2%}" if seed in recorded else ""), flush=True)
         values.append(value)
     low, high = prediction_interval(record, len(values))
@@ -48,8 +48,8 @@ def reproduce(name: str, seeds: int, output: Path | None = None, data: str | Non
     return inside
 
 
-def result_of_run(file: Path, seed: int, folder: Path, data: str | None) -> dict[str, Any]:
-    """The result of one run, which goes on if it was started, on what Accelerate finds: every GPU, or the CPU."""
+def run_seed(file: Path, seed: int, folder: Path, data: str | None) -> dict[str, Any]:
+    """The result of one run, resumed if it was started, on what Accelerate finds: every GPU, or the CPU."""
     line = [
         sys.executable,
         "-m",

@@ -122,16 +122,16 @@ def describe_gain(metric: str, result: dict[str, Any]) -> str:
 
 
 def drift(groups: Sequence[ParamGroup], start: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far each group moved: the norm of its change over the norm it started with; 0 for what was frozen."""
+    """How far each group moved: the norm of its change over the norm that it started with, 0 for what was frozen."""
 
     def norm(tensors: Iterable[torch.Tensor]) -> float:
         return torch.nn.utils.get_total_norm([tensor.double() for tensor in tensors]).item()
 
-    moved = {}
+    shares = {}
     for group in groups:
         changes = [parameter.detach().cpu() - start[name] for name, parameter in group.params.items()]
-        moved[group.name] = norm(changes) / max(norm(start[name] for name in group.params), 1e-12)
-    return moved
+        shares[group.name] = norm(changes) / max(norm(start[name] for name in group.params), 1e-12)
+    return shares
 
 
 def peak_memory(device: torch.device) -> float:
@@ -147,7 +147,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Versions and hardware: what a number must be read with."""
+    """The versions and the hardware that a number depends on."""
     device = accelerator.device
     return {
         "versions": {
@@ -159,17 +159,17 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         },
         "hardware": {
             "device": device.type,
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
             "processes": accelerator.num_processes,
             "threads": torch.get_num_threads(),
         },
     }
 
 
-def processor() -> str:
+def cpu_name() -> str:
     """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return platform.cpu_name() or platform.machine()

@@ -1,4 +1,4 @@
-"""The recipes in recipes/: listed, copied, compared."""
+"""The recipes in recipes/: list, copy and compare them."""
 
 import ast
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, load_recipe, override
 from finetune.recipe.serialize import diff, from_dict, to_dict
-from finetune.results.baseline import Record, describe_baseline, kept_record, place
+from finetune.results.baseline import Record, describe_baseline, describe_hardware, find_record
 
 
 def list_recipes() -> list[tuple[str, ...]]:
@@ -15,23 +15,23 @@ def list_recipes() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("recipe", "backbone", "data", "baseline", "cost")]
     for file in sorted(RECIPES.glob("*.py")):
         recipe, _ = load_recipe(str(file))
-        record, _ = kept_record(file, recipe)
+        record, _ = find_record(file, recipe)
         data = f"{to_dict(recipe.data.source)}, {recipe.data.image_size} px"
         baseline = describe_baseline(file, recipe).removeprefix("none: ")
-        rows.append((file.stem, to_dict(recipe.backbone), data, baseline, cost(record) if record else ""))
+        rows.append((file.stem, to_dict(recipe.backbone), data, baseline, describe_cost(record) if record else ""))
     return rows
 
 
-def cost(record: Record) -> str:
-    """What a run of a recorded recipe took: minutes, and on what."""
+def describe_cost(record: Record) -> str:
+    """How long a run of a recorded recipe took, and on what."""
     minutes = sum(run["seconds"] for run in record["runs"]) / len(record["runs"]) / 60
-    return f"{minutes:.1f} min, {place(record['hardware'])}"
+    return f"{minutes:.1f} min, {describe_hardware(record['hardware'])}"
 
 
 def copy_recipe(name: str, target: Path, assignments: list[str]) -> str:
-    """The text of a recipe's file as a file of your own, `target`: with a last line that applies the assignments.
+    """The text of a copy of a recipe's file, to be written to `target`, whose last line applies the assignments.
 
-    The copy's number is not its original's: with assignments its docstring says "not measured".
+    With assignments the copy has no number: its docstring says "not measured".
 
     Raises:
         RecipeError: for assignments that do not fit the recipe.
@@ -54,11 +54,11 @@ def copy_recipe(name: str, target: Path, assignments: list[str]) -> str:
 
 
 def compare_recipes(one: str, other: str) -> list[tuple[str, str, str]]:
-    """(field, its value in one, in the other) for each field in which two recipes differ; a run's folder is a recipe, too."""
-    return [(path, str(a), str(b)) for path, a, b in diff(recipe_of(one), recipe_of(other))]
+    """(field, its value in one, in the other) for each field in which two recipes differ; either may be a run's folder."""
+    return [(path, str(a), str(b)) for path, a, b in diff(find_recipe(one), find_recipe(other))]
 
 
-def recipe_of(name: str) -> Recipe:
-    """A recipe by name, by file, or as a run's folder has it."""
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, of that file, or of that run's folder."""
     file = Path(name) / "recipe.json"
     return from_dict(json.loads(file.read_text())) if file.is_file() else load_recipe(name)[0]

@@ -232,7 +232,7 @@ def test_a_file_whose_logits_differ_is_not_handed_over(run_folder, tmp_path, mon
             compare_logits(net, wrong, noise)
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(RecipeError, match="nothing was written"):
-        export(run_folder, "torchscript", tmp_path / "exported")
+        export(run_folder, "torch", tmp_path / "exported")
     assert not list(tmp_path.iterdir())
 
 

@@ -88,8 +88,7 @@ def test_a_torchvision_network_comes_back_from_its_run(tmp_path):
 
 @pytest.mark.parametrize("schedule", [{"type": "Cosine", "floor": 0.0}, {"type": "Polynomial", "power": 2.0}], ids=str)
 def test_a_run_of_version_0_1_is_still_of_use(run_folder, image_folder, tmp_path, schedule):
-    """A recipe.json with norm_stats, score, Frozen rows and a removed schedule loads without a warning; predictions, metrics
-    and exports are those of the same run under today's names."""
+    """A recipe.json with norm_stats, score, Frozen and Polynomial gives predictions, metrics and exports as under new names."""
     old = shutil.copytree(run_folder, tmp_path / "old")
     values = json.loads((old / "recipe.json").read_text())
     del values["batch_norm"], values["metric"], values["lr_scale"]

@@ -1,18 +1,18 @@
-"""ResNet-50, ImageNet to CIFAR-100, the classical way: a stage an epoch, moving batch-norm statistics, SGD, a plateau.
+"""ResNet-50 on CIFAR-100, the classical way: one more stage each epoch, moving batch-norm statistics, SGD, a plateau.
 
     accelerate launch finetune/run.py --recipe resnet50_cifar100
 
-Made for one GPU; not measured. In few epochs on few images each of these choices lost (the README's tables); 20 epochs of
-50,000 are another matter. Published for this network: 86.4 % (Chen et al. 2020, arXiv 2002.05709, supervised ResNet-50, as
-quoted by Grill et al. 2020, arXiv 2006.07733, table 3).
-Weights: timm, Apache-2.0, from the Hugging Face hub. Data: CIFAR (Krizhevsky 2009), downloaded on first use.
+Written for one GPU, not measured. In few epochs on few images each of these choices lost (docs/results.md); 20 epochs of
+50,000 images are another matter. Published for this network: 86.4 % (Chen et al. 2020, arXiv 2002.05709, supervised
+ResNet-50, as quoted by Grill et al. 2020, arXiv 2006.07733, table 3).
+Weights: timm, Apache-2.0, from the Hugging Face hub. Data: CIFAR-100 (Krizhevsky 2009), downloaded on first use.
 """
 from finetune import SGD, Augment, Data, Group, Plateau, Recipe
 
 recipe = Recipe(
     backbone="resnet50.a1_in1k",
     data=Data("cifar100", image_size=224, batch_size=128),
-    augment=Augment(crop_scale=(0.35, 1.0), hflip=0.5, randaugment="rand-m7-mstd0.5-inc1"),
+    augment=Augment(randaugment="rand-m7-mstd0.5-inc1"),
     groups=(
         #     name      parameters                peak lr    first epoch it trains
         Group("head",   r"fc\.",                  lr=1e-1,   unfreeze_at=0),

@@ -12,21 +12,19 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
+import finetune
 from benchmarks import docs
 from finetune import run
 from finetune.__main__ import arguments
 from finetune.__main__ import main as verb
 from finetune.models.backbone import meta_backbone
-from finetune.recipe import LayerDecay, recipe
-from finetune.recipe import schedules as lr_schedule
 from finetune.train.setup import check
 from helpers import ROOT, SmallNet, small_recipe
 
 PAGES = docs.pages()
-NAMES = {**vars(recipe), **vars(lr_schedule)}
 OPTIONS = (ROOT / "docs" / "recipes.md").read_text().partition("## Options")[2]
 IN_RECIPE = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", OPTIONS, re.M)
-OF_TIMM = {"groups": LayerDecay(head_lr=1e-3, stem_ratio=0.1), "backbone": "resnet18", "head": None}
+OF_TIMM = {"groups": finetune.LayerDecay(head_lr=1e-3, stem_ratio=0.1), "backbone": "resnet18", "head": None}
 TOOLS = ("finetune", "accelerate", "python", "pip")
 VERBS = ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "reproduce", "suggest", "export", "predict", "evaluate"]
 
@@ -137,7 +135,7 @@ def test_help_has_an_example(capsys, name):
 @pytest.mark.parametrize("fields", IN_RECIPE)
 def test_every_option_of_the_table_is_a_recipe(fields):
     """What the table of options shows can be written into a recipe, and fits a network."""
-    changes = eval(f"dict({fields})", NAMES)
+    changes = eval(f"dict({fields})", dict(vars(finetune)))
     of_timm = "LayerDecay" in fields or changes.keys() & {"dropout", "gradient_checkpointing"}
     made = small_recipe(**{**(OF_TIMM if of_timm else {}), **changes})
     check(made, meta_backbone(made))
@@ -146,10 +144,10 @@ def test_every_option_of_the_table_is_a_recipe(fields):
 def test_the_table_has_every_field():
     """Each field of a recipe that changes training has its row; the others are in the recipe shown above the table."""
     shown = {name for fields in IN_RECIPE for name in re.findall(r"(\w+)=", fields)}
-    fields = {name for kind in (recipe.Recipe, recipe.Group, recipe.Augment) for name in kind.__dataclass_fields__}
+    fields = {name for kind in (finetune.Recipe, finetune.Group, finetune.Augment) for name in kind.__dataclass_fields__}
     network = {"backbone", "weights", "head", "seed", "epochs", "name", "pattern"}
     assert fields - shown == network | {"crop_scale", "crop_ratio", "hflip", "color_jitter"}
-    assert all(f"`{kind.__name__}`" in OPTIONS for kind in lr_schedule.Schedule.__subclasses__())
+    assert all(f"`{kind.__name__}`" in OPTIONS for kind in finetune.Schedule.__subclasses__())
 
 
 def blocks(page):

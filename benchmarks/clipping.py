@@ -2,7 +2,7 @@
 
     python -m benchmarks.clipping --backbone resnet18 --image-size 64
 
-Updates with each way take turns in one process, so that a busy machine slows all alike; medians are compared.
+Steps with each way take turns in one process, so that a busy machine slows all alike; medians are compared.
 """
 
 import argparse

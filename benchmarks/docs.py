@@ -64,7 +64,8 @@ def record(name: str) -> dict:
 def table(header: str, rows: list[tuple]) -> str:
     """Rows in Markdown, under column names divided by |."""
     columns = [name.strip() for name in header.split("|")]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows))
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines).replace("|  |", "| |")
 
 
 def mean_of(kept: dict, key: str = "top1") -> str:
@@ -183,9 +184,12 @@ def find_lr() -> str:
 def kills(rows: list[dict] | None = None) -> str:
     """Runs that were killed, resumed and compared with an unbroken one."""
     rows = rows or read("kills.json")["runs"]
-    lines = [(row["killed"], row["processes"], row["kills"], row["resumed"], row["bitwise_equal"]) for row in rows]
-    sums = (sum(row[key] for row in rows) for key in ("kills", "resumed", "bitwise_equal"))
-    return table("killed | processes | kills | resumed | bitwise equal", [*lines, ("all", "", *sums)])
+    sums = {key: sum(row[key] for row in rows) for key in ("kills", "resumed", "bitwise_equal")}
+    lines = [
+        (*(row[key] for key in ("killed", "processes", *sums)), row["kills"] - row["bitwise_equal"])
+        for row in [*rows, {"killed": "all", "processes": "", **sums}]
+    ]
+    return table("killed | processes | kills | resumed | bitwise equal | lost", lines)
 
 
 def killed() -> str:

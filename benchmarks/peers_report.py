@@ -134,35 +134,23 @@ def draw(sections: dict[str, dict], file: Path) -> None:
     """Top-1 over time, a panel for each table: a line for each peer, the range over seeds as a band."""
     from finetune.results.plots import plt, save_figure
 
-    columns = 2 if len(sections) > 1 else 1
     figure, panels = plt.subplots(
-        -(-len(sections) // columns),
-        columns,
-        squeeze=False,
-        layout="constrained",
-        figsize=(7.5 * columns, 5.8 * -(-len(sections) // columns)),
+        1, len(sections), squeeze=False, sharey=True, layout="constrained", figsize=(4 * len(sections), 4.4)
     )
-    for axes in panels.flat[len(sections) :]:
-        axes.remove()
-    for axes, (title, part) in zip(panels.flat, sections.items(), strict=False):
-        for label, peer in sorted(part["peers"].items(), key=lambda item: -item[1]["mean_top1"]):
+    lines = {}
+    for axes, (title, part) in zip(panels.flat, sections.items(), strict=True):
+        for label, peer in part["peers"].items():
             seconds, top1 = np.array(peer["curve"]).T
-            colour = "black" if label == "ours" else f"C{PEERS.index(label)}"
-            axes.plot(
-                seconds,
-                100 * top1,
-                "o-",
-                color=colour,
-                linewidth=2.5 if label == "ours" else 1.5,
-                markersize=4,
-                label=f"{label}, {peer['mean_top1']:.1%} after {peer['seconds']:.0f} s",
-            )
+            ours = label == "ours"
+            colour = "black" if ours else f"C{PEERS.index(label)}"
+            style = {"color": colour, "linewidth": 2.5 if ours else 1.5, "markersize": 4}
+            (lines[label],) = axes.plot(seconds, 100 * top1, "o-", **style)
             band = [100 * np.array(peer[edge]) for edge in ("lowest", "highest")]
             axes.fill_between(seconds, *band, color=colour, alpha=0.15, lw=0)
-        axes.set(title=title, xlabel="seconds of training; a dot for each epoch", xlim=(0, None))
-        axes.set_ylabel("validation top-1, %")
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
-    save_figure(figure, list(panels.flat[: len(sections)]), file)
+        axes.set(title=title.replace(": ", "\n"), xlabel="seconds of training; a dot for each epoch", xlim=(0, None))
+    panels.flat[0].set_ylabel("validation top-1, %")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+    save_figure(figure, list(panels.flat), file)
 
 
 if __name__ == "__main__":

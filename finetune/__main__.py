@@ -1,4 +1,4 @@
-"""What can be asked of a recipe or a run besides running it: python -m finetune VERB, or finetune VERB."""
+"""The command line: finetune VERB, or python -m finetune VERB."""
 
 import argparse
 import json
@@ -56,7 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("one", metavar="NAME|FILE.py|RUN")
     sub.add_argument("other", metavar="NAME|FILE.py|RUN")
     for name, verb, example in (
-        ("plan", plan, "resnet18_cifar --output plans"),
+        ("plan", show_plan, "resnet18_cifar --output plans"),
         ("find-lr", find_lr, "efficientnet_lite0_digits --output plans"),
     ):
         sub = add(name, verb, example)
@@ -70,12 +70,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--data", metavar="DIR", help="the images, where the recipe was measured on a folder")
     sub = add("suggest", suggest, "--data DIR --output mine.py")
     sub.add_argument("--data", required=True, metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
-    sub.add_argument("--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one that is at hand)")
+    sub.add_argument(
+        "--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one whose weights are installed)"
+    )
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
     sub = add("export", export, "runs/RUN --to onnx")
     sub.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
-    sub.add_argument("--to", choices=("timm", "onnx", "torchscript"), required=True, help="timm: a folder for the hub, too")
+    sub.add_argument("--to", choices=("timm", "onnx", "torch"), required=True, help="timm: a folder for the hub, too")
     sub.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
     model = "a run's folder, a timm model's, hf-hub:OWNER/NAME or its address"
     sub = add("predict", predict, "runs/RUN photographs/ 'more/*.jpg' --top 3 --csv")
@@ -93,11 +95,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def ls(args: argparse.Namespace) -> None:
-    """List the recipes: backbone, data, promised number, cost."""
-    from finetune.tools.library import listing
+    """List the recipes: backbone, data, baseline, cost."""
+    from finetune.tools.library import list_recipes
     from finetune.utils.text import align_columns
 
-    print(align_columns(listing()))
+    print(align_columns(list_recipes()))
 
 
 def show(args: argparse.Namespace) -> None:
@@ -109,10 +111,10 @@ def show(args: argparse.Namespace) -> None:
 
 def cp(args: argparse.Namespace) -> None:
     """Copy a recipe to a file of your own, changed as you ask; it runs from any folder."""
-    from finetune.tools.library import copied
+    from finetune.tools.library import copy_recipe
 
     check_new(args.target)
-    args.target.write_text(copied(args.recipe, args.target, args.assignments))
+    args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments))
     print(f"{args.target}; to run it: accelerate launch -m finetune.run --recipe {args.target}")
 
 
@@ -130,10 +132,10 @@ def validate(args: argparse.Namespace) -> None:
     recipe, file = load_recipe(args.recipe)
 
     from finetune.models.backbone import meta_backbone
-    from finetune.train.setup import check
+    from finetune.train.setup import check_recipe
 
     net = meta_backbone(recipe)
-    check(recipe, net)
+    check_recipe(recipe, net)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     print(
         f"{file.name} is a valid recipe: {to_dict(recipe.backbone)}, {parameters:,} parameters, on "
@@ -143,55 +145,56 @@ def validate(args: argparse.Namespace) -> None:
 
 def diff(args: argparse.Namespace) -> None:
     """Name the fields in which two recipes differ, or a recipe and a run."""
-    from finetune.tools.library import differences
+    from finetune.tools.library import compare_recipes
     from finetune.utils.text import align_columns
 
-    rows = differences(args.one, args.other)
+    rows = compare_recipes(args.one, args.other)
     print(align_columns([("field", args.one, args.other), *rows]) if rows else "no difference")
 
 
-def plan(args: argparse.Namespace) -> None:
-    """Show groups, rates, stages, memory and layers, without weights or training."""
+def show_plan(args: argparse.Namespace) -> None:
+    """Show groups, learning rates, stages, memory and layers, without weights or training."""
     recipe, file = chosen_recipe(args)
 
     from finetune.data.sources import data_size
     from finetune.models.backbone import meta_backbone
-    from finetune.results.plots import planned
-    from finetune.tools import plan
-    from finetune.train.setup import check
+    from finetune.optim.param_groups import build_param_groups
+    from finetune.results.plots import plot_plan
+    from finetune.tools.plan import describe_plan
+    from finetune.train.setup import check_recipe
 
     num_images, num_classes = data_size(recipe)
     net = meta_backbone(recipe, num_classes)
-    check(recipe, net)
-    print(f"{file.stem}: {plan.text(recipe, net, num_images, num_classes)}")
+    check_recipe(recipe, net)
+    print(f"{file.stem}: {describe_plan(recipe, net, num_images, num_classes)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        print(f"\npicture  {planned(args.output / f'{file.stem}-plan.png', recipe, net, num_images)}")
+        groups, steps = build_param_groups(recipe, net), recipe.data.steps_per_epoch(num_images)
+        print(f"\npicture  {plot_plan(args.output / f'{file.stem}-plan.png', groups, steps, recipe.epochs)}")
 
 
 def find_lr(args: argparse.Namespace) -> None:
-    """Try rates from very low to very high on a copy of the network, and suggest two."""
+    """Try learning rates from very low to very high on a copy of the network, and suggest two."""
     recipe, file = chosen_recipe(args)
 
     from finetune.optim.param_groups import build_param_groups
-    from finetune.tools import lr_finder
-    from finetune.train.setup import assemble, make_accelerator
+    from finetune.tools.lr_finder import line_to_paste, picture, range_test, suggestions
+    from finetune.train.setup import make_accelerator, setup
 
     accelerator = make_accelerator(recipe)
-    _, net, _, images = assemble(recipe, accelerator)
-    multipliers, losses = lr_finder.range_test(recipe, net, images, accelerator)
-    suggested = lr_finder.suggestions(multipliers, losses)
-    for name, multiplier in suggested.items():
-        print(f"{name:8}  {multiplier:.2g} times the recipe's rates: {lr_finder.line_to_paste(recipe, multiplier)}")
+    net, (images, _) = setup(recipe, accelerator)
+    factors, losses = range_test(recipe, net, images, accelerator)
+    suggested = suggestions(factors, losses)
+    for name, factor in suggested.items():
+        print(f"{name:8}  {factor:.2g} times the recipe's learning rates: {line_to_paste(recipe, factor)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        rates = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
-        picture = args.output / f"{file.stem}-lr.png"
-        print(f"picture   {lr_finder.picture(picture, multipliers, losses, suggested, rates)}")
+        lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
+        print(f"picture   {picture(args.output / f'{file.stem}-lr.png', factors, losses, suggested, lrs)}")
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Run a recipe again and say whether its promised number came out; exit code 1 if it did not."""
+    """Run a recipe again and compare its number with the baseline; exit code 1 if it is outside."""
     from finetune.results.reproduce import reproduce
 
     if args.seeds < 1:
@@ -215,7 +218,7 @@ def suggest(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write a finished run's network as timm, ONNX or TorchScript has it, checked against the original."""
+    """Write a finished run's network for timm, ONNX or torch.export, checked against the original."""
     from finetune.inference.export import export
 
     print(export(args.run, args.to, args.output))
@@ -233,7 +236,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score a network on labelled images: totals, a table of the classes, the confusion matrix."""
+    """Measure a network on labelled images: totals, a table of the classes, the confusion matrix."""
     from finetune.inference.evaluate import evaluate, evaluation_as_text
 
     print(evaluation_as_text(evaluate(args.model, args.data, args.output)))

@@ -1,3 +1,4 @@
-"""The schedules under the name they had in version 0.1; removed in 0.3. Import them from finetune."""
+"""Where schedules were in version 0.1, for recipes copied from it; removed in 0.3. Import them from finetune."""
 
+from finetune.recipe.legacy import Polynomial  # noqa: F401
 from finetune.recipe.schedules import *  # noqa: F403

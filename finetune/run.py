@@ -1,4 +1,4 @@
-"""Launch one recipe: arguments, load, make the Accelerator, call train."""
+"""Run a recipe: arguments, setup, train, summary."""
 
 import argparse
 import errno
@@ -12,17 +12,8 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe  # noqa: E402
-from finetune.recipe.load import (
-    add_recipe_arguments,  # noqa: E402
-    chosen_recipe,  # noqa: E402
-)
-from finetune.train.run_dir import (
-    begin,  # noqa: E402
-    check_same_recipe,  # noqa: E402
-    lock,  # noqa: E402
-    new_run_dir,  # noqa: E402
-    unfinished_run_dir,  # noqa: E402
-)
+from finetune.recipe.load import add_recipe_arguments, chosen_recipe  # noqa: E402
+from finetune.train import run_dir  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
 
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
@@ -43,11 +34,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         const="",
         metavar="DIR|auto",
         help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/); "
-        "auto: with the one in --output if there is one, else begin",
+        "auto: with the one in --output if there is one, else start",
     )
     parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe was changed")
-    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="updates (default: once an epoch)")
-    parser.add_argument("--dry-run", action="store_true", help="show groups and rates, then stop")
+    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps (default: once an epoch)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, then stop")
     parser.add_argument("--smoke", action="store_true", help="try the whole path on generated images: no result")
     parser.add_argument(
         "--accumulate",
@@ -71,7 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
         parser.error("--accumulate starts at 1, --workers and --checkpoint-every at 0")
     if args.resume == "auto" and not args.output:
-        parser.error("--resume auto needs --output DIR: it begins there if there is nothing to go on with")
+        parser.error("--resume auto needs --output DIR: it starts there if there is nothing to go on with")
     return args
 
 
@@ -100,7 +91,7 @@ def launch(args: argparse.Namespace) -> int:
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
         raise RecipeError(
-            f"batch_size={recipe.data.batch_size}, the images of one update over all processes, can't be divided "
+            f"batch_size={recipe.data.batch_size}, the images of one step over all processes, can't be divided "
             f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches"
         )
     check_launcher(recipe)
@@ -111,71 +102,71 @@ def launch(args: argparse.Namespace) -> int:
             print(f"the run in {args.output} is finished")
             return 0
     if resume:
-        folder = unfinished_run_dir(file.stem, Path(args.resume) if args.resume else args.output)
+        folder = run_dir.unfinished_run_dir(file.stem, Path(args.resume) if args.resume else args.output)
         if not args.resume_anyway:
-            check_same_recipe(folder, recipe)
+            run_dir.check_same_recipe(folder, recipe)
     elif not args.dry_run:
-        folder = new_run_dir(file.stem, args.output)
+        folder = run_dir.new_run_dir(file.stem, args.output)
 
-    from finetune.data.sources import data_size
-    from finetune.models.backbone import meta_backbone
-    from finetune.tools import plan  # from here on torch is needed, and seconds pass
-    from finetune.train.setup import check, smoke
+    from finetune.models.backbone import meta_backbone  # from here on torch is needed, and seconds pass
+    from finetune.train.setup import check_recipe, smoke_recipe
 
     if args.smoke:
-        recipe = smoke(recipe, parts)
-    net = meta_backbone(recipe)
-    check(recipe, net)
+        recipe = smoke_recipe(recipe, parts)
+    check_recipe(recipe, meta_backbone(recipe))
     if args.dry_run:
+        from finetune.data.sources import data_size
+        from finetune.tools.plan import describe_plan
+
         num_images, num_classes = data_size(recipe)
-        print(f"{file.stem}: {plan.text(recipe, meta_backbone(recipe, num_classes), num_images, num_classes)}")
+        print(f"{file.stem}: {describe_plan(recipe, meta_backbone(recipe, num_classes), num_images, num_classes)}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 
 
 def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
-    from finetune.models.saved import save_model
-    from finetune.optim.param_groups import param_group_tables
-    from finetune.results.summary import report
-    from finetune.tools import plan
+    from finetune.optim.param_groups import build_param_groups, describe_param_groups
+    from finetune.results.summary import finish_run
+    from finetune.tools.plan import describe_run
     from finetune.train.distributed import Stopped, join_after_restart, main_process_first
     from finetune.train.logger import Logger, start_trackers
     from finetune.train.loop import train
-    from finetune.train.setup import assemble, make_accelerator
+    from finetune.train.setup import RunOptions, make_accelerator, setup
 
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)
-    data, net, inputs, images = assemble(recipe, accelerator)
-    group_table = param_group_tables(recipe, net, len(data.train))
+    net, datasets = setup(recipe, accelerator)
+    num_train, num_val, num_classes = len(datasets[0]), len(datasets[1]), len(datasets[0].classes)
+    steps_per_epoch = recipe.data.steps_per_epoch(num_train)
+    group_table = describe_param_groups(build_param_groups(recipe, net), steps_per_epoch, recipe.epochs)
 
-    held = main_process_first(accelerator, lambda: lock(folder) if accelerator.is_main_process else None)  # until the run's end
+    held = main_process_first(
+        accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None
+    )  # until the run's end
     if accelerator.is_main_process and (not resume or args.resume_anyway):
-        begin(folder, file, recipe, group_table)
+        run_dir.start_run_dir(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
-    record = Logger(
-        folder, accelerator, lambda path, network: save_model(path, network, inputs, data.classes), recipe.metric, args.quiet
-    )
+    logger = Logger(folder, accelerator, recipe.metric, args.quiet)
     if args.smoke:
-        record.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
-    record.say(
-        f"{file.stem}: {plan.one_line_summary(recipe, len(data.train), len(data.classes))}; {len(data.val)} validation "
-        f"images; {accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n"
-        f"{group_table}\n"
+        logger.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
+    logger.say(
+        f"{file.stem}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; "
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n{group_table}\n"
     )
     start = {}
     if accelerator.is_main_process:  # which alone reports
         start = {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
-    workers = default_workers(args, accelerator.device.type)
+    options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every)
     try:
-        scored = train(recipe, net, images, record, accelerator, args.accumulate, workers, args.checkpoint_every)
+        evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
-        record.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
+        logger.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
-        report(record, file, recipe, scored, start, images[1], args.smoke)
+        finish_run(recipe, file, evaluated, start, datasets[1], logger, args.smoke)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if held:

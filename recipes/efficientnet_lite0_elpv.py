@@ -8,9 +8,7 @@ Top-1 89.3 % (88.7 to 89.9, 3 seeds) on the fixed quarter of 655 cells, of which
 Weights: Apache-2.0. Data: ELPV, CC BY-NC-SA 4.0, not for commercial use. A cell counts as defective from a stated defect
 probability of 0.5.
 """
-from finetune.baseline import Baseline
-from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Augment, Data, Group, LinearProbe, Recipe
+from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
 
 recipe = Recipe(
     backbone="tf_efficientnet_lite0",
@@ -31,12 +29,4 @@ recipe = Recipe(
     batch_norm="frozen",
     epochs=4,
     label_smoothing=0.1,
-    clip_norm=1.0,
-    seed=0,
-)
-
-baseline = Baseline(
-    metric="top1", mean=0.8926, low=0.865, high=0.9203, seeds=3, val_images=655, minutes=6.3,
-    hardware="1 x 1 CPU core (AMD EPYC)",
-    versions="python 3.11.7, torch 2.15.0, timm 1.0.31, torchvision 0.29.2, accelerate 1.15.0",
 )

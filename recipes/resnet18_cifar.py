@@ -6,8 +6,7 @@ Made for one GPU; not measured. Published for this network: 97.1 % (Salman et al
 list of best parameters: adversarially robust ImageNet weights, 150 epochs).
 Weights: timm, Apache-2.0, from the Hugging Face hub. Data: CIFAR (Krizhevsky 2009), downloaded on first use.
 """
-from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Augment, Data, Group, LinearProbe, Recipe
+from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
 
 recipe = Recipe(
     backbone="resnet18.a1_in1k",
@@ -26,7 +25,5 @@ recipe = Recipe(
     batch_norm="frozen",                    # batch norm keeps its pretrained statistics, in layers that train too
     epochs=10,
     label_smoothing=0.1,
-    clip_norm=1.0,
     mixed_precision="bf16",
-    seed=0,
 )

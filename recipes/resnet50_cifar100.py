@@ -7,8 +7,7 @@ Made for one GPU; not measured. In few epochs on few images each of these choice
 quoted by Grill et al. 2020, arXiv 2006.07733, table 3).
 Weights: timm, Apache-2.0, from the Hugging Face hub. Data: CIFAR (Krizhevsky 2009), downloaded on first use.
 """
-from finetune.lr_schedule import Plateau
-from finetune.recipe import SGD, Augment, Data, Group, Recipe
+from finetune import SGD, Augment, Data, Group, Plateau, Recipe
 
 recipe = Recipe(
     backbone="resnet50.a1_in1k",
@@ -26,7 +25,5 @@ recipe = Recipe(
     batch_norm="train",
     epochs=20,
     label_smoothing=0.1,
-    clip_norm=1.0,
     mixed_precision="bf16",
-    seed=0,
 )

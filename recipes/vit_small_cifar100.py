@@ -6,8 +6,7 @@ Made for one GPU; not measured. Published for this network: 89.5 % (Caron et al.
 weights of ImageNet-1k).
 Weights: timm, Apache-2.0, from the Hugging Face hub. Data: CIFAR (Krizhevsky 2009), downloaded on first use.
 """
-from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Augment, Data, LayerDecay, LinearProbe, Recipe
+from finetune import AdamW, Augment, Cosine, Data, LayerDecay, LinearProbe, Recipe
 
 recipe = Recipe(
     backbone="vit_small_patch16_224.augreg_in21k_ft_in1k",
@@ -20,7 +19,5 @@ recipe = Recipe(
     batch_norm="frozen",  # there is no batch norm in it
     epochs=8,
     label_smoothing=0.1,
-    clip_norm=1.0,
     mixed_precision="bf16",
-    seed=0,
 )

@@ -41,9 +41,9 @@ def elpv() -> ImageData:
             (folder / path, float(chance), kind)
             for path, chance, kind in csv.reader((" ".join(line.split()) for line in file), delimiter=" ")
         ]
-    labels, kinds = [int(chance >= 0.5) for _, chance, _ in rows], [kind for _, _, kind in rows]
-    images = ImageList([path for path, _, _ in rows], labels, read_image, kinds)
-    train, val = split(images, list(zip(labels, kinds, strict=True)), 0.25)
+    labels, subgroups = [int(chance >= 0.5) for _, chance, _ in rows], [kind for _, _, kind in rows]
+    images = ImageList([path for path, _, _ in rows], labels, read_image, subgroups)
+    train, val = split(images, list(zip(labels, subgroups, strict=True)), 0.25)
     return ImageData(train, val, ("functional", "defective"))
 
 

@@ -35,11 +35,11 @@ class ImageData:
 class ImageList:
     """A map-style set: `read(item)` makes the RGB image of an item when it is asked for.
 
-    `kinds` says what kind of image each is, beside its label; a run's result then has the scores of each kind, too.
+    `subgroups` says what kind of image each is, beside its label; a run's result then has the scores of each kind, too.
     """
 
-    def __init__(self, items: Many, labels: Many, read: Reader, kinds: Sequence[str] | None = None):
-        self.items, self.labels, self.read, self.kinds = items, labels, read, kinds
+    def __init__(self, items: Many, labels: Many, read: Reader, subgroups: Sequence[str] | None = None):
+        self.items, self.labels, self.read, self.subgroups = items, labels, read, subgroups
 
     def __len__(self) -> int:
         return len(self.items)
@@ -54,8 +54,8 @@ class ImageList:
         def chosen(values: Many) -> Many:
             return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
 
-        kinds = self.kinds and [self.kinds[i] for i in indices]
-        return ImageList(chosen(self.items), chosen(self.labels), self.read, kinds)
+        subgroups = self.subgroups and [self.subgroups[i] for i in indices]
+        return ImageList(chosen(self.items), chosen(self.labels), self.read, subgroups)
 
 
 def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -1,10 +1,11 @@
-"""The order of the samples, how an update's batch is split over processes, and the loaders that follow it."""
+"""Batches: the order of the images in an epoch, each step's share of every process, and their loading."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,26 +18,40 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keyed_seed, seed_cpu
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
-Batch = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
+Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
 
 
 class Transform(Protocol):
     """How images become the network's input: one by one as they are loaded, then the batch on the device."""
+
+    preprocessing: dict[str, Any]
 
     def image(self, pixels: np.ndarray) -> torch.Tensor: ...
 
     def batch(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
+class Cut(NamedTuple):
+    """How each batch is cut: over processes, and each process's part into micro-batches."""
+
+    process: int = 0
+    processes: int = 1
+    micro_batches: int = 1
+
+
+WHOLE = Cut()
+
+
 @dataclass(frozen=True)
 class BatchPlan:
-    """One optimizer update: the indices of its images over all processes, and this process's micro-batches of them.
+    """One step's batch: the indices of its images over all processes, and this process's micro-batches of them.
 
-    `positions` counts micro-batches over all processes, so 2 processes and 2 accumulated micro-batches are told apart from
-    no other way of cutting the same batch in 4. `weight` is 0 where a last, short batch leaves this process without images:
-    it then repeats one for nothing, because every process must take part in averaging the gradients.
+    `step` counts over the run, `positions` counts micro-batches over all processes, so that 2 processes with 2 micro-batches
+    differ in nothing from any other way of cutting a batch in 4. `weight` is 0 where a last, short batch leaves this process
+    without images: it then repeats one for nothing, because every process must take part in averaging the gradients.
     """
 
+    step: int
     images: list[int]
     micro_batches: list[list[int]]
     positions: list[int]
@@ -47,48 +62,49 @@ class BatchPlan:
         return len(self.images)
 
 
+class Batch(NamedTuple):
+    """A step's batch as it was loaded: images [n, 3, H, W] and labels, [n] or [n, classes], of each micro-batch."""
+
+    plan: BatchPlan
+    micro_batches: list[Loaded]
+
+
 def plan_epoch(
     num_images: int,
     batch_size: int,
     seed: int,
     epoch: int,
-    process: int = 0,
-    processes: int = 1,
-    accumulate: int = 1,
-    chances: np.ndarray | None = None,
+    cut: Cut = WHOLE,
+    sample_weights: np.ndarray | None = None,
     pairs: bool = False,
 ) -> list[BatchPlan]:
-    """The updates of an epoch: every image once, in an order that depends on seed and epoch alone.
+    """The batches of an epoch: every image once, in an order that depends on seed and epoch alone.
 
-    With `chances`, one for each image, as many images drawn with replacement. With `pairs`, the images 0 and 1 of each update,
-    2 and 3, and so on, stay together in one micro-batch.
+    With `sample_weights`, one for each image that add up to 1, as many images drawn with replacement. With `pairs`, the images
+    0 and 1 of each batch, 2 and 3, and so on, stay together in one micro-batch.
     """
     random = np.random.RandomState(keyed_seed(seed, epoch))
-    order = random.permutation(num_images) if chances is None else random.choice(num_images, num_images, p=chances)
-    updates = []
+    order = (
+        random.permutation(num_images) if sample_weights is None else random.choice(num_images, num_images, p=sample_weights)
+    )
+    plans: list[BatchPlan] = []
+    unit, first_step = 2 if pairs else 1, epoch * math.ceil(num_images / batch_size)
+    own = range(cut.process * cut.micro_batches, (cut.process + 1) * cut.micro_batches)
     for start in range(0, num_images, batch_size):
         batch = order[start : start + batch_size]
-        cuts = np.array_split(batch, processes * accumulate)
-        if pairs:  # a cut never parts two neighbours
-            cuts = [
-                batch[2 * cut[0] : 2 * cut[-1] + 2] if len(cut) else cut
-                for cut in np.array_split(np.arange((len(batch) + 1) // 2), processes * accumulate)
-            ]
-        mine = [
-            (position, cuts[position].tolist())
-            for position in range(process * accumulate, (process + 1) * accumulate)
-            if len(cuts[position])
-        ]
+        units = np.array_split(np.arange(math.ceil(len(batch) / unit)), cut.processes * cut.micro_batches)
+        mine = {i: batch[unit * units[i][0] : unit * (units[i][-1] + 1)].tolist() for i in own if len(units[i])}
         weight = 1.0 if mine else 0.0
-        mine = mine or [(process * accumulate, [int(batch[0])])]
-        updates.append(BatchPlan(batch.tolist(), [cut for _, cut in mine], [position for position, _ in mine], weight))
-    return updates
+        mine = mine or {own[0]: [int(batch[0])]}
+        plans.append(BatchPlan(first_step + len(plans), batch.tolist(), list(mine.values()), list(mine), weight))
+    return plans
 
 
 class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
-    """Varied images and labels, asked for by (epoch, index): random variation is a function of that alone.
+    """Transformed images and labels, asked for by (epoch, index): augmentation is a function of that alone.
 
-    `transform` is one of finetune.augment. Images of a list are decoded once, those of a recipe's own function each time.
+    `transform` is one of finetune.data.transforms; batches are laid out as `memory_format` says. Images of a list are decoded
+    once, those of a recipe's own function each time.
     """
 
     def __init__(
@@ -99,15 +115,16 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         classes: Sequence[str],
         on_bad_image: str = "stop",
         multi_label: bool = False,
+        memory_format: torch.memory_format = torch.channels_last,
     ):
         self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
-        self.on_bad_image, self.multi_label = on_bad_image, multi_label
-        self.memory = ImageCache(len(images)) if isinstance(images, ImageList) else None
+        self.on_bad_image, self.multi_label, self.memory_format = on_bad_image, multi_label, memory_format
+        self.cache = ImageCache(len(images)) if isinstance(images, ImageList) else None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def seen_as(self, other: "ImageDataset") -> "ImageDataset":
+    def transformed_as(self, other: "ImageDataset") -> "ImageDataset":
         """These images, transformed as those of another set are."""
         same = copy(self)
         same.transform = other.transform
@@ -127,13 +144,13 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
 
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
         """The image's pixels, uint8 [H, W, 3], and its label."""
-        if self.memory is not None and (pixels := self.memory.get(index)) is not None:
+        if self.cache is not None and (pixels := self.cache.get(index)) is not None:
             assert isinstance(self.images, ImageList)  # only a list is kept in memory
             return pixels, self.images.labels[index]
         image, label = self.images[index]
         pixels = np.array(image.convert("RGB"))
-        if self.memory is not None:
-            self.memory.keep(index, pixels)
+        if self.cache is not None:
+            self.cache.keep(index, pixels)
         return pixels, label
 
     def target(self, label: Any, index: int = 0) -> int | torch.Tensor:
@@ -163,23 +180,20 @@ def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
 
 
 def balanced_sample_weights(labels: np.ndarray) -> np.ndarray:
-    """Chances [n] by which every class is drawn equally often."""
-    chances = 1 / np.bincount(labels)[labels]
-    return chances / chances.sum()
+    """Probabilities [n] of drawing each image by which every class is drawn equally often."""
+    weights = 1 / np.bincount(labels)[labels]
+    return weights / weights.sum()
 
 
-def epoch_batches(
-    recipe: Recipe, images: ImageDataset, epoch: int, process: int = 0, processes: int = 1, accumulate: int = 1
-) -> list[BatchPlan]:
-    """The updates of an epoch in the order, and by the sampling, of the recipe: see `plan_epoch`."""
-    chances = balanced_sample_weights(images.labels()) if recipe.data.sampling == "balanced" else None
-    size, seed, pairs = recipe.data.batch_size, recipe.seed, recipe.augment.mixes
-    return plan_epoch(len(images), size, seed, epoch, process, processes, accumulate, chances, pairs)
+def epoch_batches(recipe: Recipe, images: ImageDataset, epoch: int, cut: Cut = WHOLE) -> list[BatchPlan]:
+    """The batches of an epoch in the order, and by the sampling, of the recipe: see `plan_epoch`."""
+    weights = balanced_sample_weights(images.labels()) if recipe.data.sampling == "balanced" else None
+    return plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, cut, weights, pairs=recipe.augment.mixes)
 
 
 def load(
     images: ImageDataset, epoch: int, batches: Sequence[Sequence[int]], workers: int, device: torch.device | str = "cpu"
-) -> Iterator[Batch]:
+) -> Iterator[Loaded]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
     keys = ([(epoch, index) for index in batch] for batch in batches)
     loader = DataLoader(
@@ -188,15 +202,15 @@ def load(
     try:
         for batch, labels in loader:
             batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))
-            yield images.transform.batch(batch), labels
+            yield images.transform.batch(batch).contiguous(memory_format=images.memory_format), labels
     except RecipeError as error:  # a worker's error arrives with its traceback in the text: keep the sentence
         raise RecipeError(str(error).rpartition("RecipeError: ")[2].strip(), one_process=True) from None
 
 
 def load_batches(
-    images: ImageDataset, epoch: int, updates: Sequence[BatchPlan], workers: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[BatchPlan, list[Batch]]]:
-    """Each update with the loaded micro-batches of this process."""
-    loaded = load(images, epoch, [batch for update in updates for batch in update.micro_batches], workers, device)
-    for update in updates:
-        yield update, [next(loaded) for _ in update.micro_batches]
+    images: ImageDataset, epoch: int, plans: Sequence[BatchPlan], workers: int, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """Each batch with the loaded micro-batches of this process."""
+    loaded = load(images, epoch, [indices for plan in plans for indices in plan.micro_batches], workers, device)
+    for plan in plans:
+        yield Batch(plan, [next(loaded) for _ in plan.micro_batches])

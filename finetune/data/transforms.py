@@ -1,4 +1,4 @@
-"""How images are varied for training, and prepared for scoring."""
+"""Transforms: augmentation for training, preprocessing for evaluation, mixup and cutmix."""
 
 import math
 from collections.abc import Callable
@@ -21,11 +21,11 @@ class Pixels:
     """Crop, resize and mirror, image by image on uint8, then the batch as normalised floats: what timm's transforms do.
 
     It draws what they draw from the same seed; values are as theirs, which pass through PIL, but for rounding. Without
-    `augment` images are prepared for scoring: resized and cropped in the middle.
+    `augment` images are preprocessed for evaluation: resized and cropped in the middle.
     """
 
     def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None):
-        self.augment, self.size = augment, preprocessing["input_size"][-1]
+        self.preprocessing, self.augment, self.size = preprocessing, augment, preprocessing["input_size"][-1]
         self.resized = math.floor(self.size / preprocessing["crop_pct"])
         self.interpolation = InterpolationMode(preprocessing["interpolation"])
         self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
@@ -53,8 +53,8 @@ class Pixels:
 class Timm:
     """Any of timm's transforms, of PIL images one by one to normalised floats."""
 
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]):
-        self.transform = transform
+    def __init__(self, preprocessing: dict[str, Any], transform: Callable[[Image.Image], torch.Tensor]):
+        self.preprocessing, self.transform = preprocessing, transform
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
         """Of uint8 pixels [H, W, 3] the floats [3, size, size]."""
@@ -69,7 +69,7 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
 
 
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """How a recipe varies its training images.
+    """How a recipe augments its training images.
 
     Raises:
         RecipeError: if timm can't read the `randaugment` text.
@@ -79,6 +79,7 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
         return Pixels(preprocessing, augment)
     try:
         return Timm(
+            preprocessing,
             create_transform(
                 **preprocessing | {"color_jitter": augment.color_jitter or None},
                 is_training=True,
@@ -88,7 +89,7 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
                 auto_augment=augment.randaugment,
                 re_prob=augment.erasing,
                 re_mode="pixel",
-            )
+            ),
         )
     except (AssertionError, ValueError) as error:
         raise RecipeError(
@@ -97,8 +98,8 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
 
 
 def eval_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """How images are prepared for scoring."""
-    return Pixels(preprocessing) if matches_timm(preprocessing) else Timm(create_transform(**preprocessing))
+    """The preprocessing of images for evaluation."""
+    return Pixels(preprocessing) if matches_timm(preprocessing) else Timm(preprocessing, create_transform(**preprocessing))
 
 
 def matches_timm(preprocessing: dict[str, Any]) -> bool:
@@ -110,7 +111,7 @@ def matches_timm(preprocessing: dict[str, Any]) -> bool:
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    """timm's Mixup with one draw for a whole update, or None; labels are smoothed later, by the loss."""
+    """timm's Mixup with one draw for a whole step, or None; labels are smoothed later, by the loss."""
     augment = recipe.augment
     if not augment.mixes:
         return None
@@ -130,11 +131,12 @@ def mix_neighbours(
     """Images [n, 3, H, W], each mixed with its neighbour (0 with 1, 2 with 3, ...), and their mixed targets [n, classes].
 
     timm mixes the first image of a batch with the last. Laid out so that these are neighbours, and drawn by `key` alone, the
-    mix is the same however an update is cut into micro-batches. A last image without a neighbour is mixed with itself.
+    mix is the same however a batch is cut into micro-batches. A last image without a neighbour is mixed with itself.
     """
     n = len(images)
     even, odd = list(range(0, n, 2)), list(range(1, n, 2)) + [n - 1] * (n % 2)
     seed_all("mix", *key)
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     images, targets = mixup(images[even + odd[::-1]], labels[even + odd[::-1]])
     kept = [i for i in range(len(images)) if i != len(even)] if n % 2 else slice(None)
-    return images[kept], targets[kept]
+    return images[kept].contiguous(memory_format=layout), targets[kept]

@@ -15,7 +15,7 @@ from finetune.data.sources import NAMED, load_data
 from finetune.inference.predict import logits_of
 from finetune.models.saved import Settings, load_model
 from finetune.recipe.recipe import REPORTED_METRICS
-from finetune.results.plots import confusion
+from finetune.results.plots import plot_confusion_matrix
 from finetune.train.evaluate import compute_metrics, confusion_matrix
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import align_columns
@@ -47,7 +47,7 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
         result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
-            confusion(output, logits, labels, classes)
+            plot_confusion_matrix(output, logits, labels, classes)
     return result
 
 

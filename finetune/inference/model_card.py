@@ -1,6 +1,5 @@
 """The model card of a run: what the network is, how it was made, what it reached, how it is used."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from finetune.models.backbone import INPUTS
 from finetune.models.saved import read_json
 from finetune.recipe.load import RECIPES, load_recipe, override
 from finetune.recipe.recipe import REPORTED_METRICS
-from finetune.recipe.serialize import changes, flat, to_dict
-from finetune.results.baseline import promise
+from finetune.recipe.serialize import diff, from_dict
+from finetune.results.baseline import describe_baseline
 from finetune.utils.errors import RecipeError
 
 LICENCES = {
@@ -117,11 +116,10 @@ def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
     one = f"1 run, seed {resolved['seed']}"
     try:
         given, file = load_recipe(str(run / "recipe.py"))
-        before, now = flat(json.loads(json.dumps(to_dict(given)))), flat(resolved)
-        changed = {path: value for path, value in now.items() if path not in before or before[path] != value}
+        changed = {path: now for path, _, now in diff(given, from_dict(resolved)) if now != "-"}
         changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
         recipe = override(given, [f"{path}={value!r}" for path, value in changed.items()])
-        if changes(resolved, recipe):
+        if diff(recipe, from_dict(resolved)):
             raise RecipeError("recipe.py was changed after the run")
     except RecipeError:
         return f"not known: {name}.py alone does not give the run's recipe.json", one
@@ -130,8 +128,8 @@ def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
     for path in {"data.source", "weights"} & changed.keys():
         changed[path] = Path(changed[path]).name  # where a person's files lie is not published
     words = [f"--set {shlex.quote(f'{path}={value}')}" for path, value in changed.items()]
-    promised = promise(file, recipe)
+    baseline = describe_baseline(file, recipe)
     return (
         " ".join(["accelerate launch finetune/run.py --recipe", recipe_name, *words]),
-        one if promised.startswith("nothing") else f"{one}; the recipe's record: {promised}",
+        one if baseline.startswith("none") else f"{one}; the recipe's baseline: {baseline}",
     )

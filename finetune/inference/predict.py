@@ -18,7 +18,7 @@ from finetune.data.transforms import eval_transform
 from finetune.models.backbone import memory_format
 from finetune.models.saved import SavedModel, load_model
 from finetune.train.evaluate import predict_logits
-from finetune.train.setup import make_accelerator
+from finetune.train.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import align_columns
 
@@ -48,7 +48,7 @@ def logits_of(model: SavedModel, images: Images, on_bad_image: str, workers: int
     inputs = ImageDataset(
         images, eval_transform(preprocessing), settings.seed, classes, on_bad_image, settings.loss == "multi_label"
     )
-    return predict_logits(settings, net, inputs, accelerator, workers=workers)
+    return predict_logits(settings, net, inputs, accelerator, RunOptions(workers=workers))
 
 
 def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,7 +144,7 @@ def other_network(folder: Path, run: Path, settings: Settings, num_classes: int)
     return net
 
 
-def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: tuple[str, ...]) -> None:
+def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
     """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
 
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has

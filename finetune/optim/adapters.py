@@ -1,4 +1,4 @@
-"""A recipe's optimizer, rates and stages for training loops that are not this repository's.
+"""A recipe's optimizer, learning rates and freezing for training loops that are not this repository's.
 
 optimizer = make_optimizer(recipe, net)
 scheduler = make_lr_scheduler(recipe, net, optimizer, steps_per_epoch=len(loader))
@@ -25,13 +25,13 @@ from finetune.utils.errors import RecipeError
 
 
 def make_optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over `net`: rows named as its groups, each with its own rate and decay, frozen ones too.
+    """The recipe's optimizer over `net`, with a param_group for each parameter group, frozen ones included.
 
     Raises:
         RecipeError: if the groups do not fit the network, or the optimizer its options.
     """
     if recipe.switch:
-        raise RecipeError("switch: in another loop make a second optimizer from Recipe.at(epoch) yourself")
+        raise RecipeError("switch: in another loop make a second optimizer yourself, from dataclasses.replace(recipe, ...)")
     return build_optimizer(build_param_groups(recipe, net))
 
 
@@ -40,26 +40,26 @@ def make_lr_scheduler(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     steps_per_epoch: int,
-    scored: Sequence[dict[str, Any]] = (),
+    history: Sequence[dict[str, Any]] = (),
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The recipe's rates as torch's LambdaLR, to be stepped once after every update; 0 while a group is frozen.
+    """The recipe's learning rates as torch's LambdaLR, to be stepped once after every step; 0 while a group is frozen.
 
-    A `Plateau` looks at `scored`, a list to which the loop appends {"top1": ..., "loss": ...} after each epoch.
+    A `Plateau` looks at `history`, a list to which the loop appends {"top1": ..., "loss": ...} after each epoch.
     """
     groups = {group.name: group for group in build_param_groups(recipe, net)}
-    last = recipe.epochs * steps_per_epoch - 1  # a scheduler steps once more after it: that rate is never used
+    last = recipe.epochs * steps_per_epoch - 1  # a scheduler steps once more after it: that learning rate is never used
 
-    def multiplier(group: ParamGroup) -> Callable[[int], float]:
-        return lambda step: group.multiplier(min(step, last), steps_per_epoch, recipe.epochs, scored)
+    def factor(group: ParamGroup) -> Callable[[int], float]:
+        return lambda step: group.lr_factor(min(step, last), steps_per_epoch, recipe.epochs, history)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, [multiplier(groups[row["name"]]) for row in optimizer.param_groups])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(groups[row["name"]]) for row in optimizer.param_groups])
 
 
-def unfreeze(recipe: Recipe, net: nn.Module, epoch: int) -> list[nn.Parameter]:
-    """Let the epoch's groups train and no others, and hold still the norm statistics that must not move; what trains.
+def unfreeze(recipe: Recipe, net: nn.Module, epoch: int) -> None:
+    """Let the epoch's groups train and no others, and hold still the batch-norm statistics that must not move.
 
     Call it before each epoch. Under DistributedDataParallel, which fixes at wrapping what it averages, wrap anew after it or
     ask for find_unused_parameters.
     """
     hold_batch_norm(net, recipe.batch_norm)
-    return freezing.unfreeze(build_param_groups(recipe, net), epoch)
+    freezing.unfreeze(build_param_groups(recipe, net), epoch)

@@ -1,36 +1,43 @@
-"""The stages of a run; what frozen means for gradients, for batch norm and for the DDP wrapper."""
+"""Which parameter groups train in an epoch, and which stay frozen."""
 
-from torch import nn
+from collections.abc import Sequence
 
+import torch
+
+from finetune.optim.optimizers import start_epoch
 from finetune.optim.param_groups import ParamGroup
 
 
-def describe_stage(groups: list[ParamGroup], epoch: int) -> str:
+def describe_stage(groups: Sequence[ParamGroup], epoch: int) -> str:
     """What trains in an epoch and what does not, with the numbers of parameters."""
     parts = {
         "trains": [group for group in groups if group.trains(epoch)],
         "frozen": [group for group in groups if not group.trains(epoch)],
     }
     return f"from epoch {epoch}: " + "; ".join(
-        f"{word}: {', '.join(group.name for group in part)} ({sum(p.numel() for g in part for p in g.params.values()):,} "
-        "parameters)"
+        f"{word}: {', '.join(group.name for group in part)} ({sum(group.num_values for group in part):,} parameters)"
         for word, part in parts.items()
         if part
     )
 
 
-def starts_stage(groups: list[ParamGroup], epoch: int) -> bool:
+def starts_stage(groups: Sequence[ParamGroup], epoch: int) -> bool:
     """Whether other groups train in this epoch than in the one before."""
     return any(group.unfreeze_at == epoch for group in groups)
 
 
-def unfreeze(groups: list[ParamGroup], epoch: int) -> list[nn.Parameter]:
-    """Let the epoch's groups, and no others, have gradients; returns their parameters.
+def start_stage(groups: Sequence[ParamGroup], optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    """Let the epoch's groups train, and no others, by the epoch's optimizer."""
+    unfreeze(groups, epoch)
+    start_epoch(optimizer, epoch)
 
-    A gradient left from earlier is dropped: an optimizer would go on applying it, its momentum and its decay.
+
+def unfreeze(groups: Sequence[ParamGroup], epoch: int) -> None:
+    """Let the epoch's groups, and no others, have gradients.
+
+    A gradient left from earlier is dropped: an optimizer would go on applying it, its momentum and its weight decay.
     """
     for group in groups:
         for parameter in group.params.values():
             parameter.requires_grad_(group.trains(epoch))
             parameter.grad = None
-    return [parameter for group in groups if group.trains(epoch) for parameter in group.params.values()]

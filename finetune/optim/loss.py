@@ -1,4 +1,4 @@
-"""What is minimised: the loss of the recipe, mixed images and their targets, the pull toward the pretrained weights."""
+"""The loss: cross-entropy or binary, of mixed targets, with class weights, plus a pull towards the pretrained weights."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from finetune.utils.errors import RecipeError
 
 
 class Criterion:
-    """The recipe's criterion for one network and one training set; made before the network's weights move."""
+    """The recipe's loss for one network and one training set; made before the network's weights move."""
 
     def __init__(self, recipe: Recipe, net: nn.Module, images: ImageDataset, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
@@ -25,7 +25,7 @@ class Criterion:
             self.start = {own: own.detach().clone() for name, own in net.named_parameters() if name not in free}
 
     def mix(self, images: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A micro-batch as update `step` sees it: as it is, or with mixup or cutmix."""
+        """A micro-batch as `step` sees it: as it is, or with mixup or cutmix."""
         return mix_neighbours(self.mixup, images, labels, (self.recipe.seed, step)) if self.mixup else (images, labels)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ class Criterion:
             return cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=self.recipe.label_smoothing)
         return binary_loss(logits, targets, self.recipe.label_smoothing, self.recipe.loss == "multi_label")
 
-    def pull(self) -> torch.Tensor | float:
-        """L2-SP (Li et al. 2018, arXiv 1802.01483): l2_sp / 2 times the squared distance of what trains from where it began."""
+    def l2_sp(self) -> torch.Tensor | float:
+        """L2-SP (Li et al. 2018, arXiv 1802.01483): l2_sp / 2 times the squared distance of what trains from where it started."""
         distances = [(parameter - start).square().sum() for parameter, start in self.start.items() if parameter.requires_grad]
         return self.recipe.l2_sp / 2 * sum(distances)
 

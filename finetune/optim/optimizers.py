@@ -1,10 +1,12 @@
-"""Optimizers of torch and timm by name, and several of them as one."""
+"""Optimizers of torch and timm by name, several of them as one, and one after another."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from timm.optim import get_optimizer_class, list_optimizers
 
 from finetune.optim.param_groups import ParamGroup
@@ -24,11 +26,14 @@ def build_optimizer(groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         if group.ever_trains:
             named.setdefault(repr((group.optimizer.name, group.optimizer.options)), []).append(group)
     optimizers = [one_optimizer(members[0].optimizer, members) for members in named.values()]
-    return optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
+    optimizer = optimizers[0] if len(optimizers) == 1 else SeveralOptimizers(optimizers)
+    if after := [group.after_switch for group in groups if group.after_switch]:
+        return SwitchedOptimizer(optimizer, build_optimizer(after), groups[0].switch_at)
+    return optimizer
 
 
 def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-    """One optimizer over these groups; each one's decay is set here and nowhere else, its rate with each update."""
+    """One optimizer over these groups; their weight decay is set here and nowhere else, their learning rate at each step."""
     kind = optimizer_class(wanted.name)
     accepted = inspect.signature(kind).parameters
     # Some of timm's are torch's with defaults bound: their own names are listed by the class behind.
@@ -40,15 +45,15 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
         )
     decays = "weight_decay" in accepted
     if not decays and any(group.weight_decay for group in groups):
-        raise RecipeError(f"optimizer {wanted.name} knows no weight_decay; leave it out")
+        raise RecipeError(f"optimizer {wanted.name} has no weight_decay; leave it out")
     if wanted.name == "LBFGS" and len(groups) > 1:
         raise RecipeError(
             f"optimizer LBFGS takes one group, not {', '.join(group.name for group in groups)}: give the others "
-            "an optimizer of their own, or keep them with Frozen(name, pattern)"
+            "an optimizer of their own, or freeze them with lr=0"
         )
     rows: list[dict[str, Any]] = []
     for group in groups:
-        parts = ((group.decayed, group.weight_decay), (group.undecayed, 0.0)) if decays else ((group.params, 0.0),)
+        parts = ((group.decay, group.weight_decay), (group.no_decay, 0.0)) if decays else ((group.params, 0.0),)
         for params, decay in parts:
             if params:
                 row = {"name": group.name, "params": list(params.values()), "lr": group.lr}
@@ -83,15 +88,50 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     return get_optimizer_class(name)
 
 
-def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+def plain_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers of torch or timm that an optimizer consists of now, Accelerate's wrapper taken off."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return getattr(inner, "optimizers", [inner])
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step evaluates the loss itself, several times."""
-    return any(isinstance(one, torch.optim.LBFGS) for one in getattr(optimizer, "optimizers", [optimizer]))
+    return any(isinstance(one, torch.optim.LBFGS) for one in plain_optimizers(optimizer))
+
+
+def step_optimizer(
+    optimizer: AcceleratedOptimizer, compute_gradient: Callable[[], tuple[torch.Tensor, torch.Tensor]], accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step by the gradient that `compute_gradient` leaves in the parameters; returns what it returns, loss and norm.
+
+    LBFGS computes the gradient several times; the loss that it is given is the sum over processes.
+    """
+
+    def closure() -> torch.Tensor:
+        return accelerator.reduce(compute_gradient()[0], "sum")
+
+    loss, norm = compute_gradient()
+    optimizer.step(closure if needs_closure(optimizer) else None)
+    return loss, norm
+
+
+def start_epoch(optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    """Let the optimizer of an epoch step from now on, where the recipe switches from one to another."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, SwitchedOptimizer):
+        inner.start_epoch(epoch)
+
+
+def just_switched(optimizer: torch.optim.Optimizer, epoch: int) -> bool:
+    """Whether the epoch is the first of the optimizer that the recipe switches to."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return isinstance(inner, SwitchedOptimizer) and epoch == inner.switch_at
 
 
 class SeveralOptimizers(torch.optim.Optimizer):
     """Optimizers of different parameters as one: stepped, zeroed, unscaled, saved and loaded together.
 
-    The rows of `param_groups` and the `state` are those of the optimizers within, not copies of them.
+    `param_groups` and `state` are those of the optimizers within, not copies of them.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
@@ -100,22 +140,47 @@ class SeveralOptimizers(torch.optim.Optimizer):
         self.share_state()
 
     def share_state(self) -> None:
-        """Have the optimizers within use this one's rows and state."""
+        """Have the optimizers within use this one's param_groups and state."""
         rows = iter(self.param_groups)
         for optimizer in self.optimizers:
             optimizer.param_groups = [next(rows) for _ in optimizer.param_groups]
             optimizer.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # makes new rows and a new state
+        super().load_state_dict(state_dict)  # makes new param_groups and a new state
         self.share_state()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of each by the gradients at hand, or by those of `closure`; returns the loss that it returns.
+        """One step of each with the present gradients, or those of `closure`; returns the loss that it returns.
 
         LBFGS comes last: its evaluations replace the gradients the others step by.
         """
         loss = torch.enable_grad()(closure)() if closure else None
-        for optimizer in sorted(self.optimizers, key=wants_closure):
-            optimizer.step(closure if wants_closure(optimizer) else None)
+        for optimizer in sorted(self.optimizers, key=needs_closure):
+            optimizer.step(closure if needs_closure(optimizer) else None)
         return loss
+
+
+class SwitchedOptimizer(torch.optim.Optimizer):
+    """One optimizer up to an epoch, from there on another of the same parameters, without the state of the first."""
+
+    def __init__(self, before: torch.optim.Optimizer, after: torch.optim.Optimizer, switch_at: float):
+        self.before, self.after, self.switch_at = before, after, switch_at
+        super().__init__(before.param_groups, {})
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Show the param_groups and the state of the epoch's optimizer, which steps from now on."""
+        self.current = self.after if epoch >= self.switch_at else self.before
+        self.optimizers = plain_optimizers(self.current)
+        self.param_groups, self.state = self.current.param_groups, self.current.state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.current.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.current.load_state_dict(state_dict)
+        self.param_groups, self.state = self.current.param_groups, self.current.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return self.current.step(closure)

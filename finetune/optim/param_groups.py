@@ -1,9 +1,9 @@
-"""Where every parameter's rate, decay and optimizer are decided; the table that is shown and logged."""
+"""Parameter groups: every parameter's learning rate, weight decay, first epoch and optimizer."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetune.models.backbone import TimmModel, classifier_parameters
-from finetune.recipe import Frozen, Group, LayerDecay, Optimizer, Recipe, Schedule
+from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, Schedule
 from finetune.recipe.schedules import ramp
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
@@ -20,10 +20,11 @@ from finetune.utils.text import align_columns
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """A row of the recipe's table with every column filled in, and the parameters it claims, by name.
+    """A row of the recipe with every column filled in, and the parameters it claims, by name.
 
-    `weight_decay` is for the parameters `decayed` alone. `unfreeze_at` is infinite for a row that stays frozen. `watches` names
-    the validation score that the schedule is handed.
+    `lr` is the peak, 0 for a row that stays frozen, whose `unfreeze_at` is infinite. `weight_decay` is for the parameters
+    `decay` alone. `watched_metric` names the validation metric that the schedule is given. Where the recipe switches
+    optimizers, `after_switch` is the group from epoch `switch_at` on.
     """
 
     name: str
@@ -31,15 +32,22 @@ class ParamGroup:
     unfreeze_at: float
     weight_decay: float
     schedule: Schedule
-    watches: str
+    watched_metric: str
     warmup_epochs: float
     optimizer: Optimizer
-    decayed: dict[str, nn.Parameter]
-    undecayed: dict[str, nn.Parameter]
+    decay: dict[str, nn.Parameter]
+    no_decay: dict[str, nn.Parameter]
+    switch_at: float = math.inf
+    after_switch: "ParamGroup | None" = None
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
-        return self.decayed | self.undecayed
+        return self.decay | self.no_decay
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers its parameters hold."""
+        return sum(parameter.numel() for parameter in self.params.values())
 
     @property
     def ever_trains(self) -> bool:
@@ -49,28 +57,26 @@ class ParamGroup:
         """Whether the group trains in that epoch. Asked anew each time, so a resumed run can't remember it wrongly."""
         return epoch >= self.unfreeze_at
 
-    def rate(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict[str, Any]] = ()) -> float:
-        """The learning rate of update `step`, 0 while frozen; `scored` has a row of scores for each finished epoch."""
-        return self.lr * self.multiplier(step, steps_per_epoch, epochs, scored) if self.ever_trains else 0.0
+    def lr_at(self, step: int, steps_per_epoch: int, epochs: int, history: Sequence[dict[str, Any]] = ()) -> float:
+        """The learning rate of `step`, 0 while frozen; `history` has the metrics of each finished epoch."""
+        now = self.after_switch if self.after_switch and step // steps_per_epoch >= self.switch_at else self
+        return now.lr * self.lr_factor(step, steps_per_epoch, epochs, history)
 
-    def multiplier(self, step: int, steps_per_epoch: int, epochs: int, scored: Sequence[dict[str, Any]] = ()) -> float:
-        """What part of `lr` is the rate of update `step`."""
+    def lr_factor(self, step: int, steps_per_epoch: int, epochs: int, history: Sequence[dict[str, Any]] = ()) -> float:
+        """The learning rate of `step` as a share of the peak."""
         if not self.trains(step // steps_per_epoch):
             return 0.0
-        scale = self.schedule.scale(step, steps_per_epoch, epochs, [row[self.watches] for row in scored])
+        scale = self.schedule.scale(step, steps_per_epoch, epochs, [row[self.watched_metric] for row in history])
         warmup = round(self.warmup_epochs * steps_per_epoch)
         return scale * ramp(step - self.unfreeze_at * steps_per_epoch, warmup, start=0.01)
 
 
-def build_param_groups(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[ParamGroup]:
+def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
     """Every parameter of `net` in exactly one group, in the order of the recipe's rows (LayerDecay: from the head down).
-
-    The groups are those of the recipe as it holds in `epoch`.
 
     Raises:
         RecipeError: naming every row without a parameter and the parameters without a row.
     """
-    recipe = recipe.at(epoch)
     if isinstance(recipe.groups, LayerDecay):
         rows, owner = layer_rows(recipe, recipe.groups, net)
     else:
@@ -78,42 +84,36 @@ def build_param_groups(recipe: Recipe, net: nn.Module, epoch: int = 0) -> list[P
     exempt, groups = no_weight_decay(net), []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
-        groups.append(
-            make_param_group(
-                row,
-                recipe,
-                decayed={name: own[name] for name in own if name not in exempt},
-                undecayed={name: own[name] for name in own if name in exempt},
-            )
+        optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
+        group = ParamGroup(
+            name=row.name,
+            lr=row.lr * recipe.lr_scale,
+            unfreeze_at=row.unfreeze_at if row.lr else math.inf,
+            weight_decay=optimizer.weight_decay if row.weight_decay is None else row.weight_decay,
+            schedule=schedule,
+            watched_metric=schedule.watched_metric(recipe.metric),
+            warmup_epochs=row.warmup_epochs,
+            optimizer=optimizer,
+            decay={name: own[name] for name in own if name not in exempt},
+            no_decay={name: own[name] for name in own if name in exempt},
         )
+        groups.append(with_switch(group, row, recipe) if recipe.switch else group)
     return groups
 
 
-def make_param_group(
-    row: Group | Frozen, recipe: Recipe, decayed: dict[str, nn.Parameter], undecayed: dict[str, nn.Parameter]
-) -> ParamGroup:
-    """A row with the recipe's values in the columns that it leaves open."""
-    unfreeze_at = math.inf if isinstance(row, Frozen) else row.unfreeze_at
-    if isinstance(row, Frozen):
-        row = Group(row.name, row.pattern, lr=math.inf)
-    optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
-    decay = optimizer.weight_decay if row.weight_decay is None else row.weight_decay
-    return ParamGroup(
-        row.name,
-        row.lr,
-        unfreeze_at,
-        decay,
-        schedule,
-        schedule.watches(recipe.metric),
-        row.warmup_epochs,
-        optimizer,
-        decayed,
-        undecayed,
-    )
+def with_switch(group: ParamGroup, row: Group, recipe: Recipe) -> ParamGroup:
+    """The group with what it becomes at the recipe's switch; a row with an optimizer of its own keeps all of it."""
+    switch = recipe.switch
+    assert switch is not None  # asked for by the caller
+    after = group
+    if row.optimizer is None:
+        decay = switch.optimizer.weight_decay if row.weight_decay is None else row.weight_decay
+        after = replace(group, lr=group.lr * switch.lr_factor, optimizer=switch.optimizer, weight_decay=decay)
+    return replace(group, switch_at=switch.at, after_switch=after)
 
 
 def no_weight_decay(net: nn.Module) -> set[str]:
-    """The parameters that weight decay must leave alone: biases, norms, layer scales, and what the model itself names.
+    """The parameters without weight decay: biases, norms, layer scales, and what the model itself names.
 
     The model names position embeddings and class tokens (`no_weight_decay`, by timm's convention). A tensor that is a vector
     but for axes of length 1 is a scale or a token whatever its rank, unless it is a layer's `weight`.
@@ -126,17 +126,15 @@ def no_weight_decay(net: nn.Module) -> set[str]:
     return {name for name, parameter in net.named_parameters() if name in named or is_vector(name, parameter.shape)}
 
 
-def matched_rows(
-    recipe: Recipe, groups: Sequence[Group | Frozen], net: nn.Module
-) -> tuple[Sequence[Group | Frozen], dict[str, str]]:
+def matched_rows(recipe: Recipe, groups: Sequence[Group], net: nn.Module) -> tuple[Sequence[Group], dict[str, str]]:
     """The recipe's own rows, and the row of each parameter: the first whose pattern matches the start of its name."""
     names = [name for name, _ in net.named_parameters()]
-    owner = {name: next((g.name for g in groups if re.match(g.pattern, name)), "") for name in names}
+    owner = {name: next((row.name for row in groups if re.match(row.pattern, name)), "") for name in names}
     faults = [
-        f"group '{group.name}' (pattern '{group.pattern}') matches no parameter"
-        + (" that an earlier row has not taken" if any(re.match(group.pattern, name) for name in names) else "")
-        for group in groups
-        if group.name not in owner.values()
+        f"group '{row.name}' (pattern '{row.pattern}') matches no parameter"
+        + (" that an earlier row has not taken" if any(re.match(row.pattern, name) for name in names) else "")
+        for row in groups
+        if row.name not in owner.values()
     ]
     left = [name for name in names if not owner[name]]
     if left:
@@ -147,8 +145,8 @@ def matched_rows(
     return groups, owner
 
 
-def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Sequence[Group | Frozen], dict[str, str]]:
-    """Rows made from a timm model's `group_matcher`: one a layer, the classifier alone on top."""
+def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Sequence[Group], dict[str, str]]:
+    """Rows made from a timm model's `group_matcher`: one a layer, the classifier by itself on top."""
     try:
         layers = timm.models.group_parameters(net, net.group_matcher(coarse=False), reverse=True)
         head = classifier_parameters(net)
@@ -159,7 +157,7 @@ def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Seque
         ) from None
     ids = sorted({layers[name] for name, _ in net.named_parameters() if name not in head})
     rank = {layer: position for position, layer in enumerate(ids)}
-    rows = [Group("head", "", decay.head_lr, 0)]
+    rows = [Group("head", "", decay.head_lr)]
     for layer in reversed(ids):
         ratio = decay.stem_ratio ** ((len(ids) - rank[layer]) / len(ids))
         rows.append(Group(f"layer{rank[layer]:02d}", "", decay.head_lr * ratio, decay.unfreeze_at))
@@ -168,67 +166,69 @@ def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Seque
 
 def set_lrs(
     optimizer: torch.optim.Optimizer,
-    groups: list[ParamGroup],
+    groups: Sequence[ParamGroup],
     step: int,
     steps_per_epoch: int,
     epochs: int,
-    scored: Sequence[dict[str, Any]],
+    history: Sequence[dict[str, Any]],
 ) -> dict[str, float]:
-    """Give every group its rate for update `step`; returns the rates by group name, 0 for what is frozen."""
-    rates = {group.name: group.rate(step, steps_per_epoch, epochs, scored) for group in groups}
+    """Give every group its learning rate for `step`; returns them by group name, 0 for what is frozen."""
+    lrs = {group.name: group.lr_at(step, steps_per_epoch, epochs, history) for group in groups}
     for row in optimizer.param_groups:
-        row["lr"] = rates[row["name"]]
-    return rates
+        row["lr"] = lrs[row["name"]]
+    return lrs
 
 
-def table(groups: list[ParamGroup], rates: Mapping[str, Sequence[float]]) -> str:
-    """The groups as lines of text, with the first, the highest and the last of each one's `rates`, which are all above 0."""
-    rows: list[tuple[str, ...]] = [
-        ("group", "tensors", "parameters", "first lr", "peak lr", "last lr", "decay", "not decayed", "optimizer", "from epoch")
-    ]
+def planned_lrs(
+    groups: Sequence[ParamGroup], steps: Sequence[int], steps_per_epoch: int, epochs: int
+) -> dict[str, list[float]]:
+    """Every group's learning rate at these steps, 0 while it is frozen. A metric, not known yet, is taken never to stall."""
+    return {group.name: [group.lr_at(step, steps_per_epoch, epochs) for step in steps] for group in groups}
+
+
+def sampled_steps(start: int, stop: int, most: int = 2000) -> range:
+    """The steps whose learning rates are shown or drawn: all of a short run, evenly spaced ones of a long one."""
+    return range(start, stop, math.ceil((stop - start) / most))
+
+
+def describe_param_groups(groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int) -> str:
+    """The table of groups, and after it the one from a switch of optimizers on."""
+    switch_at = int(min(epochs, groups[0].switch_at))
+    text = param_group_table(groups, lrs_between(groups, 0, switch_at, steps_per_epoch, epochs))
+    if switch_at < epochs:
+        after = [group.after_switch or group for group in groups]
+        lrs = lrs_between(groups, switch_at, epochs, steps_per_epoch, epochs)
+        text += f"\n\nfrom epoch {switch_at}:\n{param_group_table(after, lrs)}"
+    return text
+
+
+def lrs_between(
+    groups: Sequence[ParamGroup], start: int, stop: int, steps_per_epoch: int, epochs: int
+) -> dict[str, list[float]]:
+    """Each group's learning rates in the epochs from `start` to before `stop`, without those that are 0."""
+    steps = sorted({*sampled_steps(start * steps_per_epoch, stop * steps_per_epoch), stop * steps_per_epoch - 1})
+    return {name: [lr for lr in lrs if lr] for name, lrs in planned_lrs(groups, steps, steps_per_epoch, epochs).items()}
+
+
+def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[float]]) -> str:
+    """The groups as lines of text, with the first, the highest and the last of each one's `lrs`, which are all above 0."""
+    columns = "group tensors parameters first-lr peak-lr last-lr weight-decay without-decay optimizer from-epoch"
+    rows: list[tuple[str, ...]] = [tuple(column.replace("-", " ") for column in columns.split())]
     for group in groups:
-        size = (group.name, f"{len(group.params)}", f"{sum(p.numel() for p in group.params.values()):,}")
-        if reached := rates[group.name]:
+        size = (group.name, f"{len(group.params)}", f"{group.num_values:,}")
+        if own := lrs[group.name]:
             rows.append(
                 (
                     *size,
-                    *(f"{rate:.2g}" for rate in (reached[0], max(reached), reached[-1])),
+                    *(f"{lr:.2g}" for lr in (own[0], max(own), own[-1])),
                     f"{group.weight_decay:g}",
-                    f"{len(group.undecayed)} of {len(group.params)}",
+                    f"{len(group.no_decay)} of {len(group.params)}",
                     group.optimizer.name,
                     f"{group.unfreeze_at}",
                 )
             )
         else:
             rows.append((*size, *["-"] * 5, "frozen", "never"))
-    everything = [p.numel() for group in groups for p in group.params.values()]
-    rows.append(("all", f"{len(everything)}", f"{sum(everything):,}", *[""] * 7))
+    tensors, values = sum(len(group.params) for group in groups), sum(group.num_values for group in groups)
+    rows.append(("all", f"{tensors}", f"{values:,}", *[""] * 7))
     return align_columns(rows, numbers=True)
-
-
-def param_group_tables(recipe: Recipe, net: nn.Module, num_images: int) -> str:
-    """The table of groups, and the one after a switch of optimizers."""
-    begun = sorted({0, recipe.optimizer_begins(recipe.epochs)})
-    updates = recipe.data.updates(num_images)
-    texts = []
-    for start, stop in zip(begun, [*begun[1:], recipe.epochs], strict=True):
-        groups = build_param_groups(recipe, net, start)
-        steps = sorted({*shown_steps(start * updates, stop * updates), stop * updates - 1})
-        rates = {group.name: [rate for step in steps if (rate := group.rate(step, updates, recipe.epochs))] for group in groups}
-        texts.append((f"from epoch {start}:\n" if start else "") + table(groups, rates))
-    return "\n\n".join(texts)
-
-
-def planned_lrs(recipe: Recipe, net: nn.Module, steps: Sequence[int], steps_per_epoch: int) -> dict[str, list[float]]:
-    """Every group's rate at the updates `steps`, 0 while it is frozen. Scores, not known yet, are taken never to stall."""
-    found: dict[str, list[float]] = {}
-    groups = {begun: build_param_groups(recipe, net, begun) for begun in {0, recipe.optimizer_begins(recipe.epochs)}}
-    for step in steps:
-        for group in groups[recipe.optimizer_begins(step // steps_per_epoch)]:
-            found.setdefault(group.name, []).append(group.rate(step, steps_per_epoch, recipe.epochs))
-    return found
-
-
-def shown_steps(start: int, stop: int, most: int = 2000) -> range:
-    """The updates whose rates are looked at or drawn: all of a short run, evenly spaced ones of a long one."""
-    return range(start, stop, math.ceil((stop - start) / most))

@@ -1,7 +1,8 @@
 """What a recipe says. Standard library only, so that listing recipes takes no time."""
 
 from finetune.recipe.data import Augment, Data
-from finetune.recipe.groups import SGD, AdamW, Frozen, Group, LayerDecay, LinearProbe, Optimizer, Switch
+from finetune.recipe.groups import SGD, AdamW, Group, LayerDecay, LinearProbe, Optimizer, Switch
+from finetune.recipe.legacy import Frozen  # noqa: F401  (for recipes of version 0.1)
 from finetune.recipe.recipe import EarlyStop, Recipe
 from finetune.recipe.schedules import (
     Constant,
@@ -13,7 +14,6 @@ from finetune.recipe.schedules import (
     MultiStep,
     OneCycle,
     Plateau,
-    Polynomial,
     Schedule,
     Step,
 )
@@ -29,7 +29,6 @@ __all__ = [
     "Data",
     "EarlyStop",
     "Exponential",
-    "Frozen",
     "Group",
     "Lambda",
     "LayerDecay",
@@ -39,7 +38,6 @@ __all__ = [
     "OneCycle",
     "Optimizer",
     "Plateau",
-    "Polynomial",
     "Recipe",
     "RecipeError",
     "Schedule",

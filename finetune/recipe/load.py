@@ -1,4 +1,4 @@
-"""Reading recipes: by name or path, --set overrides, the resolved recipe as plain data."""
+"""Recipes by name or path, and the --set overrides of the command line."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import finetune
-from finetune.recipe.groups import Frozen, Group, Optimizer
+from finetune.recipe.groups import Group, Optimizer
+from finetune.recipe.legacy import RENAMED, new_names
 from finetune.recipe.recipe import Recipe
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
@@ -108,10 +109,13 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         if not equals:
             raise RecipeError(f"--set {assignment}: write FIELD=VALUE, such as epochs=3 or groups.head.lr=5e-3")
         field, *rest = path.split(".")
+        value = parsed(text)
+        if field in RENAMED:
+            ((field, value),) = new_names({field: value}).items()
         try:
             require(field, [f.name for f in dataclasses.fields(recipe)])
             part = changed.get(field, getattr(recipe, field))
-            changed[field] = replaced(part, rest, parsed(text)) if part is not None else begun(field, rest, parsed(text))
+            changed[field] = replaced(part, rest, value) if part is not None else filled(field, rest, value)
         except RecipeError as error:
             raise RecipeError(f"--set {assignment}: {error}") from None
     try:
@@ -120,7 +124,7 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         raise RecipeError(f"with --set {' '.join(assignments)}, {error}") from None
 
 
-def begun(field: str, keys: list[str], value: Any) -> Any:
+def filled(field: str, keys: list[str], value: Any) -> Any:
     """What a recipe's empty field holds once it is set, or one field of it: linear_probe.views=2."""
     kinds: list[Any] = [kind for kind in get_args(get_type_hints(Recipe)[field]) if dataclasses.is_dataclass(kind)]
     if not keys or not kinds:
@@ -151,7 +155,7 @@ def replaced(part: Any, keys: list[str], value: Any) -> Any:
         if rest:
             require(rest[0], [])
         return Optimizer(**{"name": part.name, "weight_decay": part.weight_decay, **part.options, key: value})
-    if isinstance(part, tuple) and all(isinstance(group, Group | Frozen) for group in part):
+    if isinstance(part, tuple) and all(isinstance(group, Group) for group in part):
         require(key, [group.name for group in part])
         return tuple(replaced(group, rest, value) if group.name == key else group for group in part)
     require(key, [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [])

@@ -1,59 +1,21 @@
-"""What a recipe promises: the record of the runs behind its number, and whether it is about this very recipe."""
+"""A recipe's number: the record of the runs behind it, and whether it is about this very recipe."""
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES
 from finetune.recipe.recipe import METRICS
-from finetune.recipe.serialize import changes
+from finetune.recipe.serialize import diff, from_dict
 from finetune.utils.errors import RecipeError
 
-IMPORT = "from finetune.baseline import Baseline\n"
-Record = dict[str, Any]  # a file of baselines/, which record_runs writes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """The number of a recipe, written beside it by `python -m finetune.baseline` from its kept runs, and by nobody else.
-
-    `mean` of the `metric` over `seeds` runs, as a fraction of `val_images` images; between `low` and `high` one more run lies
-    with a chance of 95 % (see `interval`). `minutes` is a run's mean.
-    """
-
-    metric: str
-    mean: float
-    low: float
-    high: float
-    seeds: int
-    val_images: int
-    minutes: float
-    hardware: str
-    versions: str
-
-
-def baseline_of(record: Record) -> Baseline:
-    """What a record promises."""
-    runs, hardware = record["runs"], record["hardware"]
-    (low, high), metric = interval(record, 1), metric_of(record)
-    return Baseline(
-        metric=metric,
-        mean=round(statistics.mean(run[metric] for run in runs), 4),
-        low=round(low, 4),
-        high=round(high, 4),
-        seeds=len(runs),
-        val_images=runs[0]["val_images"],
-        minutes=round(statistics.mean(run["seconds"] for run in runs) / 60, 1),
-        hardware=place(hardware) + (f" ({hardware['name']})" if hardware["device"] == "cpu" else ""),
-        versions=", ".join(f"{name} {version.partition('+')[0]}" for name, version in record["versions"].items()),
-    )
+Record = dict[str, Any]  # a file of recipes/baselines/, which record_runs writes
 
 
 def place(hardware: dict[str, Any]) -> str:
@@ -67,45 +29,45 @@ def metric_of(record: Record) -> str:
 
 
 def spread(record: Record, new: int) -> tuple[float, float]:
-    """(mean, standard error) of the difference between the mean of `new` runs and that of the recorded ones.
+    """(recorded mean, standard error of the difference between it and the mean of `new` runs).
 
     The error of one run is the larger of two: the standard deviation over the recorded seeds, and the binomial error of as many
-    validation images, each counted right or wrong by chance, with Agresti and Coull's two more of each so that it is never 0.
+    validation images, with Agresti and Coull's two more of each so that it is never 0.
     The seeds alone would promise too much: three may agree by accident.
     """
-    scores = [run[metric_of(record)] for run in record["runs"]]
-    mean, images = statistics.mean(scores), record["runs"][0]["val_images"]
+    values = [run[metric_of(record)] for run in record["runs"]]
+    mean, images = statistics.mean(values), record["runs"][0]["val_images"]
     share = (mean * images + 2) / (images + 4)
     of_images = math.sqrt(share * (1 - share) / images)
-    of_seeds = statistics.stdev(scores) if len(scores) > 1 else 0.0
-    return mean, max(of_seeds, of_images) * math.sqrt(1 / len(scores) + 1 / new)
+    of_seeds = statistics.stdev(values) if len(values) > 1 else 0.0
+    return mean, max(of_seeds, of_images) * math.sqrt(1 / len(values) + 1 / new)
 
 
-def interval(record: Record, new: int) -> tuple[float, float]:
-    """Where the mean of `new` runs lies with a chance of 95 % if nothing has changed."""
+def prediction_interval(record: Record, new: int) -> tuple[float, float]:
+    """Where the mean of `new` runs lies with a probability of 95 % if nothing has changed."""
     mean, error = spread(record, new)
     return max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
 
 
-def odds(record: Record, scores: list[float]) -> float:
-    """The chance that runs like the recorded ones differ from them at least as much as these `scores` do in the mean."""
-    mean, error = spread(record, len(scores))
-    return math.erfc(abs(statistics.mean(scores) - mean) / error / math.sqrt(2))
+def p_value(record: Record, values: list[float]) -> float:
+    """The probability that runs like the recorded ones differ from them in the mean at least as much as these `values` do."""
+    mean, error = spread(record, len(values))
+    return math.erfc(abs(statistics.mean(values) - mean) / error / math.sqrt(2))
 
 
 def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[str]]:
     """(the record that is about this recipe, what a record beside it differs in).
 
     A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. It is
-    about the recipe as recorded: any changed field, but for the seed, makes its number no promise. Where the images were given
+    about the recipe as recorded: any changed field, but for the seed, makes its number another recipe's. Where the images were given
     by --data, the record says in words which they were.
     """
 
     def changed(record: Record) -> list[str]:
-        before = record["recipe"] | {"seed": recipe.seed}
+        before = replace(from_dict(record["recipe"]), seed=recipe.seed)
         if "images" in record:
-            before["data"] = before["data"] | {"source": recipe.data.source}
-        return [change.partition(":")[0] for change in changes(before, recipe)]
+            before = replace(before, data=replace(before.data, source=recipe.data.source))
+        return list(dict.fromkeys(path.partition(".")[0] for path, _, _ in diff(before, recipe)))
 
     file = recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
     files = [file] if file.is_file() else sorted((RECIPES / "baselines").glob("*.json"))
@@ -114,20 +76,20 @@ def kept_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[
     return fitting, changed(records[0]) if file.is_file() else []
 
 
-def promise(recipe_file: Path, recipe: Recipe) -> str:
+def describe_baseline(recipe_file: Path, recipe: Recipe) -> str:
     """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none."""
     record, differing = kept_record(recipe_file, recipe)
     if record:
-        return f"{METRICS[recipe.metric]} {summary(record)}"
-    return f"nothing: {', '.join(differing)} differs from what was measured" if differing else "nothing: not measured"
+        return f"{METRICS[recipe.metric]} {describe_record(record)}"
+    return f"none: {', '.join(differing)} differ from the measured recipe" if differing else "none: not measured"
 
 
-def summary(record: Record) -> str:
+def describe_record(record: Record) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
-    scores = [100 * run[metric_of(record)] for run in record["runs"]]
-    ends = f"{min(scores):.1f} to {max(scores):.1f}, {len(scores)} seeds" if len(scores) > 1 else "1 seed"
+    values = [100 * run[metric_of(record)] for run in record["runs"]]
+    spread = f"{min(values):.1f} to {max(values):.1f}, {len(values)} seeds" if len(values) > 1 else "1 seed"
     images = f" on {record['images']}" if "images" in record else ""
-    return f"{statistics.mean(scores):.1f} % ({ends}){images}"
+    return f"{statistics.mean(values):.1f} % ({spread}){images}"
 
 
 def record_runs(folders: list[Path]) -> Record:
@@ -151,8 +113,8 @@ def record_runs(folders: list[Path]) -> Record:
         *METRICS,
         "loss",
         "val_images",
-        *(f"{kind}_{score}" for kind in ("head", "best") for score in METRICS),
-        "by_kind",
+        *(f"{kind}_{metric}" for kind in ("linear_probe", "best") for metric in METRICS),
+        "by_subgroup",
         "seconds",
         "images_per_second",
         "peak_memory_gib",
@@ -165,20 +127,11 @@ def record_runs(folders: list[Path]) -> Record:
     }
 
 
-def with_baseline(text: str, baseline: Baseline) -> str:
-    """A recipe's source with the baseline as its last statement, in place of one that is there."""
-    head = text.partition("\nbaseline = Baseline(")[0].rstrip()
-    if IMPORT not in head:
-        head = head.replace("from finetune.", f"{IMPORT}from finetune.", 1)
-    values = [f"{field.name}={getattr(baseline, field.name)!r}".replace("'", '"') for field in dataclasses.fields(baseline)]
-    return f"{head}\n\nbaseline = Baseline(\n    {', '.join(values[:7])},\n    {values[7]},\n    {values[8]},\n)\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m finetune.baseline",
-        description="Write the record behind a recipe's number from its finished runs, and the baseline into the recipe.",
-        epilog="example: python -m finetune.baseline recipes/resnet18_cifar.py runs/resnet18_cifar-*",
+        prog="python -m finetune.results.baseline",
+        description="Write the record behind a recipe's number from its finished runs.",
+        epilog="example: python -m finetune.results.baseline recipes/resnet18_cifar.py runs/resnet18_cifar-*",
     )
     parser.add_argument("recipe", type=Path, metavar="FILE.py", help="the recipe")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="its finished runs' folders")
@@ -193,8 +146,7 @@ def main() -> int:
         record["images"], record["recipe"]["data"]["source"] = args.images, "--data"
     file = args.recipe.parent / "baselines" / f"{args.recipe.stem}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
-    args.recipe.write_text(with_baseline(args.recipe.read_text(), baseline_of(record)))
-    print(summary(record))
+    print(describe_record(record))
     return 0
 
 

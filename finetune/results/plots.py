@@ -1,35 +1,30 @@
-"""Pictures of the plan and of the run."""
+"""Pictures of a plan and of a run."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from torch import nn
+from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures stay as they are
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import ImageDataset, is_unreadable
-from finetune.optim.param_groups import planned_lrs, shown_steps
-from finetune.recipe import Recipe
+from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
 from finetune.train.evaluate import confusion_matrix
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-
-def plot_lrs(axes: Axes, rates: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
-    """Every group's rate at the updates `steps`, by epoch, on a log axis; a dotted line where a group starts to train."""
+def plot_lrs(axes: Axes, lrs: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
+    """Every group's learning rate at `steps`, by epoch, on a log axis; a dotted line where a group starts to train."""
     time = [step / steps_per_epoch for step in steps]
-    trained = {name: values for name, values in rates.items() if any(values)}
-    colours = plt.get_cmap("viridis")
+    trained = {name: values for name, values in lrs.items() if any(values)}
     starts: dict[int, list[str]] = {}
     for i, (name, values) in enumerate(trained.items()):
-        axes.plot(time, [value or math.nan for value in values], color=colours(0.92 * i / max(1, len(trained) - 1)), label=name)
+        colour = colormaps["viridis"](0.92 * i / max(1, len(trained) - 1))
+        axes.plot(time, [value or math.nan for value in values], color=colour, label=name)
         first = next(at for at, value in zip(time, values, strict=True) if value)
         starts.setdefault(round(first), []).append(name)
     for at, names in starts.items():
@@ -52,7 +47,8 @@ def plot_lrs(axes: Axes, rates: Mapping[str, Sequence[float]], steps: Sequence[i
 
 def new_figure() -> tuple[Figure, Axes]:
     """An empty picture of one diagram."""
-    return plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    return figure, figure.subplots()
 
 
 def save_figure(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
@@ -61,69 +57,59 @@ def save_figure(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
     return file
 
 
-def planned(file: Path, recipe: Recipe, net: nn.Module, num_images: int) -> Path:
-    """The rates of a run that is still to come."""
-    updates = recipe.data.updates(num_images)
-    steps = shown_steps(0, recipe.epochs * updates)
+def plot_plan(file: Path, groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int) -> Path:
+    """The learning rates of a run that is still to come."""
+    steps = sampled_steps(0, epochs * steps_per_epoch)
     figure, axes = new_figure()
-    plot_lrs(axes, planned_lrs(recipe, net, steps, updates), steps, updates)
-    axes.set_xlim(0, recipe.epochs)
+    plot_lrs(axes, planned_lrs(groups, steps, steps_per_epoch, epochs), steps, steps_per_epoch)
+    axes.set_xlim(0, epochs)
     return save_figure(figure, [axes], file)
 
 
-def curves(run: Path, score: str) -> Path:
-    """Draw a run's metrics.jsonl as curves.png: loss, score, gradient norm and every group's rate over the epochs."""
+def plot_curves(run: Path, metric: str) -> Path:
+    """Draw a run's metrics.jsonl as curves.png: loss, metric, gradient norm and every group's learning rate by epoch."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    updates = [row for row in rows if "grad_norm" in row]
+    steps = [row for row in rows if "grad_norm" in row]
     epochs = [row for row in rows if "train_loss" in row]
-    scores = [row for row in rows if score in row]  # the first perhaps of the head alone, before the first epoch
+    measured = [row for row in rows if metric in row]  # the first may be of the linear probe
     per_epoch = epochs[0]["step"] / (epochs[0]["epoch"] + 1)
-    time = [(row["step"] + 1) / per_epoch for row in updates]  # in epochs, so that all four share an axis
+    time = [(row["step"] + 1) / per_epoch for row in steps]  # in epochs, so that all four share an axis
     ends = [row["epoch"] + 1 for row in epochs]
 
-    figure, (loss, scored, norm, rate) = plt.subplots(
-        4, 1, figsize=(8, 9.5), sharex=True, layout="constrained", height_ratios=(3, 3, 2, 4)
-    )
-    loss.plot(
-        time,
-        [row["loss"] for row in updates],
-        color="0.75",
-        linewidth=0.8,
-        label="training, each update (as augmented and smoothed)",
-    )
+    figure = Figure(figsize=(8, 9.5), layout="constrained")
+    loss, validation, norm, lr = figure.subplots(4, 1, sharex=True, height_ratios=(3, 3, 2, 4))
+    each = "training, each step (as augmented and smoothed)"
+    loss.plot(time, [row["loss"] for row in steps], color="0.75", linewidth=0.8, label=each)
     loss.plot(ends, [row["train_loss"] for row in epochs], "o-", markersize=3, color="C0", label="training, epoch mean")
     loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
     loss.legend()
-    scored.plot([row["epoch"] + 1 for row in scores], [100 * row[score] for row in scores], "o-", markersize=3, color="C2")
-    scored.annotate(
-        f"{epochs[-1][score]:.2%}",
-        (ends[-1], 100 * epochs[-1][score]),
-        xytext=(-4, -14),
-        textcoords="offset points",
-        ha="right",
+    validation.plot(
+        [row["epoch"] + 1 for row in measured], [100 * row[metric] for row in measured], "o-", markersize=3, color="C2"
     )
-    scored.set(ylabel=f"validation {METRICS[score]}, %")
-    norm.plot(time, [row["grad_norm"] for row in updates], color="0.4", linewidth=0.8)
+    last = (ends[-1], 100 * epochs[-1][metric])
+    validation.annotate(f"{epochs[-1][metric]:.2%}", last, xytext=(-4, -14), textcoords="offset points", ha="right")
+    validation.set(ylabel=f"validation {METRICS[metric]}, %")
+    norm.plot(time, [row["grad_norm"] for row in steps], color="0.4", linewidth=0.8)
     norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
-    steps = shown_steps(0, len(updates))
-    plot_lrs(rate, {name: [updates[step]["lr"][name] for step in steps] for name in updates[0]["lr"]}, steps, per_epoch)
-    rate.set_xlim(0, ends[-1])
-    return save_figure(figure, (loss, scored, norm, rate), run / "curves.png")
+    shown = sampled_steps(0, len(steps))
+    plot_lrs(lr, {name: [steps[step]["lr"][name] for step in shown] for name in steps[0]["lr"]}, shown, per_epoch)
+    lr.set_xlim(0, ends[-1])
+    return save_figure(figure, (loss, validation, norm, lr), run / "curves.png")
 
 
-def confusion(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Path:
+def plot_confusion_matrix(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Path:
     """confusion.png: of the images of each class (rows), the share that was predicted as each class (columns)."""
     seen = ~is_unreadable(labels)
     counts = confusion_matrix(logits[seen], labels[seen])
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     few = len(classes) <= 20
     side = max(4.5, 0.45 * len(classes) + 2) if few else 9
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="labelled")
     if few:
@@ -142,28 +128,27 @@ def confusion(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Se
                         color="white" if shares[row, column] > 0.5 else "black",
                     )
     figure.savefig(run / "confusion.png", dpi=110)
-    plt.close(figure)
     return run / "confusion.png"
 
 
-def mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset, number: int = 24) -> Path | None:
+def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset, number: int = 24) -> Path | None:
     """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none."""
     losses = cross_entropy(logits.double(), labels, reduction="none")
     wrong = (logits.argmax(1) != labels) & ~is_unreadable(labels)
     worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:number]
     if not worst:
         return None
-    chances = logits.softmax(1)
+    probs = logits.softmax(1)
     columns = min(6, len(worst))
     rows = math.ceil(len(worst) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(2 * columns, 2.5 * rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(2 * columns, 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, i in zip(grid.flat, worst, strict=False):
         label, guess = int(labels[i]), int(logits[i].argmax())
         axes.imshow(images.images[i][0].convert("RGB"))
-        axes.set_title(f"{images.classes[label]}\nas {images.classes[guess]}, {chances[i, guess]:.0%}", fontsize="small")
+        axes.set_title(f"{images.classes[label]}\nas {images.classes[guess]}, {probs[i, guess]:.0%}", fontsize="small")
     figure.suptitle(f"the {len(worst)} worst of {int(wrong.sum())} mistakes in {len(labels)} images", fontsize="medium")
     figure.savefig(run / "mistakes.png", dpi=110)
-    plt.close(figure)
     return run / "mistakes.png"

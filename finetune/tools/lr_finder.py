@@ -1,4 +1,4 @@
-"""The learning-rate range test: one multiplier over all groups, on a copy."""
+"""The learning-rate range test: one factor on all groups, on a copy of the network."""
 
 import copy
 import math
@@ -14,72 +14,70 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.data.loader import Batch, BatchPlan, ImageDataset, epoch_batches, load_batches
+from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
 from finetune.models.batch_norm import set_train_mode
-from finetune.optim.freezing import unfreeze
+from finetune.optim.freezing import start_stage
 from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
-from finetune.recipe import Group, Lambda, LayerDecay, Recipe
+from finetune.recipe import Lambda, Recipe
 from finetune.results.plots import new_figure, save_figure
 from finetune.train.loop import train_step
 from finetune.train.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
 
-FEWEST = 10  # updates that make a curve
+FEWEST = 10  # steps that make a curve
 
 
 def range_test(
     recipe: Recipe,
     net: nn.Module,
-    images: tuple[ImageDataset, ImageDataset],
+    images: ImageDataset,
     accelerator: Accelerator,
     low: float = 1e-3,
     high: float = 1e3,
-    num_updates: int = 100,
-    workers: int = 0,
+    num_steps: int = 100,
 ) -> tuple[list[float], list[float]]:
-    """(multipliers, losses) of updates whose rates rise from `low` to `high` times each group's peak, by one factor an update.
+    """(factors, losses) of steps whose learning rates rise from `low` to `high` times each group's peak.
 
-    The range test of Smith (arXiv 1506.01186) for many rates at once: their ratios stay. All groups that ever train do so
-    from the first update, on a copy of `net`; nothing else is touched, and random numbers go on as if nothing had been drawn.
-    The head is not fitted first, as a `linear_probe` would: from there the loss falls too little to show anything. `images`
-    are the training and the validation set, of which the first is used. Ends early once the smoothed loss is over 4 times its
-    lowest, or a loss is no finite number.
+    The range test of Smith (arXiv 1506.01186) for many learning rates at once: their ratios stay. All groups that ever train
+    do so from the first step, on a copy of `net`; nothing else is touched, and random numbers go on as if nothing had been
+    drawn. There is no linear probe first: from there the loss falls too little to show anything. `images` are the training
+    images. Ends early once the smoothed loss is over 4 times its lowest, or a loss is no finite number.
 
     Raises:
-        RecipeError: on several processes, for a range that does not rise, and for too few updates.
+        RecipeError: on several processes, for a range that does not rise, and for too few steps.
     """
     if accelerator.num_processes > 1:
         raise RecipeError("find-lr runs on one process")
-    if not 0 < low < high < math.inf or num_updates < FEWEST:
-        raise RecipeError(f"find-lr needs 0 < low < high and {FEWEST} updates or more, not {low:g}, {high:g} and {num_updates}")
-    # One of its own: `prepare` keeps every optimizer, and fp16's loss scale moves with each update.
+    if not 0 < low < high < math.inf or num_steps < FEWEST:
+        raise RecipeError(f"find-lr needs 0 < low < high and {FEWEST} steps or more, not {low:g}, {high:g} and {num_steps}")
+    # One of its own: `prepare` keeps every optimizer, and fp16's loss scale moves with each step.
     accelerator = Accelerator(mixed_precision=accelerator.mixed_precision)
-    rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_updates / (num_updates - 1)))
-    multipliers, losses = [], []
+    rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_steps / (num_steps - 1)))
+    factors, losses = [], []
     with same_random_numbers(accelerator.device):
         net = copy.deepcopy(net).to(accelerator.device)
-        criterion = Criterion(recipe, net, images[0], accelerator.device)
+        criterion = Criterion(recipe, net, images, accelerator.device)
         groups = [
             replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
             for group in build_param_groups(recipe, net)
         ]
-        trained = unfreeze(groups, 0)
-        set_train_mode(net, recipe.batch_norm)
         optimizer = accelerator.prepare(build_optimizer(groups))
+        start_stage(groups, optimizer, 0)
+        set_train_mode(net, recipe.batch_norm)
         accumulate = find_micro_batches(recipe, net, accelerator, 1, print)
-        updates = endless(recipe, images[0], accumulate, workers, accelerator.device)
-        for step, (update, batches) in zip(range(num_updates), updates, strict=False):
-            set_lrs(optimizer, groups, step, num_updates, 1, ())
-            loss = train_step(recipe, criterion, net, trained, optimizer, update, batches, step, accelerator)[0].item()
+        batches = endless_batches(recipe, images, Cut(micro_batches=accumulate), accelerator.device)
+        for step, batch in zip(range(num_steps), batches, strict=False):
+            set_lrs(optimizer, groups, step, num_steps, 1, ())
+            loss = train_step(recipe, net, criterion, optimizer, batch, accelerator)[0].item()
             if not math.isfinite(loss):
                 break
-            multipliers.append(rise.scale(step, num_updates, 1))
+            factors.append(rise.scale(step, num_steps, 1))
             losses.append(loss)
             if (smoothed := smooth(losses))[-1] > 4 * min(smoothed):
                 break
-    return multipliers, losses
+    return factors, losses
 
 
 @contextmanager
@@ -94,19 +92,16 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def endless(
-    recipe: Recipe, images: ImageDataset, accumulate: int, workers: int, device: torch.device
-) -> Iterator[tuple[BatchPlan, list[Batch]]]:
-    """The updates of the run's epochs 0, 1, 2, ... with their micro-batches, for as long as they are asked for."""
+def endless_batches(recipe: Recipe, images: ImageDataset, cut: Cut, device: torch.device) -> Iterator[Batch]:
+    """The batches of the run's epochs 0, 1, 2, ..., for as long as they are asked for."""
     for epoch in count():
-        updates = epoch_batches(recipe, images, epoch, accumulate=accumulate)
-        yield from load_batches(images, epoch, updates, workers, device)
+        yield from load_batches(images, epoch, epoch_batches(recipe, images, epoch, cut), 0, device)
 
 
 def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:
     """The exponential moving average with its bias corrected: of all losses up to each, weighted by beta ** their age.
 
-    The average lags by about 1 / (1 - beta) updates: with fastai's 0.98, by half of a test of 100.
+    The average lags by about 1 / (1 - beta) steps: with fastai's 0.98, by half of a test of 100.
     """
     total = weight = 0.0
     smoothed = []
@@ -116,8 +111,8 @@ def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:
     return smoothed
 
 
-def suggestions(multipliers: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
-    """Multipliers at which to train.
+def suggestions(factors: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
+    """Factors at which to train.
 
     "steepest": where the smoothed loss falls fastest per decade, of the points up to its lowest. "valley": fastai's of that
     name (arXiv 2002.04688), of the longest sequence of ever lower smoothed losses, which may skip some, the point half its
@@ -128,14 +123,14 @@ def suggestions(multipliers: Sequence[float], losses: Sequence[float]) -> dict[s
         RecipeError: for too few losses, and where the fall is no more than chance would make of their scatter.
     """
     if len(losses) < FEWEST:
-        raise RecipeError(f"find-lr: {len(losses)} updates before the loss exploded are too few: start at a lower multiplier")
+        raise RecipeError(f"find-lr: {len(losses)} steps before the loss exploded are too few: start at a lower factor")
     part = slice(10, -5) if len(losses) >= 25 else slice(None)
-    scales, smoothed = np.array(multipliers)[part], np.array(smooth(losses))[part]
+    scales, smoothed = np.array(factors)[part], np.array(smooth(losses))[part]
     lowest = smoothed.argmin()
     if not smoothed[: lowest + 1].max() - smoothed[lowest] > 2 * np.median(np.abs(np.diff(losses))):
         raise RecipeError(
-            f"find-lr: the loss does not fall between the multipliers {multipliers[0]:.2g} and "
-            f"{multipliers[-1]:.2g}: start lower if it rises, end higher if it stays"
+            f"find-lr: the loss does not fall between the factors {factors[0]:.2g} and "
+            f"{factors[-1]:.2g}: start lower if it rises, end higher if it stays"
         )
     lengths: list[int] = []  # of the longest such sequence up to each point
     for i, loss in enumerate(smoothed):
@@ -148,40 +143,33 @@ def suggestions(multipliers: Sequence[float], losses: Sequence[float]) -> dict[s
 
 
 def picture(
-    file: Path, multipliers: Sequence[float], losses: Sequence[float], suggested: dict[str, float], groups_lr: dict[str, float]
+    file: Path, factors: Sequence[float], losses: Sequence[float], suggested: dict[str, float], lrs: dict[str, float]
 ) -> Path:
-    """The losses by multiplier, with the suggestions; `groups_lr` are the peak rates of which they are multiples."""
+    """The losses by factor, with the suggestions; `lrs` are the peak learning rates of which they are multiples."""
     smoothed = smooth(losses)
     figure, axes = new_figure()
-    axes.plot(multipliers, losses, color="0.75", linewidth=0.8, label="each update")
-    axes.plot(multipliers, smoothed, color="C0", label="smoothed")
+    axes.plot(factors, losses, color="0.75", linewidth=0.8, label="each step")
+    axes.plot(factors, smoothed, color="C0", label="smoothed")
     axes.axvline(1, color="0.3", linestyle="--", linewidth=1, label="1: the recipe")
-    for i, (name, multiplier) in enumerate(suggested.items()):
-        height = np.interp(np.log(multiplier), np.log(multipliers), smoothed)
-        axes.axvline(multiplier, color=f"C{i + 1}", linestyle=":", linewidth=1)
-        axes.plot(multiplier, height, "o", color=f"C{i + 1}", label=f"{name}: {multiplier:.2g}")
+    for i, (name, factor) in enumerate(suggested.items()):
+        height = np.interp(np.log(factor), np.log(factors), smoothed)
+        axes.axvline(factor, color=f"C{i + 1}", linestyle=":", linewidth=1)
+        axes.plot(factor, height, "o", color=f"C{i + 1}", label=f"{name}: {factor:.2g}")
     lowest, highest = min(losses), max(losses[: int(np.argmin(smoothed)) + 1])  # the explosion would squash the valley
     room = 0.1 * (highest - lowest)
     axes.set(
         xscale="log",
-        xlabel="multiplier of every group's peak rate",
+        xlabel="factor on every group's peak learning rate",
         ylabel="training loss",
         ylim=(lowest - room, highest + 2 * room),
     )
     axes.legend(loc="lower left", fontsize="small")
-    rates = [f"{name} {lr:.2g}" for name, lr in groups_lr.items()]
-    short = len(", ".join(rates)) <= 80
-    figure.suptitle(
-        "the recipe's peak rates: " + (", ".join(rates) if short else f"{rates[0]} .. {rates[-1]}"), fontsize="medium"
-    )
+    shown = [f"{name} {lr:.2g}" for name, lr in lrs.items()]
+    text = ", ".join(shown) if len(", ".join(shown)) <= 80 else f"{shown[0]} .. {shown[-1]}"
+    figure.suptitle(f"the recipe's peak learning rates: {text}", fontsize="medium")
     return save_figure(figure, [axes], file)
 
 
-def line_to_paste(recipe: Recipe, multiplier: float) -> str:
-    """What to add to the command so that every rate is `multiplier` times the recipe's, to two digits."""
-    rates = (
-        {"groups.head_lr": recipe.groups.head_lr}
-        if isinstance(recipe.groups, LayerDecay)
-        else {f"groups.{row.name}.lr": row.lr for row in recipe.groups if isinstance(row, Group)}
-    )
-    return " ".join(f"--set {field}={lr * multiplier:.1e}" for field, lr in rates.items())
+def line_to_paste(recipe: Recipe, factor: float) -> str:
+    """What to add to the command so that every learning rate is `factor` times the recipe's, to two digits."""
+    return f"--set lr_scale={recipe.lr_scale * factor:.2g}"

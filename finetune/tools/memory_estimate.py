@@ -1,8 +1,8 @@
-"""What a network is made of and what each stage of training it will hold in memory, found without weights or data."""
+"""What a network consists of, and the memory that each stage of a run takes, found without weights or data."""
 
 import math
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,20 +13,19 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from finetune.models.backbone import memory_format
 from finetune.models.batch_norm import set_train_mode
-from finetune.models.fuse_conv_bn import fuse_conv_bn, unfuse_conv_bn
-from finetune.optim.freezing import unfreeze
-from finetune.optim.optimizers import build_optimizer, wants_closure
-from finetune.optim.param_groups import build_param_groups
+from finetune.optim.freezing import start_stage
+from finetune.optim.optimizers import build_optimizer, needs_closure
+from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.utils.text import align_columns
 
 
-def layers(recipe: Recipe, net: nn.Module) -> str:
-    """The layers of `net` (an outline) in the order of the forward pass: each one's output for one image, and who trains it.
+def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -> str:
+    """The layers of `net`, on the meta device, in the order of the forward pass: each one's output for one image, its group.
 
     Parameters of none of these layers, such as position embeddings, have rows of their own: the sum is the network's.
     """
-    shapes, groups, parameters = output_shapes(recipe, net), build_param_groups(recipe, net), dict(net.named_parameters())
+    shapes, parameters = output_shapes(recipe, net), dict(net.named_parameters())
     names = sorted(opened(net, shapes), key=list(shapes).index)
     names += [path for path in parameters if not any(path.startswith(f"{name}.") for name in names)]
     rows = [("layer", "kind", "output", "parameters", "group", "from epoch")]
@@ -80,22 +79,22 @@ def span(names: Iterable[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]}"
 
 
-def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
-    """What each stage trains, and holds in memory with `images` images at once on one process."""
-    groups = build_param_groups(recipe, net)
+def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -> str:
+    """What each stage trains, and takes of memory with a whole batch at once on one process."""
+    images = recipe.data.batch_size
     columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"]
     rows = [("from epoch", "trains", "trained parameters", *columns, "sum")]
     epochs = {int(group.unfreeze_at) for group in groups if group.ever_trains}  # a switch of optimizers is at one of these
     for epoch in sorted(epochs):
         trained = [group for group in groups if group.trains(epoch)]
-        stage = stage_memory(recipe, net, epoch, images)
+        stage = stage_memory(recipe, net, groups, epoch, images)
         cells = {name: f"{size / 2**20:,.1f}" for name, size in stage.items()}
         total = "> " * ("optimizer" not in stage) + f"{sum(stage.values()) / 2**20:,.1f}"
         rows.append(
             (
                 str(epoch),
                 span(group.name for group in trained),
-                f"{sum(p.numel() for group in trained for p in group.params.values()):,}",
+                f"{sum(group.num_values for group in trained):,}",
                 *(cells.get(column, "unknown") for column in columns),
                 total,
             )
@@ -109,25 +108,24 @@ def memory_table(recipe: Recipe, net: nn.Module, images: int) -> str:
     )
 
 
-def stage_memory(recipe: Recipe, net: nn.Module, epoch: int, images: int) -> dict[str, int]:
-    """Bytes in float32 of the stage that `epoch` is in, with `images` images at once on one process; `net` is an outline.
+def stage_memory(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], epoch: int, images: int) -> dict[str, int]:
+    """Bytes in float32 of the stage that `epoch` is in, with `images` images at once; `net` lies on the meta device.
 
     "average" is there with `ema_decay` only, "optimizer" unless a step asks for numbers, of which there are none here.
     """
-    groups = build_param_groups(recipe, net, epoch)
     optimizer = build_optimizer(groups)
     with unchanged(net):
-        pairs, trained = fuse_conv_bn(recipe, net), unfreeze(groups, epoch)
+        start_stage(groups, optimizer, epoch)
         set_train_mode(net, recipe.batch_norm)
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         stage = {"parameters": num_bytes([*net.parameters(), *net.buffers()]), "gradients": num_bytes(trained)}
         try:
             stage["activations"] = activation_bytes(recipe, net, images, "cpu")
         except RuntimeError:  # a tensor that is no buffer stays on the meta device
             stage["activations"] = activation_bytes(recipe, net, images, "meta")
-        unfuse_conv_bn(pairs)
         if recipe.ema_decay:
             stage["average"] = stage["parameters"]
-        if not wants_closure(optimizer):
+        if not needs_closure(optimizer):
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
             with suppress(RuntimeError):  # what Tensor.item() says on the meta device

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.models.saved import plain_state
+from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.train.logger import Logger
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
@@ -20,24 +21,24 @@ from finetune.utils.files import write_folder
 
 T = TypeVar("T")
 AFRESH = "to start again from the pretrained weights, name another --output"
-ROW_STEP = "row step"  # some of timm's, Lamb and Adan, count updates in a row of the table, not in each parameter's state
+ROW_STEP = "row step"  # some of timm's, Lamb and Adan, count steps in a param_group, not in each parameter's state
 
 
 def save_checkpoint(
-    record: Logger,
+    logger: Logger,
     net: nn.Module,
-    scored: nn.Module,
+    evaluated: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     step: int,
 ) -> None:
-    """Write checkpoints/step-N-epochs-M, after which N updates are done and M epochs scored, and then remove older ones.
+    """Write checkpoints/step-N-epochs-M, after N steps and M evaluated epochs, and then remove older ones.
 
-    Randomness needs no state: every draw is seeded by epoch, update and image. The schedule needs none: it is a function of
-    the step and the scores. Optimizer state is kept under parameter names, so it can't be given to another parameter. `scored`
+    Randomness needs no state: every draw is seeded by epoch, step and image. The schedule needs none: it is a function of the
+    step and the metrics. Optimizer state is kept under parameter names, so it can't be given to another parameter. `evaluated`
     is kept where it is another network than `net`: its moving average.
     """
-    record.flush()
+    logger.flush()
     if accelerator.is_main_process:
         optimizers = optimizer_kinds(net, optimizer)
         names, saved = list(optimizers), optimizer.state_dict()
@@ -50,16 +51,16 @@ def save_checkpoint(
         def write(folder: Path) -> None:
             # Made in memory first: on a full disk the writers of torch and safetensors fail each in their own words.
             (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-            if scored is not net:
-                (folder / "average.safetensors").write_bytes(safetensors.torch.save(plain_state(scored)))
+            if evaluated is not net:
+                (folder / "average.safetensors").write_bytes(safetensors.torch.save(plain_state(evaluated)))
             torch.save(moments, optimizer_file := io.BytesIO())
             (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
-            state = {"step": step, "scaler": scaler, "optimizers": optimizers, **record.state()}
+            state = {"step": step, "scaler": scaler, "optimizers": optimizers, **logger.state()}
             (folder / "state.json").write_text(json.dumps(state))
 
-        # With the scored epochs in it no name comes twice, so none is ever replaced: after an epoch's last update there may be
-        # one without its scores and one with them.
-        folder = record.folder / "checkpoints" / f"step-{step:08d}-epochs-{len(record.epochs):05d}"
+        # With the evaluated epochs in it no name comes twice, so none is ever replaced: after an epoch's last step there may be
+        # one without its metrics and one with them.
+        folder = logger.folder / "checkpoints" / f"step-{step:08d}-epochs-{len(logger.history):05d}"
         write_folder(folder, write)
         for other in folder.parent.iterdir():
             if other != folder:
@@ -67,41 +68,46 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def restore(record: Logger, net: nn.Module, scored: nn.Module, accelerator: Accelerator) -> int:
-    """Put all but the optimizer back as the run's newest checkpoint has it; returns the updates done, 0 without one.
+def restore(
+    logger: Logger,
+    net: nn.Module,
+    evaluated: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    steps_per_epoch: int,
+) -> int:
+    """Put everything back as the run's newest checkpoint has it; returns the steps done, 0 without a checkpoint.
 
     Raises:
-        RecipeError: if a file is damaged or is of another network.
+        RecipeError: if a file is damaged, or is of another network, other groups or other optimizers.
     """
-    folder = newest_checkpoint(record.folder)
+    folder = newest_checkpoint(logger.folder)
     if folder is None:
-        record.begin()
+        logger.start()
         return 0
     state = read_state(folder)
-    for network, name in ((net, "model"), (scored, "average"))[: 1 if scored is net else 2]:
+    for network, name in ((net, "model"), (evaluated, "average"))[: 1 if evaluated is net else 2]:
         weights = read(folder / f"{name}.safetensors", safetensors.torch.load_file)
         if shapes(weights) != shapes(network.state_dict()):
             raise RecipeError(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
         network.load_state_dict(weights)
-    if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one begins
+    if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one starts afresh
         accelerator.scaler.load_state_dict(state["scaler"])
-    record.go_on(state)
+    logger.resume(state)
+    epoch = len(logger.history)
+    start_epoch(optimizer, epoch)
+    if state["step"] > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
+        restore_optimizer(folder, state, net, optimizer)
     return state["step"]
 
 
-def restore_optimizer(record: Logger, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that the run's newest checkpoint has for each parameter.
-
-    Raises:
-        RecipeError: if the file is damaged, or is of another table of groups or of other optimizers.
-    """
-    folder = newest_checkpoint(record.folder)
-    assert folder is not None  # `restore` went on from it
+def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that a checkpoint has for each parameter."""
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
     kinds = optimizer_kinds(net, optimizer)
     if not moments.keys() <= kinds.keys():
-        raise RecipeError(f"checkpoint {folder} is of another network, or another table, than this recipe's; {AFRESH}")
-    before = read_state(folder).get("optimizers", kinds)  # older checkpoints do not tell
+        raise RecipeError(f"checkpoint {folder} is of another network, or other groups, than this recipe's; {AFRESH}")
+    before = state.get("optimizers", kinds)  # older checkpoints do not say
     for name in moments:
         if before[name] != kinds[name]:  # torch would take it, and leave it lie or miss its own in mid-run
             raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
@@ -124,8 +130,10 @@ def read(file: Path, reader: Callable[[Path], T]) -> T:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json."""
-    return read(folder / "state.json", lambda file: json.loads(file.read_text()))
+    """A checkpoint's state.json, that of an earlier version under today's names."""
+    state = read(folder / "state.json", lambda file: json.loads(file.read_text()))
+    old = {"history": state.pop("epochs", []), "linear_probe": state.pop("head", None), "clock": []}
+    return {**old, **state}
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
@@ -135,10 +143,9 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 def optimizer_kinds(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """What steps each parameter, such as "torch.AdamW", by the parameters' names, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    inner = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
     return {
         names[id(parameter)]: f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}"
-        for one in getattr(inner, "optimizers", [inner])
+        for one in plain_optimizers(optimizer)
         for row in one.param_groups
         for parameter in row["params"]
     }

@@ -1,9 +1,6 @@
-"""Memory kept for the next update; and when it runs out, smaller micro-batches, the same update."""
+"""Smaller micro-batches where memory runs out: the same step, more slowly."""
 
-import ctypes
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from accelerate import Accelerator
@@ -14,25 +11,13 @@ from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next update, not give it back and have it mapped and zeroed anew.
-
-    The GNU library returns blocks of more than 32 MiB at once, and a layer's activations are as large.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of a mapping of its own
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
-
-
 def find_micro_batches(
     recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumulate: int, say: Callable[[str], None]
 ) -> int:
     """`accumulate`, doubled until forward and backward of one micro-batch fit into every process's memory.
 
-    Tried before a stage is wrapped for several processes: in the middle of an update, one process that runs out of memory
-    would leave the others waiting. The update is the same with any accumulation, so only time changes.
+    Tried before a stage is wrapped for several processes: in the middle of a step, one process that runs out of memory
+    would leave the others waiting. The step is the same with any accumulation, so only time changes.
     Not tried on a CPU.
 
     Raises:
@@ -60,7 +45,7 @@ def find_micro_batches(
             )
         accumulate *= 2
         say(
-            f"out of memory with {size} images at once: now {size // 2}, {accumulate} times an update; the batch stays "
+            f"out of memory with {size} images at once: now {size // 2}, {accumulate} times a step; the batch stays "
             f"{recipe.data.batch_size}"
         )
 

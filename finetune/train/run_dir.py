@@ -1,4 +1,4 @@
-"""Where a run is written: a folder of its own, or the one it goes on in; the first files in it."""
+"""Run folders: a new one, or one to go on with; the lock on it and its first files."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.recipe import Recipe
-from finetune.recipe.serialize import changes, to_dict
+from finetune.recipe.serialize import diff, from_dict, to_dict
 from finetune.utils.errors import RecipeError
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
 
-BEGINNINGS = {".lock", "recipe.py", "groups.txt", ".recipe.json"}  # all that a run which died before it began can have left
+LEFTOVERS = {".lock", "recipe.py", "groups.txt", ".recipe.json"}  # all that a run which died before it started can have left
 
 
 def new_run_dir(name: str, output: Path | None) -> Path:
@@ -25,7 +25,7 @@ def new_run_dir(name: str, output: Path | None) -> Path:
         RecipeError: if there is something in it.
     """
     folder = output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - BEGINNINGS):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - LEFTOVERS):
         what = "a run" if (folder / "recipe.json").exists() else "files"
         raise RecipeError(
             f"output folder {folder} already holds {what}; name another --output, or go on with the run in it: --resume"
@@ -77,7 +77,7 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def begin(folder: Path, recipe_file: Path, recipe: Recipe, groups: str) -> None:
+def start_run_dir(folder: Path, recipe_file: Path, recipe: Recipe, groups: str) -> None:
     """Write a run's first files: the recipe as given and resolved, and its groups. recipe.json, the last, makes it a run."""
     shutil.copyfile(recipe_file, folder / "recipe.py")
     (folder / "groups.txt").write_text(groups + "\n")
@@ -88,7 +88,8 @@ def begin(folder: Path, recipe_file: Path, recipe: Recipe, groups: str) -> None:
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise RecipeError, with the fields that differ, unless the run in `folder` was started with this recipe."""
-    changed = changes(json.loads((folder / "recipe.json").read_text()), recipe)
+    before = from_dict(json.loads((folder / "recipe.json").read_text()))
+    changed = [f"{path}: {was} before, {now} now" for path, was, now in diff(before, recipe)]
     if changed:
         raise RecipeError(
             "\n  ".join(

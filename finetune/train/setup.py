@@ -1,8 +1,8 @@
-"""A recipe's accelerator, data, weights and network, put together."""
+"""What a run starts with: accelerator, network and images of a recipe, and the checks before them."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,33 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.data.dataset import ImageData
-from finetune.data.loader import ImageDataset
+from finetune.data.dataset import ImageData, Images
+from finetune.data.loader import ImageDataset, Transform
 from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
-from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
+from finetune.models.backbone import build_backbone, memory_format, meta_backbone, preprocessing
 from finetune.models.batch_norm import convert_sync_batch_norm
 from finetune.models.linear_probe import head_layer
 from finetune.models.pretrained import pretrained_state
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import Data, Frozen, Group, LayerDecay, Recipe, Schedule
+from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
 from finetune.train.distributed import main_process_first
-from finetune.train.micro_batch import keep_freed_memory
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What suits the machine and leaves the result as it is."""
+
+    accumulate: int = 1  # micro-batches of each process's share of a batch; more if memory asks for it
+    workers: int = 0  # processes that load images, for each training process
+    checkpoint_every: int = 0  # steps; 0: once an epoch
+
+
+DEFAULTS = RunOptions()
 
 
 def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
@@ -39,8 +50,6 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
     if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if cpu:
-        keep_freed_memory()
     try:
         accelerator = Accelerator(
             cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
@@ -53,10 +62,8 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     return accelerator
 
 
-def assemble(
-    recipe: Recipe, accelerator: Accelerator
-) -> tuple[ImageData, nn.Module, dict[str, Any], tuple[ImageDataset, ImageDataset]]:
-    """(data, network, its preprocessing, training and validation images) as a run begins with them.
+def setup(recipe: Recipe, accelerator: Accelerator) -> tuple[nn.Module, tuple[ImageDataset, ImageDataset]]:
+    """(network, (training images, validation images)) as a run starts with them.
 
     What lies here is checked first, then come weights over the network, then data.
     """
@@ -65,49 +72,53 @@ def assemble(
     data = data or main_process_first(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
     net = convert_sync_batch_norm(build_backbone(recipe, len(data.classes), state), recipe.batch_norm, accelerator)
-    inputs = preprocessing(recipe, net)
-    return data, net, inputs, build_datasets(recipe, data, inputs)
+    return net, build_datasets(recipe, data, preprocessing(recipe, net))
 
 
-def check(recipe: Recipe, net: nn.Module) -> None:
+def build_datasets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[ImageDataset, ImageDataset]:
+    """The training images, augmented, and the validation images, preprocessed."""
+
+    def dataset(images: Images, transform: Transform) -> ImageDataset:
+        several, layout = recipe.loss == "multi_label", memory_format(recipe)
+        return ImageDataset(images, transform, recipe.seed, data.classes, recipe.data.on_bad_image, several, layout)
+
+    return dataset(data.train, training_transform(recipe, preprocessing)), dataset(data.val, eval_transform(preprocessing))
+
+
+def check_recipe(recipe: Recipe, net: nn.Module) -> None:
     """Raise RecipeError for whatever is wrong with the recipe's groups, optimizers or transforms on this network."""
-    for epoch in {0, recipe.optimizer_begins(recipe.epochs)}:
-        build_optimizer(build_param_groups(recipe, net, epoch))
+    build_optimizer(build_param_groups(recipe, net))
     training_transform(recipe, preprocessing(recipe, net))
     if recipe.linear_probe:
         head_layer(recipe, net)
 
 
-def smoke(recipe: Recipe, parts: int) -> Recipe:
+def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
     """The recipe cut down to seconds: a stage an epoch, a batch that divides by `parts`, small generated images."""
-    rows = [recipe.groups] if isinstance(recipe.groups, LayerDecay) else recipe.groups
-    stages = sorted({0} | {row.unfreeze_at for row in rows if not isinstance(row, Frozen)})
+    rows = recipe.groups if isinstance(recipe.groups, tuple) else (recipe.groups,)
+    stages = sorted({0} | {row.unfreeze_at for row in rows})
+
+    def quick(schedule: Schedule) -> Schedule:
+        return replace(schedule, warmup_epochs=min(0.5, schedule.warmup_epochs))
 
     def early(row: Group) -> Group:
         """The row with its stage's epoch, and no time to lose on warmup."""
         own = row.schedule and quick(row.schedule)
-        return dataclasses.replace(
-            row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own, warmup_epochs=min(0.5, row.warmup_epochs)
-        )
+        return replace(row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own, warmup_epochs=min(0.5, row.warmup_epochs))
 
-    def quick(schedule: Schedule) -> Schedule:
-        return dataclasses.replace(schedule, warmup_epochs=min(0.5, schedule.warmup_epochs))
-
-    groups: tuple[Group | Frozen, ...] | LayerDecay
+    groups: tuple[Group, ...] | LayerDecay
     if isinstance(recipe.groups, LayerDecay):
-        groups = dataclasses.replace(recipe.groups, unfreeze_at=stages.index(recipe.groups.unfreeze_at))
+        groups = replace(recipe.groups, unfreeze_at=stages.index(recipe.groups.unfreeze_at))
     else:
-        groups = tuple(row if isinstance(row, Frozen) else early(row) for row in recipe.groups)
-    switch = recipe.switch and dataclasses.replace(recipe.switch, at=stages.index(recipe.switch.at))
-    weights = None if isinstance(recipe.class_weights, tuple) else recipe.class_weights  # for other classes
-    small = dataclasses.replace(
+        groups = tuple(early(row) for row in recipe.groups)
+    small = replace(
         recipe,
         weights="none",
         groups=groups,
-        switch=switch,
+        switch=recipe.switch and replace(recipe.switch, at=stages.index(recipe.switch.at)),
         schedule=quick(recipe.schedule),
         epochs=len(stages) + 1,
-        class_weights=weights,
+        class_weights=None if isinstance(recipe.class_weights, tuple) else recipe.class_weights,  # for other classes
         early_stop=None,
         data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling),
     )
@@ -116,17 +127,3 @@ def smoke(recipe: Recipe, parts: int) -> Recipe:
     except RecipeError:  # a network for one size only
         small = override(small, [f"data.image_size={recipe.data.image_size}"])
     return small
-
-
-def build_datasets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[ImageDataset, ImageDataset]:
-    """The training images as they are varied, and the validation images as they are scored."""
-    train, val = (
-        ImageDataset(
-            part, transform, recipe.seed, data.classes, recipe.data.on_bad_image, multi_label=recipe.loss == "multi_label"
-        )
-        for part, transform in (
-            (data.train, training_transform(recipe, preprocessing)),
-            (data.val, eval_transform(preprocessing)),
-        )
-    )
-    return train, val

@@ -16,7 +16,7 @@ from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import AdamW, Constant, Data, LayerDecay, Recipe
-from finetune.train.loop import clip
+from finetune.train.loop import clip_gradients
 
 WAYS = {
     "none, but the norm logged": {"clip_norm": None},
@@ -65,7 +65,7 @@ def main() -> None:
             optimizer.zero_grad()
             net(images).square().mean().backward()
             before = now()
-            clip(recipe(args, **changes), list(net.parameters()))
+            clip_gradients(recipe(args, **changes), optimizer)
             after = now()
             optimizer.step()
             if turn >= 2:  # the first ones warm up

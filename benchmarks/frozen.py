@@ -90,10 +90,10 @@ def steps(args: argparse.Namespace) -> dict:
     """Steps as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
     import torch
 
-    from finetune.data.loader import BatchPlan, ImageDataset
+    from finetune.data.loader import Batch, BatchPlan, ImageDataset
     from finetune.models.backbone import build_backbone
     from finetune.models.batch_norm import set_train_mode
-    from finetune.optim.freezing import unfreeze
+    from finetune.optim.freezing import start_stage
     from finetune.optim.loss import Criterion
     from finetune.optim.optimizers import build_optimizer
     from finetune.optim.param_groups import build_param_groups
@@ -104,15 +104,17 @@ def steps(args: argparse.Namespace) -> dict:
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
     criterion = Criterion(recipe, net, ImageDataset(range(10), None, 0, tuple("0123456789")), accelerator.device)
     groups = build_param_groups(recipe, net)
-    trained, optimizer = unfreeze(groups, 0), accelerator.prepare(build_optimizer(groups))
+    optimizer = accelerator.prepare(build_optimizer(groups))
+    start_stage(groups, optimizer, 0)
     set_train_mode(net, recipe.batch_norm)
-    update = BatchPlan(list(range(args.batch_size)), [list(range(args.batch_size))], [0])
-    batch = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
+    indices = list(range(args.batch_size))
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(args.batch_size) % 10
     before, seconds = highest(), []
     for step in range(args.steps):
         start = time.perf_counter()
-        train_step(recipe, criterion, net, trained, optimizer, update, [(batch, labels)], step, accelerator)
+        batch = Batch(BatchPlan(step, indices, [indices], [0]), [(images, labels)])
+        train_step(recipe, net, criterion, optimizer, batch, accelerator)
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds[1:]), "gib": highest() - before}
 

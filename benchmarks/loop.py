@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import ImageDataset, plan_epoch
+from finetune.data.loader import Cut, ImageDataset, plan_epoch
 from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
@@ -43,6 +43,14 @@ BAR = 0.98
 
 class InMemory(ImageDataset):
     """Float images and labels that are there already."""
+
+    preprocessing = {
+        "input_size": (3, 64, 64),
+        "interpolation": "bicubic",
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "crop_pct": 1.0,
+    }
 
     def __init__(self, number: int, size: int):
         super().__init__(range(number), self, 0, tuple("0123456789"))
@@ -92,10 +100,8 @@ def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
     speeds = []
     for epoch in range(epochs):
-        updates = plan_epoch(len(images), recipe.data.batch_size, 0, epoch, accelerator.process_index, count)
-        batches = [
-            (images.tensors[cut], images.targets[cut], update.size) for update in updates for cut in update.micro_batches
-        ]
+        plans = plan_epoch(len(images), recipe.data.batch_size, 0, epoch, Cut(accelerator.process_index, count))
+        batches = [(images.tensors[part], images.targets[part], plan.size) for plan in plans for part in plan.micro_batches]
         start = time.perf_counter()
         for batch, labels, size in batches:
             optimizer.zero_grad()
@@ -123,7 +129,7 @@ def measure(case: str, rounds: int) -> dict:
                 found[name] += bare(recipe, net, images, accelerator, recipe.epochs)[1:]
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                record = Watched(Path(folder), accelerator, lambda path, net: None, quiet=True)
+                record = Watched(Path(folder), accelerator, quiet=True)
                 train_loop.train(recipe, net, (images, few), record, accelerator)
                 found[name] += record.speeds[1:]  # the first epoch warms up
     medians = {name: statistics.median(speeds) for name, speeds in found.items()}

@@ -132,11 +132,12 @@ def first_there(section: dict) -> str:
 
 def draw(sections: dict[str, dict], file: Path) -> None:
     """Top-1 over time, a panel for each table: a line for each peer, the range over seeds as a band."""
-    from finetune.results.plots import plt, save_figure
+    from matplotlib.figure import Figure
 
-    figure, panels = plt.subplots(
-        1, len(sections), squeeze=False, sharey=True, layout="constrained", figsize=(4 * len(sections), 4.4)
-    )
+    from finetune.results.plots import save_figure
+
+    figure = Figure(figsize=(4 * len(sections), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(sections), squeeze=False, sharey=True)
     lines = {}
     for axes, (title, part) in zip(panels.flat, sections.items(), strict=True):
         for label, peer in part["peers"].items():

@@ -87,7 +87,7 @@ def steps() -> dict | None:
     recipe = recipe_of("resnet18", 64, 64, 3)
     accelerator = make_accelerator(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        record = Watched(Path(folder), accelerator, lambda path, net: None, quiet=True)
+        record = Watched(Path(folder), accelerator, quiet=True)
         train(recipe, build_backbone(recipe, 10), (InMemory(1280, 64), InMemory(64, 64)), record, accelerator)
         accelerator.wait_for_everyone()
     return {"images_per_second": max(record.speeds)} if accelerator.is_main_process else None
@@ -98,9 +98,9 @@ def images(number: int, loaded: int) -> dict:
     import numpy as np
     from PIL import Image
 
-    from finetune.augment import Pixels
-    from finetune.batches import ImageDataset, load, plan_epoch
-    from finetune.image_lists import ImageList
+    from finetune.data.dataset import ImageList
+    from finetune.data.loader import ImageDataset, load, plan_epoch
+    from finetune.data.transforms import Pixels
     from finetune.recipe import Augment
 
     def draw(index: int) -> Image.Image:
@@ -115,7 +115,7 @@ def images(number: int, loaded: int) -> dict:
     plan = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     start = time.perf_counter()
-    count = sum(len(batch) for batch, _ in load(images, 0, [update.images for update in planned[: loaded // 64]], 0))
+    count = sum(len(batch) for batch, _ in load(images, 0, [plan.images for plan in planned[: loaded // 64]], 0))
     return {
         "images": number,
         "plan_us": 1e6 * plan / number,

@@ -25,7 +25,7 @@ COMMANDS = {
     "an unknown recipe": [*RUN, "--recipe", "resnet81"],
     "finetune ls": [sys.executable, "-m", "finetune", "ls"],
 }
-BESIDE = ("predict_logits", "compute_metrics", "save_checkpoint")  # of the loop; and save_best and log_epoch of the logger
+BESIDE = ("predict_logits", "compute_metrics", "save_if_best", "save_checkpoint")  # of the loop; and log_epoch of the logger
 
 
 def main() -> int:
@@ -101,7 +101,7 @@ def first_step(recipe: str) -> float:
 def inside(recipe: str, epochs: int) -> int:
     """A run with its parts timed; what comes before the first epoch does not count."""
     from finetune import run
-    from finetune.train import logger as run_record
+    from finetune.train import logger
     from finetune.train import loop as train_loop
 
     spent, started = {}, []
@@ -121,10 +121,9 @@ def inside(recipe: str, epochs: int) -> int:
 
     for name in BESIDE:
         watch(train_loop, name)
-    for name in ("save_best", "log_epoch"):
-        watch(run_record.Logger, name)
-    original = train_loop.unfreeze
-    train_loop.unfreeze = lambda *args: (started.append(time.perf_counter()), original(*args))[1]
+    watch(logger.Logger, "log_epoch")
+    original = train_loop.start_stage
+    train_loop.start_stage = lambda *args: (started.append(time.perf_counter()), original(*args))[1]
     ended = []
     report = train_loop.StopRequest.__exit__
     train_loop.StopRequest.__exit__ = lambda *args: (ended.append(time.perf_counter()), report(*args))[1]

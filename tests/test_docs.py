@@ -18,7 +18,7 @@ from finetune import run
 from finetune.__main__ import arguments
 from finetune.__main__ import main as verb
 from finetune.models.backbone import meta_backbone
-from finetune.train.setup import check
+from finetune.train.setup import check_recipe
 from helpers import ROOT, SmallNet, small_recipe
 
 PAGES = docs.pages()
@@ -140,7 +140,7 @@ def test_every_option_of_the_table_is_a_recipe(fields):
     changes = eval(f"dict({fields})", dict(vars(finetune)))
     of_timm = "LayerDecay" in fields or changes.keys() & {"dropout", "gradient_checkpointing"}
     made = small_recipe(**{**(OF_TIMM if of_timm else {}), **changes})
-    check(made, meta_backbone(made))
+    check_recipe(made, meta_backbone(made))
 
 
 def test_the_table_has_every_field():
@@ -163,7 +163,7 @@ def test_a_recipe_that_is_shown_is_valid(page):
     for block in blocks(page):
         scope = {}
         exec(block, scope)
-        check(scope["recipe"], meta_backbone(scope["recipe"]))
+        check_recipe(scope["recipe"], meta_backbone(scope["recipe"]))
 
 
 def test_the_custom_loop_runs():

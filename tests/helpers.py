@@ -24,7 +24,7 @@ from finetune.recipe import SGD, AdamW, Constant, Cosine, Data, Group, Recipe
 from finetune.train import loop as train_loop
 from finetune.train.logger import Logger
 from finetune.train.loop import train
-from finetune.train.setup import build_datasets
+from finetune.train.setup import RunOptions, build_datasets
 from finetune.utils.seed import seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,36 +68,19 @@ def small_recipe(**changes) -> Recipe:
 
 
 def prepare(recipe: Recipe):
-    """(network, groups, image sets) as run.py makes them."""
+    """(network, groups, datasets) as run.py makes them."""
     data = load_data(recipe)
     seed_all(recipe.seed)
     net = build_backbone(recipe, len(data.classes), pretrained_state(recipe))
     return net, build_param_groups(recipe, net), build_datasets(recipe, data, preprocessing(recipe, net))
 
 
-def run_here(
-    recipe: Recipe,
-    folder: Path,
-    accumulate: int = 1,
-    workers: int = 0,
-    save_model=lambda path, net: None,
-    checkpoint_every: int = 0,
-    accelerator: Accelerator | None = None,
-):
+def run_here(recipe: Recipe, folder: Path, accelerator: Accelerator | None = None, **options):
     """train() in this process; returns the network and the metrics' rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    net, _, images = prepare(recipe)
+    net, _, datasets = prepare(recipe)
     accelerator = accelerator or Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-    net = train(
-        recipe,
-        net,
-        images,
-        Logger(folder, accelerator, save_model, recipe.metric),
-        accelerator,
-        accumulate,
-        workers,
-        checkpoint_every,
-    )
+    net = train(recipe, net, datasets, Logger(folder, accelerator, recipe.metric), accelerator, RunOptions(**options))
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -154,12 +137,12 @@ def plain(**changes):
 
 
 def bare_loop(recipe, loss_of, clip_gradients=lambda parameters: None):
-    """(network, its weights after each update) of a bare SGD loop over the recipe's batches."""
+    """(network, its weights after each step) of a bare SGD loop over the recipe's batches."""
     net, _, images = prepare(recipe)
     optimizer, trail = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9), []
     for epoch in range(recipe.epochs):
-        for update in plan_epoch(22, 8, recipe.seed, epoch):
-            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
+        for plan in plan_epoch(22, 8, recipe.seed, epoch):
+            ((batch, labels),) = load(images[0], epoch, plan.micro_batches, 0)
             optimizer.zero_grad()
             loss_of(net, net(batch), labels).backward()
             clip_gradients(net.parameters())

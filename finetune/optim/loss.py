@@ -40,7 +40,7 @@ class Criterion:
         return binary_loss(logits, targets, self.recipe.label_smoothing, self.recipe.loss == "multi_label")
 
     def l2_sp(self) -> torch.Tensor | float:
-        """L2-SP (Li et al. 2018, arXiv 1802.01483): l2_sp / 2 times the squared distance of what trains from where it started."""
+        """L2-SP (Li et al. 2018, arXiv 1802.01483): l2_sp / 2 times the squared distance of what trains from its start."""
         distances = [(parameter - start).square().sum() for parameter, start in self.start.items() if parameter.requires_grad]
         return self.recipe.l2_sp / 2 * sum(distances)
 

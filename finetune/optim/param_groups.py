@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetune.models.backbone import TimmModel, classifier_parameters
-from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, Schedule
+from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, Schedule, Switch
 from finetune.recipe.schedules import ramp
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
@@ -97,14 +97,12 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             decay={name: own[name] for name in own if name not in exempt},
             no_decay={name: own[name] for name in own if name in exempt},
         )
-        groups.append(with_switch(group, row, recipe) if recipe.switch else group)
+        groups.append(with_switch(group, row, recipe.switch) if recipe.switch else group)
     return groups
 
 
-def with_switch(group: ParamGroup, row: Group, recipe: Recipe) -> ParamGroup:
+def with_switch(group: ParamGroup, row: Group, switch: Switch) -> ParamGroup:
     """The group with what it becomes at the recipe's switch; a row with an optimizer of its own keeps all of it."""
-    switch = recipe.switch
-    assert switch is not None  # asked for by the caller
     after = group
     if row.optimizer is None:
         decay = switch.optimizer.weight_decay if row.weight_decay is None else row.weight_decay
@@ -212,8 +210,8 @@ def lrs_between(
 
 def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[float]]) -> str:
     """The groups as lines of text, with the first, the highest and the last of each one's `lrs`, which are all above 0."""
-    columns = "group tensors parameters first-lr peak-lr last-lr weight-decay without-decay optimizer from-epoch"
-    rows: list[tuple[str, ...]] = [tuple(column.replace("-", " ") for column in columns.split())]
+    head = "group, tensors, parameters, first lr, peak lr, last lr, weight decay, without decay, optimizer, from epoch"
+    rows: list[Sequence[str]] = [head.split(", ")]
     for group in groups:
         size = (group.name, f"{len(group.params)}", f"{group.num_values:,}")
         if own := lrs[group.name]:

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked
 
+Share = Annotated[float, "(0, 1]", "a share of the area"]
+Positive = Annotated[float, "(0, inf)"]
+
 
 @dataclass(frozen=True)
 class Data(Checked):
@@ -45,15 +48,12 @@ class Augment(Checked):
     the pairs are the same on any number of processes.
     """
 
-    crop_scale: tuple[Annotated[float, "(0, 1]"], Annotated[float, "(0, 1]"]] = (
-        0.35,
-        1.0,
-    )  # share of the area, lowest, highest
-    crop_ratio: tuple[Annotated[float, "(0, inf)"], Annotated[float, "(0, inf)"]] = (3 / 4, 4 / 3)  # width / height
-    hflip: Annotated[float, "[0, 1]"] = 0.5  # probability of a horizontal flip
+    crop_scale: tuple[Share, Share] = (0.35, 1.0)  # of the area: lowest, highest
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width / height: lowest, highest
+    hflip: Annotated[float, "[0, 1]", "a probability"] = 0.5  # of a horizontal flip
     color_jitter: Annotated[float, "[0, inf)"] = 0.0
     randaugment: str | None = None  # in timm's notation: "rand-m9-mstd0.5-inc1" (arXiv 1909.13719)
-    erasing: Annotated[float, "[0, 1]"] = 0.0  # probability that a random rectangle becomes noise (arXiv 1708.04896)
+    erasing: Annotated[float, "[0, 1]", "a probability"] = 0.0  # that a random rectangle becomes noise (arXiv 1708.04896)
     mixup: Annotated[float, "[0, inf)"] = 0.0  # alpha of the Beta distribution (arXiv 1710.09412)
     cutmix: Annotated[float, "[0, inf)"] = 0.0  # likewise (arXiv 1905.04899)
 
@@ -65,6 +65,6 @@ class Augment(Checked):
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if low > high:
-                yield f"{name} must rise, not {(low, high)}"
+                yield f"{name} must be (lowest, highest), not {(low, high)}"
         if self.randaugment is not None and not self.randaugment.startswith("rand-"):
             yield f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any
 
 from finetune.recipe.checks import Checked
@@ -55,7 +55,7 @@ class Group(Checked):
     name: str
     pattern: str
     lr: Annotated[float, "[0, inf)"]
-    unfreeze_at: Annotated[int, "[0, inf)"] = 0  # the first epoch in which the row trains
+    unfreeze_at: Annotated[int, "[0, inf)", "an epoch"] = 0  # the first in which the row trains
     weight_decay: Annotated[float, "[0, inf)"] | None = None
     schedule: Schedule | None = None
     warmup_epochs: Annotated[float, "[0, inf)"] = 0.0  # linear, from 0.01 of what the schedule says, once the row trains
@@ -68,11 +68,9 @@ class Group(Checked):
             re.compile(self.pattern)
         except re.error as error:
             yield f"pattern {self.pattern!r} is no regular expression: {error}"
-        if self.lr == 0:
-            usual = Group(self.name, self.pattern, lr=0)
-            idle = [field for field in ("unfreeze_at", "weight_decay", "schedule", "warmup_epochs", "optimizer")
-                    if getattr(self, field) != getattr(usual, field)]  # fmt: skip
-            yield from (f"{field} has no effect with lr=0, which freezes the row for the whole run" for field in idle)
+        for field in fields(self):
+            if self.lr == 0 and field.default is not MISSING and getattr(self, field.name) != field.default:
+                yield f"{field.name} has no effect with lr=0, which freezes the row for the whole run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class LayerDecay(Checked):
 
     head_lr: Annotated[float, "(0, inf)"]
     stem_ratio: Annotated[float, "(0, 1]"]  # the first layer's learning rate over the head's
-    unfreeze_at: Annotated[int, "[0, inf)"] = 0  # the first epoch in which all but the head trains
+    unfreeze_at: Annotated[int, "[0, inf)", "an epoch"] = 0  # the first in which all but the head trains
 
 
 @dataclass(frozen=True, kw_only=True)

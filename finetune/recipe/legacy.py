@@ -1,4 +1,4 @@
-"""Names of version 0.1, read for one more release: each says once what it is called now."""
+"""Names of version 0.1, read for one more release, each with a warning that gives today's; removed in 0.3."""
 
 import functools
 import warnings
@@ -11,27 +11,29 @@ RENAMED = {"norm_stats": "batch_norm", "score": "metric"}
 T = TypeVar("T")
 
 
-def new_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's fields under today's names."""
-    fields = {RENAMED.get(name, name): value for name, value in fields.items()}
-    return fields | ({"batch_norm": "frozen"} if fields.get("batch_norm") == "eval" else {})
+def new_names(fields: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """A recipe's fields under today's names. An old name outweighs its new one: dataclasses.replace(score=...) gives both."""
+    fields = dict(fields)
+    for old, new in RENAMED.items():
+        if old in fields:
+            value = fields.pop(old)
+            fields[new] = "frozen" if value == "eval" else value
+            if warn:
+                text = f"{old}={value!r} is now {new}={fields[new]!r}; please rename it"
+                warnings.warn(text, FutureWarning, stacklevel=3)
+    return fields
 
 
-def reads_old_names(cls: type[T]) -> type[T]:
-    """Let a dataclass take its fields under their old names too, with a warning."""
-    init = cls.__init__
+def reads_old_names(recipe_class: type[T]) -> type[T]:
+    """Let a recipe be made with its fields' old names, too."""
+    init = recipe_class.__init__
 
     @functools.wraps(init)
-    def renaming_init(self: T, **fields: Any) -> None:
-        for name in RENAMED.keys() & fields.keys():
-            value = fields[name]
-            new = new_names({name: value})
-            now = ", ".join(f"{field}={text!r}" for field, text in new.items())
-            warnings.warn(f"{name}={value!r} is now {now}; please rename it", FutureWarning, stacklevel=2)
+    def init_with_new_names(self: T, **fields: Any) -> None:
         init(self, **new_names(fields))
 
-    cls.__init__ = renaming_init  # type: ignore[assignment]
-    return cls
+    recipe_class.__init__ = init_with_new_names  # type: ignore[assignment]
+    return recipe_class
 
 
 def Frozen(name: str, pattern: str) -> Group:

@@ -8,11 +8,12 @@ import sys
 from ast import literal_eval
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import finetune
+from finetune.recipe.checks import alternatives
 from finetune.recipe.groups import Group, Optimizer
-from finetune.recipe.legacy import RENAMED, new_names
+from finetune.recipe.legacy import new_names
 from finetune.recipe.recipe import Recipe
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
@@ -108,14 +109,14 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise RecipeError(f"--set {assignment}: write FIELD=VALUE, such as epochs=3 or groups.head.lr=5e-3")
-        field, *rest = path.split(".")
-        value = parsed(text)
-        if field in RENAMED:
-            ((field, value),) = new_names({field: value}).items()
+        field, *keys = path.split(".")
+        ((field, value),) = new_names({field: parse_value(text)}).items()
         try:
             require(field, [f.name for f in dataclasses.fields(recipe)])
             part = changed.get(field, getattr(recipe, field))
-            changed[field] = replaced(part, rest, value) if part is not None else filled(field, rest, value)
+            if part is None and keys:
+                part = new_part(field, keys[0], value)
+            changed[field] = replaced(part, keys, value)
         except RecipeError as error:
             raise RecipeError(f"--set {assignment}: {error}") from None
     try:
@@ -124,20 +125,19 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         raise RecipeError(f"with --set {' '.join(assignments)}, {error}") from None
 
 
-def filled(field: str, keys: list[str], value: Any) -> Any:
-    """What a recipe's empty field holds once it is set, or one field of it: linear_probe.views=2."""
-    kinds: list[Any] = [kind for kind in get_args(get_type_hints(Recipe)[field]) if dataclasses.is_dataclass(kind)]
-    if not keys or not kinds:
-        return replaced(None, keys, value)
-    names = [f.name for f in dataclasses.fields(kinds[0])]
-    require(keys[0], names)
+def new_part(field: str, key: str, value: Any) -> Any:
+    """A part that the recipe does not have yet, with one of its fields set: LinearProbe(views=2) for linear_probe.views=2."""
+    kinds = alternatives(get_type_hints(Recipe)[field])
+    kind: Any = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    names = [f.name for f in dataclasses.fields(kind)] if kind else []
+    require(key, names)
     try:
-        return replaced(kinds[0](**{keys[0]: value}), keys, value)
+        return kind(**{key: value})
     except TypeError:
         raise RecipeError(f"the recipe has no {field} yet, and one needs more than that: {', '.join(names)}") from None
 
 
-def parsed(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A Python literal, or the text itself: mixed_precision=bf16 needs no quotes."""
     try:
         value = literal_eval(text)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from finetune.recipe.checks import Checked, find_faults
+from finetune.recipe.checks import Checked, find_faults, parts
 from finetune.recipe.data import Augment, Data
 from finetune.recipe.groups import Group, LayerDecay, LinearProbe, Optimizer, Switch
 from finetune.recipe.legacy import reads_old_names
@@ -93,6 +93,7 @@ class Recipe(Checked):
 
     def conflicts(self) -> Iterator[str]:
         is_timm = isinstance(self.backbone, str) and "/" not in self.backbone
+        optimizers = [part.name for _, part in parts(self) if isinstance(part, Optimizer)]
         if self.head is not None and not callable(self.backbone):
             yield "head: a timm or torchvision backbone knows its own head; remove the field"
         for name in ("dropout", "drop_path", "gradient_checkpointing"):
@@ -102,7 +103,7 @@ class Recipe(Checked):
             yield "class_weights need loss='cross_entropy'"
         if self.clip_norm is None and self.clip_norm_type != 2:
             yield "clip_norm_type has no effect without clip_norm"
-        if self.mixed_precision == "fp16" and "LBFGS" in self.optimizer_names():
+        if self.mixed_precision == "fp16" and "LBFGS" in optimizers:
             yield "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure"
         if self.data.sampling == "balanced" and self.loss == "multi_label":
             yield "data: sampling='balanced' needs one label an image"
@@ -115,12 +116,6 @@ class Recipe(Checked):
             yield "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix"
         yield from self.group_conflicts()
         yield from self.timing_conflicts()
-
-    def optimizer_names(self) -> list[str]:
-        """The names of the run's optimizers: its own, those of groups, that of a switch."""
-        own = [self.optimizer, self.switch and self.switch.optimizer]
-        rows = () if isinstance(self.groups, LayerDecay) else self.groups
-        return [optimizer.name for optimizer in [*own, *(row.optimizer for row in rows)] if optimizer]
 
     def group_conflicts(self) -> Iterator[str]:
         """Conflicts among rows."""
@@ -135,20 +130,13 @@ class Recipe(Checked):
 
     def timing_conflicts(self) -> Iterator[str]:
         """Conflicts among epochs: of the run, of schedules, of groups."""
-        rows = [] if isinstance(self.groups, LayerDecay) else [row for row in self.groups if row.lr > 0]
-        starts = {f"groups.{row.name}": row.unfreeze_at for row in rows}
-        if isinstance(self.groups, LayerDecay):
-            starts = {"groups": self.groups.unfreeze_at}
-        later = sorted({*starts.values()} - {0})
-        if self.switch and self.switch.at not in later:
-            stages = ", ".join(map(str, later)) or "none"
-            yield f"switch: at={self.switch.at} is no epoch at which a group unfreezes (those after the first: {stages})"
-        for path, start in starts.items():
+        stages = sorted({getattr(part, "unfreeze_at", 0) for _, part in parts(self)} - {0})
+        if self.switch and self.switch.at not in stages:
+            text = ", ".join(map(str, stages)) or "none"
+            yield f"switch: at={self.switch.at} is no epoch at which a group unfreezes (those after the first: {text})"
+        for path, part in parts(self) if self.epochs >= 1 else ():
+            start, warmup = getattr(part, "unfreeze_at", 0), getattr(part, "warmup_epochs", 0)
             if start >= self.epochs:
                 yield f"{path}: unfreeze_at={start} is past the last epoch, {self.epochs - 1}"
-        warmups = [("schedule", self.schedule.warmup_epochs, 0)]
-        warmups += [(f"groups.{row.name}.schedule", row.schedule.warmup_epochs, 0) for row in rows if row.schedule]
-        warmups += [(f"groups.{row.name}", row.warmup_epochs, row.unfreeze_at) for row in rows]
-        for path, length, start in warmups:
-            if length and start + length >= self.epochs:
-                yield f"{path}: warmup_epochs={length} does not end within epochs={self.epochs}"
+            if warmup and start + warmup >= self.epochs:
+                yield f"{path}: warmup_epochs={warmup} does not end within epochs={self.epochs}"

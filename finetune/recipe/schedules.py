@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from finetune.recipe.checks import Checked
 
-PAST = 1e-9  # epochs by which a fraction may miss a whole number: 3 x 0.1 epochs are 0.3 epochs, rounding or not
+ROUNDING = 1e-9  # epochs: 3 x 0.1 epochs are 0.3 epochs, though not in floating point
 
 
 class Time(NamedTuple):
@@ -67,7 +67,7 @@ class Cosine(Schedule):
     torch's CosineAnnealingLR with eta_min = floor * peak. An absolute floor would lift slow groups above their own peak.
     """
 
-    floor: Annotated[float, "[0, 1)"] = 0.0  # a share of the peak
+    floor: Annotated[float, "[0, 1)", "a share of the peak"] = 0.0
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
         return cosine_between(1.0, self.floor, time.progress)
@@ -77,7 +77,7 @@ class Cosine(Schedule):
 class Linear(Schedule):
     """A straight line from the peak, where warmup ends, to `end`: torch's LinearLR."""
 
-    end: Annotated[float, "[0, 1]"] = 0.0  # a share of the peak
+    end: Annotated[float, "[0, 1]", "a share of the peak"] = 0.0
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
         return 1 + (self.end - 1) * time.progress
@@ -91,7 +91,7 @@ class Step(Schedule):
     factor: Annotated[float, "(0, 1)"] = 0.1
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
-        return self.factor ** math.floor(time.epoch / self.every + PAST)
+        return self.factor ** math.floor(time.epoch / self.every + ROUNDING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class MultiStep(Schedule):
     factor: Annotated[float, "(0, 1)"] = 0.1
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
-        return self.factor ** sum(time.epoch + PAST >= epoch for epoch in self.at)
+        return self.factor ** sum(time.epoch + ROUNDING >= epoch for epoch in self.at)
 
     def conflicts(self) -> Iterator[str]:
         if not self.at or list(self.at) != sorted(set(self.at)):
@@ -128,11 +128,11 @@ class CosineRestarts(Schedule):
 
     period: Annotated[float, "(0, inf)"]  # epochs of the first cosine
     stretch: Annotated[int, "[1, inf)"] = 1
-    floor: Annotated[float, "[0, 1)"] = 0.0  # a share of the peak
+    floor: Annotated[float, "[0, 1)", "a share of the peak"] = 0.0
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
         start, length = 0.0, self.period
-        while time.epoch + PAST >= start + length:
+        while time.epoch + ROUNDING >= start + length:
             start, length = start + length, length * self.stretch
         return cosine_between(1.0, self.floor, (time.epoch - start) / length)
 
@@ -145,8 +145,8 @@ class OneCycle(Schedule):
     """
 
     rise: Annotated[float, "(0, 1)"] = 0.3  # share of the run
-    start_div: Annotated[float, "[1, inf)"] = 25.0  # the peak over the first learning rate
-    end_div: Annotated[float, "[1, inf)"] = 1e4  # the first learning rate over the last
+    start_div: Annotated[float, "[1, inf]"] = 25.0  # the peak over the first learning rate
+    end_div: Annotated[float, "[1, inf]"] = 1e4  # the first learning rate over the last
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
         top, last, start = self.rise * time.steps - 1, time.steps - 1, 1 / self.start_div
@@ -182,7 +182,7 @@ class Plateau(Schedule):
     threshold: Annotated[float, "[0, inf)"] = 1e-4
     threshold_mode: Literal["rel", "abs"] = "rel"
     cooldown: Annotated[int, "[0, inf)"] = 0
-    min_scale: Annotated[float, "[0, 1)"] = 0.0  # lowest share of the peak
+    min_scale: Annotated[float, "[0, 1)", "a share of the peak"] = 0.0  # the lowest
 
     def watched_metric(self, metric: str) -> str:
         return metric if self.mode == "max" else "loss"

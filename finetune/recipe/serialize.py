@@ -1,14 +1,14 @@
 """A recipe as plain data, and back; what differs between two."""
 
 import dataclasses
-import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import finetune
-from finetune.recipe.groups import Group, LayerDecay, Optimizer
-from finetune.recipe.legacy import Polynomial, new_names
+from finetune.recipe.checks import alternatives
+from finetune.recipe.groups import Group, LayerDecay
+from finetune.recipe.legacy import new_names
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schedules import Schedule
 from finetune.utils.errors import RecipeError
@@ -29,44 +29,46 @@ def to_dict(part: Any) -> Any:
 def from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe that `to_dict` made these values of, in this version or an earlier one; fields it lacks get their defaults.
 
-    A function is known by its name alone: it is there to be compared, and raises RecipeError when it is called.
+    A function, or a schedule that is not finetune's, is known by its name alone: it is there to be compared, not to be called.
 
     Raises:
         RecipeError: for a field that is not known here, and for values that are no valid recipe.
     """
-    return build(new_names(values), Recipe)
+    return build(new_names(values, warn=False), Recipe)
 
 
 def build(value: Any, hint: Any) -> Any:
     """What `to_dict` made `value` of, where the annotation of its field is `hint`."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = alternatives(hint)
+    if isinstance(value, list):
+        items = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), Any)
+        return tuple(build(item, items) for item in value)
     if isinstance(value, str) and value.startswith("function "):
         return named_function(value.removeprefix("function "))
-    if isinstance(value, list):
-        rows = next((typing.get_args(option)[0] for option in options if typing.get_origin(option) is tuple), Any)
-        return tuple(build(item, rows) for item in value)
-    if not isinstance(value, dict):
-        return value
-    fields = dict(value)
+    part = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+    if isinstance(value, dict):
+        return build_part(value, part) if part else {key: build(item, Any) for key, item in value.items()}
+    return value
+
+
+def build_part(values: dict[str, Any], part: Any) -> Any:
+    """A recipe or a part of one, of the class `part` or of the one that "type" names."""
+    fields = dict(values)
     kind = fields.pop("type", None)
-    if kind == "Polynomial":
-        Polynomial()
     if kind == "Frozen":  # of version 0.1
-        return Group(**fields, lr=0)
-    cls: Any = (
-        getattr(finetune, kind) if kind else next((option for option in options if dataclasses.is_dataclass(option)), dict)
-    )
-    if cls is dict:
-        return {key: build(item, Any) for key, item in fields.items()}
-    if cls is Optimizer:
-        return Optimizer(fields["name"], weight_decay=fields["weight_decay"], **build(fields["options"], dict))
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(fields.keys() - hints.keys()):
-        raise RecipeError(f"{cls.__name__} has no field '{unknown[0]}' here: a newer version wrote it, or it was removed")
-    return cls(**{name: build(item, hints[name]) for name, item in fields.items()})
+        part, fields = Group, {**fields, "lr": 0}
+    elif kind:
+        names = [(name, object) for name in fields]
+        unknown = dataclasses.make_dataclass(kind, names, bases=(Schedule,), frozen=True, kw_only=True)
+        part = getattr(finetune, kind, unknown)  # a schedule of the recipe's own, or of another version
+    hints = typing.get_type_hints(part)
+    if surplus := sorted(fields.keys() - hints.keys()):
+        raise RecipeError(f"{part.__name__} has no field '{surplus[0]}' here: a newer version wrote it, or it was removed")
+    made = {name: build(item, hints[name]) for name, item in fields.items()}
+    return part(**made.pop("options", {}), **made)  # an optimizer takes its options one by one
 
 
-def named_function(name: str) -> Callable[[], Any]:
+def named_function(name: str) -> Callable[..., Any]:
     """A stand-in for a function of which only the name was written down."""
 
     def missing(*arguments: Any) -> Any:
@@ -89,5 +91,4 @@ def flatten(part: Any, path: str = "") -> dict[str, Any]:
         part = {item["name"]: item for item in part}
     if not isinstance(part, dict) or not part:
         return {path: part}
-    below = f"{path}." if path else ""
-    return {key: value for name, item in part.items() for key, value in flatten(item, below + name).items()}
+    return {key: value for name, item in part.items() for key, value in flatten(item, f"{path}.{name}".lstrip(".")).items()}

@@ -1,11 +1,11 @@
-"""What a loaded model says of images."""
+"""What a loaded model predicts."""
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,9 +15,11 @@ from sklearn.metrics import classification_report
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from finetune.data.sources import load_data
-from finetune.inference.evaluate import evaluate, evaluation_as_text, labelled_images
+from finetune.inference.evaluate import evaluate, evaluation_as_text, load_labelled_images
 from finetune.inference.predict import find_images, predict, predictions_as_csv, predictions_as_table
 from finetune.models.saved import load_model, save_model
+from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, ROOT, timm_alone
 
@@ -35,7 +37,7 @@ def mixed(image_folder, tmp_path):
 
 @pytest.mark.parametrize("part", ["", "val"])
 def test_evaluate_gives_the_runs_own_number(run_folder, image_folder, part):
-    """On the run's validation images a loaded model has the scores of result.json, and its loss to rounding."""
+    """On the run's validation images a loaded model has the metrics of result.json, and its loss to rounding."""
     found, result = evaluate(run_folder, image_folder / part), json.loads((run_folder / "result.json").read_text())
     assert {key: found[key] for key in ("top1", "macro_f1", "val_images")} == {
         key: result[key] for key in ("top1", "macro_f1", "val_images")
@@ -70,12 +72,11 @@ def test_evaluate_agrees_with_scikit_learn(run_folder, mixed):
 def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
     """Of class folders that a run trained on, only the fifth that it kept counts; of any other folder, every image."""
     data = image_folder / "train"
-    images = SimpleNamespace(source=str(data), on_bad_image="stop", holdout=0.0)
-    settings = SimpleNamespace(loss="cross_entropy", seed=0, data=images)
-    kept = load_data(settings).val.items
-    assert labelled_images(str(data), settings, ("red", "green", "blue")).items == kept and len(kept) == 6
-    settings.data.source = "elsewhere"
-    whole = labelled_images(str(data), settings, ("red", "green", "blue"))
+    recipe = minimal_recipe("resnet18", str(data), 32)
+    kept = load_data(recipe).val.items
+    assert load_labelled_images(str(data), recipe, ("red", "green", "blue")).items == kept and len(kept) == 6
+    recipe = minimal_recipe("resnet18", "elsewhere", 32)
+    whole = load_labelled_images(str(data), recipe, ("red", "green", "blue"))
     pairs = {(Path(item).parent.name, label) for item, label in zip(whole.items, whole.labels, strict=True)}
     assert len(whole) == 30 and pairs == {("red", 0), ("green", 1), ("blue", 2)}
 
@@ -83,13 +84,13 @@ def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
 def test_predictions_are_those_of_timm_alone(run_folder, image_folder):
     """Each file's classes and probabilities are the softmax of timm's network on timm's transform, the likeliest first."""
     files = sorted((image_folder / "val").rglob("*.png"))
-    chances = timm_alone(run_folder / "model", files).softmax(1)
+    probs = timm_alone(run_folder / "model", files).softmax(1)
     rows = predict(run_folder / "model", [image_folder / "val"], top=2)
     assert [row["file"] for row in rows] == list(map(str, files))
-    for row, expected in zip(rows, chances, strict=True):
+    for row, expected in zip(rows, probs, strict=True):
         best = expected.topk(2)
         assert [name for name, _ in row["top"]] == [("blue", "green", "red")[label] for label in best.indices]
-        assert [chance for _, chance in row["top"]] == pytest.approx(best.values.tolist(), abs=1e-3)  # PIL rounds elsewhere
+        assert [prob for _, prob in row["top"]] == pytest.approx(best.values.tolist(), abs=1e-3)  # PIL rounds elsewhere
         assert [row["predicted"], row["probability"]] == row["top"][0]
 
 
@@ -136,14 +137,16 @@ def test_several_labels_an_image_are_sigmoids(tmp_path, image_folder):
     torch.manual_seed(1)
     net = timm.create_model("test_resnet", num_classes=3).eval()
     save_model(tmp_path / "model", net, PREPROCESSING, ("a", "b", "c"))
-    (tmp_path / "recipe.json").write_text(json.dumps({"loss": "multi_label", "data": {"batch_size": 4}}))
+    recipe = minimal_recipe("test_resnet", "gone", 32, batch_size=4)
+    recipe = dataclasses.replace(recipe, loss="multi_label", metric="mean_average_precision")
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
     rows = predict(tmp_path, [image_folder / "val"])
     transform = timm.data.create_transform(**PREPROCESSING)
     for row in rows:
         with torch.no_grad():
-            chances = dict(zip("abc", net(transform(Image.open(row["file"]))[None])[0].sigmoid().tolist(), strict=True))
-        assert dict(row["top"]) == pytest.approx(chances, abs=1e-3)
-        assert set(row["predicted"]) == {name for name in "abc" if chances[name] > 0.5}
+            probs = dict(zip("abc", net(transform(Image.open(row["file"]))[None])[0].sigmoid().tolist(), strict=True))
+        assert dict(row["top"]) == pytest.approx(probs, abs=1e-3)
+        assert set(row["predicted"]) == {name for name in "abc" if probs[name] > 0.5}
         assert row["probability"] == [dict(row["top"])[name] for name in row["predicted"]]
     assert len({len(row["predicted"]) for row in rows}) > 1 or len(rows[0]["predicted"]) != 1
 

@@ -5,8 +5,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -14,17 +14,20 @@ import safetensors.torch
 import torch
 
 from finetune.data.sources import load_data
-from finetune.inference.predict import logits_of
+from finetune.inference.evaluate import evaluate
+from finetune.inference.export import export
+from finetune.inference.predict import compute_logits, predict
 from finetune.models.backbone import build_backbone
 from finetune.models.saved import load_model, save_model
+from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, ROOT
 
 OWN = """
 from torch import nn
-from finetune.image_data import generated
-from finetune.lr_schedule import Constant
-from finetune.recipe import SGD, Data, Group, Recipe
+from finetune import SGD, Constant, Data, Group, Recipe
+from finetune.data.builtin import generated
 
 
 def net():
@@ -54,7 +57,7 @@ def run(recipe, output, *arguments):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A run of a function's network on a function's images, scored with mirror images."""
+    """A run of a function's network on a function's images, evaluated with mirror images."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(OWN)
     return run(folder / "own.py", folder / "out")
@@ -63,7 +66,7 @@ def own(tmp_path_factory):
 def test_a_functions_network_comes_back_from_its_run(own):
     """A network that the recipe's own function makes has, loaded again, the logits that the run wrote, mirrored ones too."""
     model = load_model(own)
-    logits, _ = logits_of(model, load_data(model[3]).val, "stop", 0)
+    logits, _ = compute_logits(model, load_data(model.recipe).val, "stop", 0)
     assert logits.equal(safetensors.torch.load_file(own / "predictions.safetensors")["logits"])
     with pytest.raises(RecipeError, match="loaded from the whole run folder"):
         shutil.copytree(own / "model", own.parent / "alone")
@@ -73,13 +76,58 @@ def test_a_functions_network_comes_back_from_its_run(own):
 def test_a_torchvision_network_comes_back_from_its_run(tmp_path):
     """It is built by its name in recipe.json; the same images give the same logits."""
     name = "torchvision/squeezenet1_1"
-    net = build_backbone(SimpleNamespace(backbone=name), 3).eval()
+    recipe = minimal_recipe(name, "digits", 64)
+    net = build_backbone(recipe, 3).eval()
     save_model(tmp_path / "model", net, PREPROCESSING, ("a", "b", "c"))
-    (tmp_path / "recipe.json").write_text(json.dumps({"backbone": name, "data": {}}))
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
     loaded, classes, preprocessing, _ = load_model(tmp_path)
     images = torch.randn(2, 3, 64, 64)
     assert loaded(images).equal(net(images)) and classes == ("a", "b", "c") and preprocessing["std"] == [0.5] * 3
     assert not loaded.training
+
+
+@pytest.mark.parametrize("schedule", [{"type": "Cosine", "floor": 0.0}, {"type": "Polynomial", "power": 2.0}], ids=str)
+def test_a_run_of_version_0_1_is_still_of_use(run_folder, image_folder, tmp_path, schedule):
+    """A recipe.json with norm_stats, score, Frozen rows and a removed schedule loads without a warning; predictions, metrics
+    and exports are those of the same run under today's names."""
+    old = shutil.copytree(run_folder, tmp_path / "old")
+    values = json.loads((old / "recipe.json").read_text())
+    del values["batch_norm"], values["metric"], values["lr_scale"]
+    values |= {"norm_stats": "eval", "score": "top1", "schedule": {**schedule, "warmup_epochs": 0.5, "warmup_start": 0.01}}
+    values["groups"][-1] = {"type": "Frozen", "name": "stem", "pattern": "conv1|bn1"}
+    (old / "recipe.json").write_text(json.dumps(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model = load_model(old)
+    recipe = model.recipe
+    assert (recipe.batch_norm, recipe.metric, recipe.groups[-1].lr) == ("frozen", "top1", 0)
+    assert predict(old, [image_folder / "val"]) == predict(run_folder, [image_folder / "val"])
+    found, expected = (evaluate(run, image_folder) for run in (old, run_folder))
+    assert found == {**expected, "model": str(old)}
+    card, about = export(old, "timm") / "README.md", export(old, "torch") / "model.json"
+    assert "| top-1 |" in card.read_text() and json.loads(about.read_text())["classes"] == list(model.classes)
+
+
+def test_a_run_in_fp16_is_evaluated_in_float32_on_a_cpu(run_folder, image_folder, tmp_path):
+    """Its logits are those of the same run without mixed precision."""
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    half = shutil.copytree(run_folder, tmp_path / "half")
+    values = json.loads((half / "recipe.json").read_text())
+    assert values["mixed_precision"] == "no"
+    (half / "recipe.json").write_text(json.dumps({**values, "mixed_precision": "fp16"}))
+    assert load_model(half).recipe.mixed_precision == "fp16"
+    assert predict(half, [image_folder / "val"]) == predict(run_folder, [image_folder / "val"])
+
+
+def test_a_recipe_that_can_not_be_read_is_one_message(run_folder, tmp_path):
+    """A recipe.json that holds none, or one of a newer version, is named."""
+    values = json.loads((run_folder / "recipe.json").read_text())
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    for content in ({}, {"data": {}}, {**values, "data": 3}, {**values, "groups": {}}, {**values, "newer": 1}):
+        (run / "recipe.json").write_text(json.dumps(content))
+        with pytest.raises(RecipeError, match="recipe.json holds no recipe that can be read here"):
+            load_model(run)
 
 
 def test_a_repository_is_loaded_from_the_cache_without_a_network(run_folder, tmp_path, monkeypatch):
@@ -92,8 +140,8 @@ def test_a_repository_is_loaded_from_the_cache_without_a_network(run_folder, tmp
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     expected = load_model(run_folder)[0].state_dict()
     for source in ("hf-hub:someone/red-or-blue", "https://huggingface.co/someone/red-or-blue/tree/main"):
-        net, classes, _, settings = load_model(source)
-        assert classes == ("blue", "green", "red") and settings.loss == "cross_entropy"
+        net, classes, _, recipe = load_model(source)
+        assert classes == ("blue", "green", "red") and (recipe.backbone, recipe.loss) == ("resnet18", "cross_entropy")
         assert all(tensor.equal(expected[name]) for name, tensor in net.state_dict().items())
 
 

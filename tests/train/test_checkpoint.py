@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from finetune.optim.optimizers import SeveralOptimizers
-from finetune.train.checkpoint import restore, restore_optimizer, save_checkpoint
+from finetune.train.checkpoint import read_state, restore, restore_optimizer, save_checkpoint
 from finetune.train.logger import Logger
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
@@ -26,27 +26,39 @@ IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 SGD, AdamW = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW
 
 
-def recorded(folder, accelerator=None):
+def logger_in(folder, accelerator=None):
     folder.mkdir(exist_ok=True)
-    return Logger(folder, accelerator or Accelerator(cpu=True), lambda path, net: None, quiet=True)
+    return Logger(folder, accelerator or Accelerator(cpu=True), quiet=True)
 
 
-def save(folder, net, optimizer, scored=None, step=3, accelerator=None):
+def save(folder, net, optimizer, average=None, step=3, accelerator=None):
     """The checkpoint's folder."""
-    record = recorded(folder, accelerator)
-    record.begin()
-    save_checkpoint(record, net, scored or net, optimizer, record.accelerator, step)
+    logger = logger_in(folder, accelerator)
+    logger.start()
+    save_checkpoint(logger, net, average or net, optimizer, logger.accelerator, step)
     return newest_checkpoint(folder)
 
 
-def train(net, optimizer, updates=1):
+def go_on(logger, net, average=None, optimizer=None):
+    """restore(), of an optimizer without state if none is given."""
+    optimizer = optimizer or torch.optim.SGD(net.parameters())
+    return restore(logger, net, average or net, optimizer, logger.accelerator, steps_per_epoch=100)
+
+
+def go_on_optimizer(folder, net, optimizer):
+    """Give the optimizer what the folder's checkpoint has of it, and nothing else."""
+    checkpoint = newest_checkpoint(folder)
+    restore_optimizer(checkpoint, read_state(checkpoint), net, optimizer)
+
+
+def train(net, optimizer, steps=1):
     def closure():
         optimizer.zero_grad()
         loss = net(IMAGES).square().mean()
         loss.backward()
         return loss
 
-    for _ in range(updates):
+    for _ in range(steps):
         optimizer.step(closure)
 
 
@@ -85,18 +97,16 @@ def test_an_optimizer_goes_on(tmp_path, kind, old):
     net, again, afresh = SmallNet(), SmallNet(), SmallNet()
     optimizer = OPTIMIZERS[kind](net)
     net.stem.requires_grad_(False)
-    train(net, optimizer, updates=3)
+    train(net, optimizer, steps=3)
     net.stem.requires_grad_(True)
     folder = save(tmp_path, net, optimizer)
     if old:
         state = json.loads((folder / "state.json").read_text())
         del state["optimizers"]
         (folder / "state.json").write_text(json.dumps(state))
-    record = recorded(tmp_path)
-    assert restore(record, again, again, record.accelerator) == 3
-    afresh.load_state_dict(again.state_dict())
     restored = OPTIMIZERS[kind](again)
-    restore_optimizer(record, again, restored)
+    assert go_on(logger_in(tmp_path), again, optimizer=restored) == 3
+    afresh.load_state_dict(again.state_dict())
     for one, its in ((net, optimizer), (again, restored), (afresh, OPTIMIZERS[kind](afresh))):
         train(one, its)
     assert same_tensors(net.state_dict(), again.state_dict())
@@ -104,13 +114,13 @@ def test_an_optimizer_goes_on(tmp_path, kind, old):
 
 
 def test_moments_follow_their_parameters(tmp_path):
-    """Where the rows of the table change places, each parameter keeps its own moments."""
+    """Where param_groups change places, each parameter keeps its own moments."""
     net = SmallNet()
     optimizer = AdamW(rows(net), lr=0.01)
     train(net, optimizer)
     save(tmp_path, net, optimizer)
     turned = AdamW(rows(net)[::-1], lr=0.01)
-    restore_optimizer(recorded(tmp_path), net, turned)
+    go_on_optimizer(tmp_path, net, turned)
     for parameter in net.parameters():
         assert same_tensors(optimizer.state[parameter], turned.state[parameter])
 
@@ -126,7 +136,7 @@ def test_moments_follow_their_parameters(tmp_path):
         ("torch's", "its namesake of timm", "has torch.Adafactor's state of fc.weight, not timm.Adafactor's"),
         ("SGD, AdamW", "AdamW, SGD", "has torch.SGD's state of fc.weight, not torch.AdamW's"),
         ("SGD", "SGD, AdamW", "has torch.SGD's state of stem.weight, not torch.AdamW's"),
-        ("AdamW", "AdamW of the head", "is of another network, or another table, than this recipe's"),
+        ("AdamW", "AdamW of the head", "is of another network, or other groups, than this recipe's"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(tmp_path, before, now, fault):
@@ -136,7 +146,7 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path, before, now, fault)
     train(net, optimizer)
     folder = save(tmp_path, net, optimizer)
     with pytest.raises(RecipeError, match=re.escape(f"checkpoint {folder} {fault}; {AFRESH}") + "$"):
-        restore_optimizer(recorded(tmp_path), net, Accelerator(cpu=True).prepare(OPTIMIZERS[now](net)))
+        go_on_optimizer(tmp_path, net, Accelerator(cpu=True).prepare(OPTIMIZERS[now](net)))
 
 
 def test_an_optimizer_without_state_may_be_changed(tmp_path):
@@ -146,7 +156,7 @@ def test_an_optimizer_without_state_may_be_changed(tmp_path):
     train(net, optimizer)
     save(tmp_path, net, optimizer)
     other = AdamW(net.parameters())
-    restore_optimizer(recorded(tmp_path), net, other)
+    go_on_optimizer(tmp_path, net, other)
     assert not other.state
 
 
@@ -156,12 +166,11 @@ def test_a_network_of_other_shapes_is_refused(tmp_path, layer):
     net, other = SmallNet(), SmallNet()
     other.stem, other.fc = {"stem": (torch.nn.Conv2d(3, 8, 5, 2), net.fc), "fc": (net.stem, torch.nn.Linear(16, 8))}[layer]
     folder = save(tmp_path, net, SGD(net.parameters()))
-    record = recorded(tmp_path)
     fault = re.escape(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
     for pair in ((other, other), (net, other)):  # the network, and then its moving average alone
         shutil.copyfile(folder / "model.safetensors", folder / "average.safetensors")
         with pytest.raises(RecipeError, match=fault):
-            restore(record, *pair, record.accelerator)
+            go_on(logger_in(tmp_path), *pair)
 
 
 def test_a_checkpoint_holds_network_and_average(tmp_path):
@@ -171,34 +180,32 @@ def test_a_checkpoint_holds_network_and_average(tmp_path):
     folder = save(tmp_path, net, optimizer, average)
     assert same_tensors(load_file(folder / "average.safetensors"), average.state_dict())
     again, its_average = DroppingNet(), DroppingNet()
-    record = recorded(tmp_path)
-    restore(record, again, its_average, record.accelerator)
+    go_on(logger_in(tmp_path), again, its_average, SGD(again.parameters()))
     assert same_tensors(again.state_dict(), net.state_dict()) and same_tensors(its_average.state_dict(), average.state_dict())
     folder = save(tmp_path, net, optimizer, step=4)
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "optimizer.pt", "state.json"]
 
 
-def test_a_run_without_a_checkpoint_begins(tmp_path):
-    """It begins at update 0, and what an earlier try left in the metrics is gone."""
-    record = recorded(tmp_path)
-    record.metrics.write_text("old\n")
-    net = SmallNet()
-    assert restore(record, net, net, record.accelerator) == 0 and record.metrics.read_text() == ""
+def test_a_run_without_a_checkpoint_starts(tmp_path):
+    """It starts at step 0, and what an earlier try left in the metrics is gone."""
+    logger = logger_in(tmp_path)
+    logger.metrics_file.write_text("old\n")
+    assert go_on(logger, SmallNet()) == 0 and logger.metrics_file.read_text() == ""
 
 
 @pytest.mark.parametrize("before,now", [(False, False), (False, True), (True, False), (True, True)])
 def test_the_scaler_goes_on_where_there_was_one(tmp_path, before, now):
-    """A precision may change (--resume-anyway): fp16 then begins with a fresh scaler, and others leave the old one."""
+    """A precision may change (--resume-anyway): fp16 then starts with a fresh scaler, and others leave the old one."""
     net = SmallNet()
     accelerator = scaling_accelerator() if before else None
     if before:
         accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 8.0, "_growth_tracker": 2})
     save(tmp_path, net, SGD(net.parameters()), accelerator=accelerator)
-    record = recorded(tmp_path, scaling_accelerator() if now else None)
-    fresh = now and record.accelerator.scaler.state_dict()
-    assert restore(record, net, net, record.accelerator) == 3
+    logger = logger_in(tmp_path, scaling_accelerator() if now else None)
+    fresh = now and logger.accelerator.scaler.state_dict()
+    assert go_on(logger, net) == 3
     if now:
-        assert record.accelerator.scaler.state_dict() == (accelerator.scaler.state_dict() if before else fresh)
+        assert logger.accelerator.scaler.state_dict() == (accelerator.scaler.state_dict() if before else fresh)
 
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "average.safetensors", "optimizer.pt"])
@@ -213,10 +220,8 @@ def test_a_damaged_file_is_named(tmp_path, name, spoil):
     train(net, optimizer := AdamW(net.parameters()))
     folder = save(tmp_path, net, optimizer, average)
     spoil(folder / name)
-    record = recorded(tmp_path)
     with pytest.raises(RecipeError) as error:
-        restore(record, net, average, record.accelerator)
-        restore_optimizer(record, net, optimizer)
+        go_on(logger_in(tmp_path), net, average, optimizer)
     reason = str(error.value.__cause__).splitlines()[0]
     assert str(error.value) == f"checkpoint {folder} can't be read: {name}: {reason}; {AFRESH}"
 

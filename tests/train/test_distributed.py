@@ -14,9 +14,9 @@ from launching import ACCELERATE, command, contents, finish, several
 
 
 def assert_same_run(a, b):
-    """The same updates and rates exactly; losses and weights to float32 rounding."""
+    """The same steps and learning rates exactly; losses and weights to float32 rounding."""
     (one, rows, weights), (two, others, same_weights) = a, b
-    assert one["updates"] == two["updates"] == 20 and one["val_images"] == two["val_images"] == 15
+    assert one["steps"] == two["steps"] == 20 and one["val_images"] == two["val_images"] == 15
     assert one["top1"] == two["top1"] and one["loss"] == pytest.approx(two["loss"], abs=1e-6)
     for row, other in zip(rows, others, strict=True):
         assert row.get("lr") == other.get("lr") and row["step"] == other["step"]
@@ -27,7 +27,7 @@ def assert_same_run(a, b):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, image_folder):
-    """One process, whole batches: 20 updates through three stages, the last of each epoch short (30 images, 8 an update)."""
+    """One process, whole batches: 20 steps through three stages, the last of each epoch short (30 images, 8 a step)."""
     folder = tmp_path_factory.mktemp("alone")
     finish(command(folder, image_folder, folder / "out", [sys.executable]))
     return contents(folder / "out")
@@ -35,7 +35,7 @@ def alone(tmp_path_factory, image_folder):
 
 @pytest.mark.parametrize("count,accumulate", [(1, 4), (2, 1), (2, 2), (4, 1)])
 def test_any_number_of_processes_computes_the_same(tmp_path, image_folder, alone, count, accumulate):
-    """Processes and accumulation change no update, no rate and no count, and no weight by 1e-6. One process speaks."""
+    """Processes and accumulation change no step, no learning rate and no count, and no weight by 1e-6. One process speaks."""
     launcher = [sys.executable] if count == 1 else several(count)
     out = finish(command(tmp_path, image_folder, tmp_path / "out", launcher, ["--accumulate", str(accumulate)]))
     run = contents(tmp_path / "out")
@@ -65,8 +65,8 @@ SET = (
     ],
     ids=["mixing, averaging, two optimizers", "LBFGS"],
 )
-def test_two_processes_pull_every_lever_alike(tmp_path, image_folder, fields, head, stem):
-    """Whatever lever is pulled, two processes take the updates of one, and their weights are the same to rounding."""
+def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields, head, stem):
+    """Whatever option is set, two processes take the steps of one, and their weights are the same to rounding."""
     runs = []
     for name, launcher in (("one", [sys.executable]), ("two", several(2))):
         (tmp_path / name).mkdir()
@@ -88,19 +88,19 @@ def test_two_processes_pull_every_lever_alike(tmp_path, image_folder, fields, he
 
 
 def test_three_processes_share_a_batch_of_twelve(tmp_path, image_folder):
-    """Three processes take the same updates at the same rates as one, with 30 images in batches of 12."""
+    """Three processes take the same steps at the same learning rates as one, with 30 images in batches of 12."""
     runs = []
     for count in (1, 3):
         launcher = [sys.executable] if count == 1 else several(count)
         finish(command(tmp_path, image_folder, tmp_path / str(count), launcher, ["--set", "data.batch_size=12"]))
         runs.append(contents(tmp_path / str(count)))
-    assert runs[1][0]["hardware"]["processes"] == 3 and runs[0][0]["updates"] == 15
+    assert runs[1][0]["hardware"]["processes"] == 3 and runs[0][0]["steps"] == 15
     assert [row.get("lr") for row in runs[0][1]] == [row.get("lr") for row in runs[1][1]]
     assert max((runs[0][2][n] - runs[1][2][n]).abs().max().item() for n in runs[0][2]) < 1e-6
 
 
-def test_processes_decide_from_one_score(tmp_path, image_folder):
-    """A plateau cuts the rate in the same epochs on two processes as on one: each sees the score of all images."""
+def test_processes_decide_from_one_metric(tmp_path, image_folder):
+    """A plateau cuts the learning rate in the same epochs on two processes as on one: each sees the metric of all images."""
     runs = []
     for count, launcher in ((1, [sys.executable]), (2, several(2))):
         line = command(tmp_path, image_folder, tmp_path / str(count), launcher)
@@ -112,8 +112,8 @@ def test_processes_decide_from_one_score(tmp_path, image_folder):
         )
         finish(line)
         runs.append(contents(tmp_path / str(count)))
-    rates = [[row["lr"]["head"] for row in rows if "lr" in row] for _, rows, _ in runs]
-    assert rates[0] == rates[1] and len(set(rates[0])) > 1
+    lrs = [[row["lr"]["head"] for row in rows if "lr" in row] for _, rows, _ in runs]
+    assert lrs[0] == lrs[1] and len(set(lrs[0])) > 1
     assert max((runs[0][2][n] - runs[1][2][n]).abs().max().item() for n in runs[0][2]) < 1e-6
 
 

@@ -16,8 +16,7 @@ import pytest
 from finetune.data.loader import plan_epoch
 from finetune.recipe import Data
 from finetune.run import STOPPED, main
-from finetune.train import checkpoint
-from finetune.train import distributed as processes
+from finetune.train import checkpoint, distributed
 from finetune.train import loop as train_loop
 from finetune.train.distributed import Stopped, StopRequest
 from finetune.train.run_dir import lock, new_run_dir, newest_checkpoint
@@ -26,9 +25,9 @@ from helpers import ROOT, run_here, small_recipe
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
-    """Pressed again a while later, Ctrl-C does not wait for the update; the launcher's echo of the first is no second one."""
+    """Pressed again a while later, Ctrl-C does not wait for the step; the launcher's echo of the first is no second one."""
     clock, got_past = [0.0], []
-    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def stuck(*args):
         for clock[0] in (100.0, 101.0, 101.1):
@@ -83,40 +82,40 @@ def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder, cap
     command[command.index("epochs=20")] = "epochs=21"
     assert main(command[2:]) == 2  # another recipe
     command[command.index("epochs=21")] = "epochs=20"
-    assert main(command[2:]) == 0 and "going on after update" in capsys.readouterr().out
+    assert main(command[2:]) == 0 and "resuming after step" in capsys.readouterr().out
     assert main(command[2:]) == 0 and "is finished" in capsys.readouterr().out  # nothing left to do
     assert json.loads((tmp_path / "out" / "result.json").read_text())["epochs"] == 20
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
-    """The message has the update, its images and its rates; the last good checkpoint stays, and nothing bad is saved."""
+    """The message has the step, its images and its learning rates; the last good checkpoint stays, and nothing bad is saved."""
     real = train_loop.backward
 
-    def spoilt(recipe, criterion, model, update, batches, step, accelerator):
-        return real(recipe, criterion, model, update, batches, step, accelerator) * (float("nan") if step == 7 else 1.0)
+    def spoilt(recipe, model, criterion, batch, accelerator):
+        return real(recipe, model, criterion, batch, accelerator) * (float("nan") if batch.plan.step == 7 else 1.0)
 
     monkeypatch.setattr(train_loop, "backward", spoilt)
     recipe = small_recipe()
     with pytest.raises(RecipeError) as caught:
         run_here(recipe, tmp_path)
     images = plan_epoch(22, 8, recipe.seed, 2)[1].images
-    assert "the loss of update 7 (epoch 2) is nan, at rates head " in str(caught.value)
+    assert "the loss of step 7 (epoch 2) is nan, at learning rates head " in str(caught.value)
     assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
     assert newest_checkpoint(tmp_path).name == "step-00000006-epochs-00002"
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     """The message has the epoch and the folder; that epoch is in no metrics and no checkpoint."""
-    real, calls = train_loop.evaluate, []
+    real, calls = train_loop.predict_logits, []
 
     def spoilt(*args):
         logits, labels = real(*args)
         return logits * (float("nan") if len(calls) == 2 else 1.0), calls.append(1) or labels
 
-    monkeypatch.setattr(train_loop, "evaluate", spoilt)
+    monkeypatch.setattr(train_loop, "predict_logits", spoilt)
     with pytest.raises(RecipeError) as caught:
         run_here(small_recipe(), tmp_path)
-    assert "the validation loss after epoch 2 is nan: lower the rates" in str(caught.value)
+    assert "the validation loss after epoch 2 is nan: lower the learning rates" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "top1" in row] == [0, 1]
@@ -125,7 +124,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_no_checkpoint_is_taken_away_before_the_next_is_there(tmp_path, monkeypatch, stop):
-    """At an epoch's last update a checkpoint may come before the scores and one after: neither replaces the other in place."""
+    """At an epoch's last step a checkpoint may come before the metrics and one after: neither replaces the other in place."""
     real, replaced = checkpoint.write_folder, []
 
     def watched(folder, write):
@@ -133,11 +132,11 @@ def test_no_checkpoint_is_taken_away_before_the_next_is_there(tmp_path, monkeypa
         real(folder, write)
 
     monkeypatch.setattr(checkpoint, "write_folder", watched)
-    if stop:  # after the third of an epoch's three updates
+    if stop:  # after the third of an epoch's three steps
         with monkeypatch.context() as patched:
             calls = []
             patched.setattr(StopRequest, "agreed", lambda self: calls.append(1) or len(calls) == 3)
-            with pytest.raises(Stopped, match="after update 2"):
+            with pytest.raises(Stopped, match="after step 2"):
                 run_here(small_recipe(), tmp_path)
     run_here(small_recipe(), tmp_path, checkpoint_every=3)
     assert len(replaced) >= 7 and not any(replaced)
@@ -182,14 +181,14 @@ def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_fol
     assert f"finetune: {checkpoints / 'step-00000012-epochs-00003'}: {os.strerror(fault)}" in err and "Traceback" not in err
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000008-epochs-00002"]
     assert main([*arguments, "--resume"]) == 0
-    assert "going on after update 8, 2 epochs done" in capsys.readouterr().out
+    assert "resuming after step 8, 2 epochs done" in capsys.readouterr().out
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     """A folder is locked while a run in it is alive, and only then: a loader's worker that outlives its run holds nothing."""
     code = (
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
-        f"from finetune.run_folder import lock; held = lock(Path({str(tmp_path)!r})); "
+        f"from finetune.train.run_dir import lock; held = lock(Path({str(tmp_path)!r})); "
         "worker = os.fork() or time.sleep(60); print(worker, flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -11,9 +11,9 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, to
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
-from finetune.recipe import SGD, Constant, Data, Frozen, Group, Optimizer, Plateau
-from finetune.train.evaluate import compute_metrics as count
-from finetune.train.evaluate import predict_logits
+from finetune.recipe import SGD, Constant, Data, Group, Optimizer, Plateau
+from finetune.train import loop
+from finetune.train.evaluate import compute_metrics, predict_logits
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe
@@ -21,11 +21,11 @@ from helpers import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_r
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
-def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
+def test_a_step_is_one_big_batch(tmp_path, accumulate, clip_norm):
     """Any accumulation, short last batch included, takes the steps of a bare loop over whole batches.
 
     22 images in batches of 8 leave a last one of 6, which 4 micro-batches share unevenly. The bound is float32 rounding
-    through 9 updates.
+    through 9 steps.
     """
     recipe = small_recipe(
         groups=ALL,
@@ -36,14 +36,14 @@ def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
         optimizer=SGD(momentum=0.9),
         data=Data("generated", 24, 8),
     )
-    net, rows = run_here(recipe, tmp_path, accumulate)
+    net, rows = run_here(recipe, tmp_path, accumulate=accumulate)
 
     reference, _, images = prepare(recipe)
     optimizer = torch.optim.SGD(reference.parameters(), lr=1e-2, momentum=0.9)
     norms = []
     for epoch in range(3):
-        for update in plan_epoch(22, 8, recipe.seed, epoch):
-            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
+        for plan in plan_epoch(22, 8, recipe.seed, epoch):
+            ((batch, labels),) = load(images[0], epoch, plan.micro_batches, 0)
             optimizer.zero_grad()
             cross_entropy(reference(batch), labels, label_smoothing=0.1).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm or float("inf")).item())
@@ -53,27 +53,27 @@ def test_an_update_is_one_big_batch(tmp_path, accumulate, clip_norm):
     logged = [row["grad_norm"] for row in rows if "grad_norm" in row]
     assert logged == pytest.approx(norms, rel=1e-4) and len(logged) == 9
     if clip_norm:
-        assert min(norms) > clip_norm  # every update was clipped, once
+        assert min(norms) > clip_norm  # every step was clipped, once
 
 
 def test_metrics_are_scikit_learns():
     """Loss, top-1, top-5, macro F1 and accuracy by class equal scikit-learn's on the same predictions."""
     recipe = small_recipe(data=Data("digits", 24, 64))
     net, _, images = prepare(recipe)
-    scores = count(recipe, *predict_logits(recipe, net, images[1], Accelerator(cpu=True)))
+    metrics = compute_metrics(recipe, *predict_logits(recipe, net, images[1], Accelerator(cpu=True)))
     with torch.no_grad():
         logits = torch.cat([net(batch) for batch, _ in load(images[1], 0, [list(range(len(images[1])))], 0)])
-    labels, chances, guess = np.array(images[1].images.labels), logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
-    assert scores["top1"] == accuracy_score(labels, guess)
-    assert scores["top5"] == pytest.approx(top_k_accuracy_score(labels, chances, k=5))
-    assert scores["loss"] == pytest.approx(log_loss(labels, chances), rel=1e-6)
-    assert scores["macro_f1"] == pytest.approx(f1_score(labels, guess, average="macro", labels=range(10), zero_division=0))
-    assert scores["class_accuracy"] == pytest.approx(recall_score(labels, guess, average=None, labels=range(10)))
-    assert scores["val_images"] == len(images[1]) == 359 and len(set(guess)) > 1
+    labels, probs, guess = np.array(images[1].images.labels), logits.double().softmax(1).numpy(), logits.argmax(1).numpy()
+    assert metrics["top1"] == accuracy_score(labels, guess)
+    assert metrics["top5"] == pytest.approx(top_k_accuracy_score(labels, probs, k=5))
+    assert metrics["loss"] == pytest.approx(log_loss(labels, probs), rel=1e-6)
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, guess, average="macro", labels=range(10), zero_division=0))
+    assert metrics["class_accuracy"] == pytest.approx(recall_score(labels, guess, average=None, labels=range(10)))
+    assert metrics["val_images"] == len(images[1]) == 359 and len(set(guess)) > 1
 
 
-def test_every_rate_is_the_schedules(tmp_path):
-    """Each update's line has each group's peak times the schedule's multiplier, and 0 for what is frozen."""
+def test_every_learning_rate_is_the_schedules(tmp_path):
+    """Each step's line has each group's peak times the schedule's factor, and 0 for what is frozen."""
     recipe = small_recipe()
     rows = [row for row in run_here(recipe, tmp_path)[1] if "grad_norm" in row]
     assert [row["step"] for row in rows] == list(range(12))
@@ -82,15 +82,15 @@ def test_every_rate_is_the_schedules(tmp_path):
         assert row["lr"] == {g.name: g.lr * scale * (row["epoch"] >= g.unfreeze_at) for g in recipe.groups}
 
 
-def test_plateau_follows_the_validation_score(tmp_path):
-    """The rate is what torch's ReduceLROnPlateau makes of the run's own validation losses."""
+def test_plateau_follows_the_validation_metric(tmp_path):
+    """The learning rate is what torch's ReduceLROnPlateau makes of the run's own validation losses."""
     recipe = small_recipe(groups=ALL, epochs=6, schedule=Plateau(mode="min", patience=0, factor=0.5, threshold=0.5))
     rows = run_here(recipe, tmp_path)[1]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="min", patience=0, factor=0.5, threshold=0.5)
     for epoch in range(6):
-        rate = {row["lr"]["all"] for row in rows if row["epoch"] == epoch and "grad_norm" in row}
-        assert rate == {optimizer.param_groups[0]["lr"]}
+        lr = {row["lr"]["all"] for row in rows if row["epoch"] == epoch and "grad_norm" in row}
+        assert lr == {optimizer.param_groups[0]["lr"]}
         theirs.step(next(row["loss"] for row in rows if row["epoch"] == epoch and "top1" in row))
     assert optimizer.param_groups[0]["lr"] < 1e-2
 
@@ -120,13 +120,13 @@ def three_epochs(tmp_path_factory):
     [
         ({"backbone": OtherNet, "groups": ALL}, "is of another network"),
         ({"backbone": WiderNet}, "is of another network"),
-        ({"groups": (Group("head", "fc", lr=1e-2), Frozen("rest", "."))}, "or another table, than"),
+        ({"groups": (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=0))}, "or other groups, than"),
         ({"optimizer": SGD(momentum=0.9)}, "has torch.AdamW's state of fc.weight, not torch.SGD's"),
         ({"optimizer": Optimizer("lamb")}, "has torch.AdamW's state of fc.weight, not timm.Lamb's"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, three_epochs, changed, fault):
-    """Going on with another network, table or optimizer than the checkpoint's ends in one message with the way out."""
+    """Going on with another network, groups or optimizer than the checkpoint's ends in one message with the way out."""
     shutil.copytree(three_epochs, tmp_path / "run")
     with pytest.raises(RecipeError, match=f"{fault}.*; to start again .* name another --output"):
         run_here(small_recipe(epochs=4, **changed), tmp_path / "run")
@@ -159,7 +159,7 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", real)
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step-*")] == ["step-00000006-epochs-00002"]
     again, lines = run_here(recipe, tmp_path / "cut")
-    assert "going on after update 6, 2 epochs done" in capsys.readouterr().out
+    assert "resuming after step 6, 2 epochs done" in capsys.readouterr().out
     assert same_tensors(net.state_dict(), again.state_dict()) and lines == rows
     left = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert left == ["step-00000012-epochs-00004"]  # older ones and what a death left aside are gone
@@ -183,9 +183,10 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights(tmp_path):
     assert not same_tensors(before, net.state_dict())
 
 
-def test_the_best_epoch_is_kept(tmp_path):
-    """save_best writes at each epoch whose top-1 is the highest so far, and only then."""
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    """model-best is written at each epoch whose top-1 is the highest so far, and only then."""
     kept = []
-    _, rows = run_here(small_recipe(groups=ALL, epochs=6), tmp_path, save_model=lambda path, net: kept.append(path.name))
-    scores = [row["top1"] for row in rows if "top1" in row]
-    assert len(kept) == sum(score > max([-1.0, *scores[:i]]) for i, score in enumerate(scores)) and set(kept) == {"model-best"}
+    monkeypatch.setattr(loop, "save_model", lambda folder, *given: kept.append(folder.name))
+    _, rows = run_here(small_recipe(groups=ALL, epochs=6), tmp_path)
+    top1 = [row["top1"] for row in rows if "top1" in row]
+    assert len(kept) == sum(value > max([-1.0, *top1[:i]]) for i, value in enumerate(top1)) and set(kept) == {"model-best"}

@@ -1,4 +1,4 @@
-"""What is scored, averaged, stopped, compiled and kept."""
+"""Options of evaluation and of the run: metrics, averages, early stopping, compilation."""
 
 import random
 import shutil
@@ -23,8 +23,8 @@ from finetune.utils.errors import RecipeError
 from helpers import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 
 
-def test_several_labels_are_scored_as_scikit_learn_does(tmp_path):
-    """A multi-label run from start to end; its scores equal scikit-learn's on the same logits."""
+def test_several_labels_are_measured_as_scikit_learn_does(tmp_path):
+    """A multi-label run from start to end; its metrics equal scikit-learn's on the same logits."""
     labels = [np.array([i % 2, (i // 2) % 2, 0], dtype=np.float32) for i in range(24)]
 
     def several():
@@ -33,13 +33,13 @@ def test_several_labels_are_scored_as_scikit_learn_does(tmp_path):
     recipe = small_recipe(groups=ALL, data=Data(several, 24, 8), loss="multi_label", metric="mean_average_precision", epochs=3)
     net, rows = run_here(recipe, tmp_path)
     logits, truth = predict_logits(recipe, net, prepare(recipe)[2][1], Accelerator(cpu=True))
-    found, chances = compute_metrics(recipe, logits, truth), logits.sigmoid().numpy()
+    found, probs = compute_metrics(recipe, logits, truth), logits.sigmoid().numpy()
     truth = truth.numpy()
-    by_class = [average_precision_score(truth[:, i], chances[:, i]) for i in range(2)] + [0.0]
+    by_class = [average_precision_score(truth[:, i], probs[:, i]) for i in range(2)] + [0.0]
     assert found["class_average_precision"] == pytest.approx(by_class, abs=1e-6)
     assert found["mean_average_precision"] == pytest.approx(np.mean(by_class), abs=1e-6)
-    assert found["macro_f1"] == pytest.approx(f1_score(truth, chances > 0.5, average="macro", zero_division=0))
-    losses = [log_loss(truth[:, i], chances[:, i], labels=[0, 1]) for i in range(3)]
+    assert found["macro_f1"] == pytest.approx(f1_score(truth, probs > 0.5, average="macro", zero_division=0))
+    losses = [log_loss(truth[:, i], probs[:, i], labels=[0, 1]) for i in range(3)]
     assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert [row["mean_average_precision"] for row in rows if "val_images" in row][-1] == found["mean_average_precision"]
 
@@ -55,20 +55,21 @@ def test_flipped_logits_are_averaged():
         assert (logits - net(batch)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("score,best", [("top1", [0, 1]), ("macro_f1", [0, 2, 4])])
-def test_the_score_chooses_the_best_epoch(tmp_path, monkeypatch, score, best):
-    """The network is kept after each epoch that beats all before it by the recipe's score, not at a tie."""
+@pytest.mark.parametrize("metric,best", [("top1", [0, 1]), ("macro_f1", [0, 2, 4])])
+def test_the_metric_chooses_the_best_epoch(tmp_path, monkeypatch, metric, best):
+    """The network is kept after each epoch that beats all before it by the recipe's metric, not at a tie."""
     pairs = ((0.2, 0.3), (0.5, 0.2), (0.5, 0.6), (0.4, 0.6), (0.3, 0.7))
     made = [{"loss": 1.0, "val_images": 10, "top1": top1, "macro_f1": macro_f1} for top1, macro_f1 in pairs]
     done, kept = [], []
-    monkeypatch.setattr(train_loop, "scores", lambda *given: done.append(made[len(done)]) or done[-1])
-    recipe = small_recipe(groups=ALL, epochs=5, metric=score)
-    run_here(recipe, tmp_path, save_model=lambda path, net: kept.append(len(done) - 1))
+    monkeypatch.setattr(train_loop, "compute_metrics", lambda *given: done.append(made[len(done)]) or done[-1])
+    recipe = small_recipe(groups=ALL, epochs=5, metric=metric)
+    monkeypatch.setattr(train_loop, "save_model", lambda *given: kept.append(len(done) - 1))
+    run_here(recipe, tmp_path)
     assert kept == best
 
 
 def test_the_average_is_its_recurrence(tmp_path):
-    """Scores and network are of the average: a float64 recurrence over the weights of a bare loop, timm's warmup in it."""
+    """Metrics and network are of the average: a float64 recurrence over the weights of a bare loop, timm's warmup in it."""
     recipe = plain(ema_decay=0.6, epochs=3)
     net, rows = run_here(recipe, tmp_path)
     trail = bare_loop(recipe, mean_loss)[1]
@@ -85,7 +86,7 @@ def test_the_average_is_its_recurrence(tmp_path):
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_early_stopping_counts_as_torchs_plateau(mode):
-    """It stops after the very epoch at which torch's ReduceLROnPlateau with one epoch less of patience first cuts the rate."""
+    """It stops after the very epoch at which torch's ReduceLROnPlateau with one epoch less of patience first cuts the learning rate."""
     stopped = set()
     for seed in range(40):
         draw, stop = random.Random(seed), EarlyStop(patience=3, mode=mode, threshold=0.01)
@@ -96,7 +97,7 @@ def test_early_stopping_counts_as_torchs_plateau(mode):
             rows.append({"top1": draw.random(), "loss": draw.random()})
             theirs.step(rows[-1]["top1" if mode == "max" else "loss"])
             cut = optimizer.param_groups[0]["lr"] < 1
-            assert stop.stops(rows, "top1") == cut
+            assert stop.should_stop(rows, "top1") == cut
             if cut:
                 stopped.add(epoch)
                 break
@@ -104,7 +105,7 @@ def test_early_stopping_counts_as_torchs_plateau(mode):
 
 
 def test_a_run_stops_early_and_stays_stopped(tmp_path):
-    """A run whose score never improves ends after `patience` more epochs; resumed, it trains no further."""
+    """A run whose metric never improves ends after `patience` more epochs; resumed, it trains no further."""
     recipe = small_recipe(groups=ALL, epochs=9, early_stop=EarlyStop(patience=2, threshold=0.9))
     rows = run_here(recipe, tmp_path)[1]
     assert [row["epoch"] for row in rows if "val_images" in row] == [0, 1, 2]
@@ -153,13 +154,13 @@ def test_a_compiled_run_is_the_same(tmp_path):
 
 
 def test_dropout_and_drop_path_are_timms():
-    """The rates reach timm: before the classifier, and rising over the blocks as timm lays them out."""
+    """They reach timm: before the classifier, and rising over the blocks as timm lays them out."""
     recipe = small_recipe(backbone="resnet18", head=None, dropout=0.3, drop_path=0.2)
     net = build_backbone(recipe, 10)
     assert net.drop_rate == 0.3
-    rates = [module.drop_prob for module in net.modules() if isinstance(module, timm.layers.DropPath)]
+    drops = [module.drop_prob for module in net.modules() if isinstance(module, timm.layers.DropPath)]
     theirs = timm.create_model("resnet18", drop_path_rate=0.2)
-    assert rates == [m.drop_prob for m in theirs.modules() if isinstance(m, timm.layers.DropPath)] and max(rates) == 0.2
+    assert drops == [m.drop_prob for m in theirs.modules() if isinstance(m, timm.layers.DropPath)] and max(drops) == 0.2
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_dropout_and_drop_path_are_timms():
         ({"backbone": "vgg11", "gradient_checkpointing": True}, "gradient_checkpointing=True"),
     ],
 )
-def test_a_network_without_the_lever_is_said(changes, fault):
+def test_a_network_without_the_option_is_named(changes, fault):
     """A timm network that does not know drop path or checkpointing is named with the option."""
     with pytest.raises(RecipeError) as caught:
         build_backbone(small_recipe(head=None, **changes), 10)

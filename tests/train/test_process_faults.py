@@ -52,7 +52,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path, image_folder, unharme
     ranks[0].kill()
     out = run.communicate(timeout=120)[0]
     assert (tmp_path / "out" / "result.json").is_file(), out[-3000:]
-    assert "going on after update" in out
+    assert "resuming after step" in out
     assert_same_bits(contents(tmp_path / "out"), unharmed)
 
 
@@ -63,7 +63,7 @@ def test_two_processes_stop_after_the_same_update(tmp_path, image_folder, unharm
     ranks = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
     (run if number == signal.SIGTERM else ranks[0]).send_signal(number)
     out = run.communicate(timeout=60)[0]
-    assert len(re.findall("^stopped after update", out, re.M)) == 1 and not (tmp_path / "out" / "result.json").exists(), out
+    assert len(re.findall("^stopped after step", out, re.M)) == 1 and not (tmp_path / "out" / "result.json").exists(), out
     finish(command(tmp_path, image_folder, tmp_path / "out", several(2), LONGER))
     assert_same_bits(contents(tmp_path / "out"), unharmed)
 

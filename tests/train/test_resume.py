@@ -15,7 +15,6 @@ from finetune.recipe import (
     Augment,
     Data,
     EarlyStop,
-    Frozen,
     Group,
     LayerDecay,
     LinearProbe,
@@ -23,8 +22,8 @@ from finetune.recipe import (
     Plateau,
     Switch,
 )
-from finetune.recipe.serialize import changes, to_dict
-from finetune.train import logger as run_record
+from finetune.recipe.serialize import diff, from_dict, to_dict
+from finetune.train import logger
 from finetune.train import loop as train_loop
 from finetune.train.distributed import Stopped
 from finetune.train.run_dir import check_same_recipe, newest_checkpoint
@@ -55,22 +54,22 @@ def assert_same_bits(a, b):
     assert a[2] == b[2]
 
 
-def go_on(monkeypatch, recipe, folder, *args, **options):
-    """Resume a run, which takes the updates that its checkpoint lacks, and no other."""
+def go_on(monkeypatch, recipe, folder, **options):
+    """Resume a run, which takes the steps that its checkpoint lacks, and no other."""
     done, real, calls = int(newest_checkpoint(folder).name.split("-")[1]), train_loop.train_step, []
     with monkeypatch.context() as patched:
         patched.setattr(train_loop, "train_step", lambda *args: calls.append(1) or real(*args))
-        run_here(recipe, folder, *args, **options)
+        run_here(recipe, folder, **options)
     assert done and done + len(calls) == 12
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Everything after an unbroken run, for 1 and 2 micro-batches an update."""
+    """Everything after an unbroken run, for 1 and 2 micro-batches a step."""
     folder = tmp_path_factory.mktemp("unbroken")
     found = {}
     for accumulate in (1, 2):
-        run_here(interrupted_recipe(), folder / str(accumulate), accumulate)
+        run_here(interrupted_recipe(), folder / str(accumulate), accumulate=accumulate)
         found[accumulate] = everything(folder / str(accumulate))
     return found
 
@@ -83,35 +82,35 @@ def interrupted_recipe():
     "before,call,accumulate,every,workers",
     [
         ("set_lrs", 5, 1, 0, (0, 0)),  # in an epoch, with the checkpoint at its start
-        ("set_lrs", 6, 1, 1, (0, 2)),  # in an epoch, with a checkpoint after each update
+        ("set_lrs", 6, 1, 1, (0, 2)),  # in an epoch, with a checkpoint after each step
         ("set_lrs", 6, 2, 2, (2, 0)),  # with fewer workers than before
         ("seed_all", 9, 2, 1, (0, 0)),  # in the middle of an accumulation
-        ("unfreeze", 2, 1, 1, (2, 2)),  # at an unfreezing boundary
-        ("evaluate", 3, 1, 1, (0, 0)),  # after an epoch's last update, before its scores
-        ("save_checkpoint", 8, 1, 1, (0, 0)),  # with the scores of an epoch written and no checkpoint of them
+        ("start_stage", 2, 1, 1, (2, 2)),  # at an unfreezing boundary
+        ("predict_logits", 3, 1, 1, (0, 0)),  # after an epoch's last step, before its metrics
+        ("save_checkpoint", 8, 1, 1, (0, 0)),  # with the metrics of an epoch written and no checkpoint of them
     ],
 )
 def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, before, call, accumulate, every, workers):
     """Parameters, buffers, optimizer state and the metrics file are the same, to the bit, wherever the run was cut."""
-    monkeypatch.setattr(run_record, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
+    monkeypatch.setattr(logger, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
     with monkeypatch.context() as patched:
         cut_before(patched, before, call)
         with pytest.raises(Cut):
-            run_here(interrupted_recipe(), tmp_path, accumulate, workers[0], checkpoint_every=every)
-    go_on(monkeypatch, interrupted_recipe(), tmp_path, accumulate, workers[1], checkpoint_every=every)
+            run_here(interrupted_recipe(), tmp_path, accumulate=accumulate, workers=workers[0], checkpoint_every=every)
+    go_on(monkeypatch, interrupted_recipe(), tmp_path, accumulate=accumulate, workers=workers[1], checkpoint_every=every)
     assert_same_bits(everything(tmp_path), unbroken[accumulate])
 
 
 HEAD, REST = Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=2)
 
 
-LEVERS = {
+OPTIONS = {
     "average": {"ema_decay": 0.6},
     "linear probe": {"linear_probe": LinearProbe(views=2), "early_stop": EarlyStop(patience=9)},
     "several optimizers": {"groups": (HEAD, Group("rest", ".", lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=1))},
     "switch": {"groups": (HEAD, REST), "switch": Switch(at=2, optimizer=SGD(momentum=0.9), lr_factor=3.0)},
-    "lbfgs": {"groups": (HEAD, Frozen("rest", ".")), "optimizer": Optimizer("LBFGS", max_iter=3)},
-    "updates counted in a row": {"groups": (HEAD, REST), "optimizer": Optimizer("lamb")},
+    "lbfgs": {"groups": (HEAD, Group("rest", ".", lr=0)), "optimizer": Optimizer("LBFGS", max_iter=3)},
+    "steps counted in a row": {"groups": (HEAD, REST), "optimizer": Optimizer("lamb")},
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
     "own columns": {
         "groups": (
@@ -123,10 +122,10 @@ LEVERS = {
 
 
 @pytest.mark.parametrize("call", [4, 6, 7, 9])
-@pytest.mark.parametrize("lever", LEVERS)
-def test_every_lever_survives_a_cut(tmp_path, monkeypatch, lever, call):
-    """With any lever a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a change of optimizer."""
-    recipe = small_recipe(**{"backbone": DroppingNet, "batch_norm": "train", **LEVERS[lever]})
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_survives_a_cut(tmp_path, monkeypatch, option, call):
+    """With any option a resumed run is an unbroken one, to the bit, cut in an epoch, at its end, or at a switch of optimizers."""
+    recipe = small_recipe(**{"backbone": DroppingNet, "batch_norm": "train", **OPTIONS[option]})
     run_here(recipe, tmp_path / "whole")
     with monkeypatch.context() as patched:
         cut_before(patched, "set_lrs", call)
@@ -135,18 +134,18 @@ def test_every_lever_survives_a_cut(tmp_path, monkeypatch, lever, call):
     go_on(monkeypatch, recipe, tmp_path / "cut")
     whole = everything(tmp_path / "whole")
     assert_same_bits(everything(tmp_path / "cut"), whole)
-    assert len(whole[1]) > 1 and any(name.startswith("average") for name in whole[0]) == (lever == "average")
+    assert len(whole[1]) > 1 and any(name.startswith("average") for name in whole[0]) == (option == "average")
 
 
 def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch):
-    """Updates that overflow change no weight and no rate; the scaler's state goes on through a resumed run, to the bit."""
+    """Steps that overflow change no weight and no learning rate; the scaler's state survives a resume, to the bit."""
     recipe = small_recipe(groups=ALL)
     plain = [row["lr"] for row in run_here(recipe, tmp_path / "plain")[1] if "lr" in row]
     net, rows = run_here(recipe, tmp_path / "scaled", accelerator=scaling_accelerator())
-    updates = [row for row in rows if "lr" in row]
-    assert [row["lr"] for row in updates] == plain
-    skipped = [row["step"] for row in updates if not math.isfinite(row["grad_norm"])]
-    assert skipped and len(skipped) < len(updates) and all(math.isfinite(row["loss"]) for row in updates)
+    steps = [row for row in rows if "lr" in row]
+    assert [row["lr"] for row in steps] == plain
+    skipped = [row["step"] for row in steps if not math.isfinite(row["grad_norm"])]
+    assert skipped and len(skipped) < len(steps) and all(math.isfinite(row["loss"]) for row in steps)
     with monkeypatch.context() as patched:
         cut_before(patched, "set_lrs", 6)
         with pytest.raises(Cut):
@@ -156,19 +155,19 @@ def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_update_and_writes_a_checkpoint(tmp_path, monkeypatch, unbroken, number):
-    """SIGTERM and Ctrl-C stop after the running update with a checkpoint of it; handlers come back; resuming is exact."""
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path, monkeypatch, unbroken, number):
+    """SIGTERM and Ctrl-C stop after the running step with a checkpoint of it; handlers come back; resuming is exact."""
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     real = train_loop.backward
 
-    def signalled(recipe, criterion, model, update, batches, step, accelerator):
-        if step == 4:
+    def signalled(recipe, model, criterion, batch, accelerator):
+        if batch.plan.step == 4:
             os.kill(os.getpid(), number)
-        return real(recipe, criterion, model, update, batches, step, accelerator)
+        return real(recipe, model, criterion, batch, accelerator)
 
     with monkeypatch.context() as patched:
         patched.setattr(train_loop, "backward", signalled)
-        with pytest.raises(Stopped, match="after update 4"):
+        with pytest.raises(Stopped, match="after step 4"):
             run_here(interrupted_recipe(), tmp_path)
     assert newest_checkpoint(tmp_path).name == "step-00000005-epochs-00001"
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
@@ -191,8 +190,9 @@ def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
         "  to go on with this one all the same: --resume-anyway",
     ]
     del resolved["data"]["on_bad_image"], resolved["label_smoothing"]
-    assert changes(resolved, recipe) == []
-    assert len(changes(resolved, small_recipe(label_smoothing=0.1, data=Data("generated", 24, 8, on_bad_image="skip")))) == 2
+    assert diff(from_dict(resolved), recipe) == []
+    changed = small_recipe(label_smoothing=0.1, data=Data("generated", 24, 8, on_bad_image="skip"))
+    assert {path for path, _, _ in diff(from_dict(resolved), changed)} == {"label_smoothing", "data.on_bad_image"}
 
 
 ROWS = small_recipe().groups
@@ -200,24 +200,22 @@ ROWS = small_recipe().groups
 
 @pytest.mark.parametrize(
     "before,now",
-    [(LayerDecay(head_lr=1e-2, stem_ratio=0.1), (*ROWS, Frozen("x", "x"))[:n]) for n in (1, 2, 3, 4)]
-    + [(ROWS[:n], LayerDecay(head_lr=1e-2, stem_ratio=0.1)) for n in (1, 4)]
-    + [(ROWS, ROWS[:2]), (ROWS, ROWS[::-1]), (ROWS, (*ROWS[:2], Frozen("stem", "stem|norm")))],
+    [(LayerDecay(head_lr=1e-2, stem_ratio=0.1), (*ROWS, Group("x", "x", lr=0))[:n]) for n in (1, 2, 3, 4)]
+    + [(ROWS[:n], LayerDecay(head_lr=1e-2, stem_ratio=0.1)) for n in (1, 3)]
+    + [(ROWS, ROWS[:2]), (ROWS, (*ROWS[:2], Group("stem", "stem|norm", lr=0)))],
 )
-def test_a_table_of_another_kind_is_named(before, now):
-    """Whatever stood in place of the table, with as many rows or fields or with others, that change alone is named."""
-    resolved = json.loads(json.dumps(to_dict(small_recipe(groups=before))))
-    ((change),) = changes(resolved, small_recipe(groups=now))
-    assert change == f"groups: {resolved['groups']} before, {json.loads(json.dumps(to_dict(now)))} now"
+def test_groups_of_another_kind_are_named(before, now):
+    """Whatever stood in place of the groups, with as many rows or fields or with others, they alone are named."""
+    old = from_dict(json.loads(json.dumps(to_dict(small_recipe(groups=before)))))
+    changed = diff(old, small_recipe(groups=now))
+    assert changed and all(path.split(".")[0] == "groups" for path, _, _ in changed)
 
 
 def test_fields_younger_than_the_run_had_their_defaults():
-    """In rows and parts as well; a field without a default had no value, and one that is there no more is left aside."""
+    """In rows and parts as well."""
     recipe = small_recipe(switch=Switch(at=2, optimizer=SGD()))
-    resolved = json.loads(json.dumps(to_dict(recipe))) | {"no longer": 1}
+    resolved = json.loads(json.dumps(to_dict(recipe)))
     del resolved["groups"][1]["warmup_epochs"], resolved["schedule"]["floor"], resolved["switch"]["lr_factor"]
-    assert changes(resolved, recipe) == []
-    (change,) = changes(resolved, small_recipe(switch=Switch(at=2, optimizer=SGD(), lr_factor=2.0)))
-    assert "'lr_factor': 1.0" in change.split(" before, ")[0] and "'lr_factor': 2.0" in change.split(" before, ")[1]
-    del resolved["head"]
-    assert changes(resolved, recipe) == ["head: None before, fc now"]
+    assert diff(from_dict(resolved), recipe) == []
+    changed = diff(from_dict(resolved), small_recipe(switch=Switch(at=2, optimizer=SGD(), lr_factor=2.0)))
+    assert changed == [("switch.lr_factor", 1.0, 2.0)]

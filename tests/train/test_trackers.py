@@ -12,31 +12,31 @@ from helpers import Cut, cut_before, on_folder
 
 
 def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder):
-    """TensorBoard's own reader finds each update's loss and rates and each epoch's scores once, though the run was cut."""
+    """TensorBoard's own reader finds each step's loss and learning rates and each epoch's metrics once, though the run was cut."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = [*on_folder(image_folder, "out"), "--track", "tensorboard"]
     with monkeypatch.context() as patched:
         patched.setattr(run_record, "FLUSH_EVERY", 1)
-        cut_before(patched, "set_lrs", 11)  # two updates after the checkpoint of epoch 1
+        cut_before(patched, "set_lrs", 11)  # two steps after the checkpoint of epoch 1
         with pytest.raises(Cut):
             main(arguments)
     assert main([*arguments, "--resume"]) == 0
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(Path("out/finetune"))).Reload()
-    updates, epochs = [row for row in rows if "grad_norm" in row], [row for row in rows if "val_images" in row]
+    steps, epochs = [row for row in rows if "grad_norm" in row], [row for row in rows if "val_images" in row]
     for tag, key, kind, last in (
-        ("train/loss", "loss", updates, 0),
-        ("train/grad_norm", "grad_norm", updates, 0),
+        ("train/loss", "loss", steps, 0),
+        ("train/grad_norm", "grad_norm", steps, 0),
         ("val/top1", "top1", epochs, 1),
     ):
         expected = [(max(0, row["step"] - last), pytest.approx(row[key], rel=1e-6)) for row in kind]
         assert [(event.step, event.value) for event in events.Scalars(tag)] == expected
-    assert [e.value for e in events.Scalars("lr/stem")] == pytest.approx([row["lr"]["stem"] for row in updates])
+    assert [e.value for e in events.Scalars("lr/stem")] == pytest.approx([row["lr"]["stem"] for row in steps])
 
 
 def test_wandb_is_told_offline(here, monkeypatch):
-    """Weights & Biases, offline, writes a file whose records, by its own protocol, have the recipe and every update's loss."""
+    """Weights & Biases, offline, writes a file whose records, by its own protocol, have the recipe and every step's loss."""
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -53,7 +53,7 @@ def test_wandb_is_told_offline(here, monkeypatch):
             for item in record.history.item
             if "/".join(item.nested_key) == "train/loss" or item.key == "train/loss"
         ]
-        config |= {item.key: item.value_json for update in (record.run.config, record.config) for item in update.update}
+        config |= {item.key: item.value_json for step in (record.run.config, record.config) for item in step.step}
     assert losses == pytest.approx([row["loss"] for row in rows if "grad_norm" in row])
     assert config["optimizer.name"] == '"AdamW"'
 

@@ -138,7 +138,7 @@ def solar_cells() -> str:
     kept = record("efficientnet_lite0_elpv")
     rows = [("all", kept["runs"][0]["val_images"], mean_of(kept), mean_of(kept, "macro_f1"))]
     for kind, name in (("mono", "monocrystalline"), ("poly", "polycrystalline")):
-        part = {"runs": [run["by_kind"][kind] for run in kept["runs"]]}
+        part = {"runs": [run["by_subgroup"][kind] for run in kept["runs"]]}
         rows.append((name, part["runs"][0]["val_images"], mean_of(part), mean_of(part, "macro_f1")))
     return table("cells | validation images | top-1 | macro F1", rows)
 

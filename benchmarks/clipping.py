@@ -1,8 +1,8 @@
-"""What each way of clipping costs, as a share of an update.
+"""What each way of clipping costs, as a share of a step.
 
     python -m benchmarks.clipping --backbone resnet18 --image-size 64
 
-Updates with each way take turns in one process, so that a busy machine slows all alike; medians are compared.
+Steps with each way take turns in one process, so that a busy machine slows all alike; medians are compared.
 """
 
 import argparse
@@ -12,12 +12,11 @@ import time
 
 import torch
 
-from finetune.backbone import build_backbone
-from finetune.criterion import clip
-from finetune.lr_schedule import Constant
-from finetune.optimizers import build_optimizer
-from finetune.param_groups import build_param_groups
-from finetune.recipe import AdamW, Data, LayerDecay, Recipe
+from finetune.models.backbone import build_backbone
+from finetune.optim.optimizers import build_optimizer
+from finetune.optim.param_groups import build_param_groups
+from finetune.recipe import AdamW, Constant, Data, LayerDecay, Recipe
+from finetune.train.loop import clip_gradients
 
 WAYS = {
     "none, but the norm logged": {"clip_norm": None},
@@ -66,7 +65,7 @@ def main() -> None:
             optimizer.zero_grad()
             net(images).square().mean().backward()
             before = now()
-            clip(recipe(args, **changes), list(net.parameters()))
+            clip_gradients(recipe(args, **changes), optimizer)
             after = now()
             optimizer.step()
             if turn >= 2:  # the first ones warm up
@@ -75,8 +74,8 @@ def main() -> None:
     shares = {way: statistics.median(clipping[way]) / statistics.median(whole[way]) for way in WAYS}
     print(f"{args.backbone}, {args.batch_size} images of {args.image_size} px, {device}, {torch.get_num_threads()} threads")
     for way, share in shares.items():
-        print(f"{way:26} {1e3 * statistics.median(clipping[way]):7.2f} ms, {share:6.2%} of an update")
-    print(json.dumps({"share_of_an_update": {way: round(share, 4) for way, share in shares.items()}}))
+        print(f"{way:26} {1e3 * statistics.median(clipping[way]):7.2f} ms, {share:6.2%} of a step")
+    print(json.dumps({"share_of_a_step": {way: round(share, 4) for way, share in shares.items()}}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What frozen layers save: memory and time while the head trains alone, and the head fitted to features computed once.
+"""What frozen layers save: memory and time while only the head trains, and a linear probe on features computed once.
 
     python -m benchmarks.frozen
 
-Memory is the process's highest, above what it was before the first update, in a process for each stage. Times are medians.
+Memory is the process's highest, above what it was before the first step, in a process for each stage. Times are medians.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 STAGES = {
     "everything trains": "Group('all', '.', lr=1e-3)",
-    "the head alone": "Group('head', '{head}', lr=1e-3), Frozen('rest', '.')",
+    "only the head trains": "Group('head', '{head}', lr=1e-3), Group('rest', '.', lr=0)",
 }
 
 
@@ -30,27 +30,32 @@ def main() -> int:
     parser.add_argument("--head", default="fc")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--worker", choices=[*STAGES, "features"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(features(args) if args.worker == "features" else updates(args)))
+        print(json.dumps(features(args) if args.worker == "features" else steps(args)))
         return 0
     found = {}
     for name in (*STAGES, "features"):
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--worker", name], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.frozen", *sys.argv[1:], "--worker", name],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         if done.returncode:
             sys.exit(done.stderr[-3000:])
         found[name] = json.loads(done.stdout.splitlines()[-1])
-    whole, head, kept = found["everything trains"], found["the head alone"], found["features"]
+    whole, head, kept = found["everything trains"], found["only the head trains"], found["features"]
     memory = head["gib"] / whole["gib"]
     faster = head["seconds"] / kept["seconds"]
     print(f"{args.backbone}, {args.batch_size} images of {args.image_size} px")
     for name in STAGES:
-        print(f"{name:20} {1e3 * found[name]['seconds']:8.1f} ms an update, {found[name]['gib']:.3f} GiB")
+        print(f"{name:20} {1e3 * found[name]['seconds']:8.1f} ms a step, {found[name]['gib']:.3f} GiB")
     print(
-        f"{'features kept':20} {1e3 * kept['seconds']:8.1f} ms as many images\nmemory of the head alone: {memory:.0%}; kept "
-        f"features: {faster:.0f} times faster than computing them"
+        f"{'features kept':20} {1e3 * kept['seconds']:8.1f} ms as many images\n"
+        f"memory while only the head trains: {memory:.0%}; kept features: {faster:.0f} times faster than computing them"
     )
     print(
         json.dumps(
@@ -66,9 +71,9 @@ def main() -> int:
 
 
 def recipe_of(args: argparse.Namespace, stage: str):
-    from finetune.recipe import AdamW, Constant, Data, Frozen, Group, Recipe
+    from finetune.recipe import AdamW, Constant, Data, Group, Recipe
 
-    rows = eval(f"({STAGES[stage].format(head=args.head)},)", {"Group": Group, "Frozen": Frozen})
+    rows = eval(f"({STAGES[stage].format(head=args.head)},)", {"Group": Group})
     return Recipe(
         backbone=args.backbone,
         weights="none",
@@ -81,14 +86,14 @@ def recipe_of(args: argparse.Namespace, stage: str):
     )
 
 
-def updates(args: argparse.Namespace) -> dict:
-    """Updates as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
+def steps(args: argparse.Namespace) -> dict:
+    """Steps as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
     import torch
 
-    from finetune.data.loader import BatchPlan, ImageDataset
+    from finetune.data.loader import Batch, BatchPlan, ImageDataset
     from finetune.models.backbone import build_backbone
     from finetune.models.batch_norm import set_train_mode
-    from finetune.optim.freezing import unfreeze
+    from finetune.optim.freezing import start_stage
     from finetune.optim.loss import Criterion
     from finetune.optim.optimizers import build_optimizer
     from finetune.optim.param_groups import build_param_groups
@@ -99,15 +104,17 @@ def updates(args: argparse.Namespace) -> dict:
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
     criterion = Criterion(recipe, net, ImageDataset(range(10), None, 0, tuple("0123456789")), accelerator.device)
     groups = build_param_groups(recipe, net)
-    trained, optimizer = unfreeze(groups, 0), accelerator.prepare(build_optimizer(groups))
+    optimizer = accelerator.prepare(build_optimizer(groups))
+    start_stage(groups, optimizer, 0)
     set_train_mode(net, recipe.batch_norm)
-    update = BatchPlan(list(range(args.batch_size)), [list(range(args.batch_size))], [0])
-    batch = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
+    indices = list(range(args.batch_size))
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(args.batch_size) % 10
     before, seconds = highest(), []
-    for step in range(args.updates):
+    for step in range(args.steps):
         start = time.perf_counter()
-        train_step(recipe, criterion, net, trained, optimizer, update, [(batch, labels)], step, accelerator)
+        batch = Batch(BatchPlan(step, indices, [indices], [0]), [(images, labels)])
+        train_step(recipe, net, criterion, optimizer, batch, accelerator)
         seconds.append(time.perf_counter() - start)
     return {"seconds": statistics.median(seconds[1:]), "gib": highest() - before}
 

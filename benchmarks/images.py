@@ -24,22 +24,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from finetune.data.loader import (
-    ImageDataset,
-    load,
-    plan_epoch,
-)
+from finetune.data.loader import ImageDataset, load, plan_epoch
 from finetune.data.sources import load_data
 from finetune.data.transforms import training_transform
-from finetune.recipe import (
-    AdamW,
-    Augment,
-    Constant,
-    Data,
-    LayerDecay,
-    Recipe,
-)
-from finetune.train.micro_batch import keep_freed_memory
+from finetune.recipe import AdamW, Augment, Constant, Data, LayerDecay, Recipe
 
 BATCH, SCALE, RATIO = 32, (0.5, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,7 +40,6 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as every run does on a CPU; here it helps all three
     figures = {}
     for kind, (pixels, size, suffix, bar) in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +106,7 @@ def ours(folder: str, size: int):
     }
     data = load_data(recipe)
     images = ImageDataset(data.train, training_transform(recipe, inputs), 0, data.classes)
-    return lambda epoch: load(images, epoch, [update.images for update in plan_epoch(len(images), BATCH, 0, epoch)], 0)
+    return lambda epoch: load(images, epoch, [plan.images for plan in plan_epoch(len(images), BATCH, 0, epoch)], 0)
 
 
 def timms(folder: str, size: int):

@@ -8,6 +8,7 @@ file with those of a run that nothing happened to. Runs are forked from this pro
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 import safetensors.torch
 import torch
 
+from benchmarks.docs import kills as table
 from finetune.run import main
 from finetune.train.run_dir import newest_checkpoint
 from finetune.utils import files
@@ -175,12 +177,13 @@ def benchmark(kills: int, seed: int) -> int:
                 counts[way, count][i] += happened
             if not equal:
                 print(f"LOST: {way}, {count} processes\n{(root / f'{folder.name}.log').read_text()[-3000:]}", flush=True)
-    print("| killed | processes | kills | resumed | bitwise equal | lost |\n|---|---|---|---|---|---|")
-    for (way, count), (killed, resumed, equal) in counts.items():
-        print(f"| {way} | {count} | {killed} | {resumed} | {equal} | {killed - equal} |")
-    killed, resumed, equal = (sum(row[i] for row in counts.values()) for i in range(3))
-    print(f"| all | | {killed} | {resumed} | {equal} | {killed - equal} |")
-    return killed - equal
+    rows = [
+        {"killed": way, "processes": count, "kills": killed, "resumed": resumed, "bitwise_equal": equal}
+        for (way, count), (killed, resumed, equal) in counts.items()
+    ]
+    print(table(rows))
+    print(json.dumps(rows))
+    return sum(row["kills"] - row["bitwise_equal"] for row in rows)
 
 
 if __name__ == "__main__":

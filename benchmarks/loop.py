@@ -3,7 +3,7 @@
     python -m benchmarks.loop
 
 Epochs of both take turns in one process, and in two (with a thread each and DistributedDataParallel). What is timed are the
-updates of an epoch; scoring and checkpoints are start.py's. The smaller the network, the more a loop's own work
+steps of an epoch; validation and checkpoints are start.py's. The smaller the network, the more a loop's own work
 counts: the hard case is the first.
 """
 
@@ -24,26 +24,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import (
-    ImageDataset,
-    plan_epoch,
-)
+from finetune.data.loader import Cut, ImageDataset, plan_epoch
 from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import (
-    AdamW,
-    Cosine,
-    Data,
-    LayerDecay,
-    Recipe,
-)
+from finetune.recipe import AdamW, Cosine, Data, LayerDecay, Recipe
 from finetune.train import loop as train_loop
 from finetune.train.logger import Logger
 from finetune.train.setup import make_accelerator
 from finetune.utils.seed import seed_all
 
-CASES = {  # network, pixels, batch, updates an epoch
+CASES = {  # network, pixels, batch, steps an epoch
     "test_resnet, 32 px": ("test_resnet", 32, 64, 60),
     "resnet18, 64 px": ("resnet18", 64, 32, 15),
 }
@@ -52,6 +43,14 @@ BAR = 0.98
 
 class InMemory(ImageDataset):
     """Float images and labels that are there already."""
+
+    preprocessing = {
+        "input_size": (3, 64, 64),
+        "interpolation": "bicubic",
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "crop_pct": 1.0,
+    }
 
     def __init__(self, number: int, size: int):
         super().__init__(range(number), self, 0, tuple("0123456789"))
@@ -67,11 +66,11 @@ class InMemory(ImageDataset):
 
 
 class Watched(Logger):
-    """Knows how long the updates of each epoch took."""
+    """Knows how many images a second each epoch's steps took."""
 
     def log_epoch(self, *args):
         super().log_epoch(*args)
-        self.rates = [*getattr(self, "rates", []), self.epoch_images / self.epoch_seconds]
+        self.speeds = [*getattr(self, "speeds", []), self.epoch_images / self.epoch_seconds]
 
 
 def recipe_of(backbone: str, size: int, batch: int, epochs: int) -> Recipe:
@@ -99,12 +98,10 @@ def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: 
     parameters = list(net.parameters())
     optimizer = build_optimizer(build_param_groups(recipe, net))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
-    rates = []
+    speeds = []
     for epoch in range(epochs):
-        updates = plan_epoch(len(images), recipe.data.batch_size, 0, epoch, accelerator.process_index, count)
-        batches = [
-            (images.tensors[cut], images.targets[cut], update.size) for update in updates for cut in update.micro_batches
-        ]
+        plans = plan_epoch(len(images), recipe.data.batch_size, 0, epoch, Cut(accelerator.process_index, count))
+        batches = [(images.tensors[part], images.targets[part], plan.size) for plan in plans for part in plan.micro_batches]
         start = time.perf_counter()
         for batch, labels, size in batches:
             optimizer.zero_grad()
@@ -114,16 +111,16 @@ def bare(recipe: Recipe, net: nn.Module, images: InMemory, accelerator, epochs: 
             optimizer.step()
             scheduler.step()
         accelerator.wait_for_everyone()
-        rates.append(len(images) / (time.perf_counter() - start))
-    return rates
+        speeds.append(len(images) / (time.perf_counter() - start))
+    return speeds
 
 
 def measure(case: str, rounds: int) -> dict:
     """Medians over epochs that take turns."""
-    backbone, size, batch, updates = CASES[case]
+    backbone, size, batch, steps = CASES[case]
     recipe = recipe_of(backbone, size, batch, 2)
     accelerator = make_accelerator(recipe)
-    images, few, found = InMemory(updates * batch, size), InMemory(batch, size), {"ours": [], "bare": []}
+    images, few, found = InMemory(steps * batch, size), InMemory(batch, size), {"ours": [], "bare": []}
     for _ in range(rounds):
         for name in found:
             seed_all(0)
@@ -132,14 +129,14 @@ def measure(case: str, rounds: int) -> dict:
                 found[name] += bare(recipe, net, images, accelerator, recipe.epochs)[1:]
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                record = Watched(Path(folder), accelerator, lambda path, net: None, quiet=True)
+                record = Watched(Path(folder), accelerator, quiet=True)
                 train_loop.train(recipe, net, (images, few), record, accelerator)
-                found[name] += record.rates[1:]  # the first epoch warms up
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
+                found[name] += record.speeds[1:]  # the first epoch warms up
+    medians = {name: statistics.median(speeds) for name, speeds in found.items()}
     return {
         "case": case,
         "processes": accelerator.num_processes,
-        **{name: round(rate, 1) for name, rate in medians.items()},
+        **{name: round(speed, 1) for name, speed in medians.items()},
         "ratio": round(medians["ours"] / medians["bare"], 3),
         "main": accelerator.is_main_process,
     }
@@ -158,9 +155,10 @@ def main() -> int:
     for case in CASES:
         for processes, launcher in ((1, []), (2, ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"])):
             done = subprocess.run(
-                [sys.executable, *launcher, __file__, "--worker", case, "--rounds", str(args.rounds)],
+                [sys.executable, *launcher, "-m", "benchmarks.loop", "--worker", case, "--rounds", str(args.rounds)],
                 capture_output=True,
                 text=True,
+                cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))},
             )
             if done.returncode:

@@ -1,12 +1,12 @@
 """The same pretrained network on the same images for as many epochs, fine-tuned by what people use, side by side.
 
     python -m benchmarks.peers --data digits --size 64
-    python -m benchmarks.peers --data DIR --per-class 100 --size 128 --rates 0.3,1,3,10 --picture peers.png
+    python -m benchmarks.peers --data DIR --per-class 100 --size 128 --lr-factors 0.3,1,3,10 --picture peers.png
 
 DIR holds train/CLASS/* and val/CLASS/* or test/CLASS/*. Each peer has its own recommended defaults and augmentation; image
 size, epochs, network and seed are given, as are the mean and deviation that the weights want. Each run has a process of its
-own, on the CPU. The clock runs from the first update to the end of the last epoch, without the scoring, which is one function
-for all but ours: ours scores, keeps and checkpoints inside its clock, to its disadvantage.
+own, on the CPU. The clock runs from the first step to the end of the last epoch, without validation, which is one function for
+all but ours: ours validates, keeps the best and writes checkpoints inside its clock, to its disadvantage.
 """
 
 import argparse
@@ -39,18 +39,9 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Ran
 
 from benchmarks.peers_report import report
 from finetune.data.sources import load_data
-from finetune.models.backbone import (
-    build_backbone,
-    preprocessing,
-)
+from finetune.models.backbone import build_backbone, preprocessing
 from finetune.models.pretrained import pretrained_state
-from finetune.recipe import (
-    AdamW,
-    Constant,
-    Data,
-    LayerDecay,
-    Recipe,
-)
+from finetune.recipe import AdamW, Constant, Data, LayerDecay, Recipe
 from finetune.recipe.load import load_recipe
 
 RECIPES = {name: f"efficientnet_lite0_{name}" for name in ("digits", "elpv")}  # those of ours; for other images CIFAR's
@@ -64,7 +55,7 @@ def tutorial(job, clock, batch_size=4):
     transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
     loader = DataLoader(ImageFolder(job.train, transform), batch_size, shuffle=True)
     net = job.network()
-    optimizer = torch.optim.SGD(net.parameters(), lr=job.rate, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=job.lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     clock.start()
     for _ in range(job.epochs):
@@ -74,7 +65,7 @@ def tutorial(job, clock, batch_size=4):
             cross_entropy(net(images), labels).backward()
             optimizer.step()
         scheduler.step()
-        clock.score(net)
+        clock.validate(net)
 
 
 # examples/pytorch/image-classification/run_image_classification.py: its transforms, TrainingArguments' defaults
@@ -89,7 +80,7 @@ def transformers(job, clock):
     args = TrainingArguments(
         job.scratch,
         num_train_epochs=job.epochs,
-        learning_rate=job.rate,
+        learning_rate=job.lr,
         seed=job.seed,
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -113,7 +104,7 @@ def fastai(job, clock):
     learn = vision_learner(dls, job.architecture, pretrained_cfg_overlay={"file": job.weights}, cbs=clock.fastai())
     clock.start()
     with learn.no_bar(), learn.no_logging():
-        learn.fine_tune(job.epochs - 1, base_lr=job.rate, freeze_epochs=1)
+        learn.fine_tune(job.epochs - 1, base_lr=job.lr, freeze_epochs=1)
 
 
 # lightning.pytorch.callbacks.BackboneFinetuning; its base class: "Make sure to filter the parameters based on requires_grad"
@@ -135,7 +126,7 @@ def lightning(job, clock):
             return cross_entropy(self(batch[0]), batch[1])
 
         def configure_optimizers(self):
-            return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=job.rate)
+            return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=job.lr)
 
     transform = Compose([RandomResizedCrop(job.size), RandomHorizontalFlip(), ToTensor(), Normalize(job.mean, job.std)])
     loader = DataLoader(ImageFolder(job.train, transform), 32, shuffle=True)
@@ -162,7 +153,7 @@ def timm_script(job, clock):
     transform = timm.data.create_transform(job.size, is_training=True, mean=job.mean, std=job.std)
     loader = DataLoader(ImageFolder(job.train, transform), 32, shuffle=True)
     net, loss = job.network(), LabelSmoothingCrossEntropy(0.1)
-    optimizer = create_optimizer_v2(net, opt="adamw", lr=job.rate, weight_decay=0.05, layer_decay=0.75)
+    optimizer = create_optimizer_v2(net, opt="adamw", lr=job.lr, weight_decay=0.05, layer_decay=0.75)
     scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=job.epochs)
     clock.start()
     for epoch in range(job.epochs):
@@ -172,7 +163,7 @@ def timm_script(job, clock):
             loss(net(images), labels).backward()
             optimizer.step()
         scheduler.step(epoch + 1)
-        clock.score(net)
+        clock.validate(net)
 
 
 def ours(job, clock):
@@ -180,13 +171,9 @@ def ours(job, clock):
     from finetune.run import main
 
     recipe, file = load_recipe(job.recipe)
-    rows = (
-        {"head_lr": recipe.groups.head_lr}
-        if isinstance(recipe.groups, LayerDecay)
-        else {f"{row.name}.lr": row.lr for row in recipe.groups if hasattr(row, "lr")}
-    )
-    changes = {"epochs": job.epochs, "data.image_size": job.size}
-    changes |= {f"groups.{name}": rate * job.factor for name, rate in rows.items() if job.factor != 1}
+    table = recipe.groups
+    peak = table.head_lr if isinstance(table, LayerDecay) else max(group.lr for group in table)
+    changes = {"epochs": job.epochs, "data.image_size": job.size, "lr_scale": job.factor}
     out = Path(job.scratch) / "run"
     if main(
         [
@@ -203,10 +190,10 @@ def ours(job, clock):
         ]
     ):
         sys.exit("ours: the run failed")
-    scored = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "top1" in row]
-    moments = json.loads((out / "result.json").read_text())["clock"]  # one for each row of scores
-    clock.curve = [[moment, row["top1"]] for row, moment in zip(scored, moments, strict=True)]
-    job.rate, clock.lines = max(rows.values()) * job.factor, code_lines(file.read_text())
+    epochs = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "top1" in row]
+    moments = json.loads((out / "result.json").read_text())["clock"]  # one for each row of metrics
+    clock.curve = [[moment, row["top1"]] for row, moment in zip(epochs, moments, strict=True)]
+    job.lr, clock.lines = peak * job.factor, code_lines(file.read_text())
 
 
 PEERS = {
@@ -217,20 +204,20 @@ PEERS = {
     "lightning": (lightning, 1e-3),
     "timm": (timm_script, 1e-3),
     "ours": (ours, 0),
-}  # and the default rate
+}  # and the default learning rate
 
 
 class Clock:
-    """Seconds of training, and the score after each epoch, whose own time does not count."""
+    """Seconds of training, and top-1 after each epoch, whose own time does not count."""
 
     def __init__(self, images: list, transform, lines: int):
-        self.images, self.transform, self.lines, self.curve, self.scoring = images, transform, lines, [], 0.0
+        self.images, self.transform, self.lines, self.curve, self.validating = images, transform, lines, [], 0.0
 
     def start(self) -> None:
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def score(self, net: nn.Module, then: type[Exception] | None = None) -> None:
+    def validate(self, net: nn.Module, then: type[Exception] | None = None) -> None:
         """A point of the curve; `then` is raised: fastai's way to leave out its own validation."""
         began = time.perf_counter()
         training = [module for module in net.modules() if module.training]
@@ -241,25 +228,25 @@ class Clock:
             right += (net(torch.stack(list(map(self.transform, images)))).argmax(1) == torch.tensor(labels)).sum().item()
         for module in training:
             module.training = True
-        self.curve.append([began - self.started - self.scoring, right / len(self.images)])
-        self.scoring += time.perf_counter() - began
+        self.curve.append([began - self.started - self.validating, right / len(self.images)])
+        self.validating += time.perf_counter() - began
         if then:
             raise then
 
     def transformers(self):
         from transformers import TrainerCallback
 
-        return type("Score", (TrainerCallback,), {"on_epoch_end": lambda *args, model, **more: self.score(model.net)})()
+        return type("Validate", (TrainerCallback,), {"on_epoch_end": lambda *args, model, **more: self.validate(model.net)})()
 
     def lightning(self):
         from lightning import Callback
 
-        return type("Score", (Callback,), {"on_train_epoch_end": lambda _, trainer, module: self.score(module)})()
+        return type("Validate", (Callback,), {"on_train_epoch_end": lambda _, trainer, module: self.validate(module)})()
 
     def fastai(self):
         from fastai.learner import Callback, CancelValidException
 
-        return type("Score", (Callback,), {"before_validate": lambda now: self.score(now.model, CancelValidException)})()
+        return type("Validate", (Callback,), {"before_validate": lambda now: self.validate(now.model, CancelValidException)})()
 
 
 class WithLoss(nn.Module):
@@ -296,7 +283,7 @@ def start(images: str, size: int) -> Recipe:
 
 def work(job: dict) -> dict:
     """One run, in this process."""
-    peer, rate = PEERS[job["peer"]]
+    peer, lr = PEERS[job["peer"]]
     importlib.import_module(HEAVY.get(job["peer"], "torch"))
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -311,7 +298,7 @@ def work(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         weights = f"{scratch}/weights.pth"
         torch.save(state, weights)
-        job |= {"rate": rate * job["factor"]}
+        job |= {"lr": lr * job["factor"]}
         given = SimpleNamespace(
             **job,
             train=str(folder / "train"),
@@ -325,12 +312,12 @@ def work(job: dict) -> dict:
         )
         clock = Clock(images, timm.data.create_transform(**inputs), code_lines(inspect.getsource(getattr(peer, "func", peer))))
         peer(given, clock)
-    curve = [[round(moment, 2), round(score, 5)] for moment, score in clock.curve]
+    curve = [[round(moment, 2), round(top1, 5)] for moment, top1 in clock.curve]
     seconds, top1 = curve[-1]
     trained = len(ImageFolder(folder / "train"))
     return {
         **{key: job[key] for key in (*SAME, "tuned")},
-        "rate": given.rate,
+        "lr": given.lr,
         "top1": top1,
         "seconds": seconds,
         "images_per_second": round(trained * job["epochs"] / seconds, 2),
@@ -368,27 +355,31 @@ def done(file: Path) -> list[dict]:
 
 
 def run(file: Path, job: dict, root: Path) -> dict | None:
-    """The run's row, from the file if it is there; None for a try on held-out images that failed (a rate too high)."""
+    """The run's row, from the file if it is there; None for a try on held-out images that failed (a learning rate too high)."""
     there = [row for row in done(file) if all(row[key] == job[key] for key in SAME)]
     if row := next((row for row in there if row["tuned"] == job["tuned"]), None):
         return row
-    if there:  # the default rates were the best
+    if there:  # the default learning rates were the best
         row = there[0] | {"tuned": job["tuned"]}
     else:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
         job |= {"folder": str(root / ("held_out" if job["held_out"] else "all"))}
         child = subprocess.run(
-            [sys.executable, __file__, "--worker", json.dumps(job)], env=environment, capture_output=True, text=True
+            [sys.executable, "-m", "benchmarks.peers", "--worker", json.dumps(job)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
         if child.returncode and not job["held_out"]:
             sys.exit(f"{job['peer']} failed:\n{child.stderr[-3000:]}")
         if child.returncode:
-            return print(f"{job['peer']} failed at its rates x {job['factor']:g}: {child.stderr[-300:]}", file=sys.stderr)
+            return print(f"{job['peer']} failed at lr x {job['factor']:g}: {child.stderr[-300:]}", file=sys.stderr)
         row = json.loads(child.stdout.splitlines()[-1])
     with open(file, "a") as out:
         out.write(json.dumps(row) + "\n")
     print(
-        f"{row['peer']:16}  seed {row['seed']}  rates x {row['factor']:<4g} {'held out' * row['held_out']:8} "
+        f"{row['peer']:16}  seed {row['seed']}  lr x {row['factor']:<4g} {'held out' * row['held_out']:8} "
         f"{row['top1']:7.2%} {row['seconds']:8.1f} s",
         flush=True,
     )
@@ -407,8 +398,8 @@ def compare(args: argparse.Namespace, root: Path) -> None:
         for peer in args.peers:
             one(peer, seed)
     best = {}
-    for peer in args.peers if args.rates else ():
-        tried = [row for factor in args.rates if (row := one(peer, 0, factor, held_out=True))]
+    for peer in args.peers if args.lr_factors else ():
+        tried = [row for factor in args.lr_factors if (row := one(peer, 0, factor, held_out=True))]
         if tried:  # of equals the one nearest to the default
             best[peer] = max(tried, key=lambda row: (row["top1"], -abs(math.log(row["factor"]))))["factor"]
     for seed in range(args.seeds):
@@ -429,10 +420,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS))
     parser.add_argument(
-        "--rates",
+        "--lr-factors",
         type=lambda text: [float(word) for word in text.split(",")],
         metavar="F1,F2,...",
-        help="factors on each peer's rates, to be chosen from on a held-out fifth of the training images",
+        help="factors on each peer's learning rates, to be chosen from on a held-out fifth of the training images",
     )
     parser.add_argument("--output", type=Path, default=Path("peers.jsonl"), help="a line a run; none of these is run again")
     parser.add_argument("--picture", type=Path)
@@ -441,7 +432,7 @@ def main() -> None:
     if unknown := [peer for peer in args.peers if peer not in PEERS]:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
     if args.epochs < 2:
-        parser.error("--epochs starts at 2: fastai and Lightning train the head alone in the first")
+        parser.error("--epochs starts at 2: fastai and Lightning train only the head in the first")
     with tempfile.TemporaryDirectory() as root:
         trees(args.data, args.per_class, Path(root))
         compare(args, Path(root))

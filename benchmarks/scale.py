@@ -25,10 +25,10 @@ def main() -> int:
         "--numbers", type=lambda text: [int(word) for word in text.split(",")], default=[1000, 30_000, 1_000_000]
     )
     parser.add_argument("--loaded", type=int, default=1000, help="images of each set that are loaded")
-    parser.add_argument("--worker", choices=["images", "updates"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["images", "steps"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        row = images(args.numbers[0], args.loaded) if args.worker == "images" else updates()
+        row = images(args.numbers[0], args.loaded) if args.worker == "images" else steps()
         if row:
             print(json.dumps(row), flush=True)
         return 0
@@ -36,13 +36,13 @@ def main() -> int:
     two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     speeds = {}
     for count, launcher in ((1, []), (2, two)):
-        speeds[count] = worker([*launcher, __file__, "--worker", "updates"], cores // count)["images_per_second"]
+        speeds[count] = worker([*launcher, "-m", "benchmarks.scale", "--worker", "steps"], cores // count)["images_per_second"]
     print(
         f"{cores} cores: one process {speeds[1]:.0f} images/s, two with {cores // 2} each {speeds[2]:.0f}: "
         f"{speeds[2] / speeds[1]:.2f} times"
     )
     rows = [
-        worker([__file__, "--worker", "images", "--numbers", str(number), "--loaded", str(args.loaded)], cores)
+        worker(["-m", "benchmarks.scale", "--worker", "images", "--numbers", str(number), "--loaded", str(args.loaded)], cores)
         for number in args.numbers
     ]
     print("| images | planning an epoch, us an image | loading, us an image | bytes an image |\n|---|---|---|---|")
@@ -68,30 +68,29 @@ def main() -> int:
 
 def worker(words: list[str], threads: int) -> dict:
     done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+        [sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
     )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def updates() -> dict | None:
+def steps() -> dict | None:
     """Training of a real network on generated images, in one process or two."""
     import tempfile
 
-    from loop import InMemory, Watched, recipe_of
-
-    from finetune.assemble import make_accelerator
-    from finetune.backbone import build_backbone
-    from finetune.train_loop import train
+    from benchmarks.loop import InMemory, Watched, recipe_of
+    from finetune.models.backbone import build_backbone
+    from finetune.train.loop import train
+    from finetune.train.setup import make_accelerator
 
     recipe = recipe_of("resnet18", 64, 64, 3)
     accelerator = make_accelerator(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        record = Watched(Path(folder), accelerator, lambda path, net: None, quiet=True)
+        record = Watched(Path(folder), accelerator, quiet=True)
         train(recipe, build_backbone(recipe, 10), (InMemory(1280, 64), InMemory(64, 64)), record, accelerator)
         accelerator.wait_for_everyone()
-    return {"images_per_second": max(record.rates)} if accelerator.is_main_process else None
+    return {"images_per_second": max(record.speeds)} if accelerator.is_main_process else None
 
 
 def images(number: int, loaded: int) -> dict:
@@ -99,9 +98,9 @@ def images(number: int, loaded: int) -> dict:
     import numpy as np
     from PIL import Image
 
-    from finetune.augment import Pixels
-    from finetune.batches import ImageDataset, load, plan_epoch
-    from finetune.image_lists import ImageList
+    from finetune.data.dataset import ImageList
+    from finetune.data.loader import ImageDataset, load, plan_epoch
+    from finetune.data.transforms import Pixels
     from finetune.recipe import Augment
 
     def draw(index: int) -> Image.Image:
@@ -116,7 +115,7 @@ def images(number: int, loaded: int) -> dict:
     plan = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     start = time.perf_counter()
-    count = sum(len(batch) for batch, _ in load(images, 0, [update.images for update in planned[: loaded // 64]], 0))
+    count = sum(len(batch) for batch, _ in load(images, 0, [plan.images for plan in planned[: loaded // 64]], 0))
     return {
         "images": number,
         "plan_us": 1e6 * plan / number,

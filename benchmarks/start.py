@@ -1,9 +1,9 @@
-"""What a run costs beside its updates: the commands that need no torch, the way to the first update, scoring and checkpoints.
+"""What a run costs beside its steps: the commands that need no torch, the way to the first step, validation and checkpoints.
 
     python -m benchmarks.start
 
-Commands are started as a person starts them. The first update is looked for in the metrics of a quickstart run, whose head is
-fitted before; scoring, checkpoints and the best model are timed inside such a run, as shares of the epochs they belong to.
+Commands are started as a person starts them. The first step is looked for in the metrics of a quickstart run, after its linear
+probe; validation, checkpoints and the best model are timed inside such a run, as shares of the epochs they belong to.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COMMANDS = {
     "an unknown recipe": [*RUN, "--recipe", "resnet81"],
     "finetune ls": [sys.executable, "-m", "finetune", "ls"],
 }
-BESIDE = ("evaluate", "save_checkpoint")  # of train_loop; and save_best and log_epoch of the record
+BESIDE = ("predict_logits", "compute_metrics", "save_if_best", "save_checkpoint")  # of the loop; and log_epoch of the logger
 
 
 def main() -> int:
@@ -38,9 +38,9 @@ def main() -> int:
     if args.worker:
         return inside(args.recipe, args.epochs)
     seconds = {name: statistics.median(timed(command) for _ in range(args.repeat)) for name, command in COMMANDS.items()}
-    first = statistics.median(first_update(args.recipe) for _ in range(max(1, args.repeat // 2)))
+    first = statistics.median(first_step(args.recipe) for _ in range(max(1, args.repeat // 2)))
     done = subprocess.run(
-        [sys.executable, __file__, "--worker", "--recipe", args.recipe, "--epochs", str(args.epochs)],
+        [sys.executable, "-m", "benchmarks.start", "--worker", "--recipe", args.recipe, "--epochs", str(args.epochs)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -51,19 +51,19 @@ def main() -> int:
     for name, each in seconds.items():
         print(f"{name:20} {each:.2f} s")
     print(
-        f"{args.recipe}: first update after {first:.1f} s\nof the time of its epochs: "
+        f"{args.recipe}: first step after {first:.1f} s\nof the time of its epochs: "
         + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     )
     print(
         json.dumps(
             {
                 "seconds": {name: round(each, 3) for name, each in seconds.items()},
-                "first_update": round(first, 2),
+                "first_step": round(first, 2),
                 "shares": {name: round(share, 4) for name, share in shares.items()},
                 "holds": {
                     "commands_under_half_a_second": max(seconds.values()) < 0.5,
-                    "first_update_within_10_s": first < 10,
-                    "scoring_and_checkpoints_under_a_tenth": sum(shares.values()) < 0.1,
+                    "first_step_within_10_s": first < 10,
+                    "validation_and_checkpoints_under_a_tenth": sum(shares.values()) < 0.1,
                 },
             }
         )
@@ -77,8 +77,8 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def first_update(recipe: str) -> float:
-    """Seconds from the command to the first line of an update; a checkpoint each update has it written at once."""
+def first_step(recipe: str) -> float:
+    """Seconds from the command to the first line of a step; a checkpoint each step has it written at once."""
     with tempfile.TemporaryDirectory() as folder:
         start, metrics = time.perf_counter(), Path(folder) / "run" / "metrics.jsonl"
         process = subprocess.Popen(
@@ -90,7 +90,7 @@ def first_update(recipe: str) -> float:
         try:
             while not (metrics.is_file() and "grad_norm" in metrics.read_text()):
                 if process.poll() is not None:
-                    sys.exit(f"the run of {recipe} ended before its first update")
+                    sys.exit(f"the run of {recipe} ended before its first step")
                 time.sleep(0.02)
             return time.perf_counter() - start
         finally:
@@ -101,7 +101,7 @@ def first_update(recipe: str) -> float:
 def inside(recipe: str, epochs: int) -> int:
     """A run with its parts timed; what comes before the first epoch does not count."""
     from finetune import run
-    from finetune.train import logger as run_record
+    from finetune.train import logger
     from finetune.train import loop as train_loop
 
     spent, started = {}, []
@@ -121,10 +121,9 @@ def inside(recipe: str, epochs: int) -> int:
 
     for name in BESIDE:
         watch(train_loop, name)
-    for name in ("save_best", "log_epoch"):
-        watch(run_record.Logger, name)
-    original = train_loop.unfreeze
-    train_loop.unfreeze = lambda *args: (started.append(time.perf_counter()), original(*args))[1]
+    watch(logger.Logger, "log_epoch")
+    original = train_loop.start_stage
+    train_loop.start_stage = lambda *args: (started.append(time.perf_counter()), original(*args))[1]
     ended = []
     report = train_loop.StopRequest.__exit__
     train_loop.StopRequest.__exit__ = lambda *args: (ended.append(time.perf_counter()), report(*args))[1]

@@ -1,0 +1,278 @@
+"""Write the tables of README.md and docs/ from the kept records.
+
+    python -m benchmarks.docs            # rewrite what stands between <!-- generated: NAME --> and <!-- end -->
+    python -m benchmarks.docs --check    # change nothing; exit code 1 if something would change
+
+NAME is a function of `BLOCKS` and its arguments. A table becomes a block of its own, a number stays within its line.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+
+from benchmarks import ablations, peers_report
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, RECIPES = ROOT / "benchmarks" / "results", ROOT / "recipes"
+BLOCK = re.compile(r"<!-- generated: ([\w ]+) -->.*?<!-- end -->", re.DOTALL)
+IMAGES = {"cifar": "CIFAR-10, JPEG copy", "digits": "digits"}  # what the records call them
+NETWORKS = [f"tf_efficientnet_lite{i}" for i in range(3)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something would change")
+    args = parser.parse_args()
+    stale = {page: new for page in pages() if (new := rewritten(page.read_text())) != page.read_text()}
+    for page, new in stale.items():
+        print(f"{page.relative_to(ROOT)} {'is not what the records say' if args.check else 'rewritten'}")
+        if not args.check:
+            page.write_text(new)
+    return int(args.check and bool(stale))
+
+
+def pages() -> list[Path]:
+    """What people read, as files."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rewritten(text: str) -> str:
+    """A page with its blocks made anew."""
+
+    def made(block: re.Match) -> str:
+        name, *arguments = block[1].split()
+        content = re.sub(r"(\d)%", r"\1 %", BLOCKS[name](*arguments))
+        space = "\n\n" if "\n" in content else ""
+        return f"<!-- generated: {block[1]} -->{space}{content}{space}<!-- end -->"
+
+    return BLOCK.sub(made, text)
+
+
+def read(name: str):
+    """A kept result."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def record(name: str) -> dict:
+    """The record of a recipe's runs."""
+    return json.loads((RECIPES / "baselines" / f"{name}.json").read_text())
+
+
+def table(header: str, rows: list[tuple]) -> str:
+    """Rows in Markdown, under column names divided by |."""
+    columns = [name.strip() for name in header.split("|")]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines).replace("|  |", "| |")
+
+
+def mean_of(kept: dict, key: str = "top1") -> str:
+    """The mean of one metric over a record's runs."""
+    return f"{mean(run[key] for run in kept['runs']):.1%}"
+
+
+def with_range(kept: dict) -> str:
+    """A record's top-1: mean, range and number of seeds."""
+    top1 = [run["top1"] for run in kept["runs"]]
+    return f"{mean(top1):.1%} ({100 * min(top1):.1f} to {100 * max(top1):.1f}, {len(top1)} seeds)"
+
+
+def cost(kept: dict) -> str:
+    """What one run took, and on what."""
+    threads = kept["hardware"]["threads"]
+    return f"{mean(run['seconds'] for run in kept['runs']) / 60:.1f} min, {threads} CPU core{'s' * (threads > 1)}"
+
+
+def recipes() -> str:
+    """A row for each recipe, measured or not."""
+    from finetune.recipe.load import load_recipe
+
+    rows = []
+    for file in sorted(RECIPES.glob("*.py")):
+        recipe, _ = load_recipe(str(file))
+        reached, paid = "not measured", "-"
+        if (RECIPES / "baselines" / f"{file.stem}.json").is_file():
+            kept = record(file.stem)
+            reached, paid = with_range(kept), cost(kept)
+            if "images" in kept:
+                reached += f" on {kept['images']}; the full set not measured"
+        images = f"{recipe.data.source}, {recipe.data.image_size} px"
+        rows.append((f"`{file.stem}`", f"`{recipe.backbone}`", images, reached, paid))
+    return table("recipe | network | images | top-1 | cost of a run", rows)
+
+
+def top1(name: str) -> str:
+    """The mean of a recipe's runs."""
+    return mean_of(record(name))
+
+
+def networks() -> str:
+    """The recipes on larger networks of the family."""
+    names = [file.stem for file in sorted((RECIPES / "baselines").glob("*.json"))]
+    kept = [record(name) for name in names] + read("lite.json")
+    cells = {
+        (one["recipe"]["backbone"], one["recipe"]["data"]["source"]): f"{with_range(one)}; probe "
+        f"{mean_of(one, 'linear_probe_top1')}"
+        for one in kept
+    }
+    rows = [(f"`{net}`", *(cells[net, source] for source in ("--data", "digits", "elpv"))) for net in NETWORKS]
+    return table("network | CIFAR-10, JPEG copy, 100 a class | digits | solar cells", rows)
+
+
+def cifar() -> str:
+    """The CIFAR-10 recipe on more images."""
+    rows = [
+        (images, with_range(kept), mean_of(kept, "linear_probe_top1"), cost(kept))
+        for images, kept in (
+            ("100 a class to train on, 100 to validate", record("efficientnet_lite0_cifar")),
+            ("1,000 a class to train on, 200 to validate", read("cifar_10000.json")),
+        )
+    ]
+    return table("CIFAR-10, JPEG copy | top-1 | linear probe | cost of a run", rows)
+
+
+def solar_cells() -> str:
+    """The solar cells, all and by type."""
+    kept = record("efficientnet_lite0_elpv")
+    rows = [("all", kept["runs"][0]["val_images"], mean_of(kept), mean_of(kept, "macro_f1"))]
+    for kind, name in (("mono", "monocrystalline"), ("poly", "polycrystalline")):
+        part = {"runs": [run["by_subgroup"][kind] for run in kept["runs"]]}
+        rows.append((name, part["runs"][0]["val_images"], mean_of(part), mean_of(part, "macro_f1")))
+    return table("cells | validation images | top-1 | macro F1", rows)
+
+
+def ablation(images: str) -> str:
+    """A recipe with one thing changed at a time."""
+    rows = [json.loads(line) for line in (RESULTS / "ablations.jsonl").read_text().splitlines()]
+    return ablations.table(ablations.compare([row for row in rows if row["images"].startswith(IMAGES[images])]))
+
+
+def section(images: str, tuned: bool) -> dict:
+    """A part of the comparison with other tools."""
+    parts = peers_report.sections(peers_report.read(RESULTS / "peers.jsonl")).values()
+    return next(part for part in parts if (part["data"], part["tuned"]) == (IMAGES[images], tuned))
+
+
+def peers(images: str, tuned: str = "") -> str:
+    """One table of the comparison with other tools."""
+    part = section(images, bool(tuned))
+    return f"{peers_report.table(part)}\n\n{peers_report.first_there(part)}"
+
+
+def peer(name: str, images: str, tuned: str = "") -> str:
+    """Top-1 of one tool, or of the best other one."""
+    part = section(images, bool(tuned))
+    return f"{part['peers'][part['best_peer'] if name == 'best' else name]['mean_top1']:.1%}"
+
+
+def suggest() -> str:
+    """Recipes that `finetune suggest` wrote, against a linear head on frozen features."""
+    rows = [
+        (one["images"], one["val_images"], f"{one['linear_head']:.1%}", f"{one[one['metric']]:.1%}")
+        for one in read("suggest.json")
+    ]
+    return table("images | validation images | linear head | suggested recipe", rows)
+
+
+def find_lr() -> str:
+    """What the range test's steepest point reached."""
+    return f"{read('find_lr.json')['top1']:.1%}"
+
+
+def kills(rows: list[dict] | None = None) -> str:
+    """Runs that were killed, resumed and compared with an unbroken one."""
+    rows = rows or read("kills.json")["runs"]
+    sums = {key: sum(row[key] for row in rows) for key in ("kills", "resumed", "bitwise_equal")}
+    lines = [
+        (*(row[key] for key in ("killed", "processes", *sums)), row["kills"] - row["bitwise_equal"])
+        for row in [*rows, {"killed": "all", "processes": "", **sums}]
+    ]
+    return table("killed | processes | kills | resumed | bitwise equal | lost", lines)
+
+
+def killed() -> str:
+    """How many killed runs ended with the bits of an unbroken one."""
+    rows = read("kills.json")["runs"]
+    return f"{sum(row['bitwise_equal'] for row in rows)} of {sum(row['kills'] for row in rows)}"
+
+
+def performance() -> str:
+    """The benchmarks, what was required of them, and whether it holds."""
+    kept = read("benchmarks.json")
+    now, before = kept["now"], kept["before"]
+
+    def holds(benchmark: str, *names: str) -> str:
+        return "yes" if all(now[benchmark]["holds"][name] for name in names or now[benchmark]["holds"]) else "no"
+
+    def images(kind: str) -> str:
+        row = now["images"][kind]
+        return (
+            f"{row['ours_us']:.0f} us; timm {row['timm_us']:.0f}, torchvision {row['torchvision_us']:.0f}: "
+            f"{row['times_faster']:.1f} times"
+        )
+
+    def two_processes(part: dict) -> str:
+        return f"{part['scale']['images_per_second']['2'] / part['scale']['images_per_second']['1']:.2f}"
+
+    few, *_, many = now["scale"]["images"]
+    once = before["scale"]["load_us"]
+    rows = [
+        ("`images`", "an image of 32 px brought to 128", "5 times faster", f"{before['images']['small_us']} us",
+         images("small"), holds("images", "small_5_times_faster")),
+        ("`images`", "an image of 300 px cropped to 224", "2 times faster", f"{before['images']['large_us']} us",
+         images("large"), holds("images", "large_2_times_faster")),
+        *(
+            (
+                "`loop`",
+                f"`train()` against a bare loop: {case['case']}, {case['processes']} process{'es' * (case['processes'] > 1)}",
+                "0.98 of its images/s",
+                f"{old['ratio']:.2f}",
+                f"{case['ratio']:.2f}",
+                holds("loop", f"{case['case']}, {case['processes']} processes"),
+            )
+            for old, case in zip(before["loop"]["cases"], now["loop"]["cases"], strict=True)
+        ),
+        ("`frozen`", "memory while only the head trains, of that of all layers (ResNet-18, 128 px)", "40%",
+         f"{before['frozen']['memory_share']:.0%}", f"{now['frozen']['memory_share']:.0%}",
+         holds("frozen", "memory_at_most_40_percent")),
+        ("`frozen`", "a pass over kept features, against computing them", "10 times faster",
+         f"{before['frozen']['times_faster']:.0f} times", f"{now['frozen']['times_faster']:.0f} times",
+         holds("frozen", "kept_features_10_times_faster")),
+        ("`start`", "`--help`, `finetune ls`, an unknown recipe", "0.5 s", f"{max(before['start']['seconds'].values()):.2f} s",
+         f"{max(now['start']['seconds'].values()):.2f} s", holds("start", "commands_under_half_a_second")),
+        ("`start`", "the quickstart's first step, after its linear probe", "10 s", f"{before['start']['first_step']:.1f} s",
+         f"{now['start']['first_step']:.1f} s", holds("start", "first_step_within_10_s")),
+        ("`start`", "validation and checkpoints, of the epochs' time", "10%", f"{sum(before['start']['shares'].values()):.1%}",
+         f"{sum(now['start']['shares'].values()):.1%}", holds("start", "validation_and_checkpoints_under_a_tenth")),
+        ("`scale`", "two processes against one on the same two cores, images/s", "0.95", two_processes(before),
+         two_processes(now), holds("scale", "two_processes_not_slower")),
+        ("`scale`", "loading an image of 1,000,000, against one of 1,000", "1.2 times the time",
+         f"{once['1000000']:.0f} us, {once['1000']:.0f} us", f"{many['load_us']:.0f} us, {few['load_us']:.0f} us",
+         holds("scale", "loading_time_flat")),
+    ]  # fmt: skip
+    return table("benchmark | what | required | before | now | holds", rows)
+
+
+BLOCKS = {
+    made.__name__: made
+    for made in (
+        recipes,
+        top1,
+        networks,
+        cifar,
+        solar_cells,
+        ablation,
+        peers,
+        peer,
+        suggest,
+        find_lr,
+        kills,
+        killed,
+        performance,
+    )
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

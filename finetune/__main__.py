@@ -166,10 +166,10 @@ def show_plan(args: argparse.Namespace) -> None:
     num_images, num_classes = data_size(recipe)
     net = meta_backbone(recipe, num_classes)
     check_recipe(recipe, net)
-    print(f"{file.stem}: {describe_plan(recipe, net, num_images, num_classes)}")
+    groups, steps = build_param_groups(recipe, net), recipe.data.steps_per_epoch(num_images)
+    print(f"{file.stem}: {describe_plan(recipe, net, groups, num_images, num_classes)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        groups, steps = build_param_groups(recipe, net), recipe.data.steps_per_epoch(num_images)
         print(f"\npicture  {plot_plan(args.output / f'{file.stem}-plan.png', groups, steps, recipe.epochs)}")
 
 
@@ -178,19 +178,19 @@ def find_lr(args: argparse.Namespace) -> None:
     recipe, file = chosen_recipe(args)
 
     from finetune.optim.param_groups import build_param_groups
-    from finetune.tools.lr_finder import line_to_paste, picture, range_test, suggestions
+    from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, suggest_factors
     from finetune.train.setup import make_accelerator, setup
 
     accelerator = make_accelerator(recipe)
     net, (images, _) = setup(recipe, accelerator)
     factors, losses = range_test(recipe, net, images, accelerator)
-    suggested = suggestions(factors, losses)
+    suggested = suggest_factors(factors, losses)
     for name, factor in suggested.items():
         print(f"{name:8}  {factor:.2g} times the recipe's learning rates: {line_to_paste(recipe, factor)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
-        print(f"picture   {picture(args.output / f'{file.stem}-lr.png', factors, losses, suggested, lrs)}")
+        print(f"picture   {plot_range_test(args.output / f'{file.stem}-lr.png', factors, losses, suggested, lrs)}")
 
 
 def reproduce(args: argparse.Namespace) -> int:
@@ -204,12 +204,13 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def suggest(args: argparse.Namespace) -> None:
     """Look at your images and write a complete recipe for them, each choice with its reason."""
-    from finetune.tools.image_stats import look
-    from finetune.tools.suggest import suggestion
+    from finetune.tools.image_stats import compute_image_stats
+    from finetune.tools.suggest import suggest_recipe
 
     if args.output:
         check_new(args.output)
-    text = suggestion(look(args.data), args.backbone, args.weights, str(args.output or "my_recipe.py"))
+    stats = compute_image_stats(args.data)
+    text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
     if args.output:
         args.output.write_text(text)
         print(f"{args.output}; to run it: accelerate launch -m finetune.run --recipe {args.output}")

@@ -116,10 +116,12 @@ def launch(args: argparse.Namespace) -> int:
     check_recipe(recipe, meta_backbone(recipe))
     if args.dry_run:
         from finetune.data.sources import data_size
+        from finetune.optim.param_groups import build_param_groups
         from finetune.tools.plan import describe_plan
 
         num_images, num_classes = data_size(recipe)
-        print(f"{file.stem}: {describe_plan(recipe, meta_backbone(recipe, num_classes), num_images, num_classes)}")
+        net = meta_backbone(recipe, num_classes)
+        print(f"{file.stem}: {describe_plan(recipe, net, build_param_groups(recipe, net), num_images, num_classes)}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 

@@ -1,4 +1,4 @@
-"""What a folder of images is like: how many, how large, how coloured, how evenly spread over its classes."""
+"""Statistics of a set of images: how many, how large, in colour or grey, how many a class."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,31 +9,27 @@ from PIL import Image
 
 from finetune.data.dataset import ImageList
 from finetune.data.sources import load_data
-from finetune.recipe import AdamW, Cosine, Data, LayerDecay, Recipe
+from finetune.recipe.minimal import minimal_recipe
 
 
 @dataclass(frozen=True)
 class ImageStats:
-    """What a set of images is like: a named set, or the absolute path of a folder.
+    """Statistics of a set of images; sizes and colours are those of a sample."""
 
-    `smallest` and `largest` class are in training images, `side` is the median of the images' shorter sides and `least` the
-    shortest, in pixels, `aspect` the median of long side to short side; `grey`: no image of the sample has colours.
-    """
-
-    source: str
-    train: int
+    source: str  # a named set, or the absolute path of a folder
+    train: int  # training images
     val: int
     classes: tuple[str, ...]
-    smallest: int
+    smallest: int  # training images of the smallest class
     largest: int
-    side: int
-    least: int
-    aspect: float
-    grey: bool
+    side: int  # median of the shorter sides, in pixels
+    least: int  # the shortest side
+    aspect: float  # median of long side / short side
+    grey: bool  # no image has colours
 
 
-def look(source: str) -> ImageStats:
-    """The stats of the images that a recipe with that source would train on.
+def compute_image_stats(source: str) -> ImageStats:
+    """Statistics of the images that a recipe with that source would train on.
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
 
@@ -41,9 +37,9 @@ def look(source: str) -> ImageStats:
         RecipeError: as a run would, and for an image of the sample that can't be read.
     """
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    data = load_data(trial("resnet18", source, 32))
+    data = load_data(minimal_recipe("resnet18", source, image_size=32))
     assert isinstance(data.train, ImageList)  # as of every source but a function
-    sizes = np.array([pixels(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
+    sizes = np.array([image_size(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
     counts = Counter(map(int, data.train.labels))
     return ImageStats(
         source,
@@ -59,20 +55,7 @@ def look(source: str) -> ImageStats:
     )
 
 
-def trial(backbone: str, source: str, size: int) -> Recipe:
-    """A recipe with only what is decided so far."""
-    return Recipe(
-        backbone=backbone,
-        data=Data(source, size, 1),
-        groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01),
-        optimizer=AdamW(),
-        schedule=Cosine(),
-        epochs=1,
-        batch_norm="frozen",
-    )
-
-
-def pixels(images: ImageList, position: int) -> tuple[int, int]:
+def image_size(images: ImageList, position: int) -> tuple[int, int]:
     """Width and height in pixels; of a file only the header is read."""
     item = images.items[position]
     if isinstance(item, str | Path):

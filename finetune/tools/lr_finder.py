@@ -1,4 +1,4 @@
-"""The learning-rate range test: one factor on all groups, on a copy of the network."""
+"""The learning-rate range test: all groups' learning rates rise by one factor, on a copy of the network."""
 
 import copy
 import math
@@ -41,9 +41,9 @@ def range_test(
     """(factors, losses) of steps whose learning rates rise from `low` to `high` times each group's peak.
 
     The range test of Smith (arXiv 1506.01186) for many learning rates at once: their ratios stay. All groups that ever train
-    do so from the first step, on a copy of `net`; nothing else is touched, and random numbers go on as if nothing had been
-    drawn. There is no linear probe first: from there the loss falls too little to show anything. `images` are the training
-    images. Ends early once the smoothed loss is over 4 times its lowest, or a loss is no finite number.
+    do so from the first step, on a copy of `net`; nothing else changes, not even the state of random generators. There is no
+    linear probe first: from there the loss falls too little to show anything. `images` are the training images. Ends early once
+    the smoothed loss is over 4 times its lowest, or a loss is not finite.
 
     Raises:
         RecipeError: on several processes, for a range that does not rise, and for too few steps.
@@ -56,7 +56,7 @@ def range_test(
     accelerator = Accelerator(mixed_precision=accelerator.mixed_precision)
     rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_steps / (num_steps - 1)))
     factors, losses = [], []
-    with same_random_numbers(accelerator.device):
+    with keep_random_state(accelerator.device):
         net = copy.deepcopy(net).to(accelerator.device)
         criterion = Criterion(recipe, net, images, accelerator.device)
         groups = [
@@ -81,8 +81,8 @@ def range_test(
 
 
 @contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn within, the generators of Python, numpy and torch are afterwards as they were before."""
+def keep_random_state(device: torch.device) -> Iterator[None]:
+    """Give the generators of Python, numpy and torch their state back in the end."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -111,8 +111,8 @@ def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:
     return smoothed
 
 
-def suggestions(factors: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
-    """Factors at which to train.
+def suggest_factors(factors: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
+    """Factors on the recipe's learning rates at which to train, by the name of the rule that finds them.
 
     "steepest": where the smoothed loss falls fastest per decade, of the points up to its lowest. "valley": fastai's of that
     name (arXiv 2002.04688), of the longest sequence of ever lower smoothed losses, which may skip some, the point half its
@@ -142,10 +142,10 @@ def suggestions(factors: Sequence[float], losses: Sequence[float]) -> dict[str, 
     }
 
 
-def picture(
+def plot_range_test(
     file: Path, factors: Sequence[float], losses: Sequence[float], suggested: dict[str, float], lrs: dict[str, float]
 ) -> Path:
-    """The losses by factor, with the suggestions; `lrs` are the peak learning rates of which they are multiples."""
+    """Draw the losses by factor, with the suggestions; `lrs` are the recipe's peak learning rates by group."""
     smoothed = smooth(losses)
     figure, axes = new_figure()
     axes.plot(factors, losses, color="0.75", linewidth=0.8, label="each step")
@@ -171,5 +171,5 @@ def picture(
 
 
 def line_to_paste(recipe: Recipe, factor: float) -> str:
-    """What to add to the command so that every learning rate is `factor` times the recipe's, to two digits."""
+    """The option that makes every learning rate `factor` times the recipe's, to two digits."""
     return f"--set lr_scale={recipe.lr_scale * factor:.2g}"

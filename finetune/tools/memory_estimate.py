@@ -1,4 +1,4 @@
-"""What a network consists of, and the memory that each stage of a run takes, found without weights or data."""
+"""A network's layers, and the memory that each stage of a run takes, found without weights or data."""
 
 import math
 import weakref
@@ -26,7 +26,7 @@ def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) ->
     Parameters of none of these layers, such as position embeddings, have rows of their own: the sum is the network's.
     """
     shapes, parameters = output_shapes(recipe, net), dict(net.named_parameters())
-    names = sorted(opened(net, shapes), key=list(shapes).index)
+    names = sorted(listed_layers(net, shapes), key=list(shapes).index)
     names += [path for path in parameters if not any(path.startswith(f"{name}.") for name in names)]
     rows = [("layer", "kind", "output", "parameters", "group", "from epoch")]
     for name in names:
@@ -40,15 +40,15 @@ def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) ->
                 kind,
                 shapes.get(name, ""),
                 f"{sum(parameters[path].numel() for path in own):,}",
-                span(group.name for group in owners),
-                span(epochs),
+                first_and_last(group.name for group in owners),
+                first_and_last(epochs),
             )
         )
     return align_columns([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")], numbers=True)
 
 
 def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
-    """The modules that do something in the forward pass of one image, in its order, with the shapes that they return."""
+    """The shape that each module returns for one image, by name in the order of the forward pass; idle modules are left out."""
     shapes: dict[str, str] = {}
     size, names = recipe.data.image_size, {module: name for name, module in net.named_modules()}
 
@@ -59,28 +59,28 @@ def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
         if module in names and not idle:
             shapes.setdefault(names[module], " x ".join(map(str, shape)))
 
-    with unchanged(net), torch.no_grad(), register_module_forward_hook(note):
+    with keep_state(net), torch.no_grad(), register_module_forward_hook(note):
         net.eval()(torch.empty(1, 3, size, size, device="meta"))
     return shapes
 
 
-def opened(module: nn.Module, called: Collection[str], path: str = "") -> Iterator[str]:
-    """The names of the children that are called; a Sequential's own in its stead, and those of a child that is not called."""
+def listed_layers(module: nn.Module, called: Collection[str], path: str = "") -> Iterator[str]:
+    """The names of the network's parts that are called: of a Sequential, or a part that is not called itself, its own parts."""
     for name, child in module.named_children():
         if path + name in called and (path or not isinstance(child, nn.Sequential)):
             yield path + name
         else:
-            yield from opened(child, called, f"{path}{name}.")
+            yield from listed_layers(child, called, f"{path}{name}.")
 
 
-def span(names: Iterable[str]) -> str:
+def first_and_last(names: Iterable[str]) -> str:
     """Names in a row, of more than two the first and the last."""
     names = list(names)
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]}"
 
 
 def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -> str:
-    """What each stage trains, and takes of memory with a whole batch at once on one process."""
+    """What each stage trains, and the memory that it takes with a whole batch at once on one process."""
     images = recipe.data.batch_size
     columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"]
     rows = [("from epoch", "trains", "trained parameters", *columns, "sum")]
@@ -93,7 +93,7 @@ def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -
         rows.append(
             (
                 str(epoch),
-                span(group.name for group in trained),
+                first_and_last(group.name for group in trained),
                 f"{sum(group.num_values for group in trained):,}",
                 *(cells.get(column, "unknown") for column in columns),
                 total,
@@ -114,7 +114,7 @@ def stage_memory(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], e
     "average" is there with `ema_decay` only, "optimizer" unless a step asks for numbers, of which there are none here.
     """
     optimizer = build_optimizer(groups)
-    with unchanged(net):
+    with keep_state(net):
         start_stage(groups, optimizer, epoch)
         set_train_mode(net, recipe.batch_norm)
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -135,8 +135,8 @@ def stage_memory(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], e
 
 
 @contextmanager
-def unchanged(net: nn.Module) -> Iterator[None]:
-    """Gives the network's modules their modes and its parameters their requires_grad back; gradients are dropped."""
+def keep_state(net: nn.Module) -> Iterator[None]:
+    """Give modules their modes and parameters their requires_grad back in the end; gradients are dropped."""
     modes = {module: module.training for module in net.modules()}
     trained = {parameter: parameter.requires_grad for parameter in net.parameters()}
     try:

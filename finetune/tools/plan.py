@@ -1,8 +1,10 @@
 """What a run will do, in text, before it does it."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from finetune.optim.param_groups import build_param_groups, describe_param_groups, planned_lrs
+from finetune.optim.param_groups import ParamGroup, describe_param_groups, planned_lrs
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.tools.memory_estimate import layer_table, memory_table
@@ -19,9 +21,11 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     )
 
 
-def describe_plan(recipe: Recipe, net: nn.Module, num_images: int, num_classes: int) -> str:
-    """The whole plan: groups, learning rates, stages with their memory, layers. `net` may lie on the meta device."""
-    groups, steps = build_param_groups(recipe, net), recipe.data.steps_per_epoch(num_images)
+def describe_plan(
+    recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], num_images: int, num_classes: int
+) -> str:
+    """The whole plan: groups, learning rates, stages with their memory, layers. `net` lies on the meta device."""
+    steps = recipe.data.steps_per_epoch(num_images)
     planned = planned_lrs(groups, [epoch * steps for epoch in range(recipe.epochs)], steps, recipe.epochs)
     by_epoch = [("group", *map(str, range(recipe.epochs)))]
     by_epoch += [(name, *(f"{lr:.1e}" if lr else "-" for lr in lrs)) for name, lrs in planned.items()]

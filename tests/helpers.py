@@ -113,6 +113,19 @@ def cut_before(monkeypatch, function, call):
     monkeypatch.setattr(train_loop, function, cutting)
 
 
+def cut_at(real, call):
+    """The function, which dies as it is called after `call` calls."""
+    calls = []
+
+    def cutting(*args, **options):
+        calls.append(1)
+        if len(calls) > call:
+            raise Cut
+        return real(*args, **options)
+
+    return cutting
+
+
 def scaling_accelerator():
     """An Accelerator that scales losses as for fp16, by so much that the first gradients overflow.
 

@@ -74,7 +74,7 @@ class Recipe(Checked):
     l2_sp: Annotated[float, "[0, inf)"] = 0.0  # pull towards the pretrained weights (arXiv 1802.01483)
 
     # Step: the three kinds of clipping apply in this order
-    clip_norm: Annotated[float, "(0, inf)"] | None = 1.0
+    clip_norm: Annotated[float, "(0, inf]"] | None = 1.0
     clip_norm_type: Annotated[float, "(0, inf]"] = 2.0  # inf: the largest element
     clip_value: Annotated[float, "(0, inf)"] | None = None  # each element
     clip_adaptive: Annotated[float, "(0, inf)"] | None = None  # each unit, to a share of its weights' norm (arXiv 2102.06171)

@@ -172,4 +172,4 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.cpu_name() or platform.machine()
+        return platform.processor() or platform.machine()

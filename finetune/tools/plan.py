@@ -21,9 +21,7 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     )
 
 
-def describe_plan(
-    recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], num_images: int, num_classes: int
-) -> str:
+def describe_plan(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], num_images: int, num_classes: int) -> str:
     """The whole plan: groups, learning rates, stages with their memory, layers. `net` lies on the meta device."""
     steps = recipe.data.steps_per_epoch(num_images)
     planned = planned_lrs(groups, [epoch * steps for epoch in range(recipe.epochs)], steps, recipe.epochs)

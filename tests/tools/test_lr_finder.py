@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
-from finetune.recipe import SGD, Frozen, Group, LayerDecay, Step
+from finetune.optim.param_groups import build_param_groups
+from finetune.recipe import SGD, Group, LayerDecay, Step
 from finetune.recipe.load import override
 from finetune.tools import lr_finder
-from finetune.tools.lr_finder import line_to_paste, picture, range_test, smooth, suggestions
+from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, smooth, suggest_factors
 from finetune.train.logger import Logger
 from finetune.train.loop import train
 from finetune.utils.errors import RecipeError
@@ -36,7 +37,7 @@ RECIPES = {
         backbone="test_resnet",
         head=None,
         batch_norm="train",
-        groups=(Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1), Frozen("early", ".")),
+        groups=(Group("head", "fc", lr=1e-2), Group("late", r"layer[34]", lr=1e-2, unfreeze_at=1), Group("early", ".", lr=0)),
     ),
 }
 
@@ -54,13 +55,13 @@ def state(net):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_it_leaves_no_trace(recipe):
     """Tensors, flags, modes, gradients, random states and the accelerator's own optimizer are, bit for bit, what they were."""
-    net, _, images = prepare(recipe)
+    net, _, (images, _) = prepare(recipe)
     next(net.parameters()).requires_grad_(False)
     list(net.children())[1].eval()
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=1.0))
     tensors, before = {name: tensor.clone() for name, tensor in net.state_dict().items()}, state(net)
-    assert len(range_test(recipe, net, images, accelerator, num_updates=10)[0]) == 10
+    assert len(range_test(recipe, net, images, accelerator, num_steps=10)[0]) == 10
     assert same_tensors(net.state_dict(), tensors) and state(net) == before
     assert accelerator._optimizers == [optimizer] and optimizer.param_groups[0]["lr"] == 1.0
 
@@ -70,38 +71,38 @@ def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
     """Training ends with the same bits, and writes the same metrics, whether or not a range test came first."""
     ends = []
     for tested in (True, False):
-        net, _, images = prepare(recipe)
+        net, _, datasets = prepare(recipe)
         accelerator = Accelerator(cpu=True)
         if tested:
-            range_test(recipe, net, images, accelerator, num_updates=10)
+            range_test(recipe, net, datasets[0], accelerator, num_steps=10)
         (folder := tmp_path / str(tested)).mkdir()
-        net = train(recipe, net, images, Logger(folder, accelerator, lambda path, net: None, recipe.metric), accelerator)
+        net = train(recipe, net, datasets, Logger(folder, accelerator, recipe.metric), accelerator)
         ends.append((net.state_dict(), (folder / "metrics.jsonl").read_text()))
     assert same_tensors(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
 
-def test_every_rate_rises_by_the_same_progression(monkeypatch):
-    """In each update each group's rate is its peak times numpy's geomspace, whatever its row says; a frozen row has none."""
+def test_every_learning_rate_rises_by_the_same_progression(monkeypatch):
+    """In each step each group's learning rate is its peak times numpy's geomspace, whatever its row says; a frozen row has none."""
     recipe = small_recipe(
         groups=(
             Group("head", "fc", lr=1e-2, optimizer=SGD(momentum=0.9)),
             Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5, schedule=Step(every=1, factor=0.5)),
-            Frozen("stem", "stem|norm"),
+            Group("stem", "stem|norm", lr=0),
         )
     )
-    net, _, images = prepare(recipe)
+    net, _, (images, _) = prepare(recipe)
     seen, networks, step = [], [], lr_finder.train_step
 
-    def watched(recipe, criterion, model, trained, optimizer, *rest):
+    def watched(recipe, model, criterion, optimizer, *rest):
         seen.append({row["name"]: row["lr"] for row in optimizer.param_groups})
         networks.append(model)
-        return step(recipe, criterion, model, trained, optimizer, *rest)
+        return step(recipe, model, criterion, optimizer, *rest)
 
     monkeypatch.setattr(lr_finder, "train_step", watched)
-    multipliers, _ = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e1, num_updates=12)
-    assert multipliers == pytest.approx(np.geomspace(1e-2, 1e1, 12), rel=1e-12) and len(seen) == 12
-    for row, multiplier in zip(seen, np.geomspace(1e-2, 1e1, 12), strict=True):
-        assert row == pytest.approx({"head": 1e-2 * multiplier, "body": 3e-3 * multiplier})
+    factors, _ = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e1, num_steps=12)
+    assert factors == pytest.approx(np.geomspace(1e-2, 1e1, 12), rel=1e-12) and len(seen) == 12
+    for row, factor in zip(seen, np.geomspace(1e-2, 1e1, 12), strict=True):
+        assert row == pytest.approx({"head": 1e-2 * factor, "body": 3e-3 * factor})
     moved = {n for n, t in networks[0].state_dict().items() if not torch.equal(t, net.state_dict()[n])}
     assert moved == {"body.weight", "body.bias", "fc.weight", "fc.bias"}
 
@@ -110,10 +111,10 @@ def test_every_rate_rises_by_the_same_progression(monkeypatch):
 def test_norms_behave_as_in_the_run(monkeypatch, batch_norm):
     """On the copy, statistics move in layers that ever train and in no others, and with batch_norm="frozen" nowhere."""
     recipe = dataclasses.replace(RECIPES["norms"], batch_norm=batch_norm)
-    net, _, images = prepare(recipe)
+    net, _, (images, _) = prepare(recipe)
     networks, step = [], lr_finder.train_step
-    monkeypatch.setattr(lr_finder, "train_step", lambda *all: networks.append(all[2]) or step(*all))
-    range_test(recipe, net, images, Accelerator(cpu=True), num_updates=10)
+    monkeypatch.setattr(lr_finder, "train_step", lambda *all: networks.append(all[1]) or step(*all))
+    range_test(recipe, net, images, Accelerator(cpu=True), num_steps=10)
     moved = {n for n, t in networks[0].named_buffers() if not torch.equal(t, net.get_buffer(n))}
     late = {n for n, _ in net.named_buffers() if n.startswith(("layer3", "layer4"))}
     assert moved == (late if batch_norm == "train" else set()) and late
@@ -122,20 +123,20 @@ def test_norms_behave_as_in_the_run(monkeypatch, batch_norm):
 def test_losses_are_those_of_a_bare_loop():
     """The losses are those of torch's SGD and ExponentialLR over the run's own batches, epoch after epoch.
 
-    The bound is float32 rounding through 15 updates, of which the last have rates at which differences grow.
+    The bound is float32 rounding through 15 steps, of which the last have learning rates at which differences grow.
     """
     recipe = small_recipe(
         groups=(Group("all", ".", lr=1e-2),), optimizer=SGD(momentum=0.9), clip_norm=None, label_smoothing=0.1
     )
-    net, _, images = prepare(recipe)
-    multipliers, losses = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e2, num_updates=15)
+    net, _, (images, _) = prepare(recipe)
+    factors, losses = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e2, num_steps=15)
 
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1e4 ** (1 / 14))
     expected = []
     for epoch in range(5):
-        for update in plan_epoch(22, 8, recipe.seed, epoch):
-            ((batch, labels),) = load(images[0], epoch, update.micro_batches, 0)
+        for plan in plan_epoch(22, 8, recipe.seed, epoch):
+            ((batch, labels),) = load(images, epoch, plan.micro_batches, 0)
             optimizer.zero_grad()
             loss = cross_entropy(net(batch), labels, label_smoothing=0.1)
             loss.backward()
@@ -164,13 +165,13 @@ def test_suggestions_are_where_the_curve_was_made_to_have_them():
 
     Steeper falls within the first 10 points, beyond the lowest, and within the last 5 are there to be left alone.
     """
-    multipliers = np.geomspace(1e-3, 1e3, 81)
+    factors = np.geomspace(1e-3, 1e3, 81)
     traps = np.concatenate([np.linspace(9, 0, 8), np.zeros(58), [6, 5, 3, 1], np.ones(8), [1, -5, -5]])
-    logistic = 3 - 2 / (1 + np.exp(-3 * np.log10(multipliers / multipliers[44])))
-    assert suggestions(multipliers, roughened(logistic + traps))["steepest"] == multipliers[44]
+    logistic = 3 - 2 / (1 + np.exp(-3 * np.log10(factors / factors[44])))
+    assert suggest_factors(factors, roughened(logistic + traps))["steepest"] == factors[44]
     straight = np.interp(np.arange(81), [0, 30, 50, 80], [2.8, 3, 1, 1.5])
-    valley = suggestions(multipliers, roughened(straight + traps))["valley"]
-    assert multipliers[39] <= valley <= multipliers[41]
+    valley = suggest_factors(factors, roughened(straight + traps))["valley"]
+    assert factors[39] <= valley <= factors[41]
 
 
 NOISE = 0.3 * np.random.RandomState(0).randn(100)
@@ -182,63 +183,56 @@ NOISE = 0.3 * np.random.RandomState(0).randn(100)
 def test_a_loss_that_never_falls_suggests_nothing(losses):
     """A level, a rising, a merely noisy and a very short curve are refused with what to do about it."""
     with pytest.raises(RecipeError, match="start .*lower"):
-        suggestions(np.geomspace(1e-3, 1, len(losses)), list(losses))
+        suggest_factors(np.geomspace(1e-3, 1, len(losses)), list(losses))
 
 
 @pytest.mark.parametrize("last, kept", [(math.nan, 12), (math.inf, 12), (1e3, 13), (1.0, 20)])
 def test_it_ends_when_the_loss_explodes(monkeypatch, last, kept):
     """No loss is asked for after one that is no number, which is not kept, or after the smoothed one is 4 times its lowest."""
-    net, _, images = prepare(small_recipe())
+    net, _, (images, _) = prepare(small_recipe())
     made = iter([2.0] * 12 + [last] + [2.0] * 7)
     monkeypatch.setattr(lr_finder, "train_step", lambda *_: (torch.tensor(next(made)), None))
-    multipliers, losses = range_test(small_recipe(), net, images, Accelerator(cpu=True), num_updates=20)
+    factors, losses = range_test(small_recipe(), net, images, Accelerator(cpu=True), num_steps=20)
     assert len(losses) == kept and len(list(made)) == (0 if last == 1.0 else 7)
-    assert multipliers == pytest.approx(np.geomspace(1e-3, 1e3, 20)[:kept])
+    assert factors == pytest.approx(np.geomspace(1e-3, 1e3, 20)[:kept])
 
 
 def test_a_real_explosion_ends_it():
-    """At rates that ruin the network the test is over before its range is, with finite losses."""
+    """At learning rates that ruin the network the test is over before its range is, with finite losses."""
     recipe = small_recipe(optimizer=SGD(), clip_norm=None)
-    net, _, images = prepare(recipe)
-    _, losses = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e9, num_updates=40)
+    net, _, (images, _) = prepare(recipe)
+    _, losses = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e9, num_steps=40)
     assert 10 < len(losses) < 40 and np.isfinite(losses).all()
 
 
 def test_what_can_not_be_tested_is_said():
-    """Several processes, a range that does not rise and too few updates are refused before anything is computed."""
+    """Several processes, a range that does not rise and too few steps are refused before anything is computed."""
     with pytest.raises(RecipeError, match="find-lr runs on one process"):
         range_test(small_recipe(), None, None, SimpleNamespace(num_processes=2))
-    for wrong in ({"low": 1.0, "high": 1.0}, {"low": 0.0}, {"num_updates": 9}):
+    for wrong in ({"low": 1.0, "high": 1.0}, {"low": 0.0}, {"num_steps": 9}):
         with pytest.raises(RecipeError, match="find-lr needs"):
             range_test(small_recipe(), None, None, Accelerator(cpu=True), **wrong)
 
 
 def test_the_line_is_read_back():
-    """What is to be pasted sets every rate to its peak times the multiplier, to two digits, and nothing else."""
-    rows = small_recipe(groups=(Group("head", "fc", lr=1e-2), Group("my-body", "body", lr=3e-3), Frozen("stem", ".")))
-    layers = small_recipe(backbone="test_resnet", head=None, groups=LayerDecay(head_lr=2e-3, stem_ratio=0.1))
-    assert line_to_paste(rows, 0.317) == "--set groups.head.lr=3.2e-03 --set groups.my-body.lr=9.5e-04"
+    """What is to be pasted sets every learning rate to its peak times the factor, to two digits, and nothing else."""
+    rows = small_recipe(groups=(Group("head", "fc", lr=1e-2), Group("my-body", "body", lr=3e-3), Group("stem", ".", lr=0)))
+    layers = small_recipe(backbone="test_resnet", head=None, groups=LayerDecay(head_lr=2e-3, stem_ratio=0.1), lr_scale=0.5)
     for recipe in (rows, layers):
-        flags, assignments = (line_to_paste(recipe, 0.317).split()[i::2] for i in (0, 1))
-        assert set(flags) == {"--set"}
-        changed = override(recipe, assignments)
-        if recipe is layers:
-            expected = dataclasses.replace(layers.groups, head_lr=6.3e-4)
-        else:
-            expected = (
-                dataclasses.replace(rows.groups[0], lr=3.2e-3),
-                dataclasses.replace(rows.groups[1], lr=9.5e-4),
-                rows.groups[2],
-            )
-        assert changed == dataclasses.replace(recipe, groups=expected)
+        flag, assignment = line_to_paste(recipe, 0.317).split()
+        changed = override(recipe, [assignment])
+        assert flag == "--set" and dataclasses.replace(changed, lr_scale=recipe.lr_scale) == recipe
+        net = prepare(recipe)[0]
+        before, after = ({group.name: group.lr for group in build_param_groups(one, net)} for one in (recipe, changed))
+        assert after == pytest.approx({name: 0.317 * lr for name, lr in before.items()}, rel=0.02)
 
 
-def test_the_picture_shows_the_suggestions(tmp_path, monkeypatch):
+def test_the_picture_shows_the_suggest_factors(tmp_path, monkeypatch):
     """The file is a picture whose legend has both suggestions, and whose axis holds the valley but not the explosion."""
     shown, save = [], lr_finder.save_figure
     monkeypatch.setattr(lr_finder, "save_figure", lambda figure, axes, file: shown.extend(axes) or save(figure, axes, file))
     losses = [3.0] * 15 + np.linspace(3, 1, 25).tolist() + np.geomspace(1, 1e4, 10).tolist()
-    file = picture(
+    file = plot_range_test(
         tmp_path / "find_lr.png",
         np.geomspace(1e-3, 1e3, 50),
         losses,
@@ -249,4 +243,4 @@ def test_the_picture_shows_the_suggestions(tmp_path, monkeypatch):
     legend = {text.get_text() for text in shown[0].get_legend().get_texts()}
     assert {"steepest: 0.23", "valley: 0.068"} <= legend
     bottom, top = shown[0].get_ylim()
-    assert bottom < 1 and 3 < top < 10 and shown[0].get_xlabel() == "multiplier of every group's peak rate"
+    assert bottom < 1 and 3 < top < 10 and shown[0].get_xlabel() == "factor on every group's peak learning rate"

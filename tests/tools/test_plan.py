@@ -4,46 +4,47 @@ import pytest
 from PIL import Image
 
 from finetune.__main__ import main as verb
-from finetune.data import sources as image_data
-from finetune.models import pretrained as weights
-from finetune.optim.param_groups import param_group_tables, planned_lrs
-from finetune.recipe import SGD, Frozen, Group, Step, Switch
+from finetune.data import sources
+from finetune.models import pretrained
+from finetune.optim.param_groups import build_param_groups, describe_param_groups, planned_lrs
+from finetune.recipe import SGD, Group, Step, Switch
 from finetune.run import main
-from finetune.train import setup as assemble
+from finetune.train import setup
 from helpers import SmallNet, small_recipe
 
 ROWS = (
     Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),
     Group("body", "body", lr=3e-3, unfreeze_at=1, warmup_epochs=0.5),
     Group("norm", "norm", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9)),
-    Frozen("stem", "."),
+    Group("stem", ".", lr=0),
 )
 
 
-def test_the_group_table_has_first_peak_and_last_rate():
-    """A late group's first and highest rate are those it really gets; a frozen row has none; a switch has its own table."""
+def test_the_group_table_has_first_peak_and_last_lr():
+    """A late group's first and highest learning rate are those it really gets; a frozen row has none; a switch has its own table."""
     recipe = small_recipe(groups=ROWS, switch=Switch(at=2, optimizer=SGD(momentum=0.5), lr_factor=2.0))
-    first, second = (text.splitlines() for text in param_group_tables(recipe, SmallNet(), 22).split("\n\nfrom epoch 2:\n"))
+    groups = build_param_groups(recipe, SmallNet())
+    first, second = (text.splitlines() for text in describe_param_groups(groups, 3, 4).split("\n\nfrom epoch 2:\n"))
     cells = {line.split()[0]: line.split() for line in first}
-    rates = planned_lrs(recipe, SmallNet(), range(12), 3)
-    assert cells["body"][3:6] == [f"{rate:.2g}" for rate in (rates["body"][3], max(rates["body"][3:6]), rates["body"][5])]
+    lrs = planned_lrs(groups, range(12), 3, 4)
+    assert cells["body"][3:6] == [f"{lr:.2g}" for lr in (lrs["body"][3], max(lrs["body"][3:6]), lrs["body"][5])]
     assert cells["stem"][-2:] == ["frozen", "never"] and cells["head"][-2:] == ["AdamW", "0"]
     later = {line.split()[0]: line.split() for line in second}
-    assert later["body"][4] == f"{max(rates['body'][6:]):.2g}" and later["body"][-2:] == ["SGD", "1"]
+    assert later["body"][4] == f"{max(lrs['body'][6:]):.2g}" and later["body"][-2:] == ["SGD", "1"]
     assert later["norm"][-2:] == ["SGD", "2"]
 
 
 def test_plan_shows_everything_and_trains_nothing(here, monkeypatch, capsys):
-    """Without weights, data or network: groups, rates, updates, stages with memory, layers, and a picture."""
-    for module in (assemble, weights, image_data):
+    """Without weights, data or network: groups, learning rates, steps, stages with memory, layers, and a picture."""
+    for module in (setup, pretrained, sources):
         for name in {"pretrained_state", "load_data"} & vars(module).keys():
             monkeypatch.setattr(module, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
     assert verb(["plan", "resnet18_cifar", "--set", "epochs=5", "--output", "plans"]) == 0
     out = capsys.readouterr().out
     for text in (
-        "5 epochs of 196 updates of 256 images",
+        "5 epochs of 196 steps of 256 images",
         "layer4 ",
-        "rate at the start of each epoch",
+        "learning rate at the start of each epoch",
         "stages",
         "activations",
         "layers, for one image",
@@ -65,12 +66,12 @@ def test_a_dry_run_is_the_plan(here, capsys):
 
 
 def test_find_lr_says_what_to_paste(here, capsys):
-    """The verb prints two suggestions as overrides of every group's rate, draws the picture, and writes nothing else."""
+    """The verb prints two suggestions as one option for all learning rates, draws the picture, and writes nothing else."""
     words = "find-lr efficientnet_lite0_digits --weights none --set data.image_size=32 --output out"
     assert verb(words.split()) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out] == ["steepest", "valley", "picture"]
-    assert all(line.count("--set groups.") == 4 for line in out[:2])
+    assert all(line.count("--set lr_scale=") == 1 for line in out[:2])
     assert [path.name for path in here.rglob("*")] == ["out", "efficientnet_lite0_digits-lr.png"]
 
 

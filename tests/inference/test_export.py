@@ -72,7 +72,7 @@ def test_timm_alone_loads_the_exported_folder(run_folder, image_folder, tmp_path
 
 
 def test_the_model_card_is_one_of_the_hubs(run_folder, tmp_path):
-    """huggingface_hub reads its front matter: library, tags, licence, metrics and the run's own scores."""
+    """huggingface_hub reads its front matter: library, tags, licence, metrics and the run's own results."""
     card = ModelCard.load(export(run_folder, "timm", tmp_path / "exported") / "README.md")
     result = json.loads((run_folder / "result.json").read_text())
     assert (card.data.library_name, card.data.license, card.data.pipeline_tag) == ("timm", "unknown", "image-classification")
@@ -113,7 +113,9 @@ def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
     shutil.copyfile(file, tmp_path / "recipe.py")
     number = describe_record(json.loads((ROOT / "recipes" / "baselines" / f"{name}.json").read_text()))
     command, spread = describe_origin(tmp_path, name, dataclasses.replace(recipe, seed=7))
-    assert command.endswith(f"--recipe {name} --set seed=7") and spread == f"1 run, seed 7; the recipe's baseline: top-1 {number}"
+    assert (
+        command.endswith(f"--recipe {name} --set seed=7") and spread == f"1 run, seed 7; the recipe's baseline: top-1 {number}"
+    )
     changed = override(recipe, ["epochs=7", "groups.head.lr=2e-4"])
     command, spread = describe_origin(tmp_path, name, changed)
     assert "--set epochs=7" in command and "--set groups.head.lr=0.0002" in command and spread == "1 run, seed 0"

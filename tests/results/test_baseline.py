@@ -134,7 +134,9 @@ def test_the_command_writes_the_record_alone(tmp_path, monkeypatch, capsys):
         record = json.loads((tmp_path / "baselines" / "mine.json").read_text())
         assert record == json.loads(json.dumps(record_runs(runs))) and file.read_text() == text
         assert describe_baseline(file, recipe) == "top-1 96.0 % (95.0 to 97.0, 2 seeds)"
-    assert [run["top1"] for run in record["runs"]] == [0.95, 0.97] and describe_hardware(record["hardware"]) == "1 x 2 CPU cores"
+    assert [run["top1"] for run in record["runs"]] == [0.95, 0.97] and describe_hardware(
+        record["hardware"]
+    ) == "1 x 2 CPU cores"
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes" / "baselines").glob("*.json")))
@@ -183,7 +185,10 @@ def test_reproduce_says_inside_or_outside(tmp_path, monkeypatch, capfd):
 def test_reproduce_needs_a_record(tmp_path, monkeypatch, capsys):
     """A recipe without a number, one that was changed, and one measured on a folder that is not named: one message each."""
     file = recorded(tmp_path, monkeypatch, top1=0.5)
-    assert verb(["reproduce", "resnet50_cifar100"]) == 2 and "has no baseline to compare with (none: not measured)" in capsys.readouterr().err
+    assert (
+        verb(["reproduce", "resnet50_cifar100"]) == 2
+        and "has no baseline to compare with (none: not measured)" in capsys.readouterr().err
+    )
     record = json.loads((tmp_path / "baselines" / "quick.json").read_text())
     (tmp_path / "baselines" / "quick.json").write_text(json.dumps({**record, "images": "my photographs"}))
     assert verb(["reproduce", str(file)]) == 2

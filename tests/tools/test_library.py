@@ -13,9 +13,9 @@ import pytest
 from finetune.__main__ import main
 from finetune.recipe.load import load_recipe, override
 from finetune.recipe.serialize import to_dict
-from finetune.results.baseline import baseline_of, promise, summary
-from finetune.tools.library import copied, differences
-from finetune.utils.errors import RecipeError
+from finetune.results.baseline import describe_baseline, describe_record
+from finetune.run import main as run_recipe
+from finetune.tools.library import compare_recipes, describe_cost
 from helpers import RECIPES, ROOT
 
 CHANGES = [
@@ -46,7 +46,7 @@ def test_ls_has_every_recipe_at_once():
     assert [line.split()[0] for line in lines[1:]] == RECIPES
     digits = next(line for line in lines if line.startswith("efficientnet_lite0_digits"))
     record = json.loads((ROOT / "recipes" / "baselines" / "efficientnet_lite0_digits.json").read_text())
-    for cell in (summary(record), f"{baseline_of(record).minutes} min", "tf_efficientnet_lite0"):
+    for cell in (describe_record(record), describe_cost(record), "tf_efficientnet_lite0"):
         assert cell in digits
     assert next(line for line in lines if line.startswith("resnet18_cifar")).split()[-2:] == ["not", "measured"]
 
@@ -59,42 +59,56 @@ def test_show_prints_the_file(capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_copy_is_the_recipe(here, name):
-    """A copied file resolves to the same recipe, passes validate, keeps its promise, and names its own command."""
+    """A copied file resolves to the same recipe, passes validate, keeps its baseline, and names its own command."""
     assert main(["cp", name, "mine.py"]) == 0
     copy, file = load_recipe("mine.py")
     original, first = load_recipe(name)
-    assert to_dict(copy) == to_dict(original) and differences(name, "mine.py") == []
+    assert to_dict(copy) == to_dict(original) and compare_recipes(name, "mine.py") == []
     assert "accelerate launch -m finetune.run --recipe mine.py" in file.read_text()
-    if promise(first, original).startswith("top-1"):
-        assert promise(file, copy) == promise(first, original)
+    if describe_baseline(first, original).startswith("top-1"):
+        assert describe_baseline(file, copy) == describe_baseline(first, original)
     else:
-        assert promise(file, copy).startswith("nothing")
+        assert describe_baseline(file, copy).startswith("none")
     assert main(["validate", "mine.py"]) == 0
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_changes_are_written_into_the_copy(here, name):
-    """With --set the file's own fields are rewritten or added: it resolves to what override makes of the original."""
+    """With --set the copy resolves to what override makes of the original, and says that it is not measured."""
     groups = ["groups.head_lr=3e-3"] if name.startswith("vit") else ["groups.head.lr=3e-3", "groups.head.weight_decay=0.0"]
     arguments = [word for change in CHANGES + groups for word in ("--set", change)]
     assert main(["cp", name, "mine.py", *arguments]) == 0
     copy, file = load_recipe("mine.py")
     assert to_dict(copy) == to_dict(override(load_recipe(name)[0], CHANGES + groups))
     text = file.read_text()
-    assert "3e-3" in text and "override" not in text and "not measured" in text and "%" not in text
-    assert promise(file, copy) == "nothing: not measured"
-    assert dict((field, now) for field, _, now in differences(name, "mine.py"))["epochs"] == "7"
+    assert "3e-3" in text and "not measured" in text and "%" not in text.partition("from finetune")[0]
+    assert describe_baseline(file, copy) == "none: not measured"
+    assert dict((field, now) for field, _, now in compare_recipes(name, "mine.py"))["epochs"] == "7"
 
 
-def test_what_is_computed_is_not_rewritten_wrongly(here):
-    """Where a field is not written as a value, cp refuses rather than writing another recipe."""
-    text = (ROOT / "recipes" / "resnet18_cifar.py").read_text().replace("recipe = Recipe(", "width = 64\nrecipe = Recipe(")
-    text = text.replace('data=Data("cifar10", image_size=224, batch_size=256)', "data=made(width)").replace(
-        "width = 64", "def made(width):\n    return Data('cifar10', width, 256)\n\n\nwidth = 64"
+def test_what_a_recipe_computes_is_changed_too(here):
+    """A field that the file computes, or takes from a function, is changed in the copy as any other."""
+    text = (
+        (ROOT / "recipes" / "resnet18_cifar.py")
+        .read_text()
+        .replace('data=Data("cifar10", image_size=224, batch_size=256)', "data=made(64)")
     )
-    (here / "odd.py").write_text(text)
-    with pytest.raises(RecipeError, match="copy it"):
-        copied("odd.py", here / "mine.py", ["data.image_size=96"])
+    made = "def made(width):\n    return Data('cifar10', width, 256)\n\n\nrecipe = Recipe("
+    (here / "odd.py").write_text(text.replace("recipe = Recipe(", made))
+    assert load_recipe("odd.py")[0].data.image_size == 64
+    assert main(["cp", "odd.py", "mine.py", "--set", "data.batch_size=32"]) == 0
+    data = load_recipe("mine.py")[0].data
+    assert (data.image_size, data.batch_size) == (64, 32)
+
+
+def test_a_copy_runs_from_any_folder(here):
+    """A changed copy, by its path, trains in a folder where nothing else is."""
+    changes = ["data.image_size=32", "weights=none", "epochs=1", "linear_probe=None"]
+    arguments = [word for change in changes for word in ("--set", change)]
+    assert main(["cp", "efficientnet_lite0_digits", "mine.py", *arguments]) == 0
+    assert run_recipe(["--recipe", str(here / "mine.py"), "--output", "run"]) == 0
+    assert sorted(path.name for path in here.iterdir()) == ["mine.py", "run"]
+    assert main(["diff", "run", "mine.py"]) == 0
 
 
 @pytest.mark.parametrize(

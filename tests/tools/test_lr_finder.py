@@ -82,7 +82,7 @@ def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
 
 
 def test_every_learning_rate_rises_by_the_same_progression(monkeypatch):
-    """In each step each group's learning rate is its peak times numpy's geomspace, whatever its row says; a frozen row has none."""
+    """Each step's learning rates are the peaks times numpy's geomspace, whatever a row says; a frozen row has none."""
     recipe = small_recipe(
         groups=(
             Group("head", "fc", lr=1e-2, optimizer=SGD(momentum=0.9)),

@@ -10,13 +10,12 @@ from torch.nn.modules import module as torch_module
 
 from finetune.models.backbone import build_backbone, memory_format, meta_backbone
 from finetune.models.batch_norm import set_train_mode
-from finetune.models.fuse_conv_bn import fuse_conv_bn
 from finetune.optim.freezing import unfreeze
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import SGD, AdamW, Data, Frozen, Group, LayerDecay, Optimizer, Switch
+from finetune.recipe import SGD, AdamW, Data, Group, LayerDecay, Optimizer, Switch
 from finetune.recipe.load import load_recipe
-from finetune.tools.memory_estimate import layers, memory_table, stage_memory
+from finetune.tools.memory_estimate import layer_table, memory_table, stage_memory
 from helpers import SmallNet, small_recipe
 
 ARCHITECTURES = [
@@ -59,6 +58,12 @@ def recipe_for(backbone, size=224, **changes):
     )
 
 
+def planned(recipe):
+    """(recipe, network on the meta device, groups), as the tables of a plan take them."""
+    net = meta_backbone(recipe)
+    return recipe, net, build_param_groups(recipe, net)
+
+
 def columns(text):
     """The cells of a table by title, the first column's as they are, the others right-aligned under their titles."""
     lines = text.splitlines()
@@ -73,8 +78,7 @@ def real_network(recipe, epoch):
     """The network on the CPU with weights, as the epoch trains it, and its groups."""
     torch.manual_seed(0)
     net = build_backbone(recipe, 10)
-    groups = build_param_groups(recipe, net, epoch)
-    fuse_conv_bn(recipe, net)
+    groups = build_param_groups(recipe, net)
     unfreeze(groups, epoch)
     set_train_mode(net, recipe.batch_norm)
     return net, groups
@@ -84,8 +88,8 @@ def real_network(recipe, epoch):
 def test_the_layers_have_every_parameter_once(backbone):
     """The parameters of the rows add up to the network's, and each layer's are those of its module."""
     recipe = recipe_for(backbone)
-    net = meta_backbone(recipe)
-    table = columns(layers(recipe, net))
+    _, net, groups = planned(recipe)
+    table = columns(layer_table(recipe, net, groups))
     counts = [int(count.replace(",", "")) for count in table["parameters"]]
     assert table["layer"][-1] == "all" and counts[-1] == sum(counts[:-1]) == sum(p.numel() for p in net.parameters())
     modules = dict(net.named_modules())
@@ -98,7 +102,7 @@ def test_the_layers_have_every_parameter_once(backbone):
 def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
     """The layers come in the order, and return the shapes, that hooks see in a pass of one real image."""
     recipe = recipe_for(backbone, size)
-    table = columns(layers(recipe, meta_backbone(recipe)))
+    table = columns(layer_table(*planned(recipe)))
     shapes = {name: shape for name, shape in zip(table["layer"], table["output"], strict=True) if shape}
     net, seen = build_backbone(recipe, 10).eval(), {}
     for name in shapes:
@@ -114,8 +118,8 @@ def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
 def test_the_shapes_are_timms(backbone):
     """The layers that timm names as stages have the channels and the reduction that timm states."""
     recipe = recipe_for(backbone)
-    net = meta_backbone(recipe)
-    table = columns(layers(recipe, net))
+    _, net, groups = planned(recipe)
+    table = columns(layer_table(recipe, net, groups))
     stages = [info for info in net.feature_info if info["module"] in "\n".join(table["layer"])]
     assert len(stages) >= 4
     for info in stages:
@@ -129,23 +133,21 @@ def test_the_layers_name_who_trains_them():
     rows = (
         Group("head", "fc", lr=1.0),
         Group("bias", r"body\.bias", lr=1.0, unfreeze_at=2),
-        Frozen("norm", "norm"),
+        Group("norm", "norm", lr=0),
         Group("body", "body", lr=1.0, unfreeze_at=1),
         Group("stem", "stem", lr=1.0),
     )
-    table = columns(layers(small_recipe(groups=rows), meta_backbone(small_recipe(groups=rows))))
+    table = columns(layer_table(*planned(small_recipe(groups=rows))))
     assert table["layer"] == ["stem", "norm", "body", "fc", "all"]
     assert table["group"] == ["stem", "norm", "bias, body", "head", ""]
     assert table["from epoch"] == ["0", "never", "1, 2", "0", ""]
     recipe = recipe_for("resnet18", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1, unfreeze_at=1))
-    table = columns(layers(recipe, meta_backbone(recipe)))
+    table = columns(layer_table(*planned(recipe)))
     assert dict(zip(table["layer"], table["group"], strict=True))["layer4.1"] == "layer08"
     recipe = recipe_for("swin_tiny_patch4_window7_224", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1))
-    net = meta_backbone(recipe)
-    table = columns(layers(recipe, net))
-    own = [
-        group.name for group in build_param_groups(recipe, net) if any(name.startswith("layers.2.") for name in group.params)
-    ]
+    _, net, groups = planned(recipe)
+    table = columns(layer_table(recipe, net, groups))
+    own = [group.name for group in groups if any(name.startswith("layers.2.") for name in group.params)]
     assert dict(zip(table["layer"], table["group"], strict=True))["layers.2"] == f"{own[0]} .. {own[-1]}"
 
 
@@ -179,7 +181,7 @@ def test_activations_are_what_a_real_pass_leaves(backbone, size, batch_norm, che
     To 0.1 %, the allocator rounds up; with checkpoints also to the generator's state that each of at most 12 keeps.
     """
     recipe = recipe_for(backbone, size, batch_norm=batch_norm, gradient_checkpointing=checkpointing)
-    found = stage_memory(recipe, meta_backbone(recipe), epoch, 6)["activations"]
+    found = stage_memory(*planned(recipe), epoch, 6)["activations"]
     spare = 12 * torch.get_rng_state().nbytes if checkpointing and epoch else 0
     real = allocated(recipe, epoch, 6)
     assert 0.999 * (real - spare) <= found <= 1.001 * real
@@ -189,10 +191,10 @@ def test_activations_are_what_a_real_pass_leaves(backbone, size, batch_norm, che
 def test_frozen_layers_and_checkpoints_save_memory(backbone):
     """The head alone takes less than 0.4 of the activations of everything, and checkpoints leave less than 0.6."""
     recipe = recipe_for(backbone, 64)
-    head, everything = (stage_memory(recipe, meta_backbone(recipe), epoch, 8)["activations"] for epoch in (0, 1))
+    head, everything = (stage_memory(*planned(recipe), epoch, 8)["activations"] for epoch in (0, 1))
     recipe = recipe_for(backbone, 64, gradient_checkpointing=True)
     assert head < 0.4 * everything
-    assert head < stage_memory(recipe, meta_backbone(recipe), 1, 8)["activations"] < 0.6 * everything
+    assert head < stage_memory(*planned(recipe), 1, 8)["activations"] < 0.6 * everything
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_the_optimizers_state_is_the_real_ones(optimizer):
         net(torch.rand(2, 3, 24, 24)).sum().backward()
         real.step()
         state = [value for row in real.state_dict()["state"].values() for value in row.values()]
-        assert stage_memory(recipe, meta_backbone(recipe), epoch, 2)["optimizer"] == sum(
+        assert stage_memory(*planned(recipe), epoch, 2)["optimizer"] == sum(
             value.nbytes for value in state if isinstance(value, torch.Tensor)
         )
 
@@ -226,20 +228,20 @@ def test_the_optimizers_state_is_the_real_ones(optimizer):
 @pytest.mark.parametrize("optimizer", [Optimizer("LBFGS"), Optimizer("Adafactor")], ids=str)
 def test_an_unknown_state_is_said(optimizer):
     """A state that can't be found without numbers is left out, and the sum is then a lower bound."""
-    recipe = small_recipe(optimizer=optimizer, groups=(Group("all", ".", lr=1.0),))
-    net = meta_backbone(recipe)
-    assert "optimizer" not in stage_memory(recipe, net, 0, 2)
-    row = memory_table(recipe, net, 2).splitlines()[1]
+    data = Data("generated", image_size=24, batch_size=2)
+    recipe = small_recipe(optimizer=optimizer, groups=(Group("all", ".", lr=1.0),), data=data)
+    assert "optimizer" not in stage_memory(*planned(recipe), 0, 2)
+    row = memory_table(*planned(recipe)).splitlines()[1]
     assert "unknown" in row and "  > 0.0" in row
 
 
 def test_parameters_and_their_average_are_the_real_ones():
     """Parameters and buffers, and the moving average's, take the bytes that the tensors on the CPU take."""
     recipe = recipe_for("resnet18", 64, ema_decay=0.9)
-    stage, net = stage_memory(recipe, meta_backbone(recipe), 0, 2), build_backbone(recipe, 10)
+    stage, net = stage_memory(*planned(recipe), 0, 2), build_backbone(recipe, 10)
     assert stage["parameters"] == sum(t.nbytes for t in net.state_dict().values())
     assert stage["average"] == sum(t.nbytes for t in ModelEmaV3(net).module.state_dict().values())
-    assert "average" not in stage_memory(recipe_for("resnet18", 64), meta_backbone(recipe), 0, 2)
+    assert "average" not in stage_memory(*planned(recipe_for("resnet18", 64)), 0, 2)
 
 
 def test_the_table_has_every_stage_and_its_sum():
@@ -250,14 +252,15 @@ def test_the_table_has_every_stage_and_its_sum():
         groups=(
             Group("head", "fc", lr=1.0),
             Group("top", r"layer4", lr=1.0, unfreeze_at=1),
-            Frozen("stem", r"conv1|bn1"),
+            Group("stem", r"conv1|bn1", lr=0),
             Group("rest", r"layer", lr=1.0, unfreeze_at=3),
         ),
         switch=Switch(at=3, optimizer=SGD(momentum=0.9)),
         ema_decay=0.9,
+        data=Data("generated", 64, 4),
     )
-    net = meta_backbone(recipe)
-    text = memory_table(recipe, net, 4)
+    _, net, groups = planned(recipe)
+    text = memory_table(recipe, net, groups)
     table = columns("\n".join(text.splitlines()[:-2]))
     assert table["from epoch"] == ["0", "1", "3"] and table["trains"] == ["head", "head, top", "head .. rest"]
     assert table["trained parameters"][-1] == f"{sum(p.numel() for p in net.parameters()) - 9408 - 128:,}"
@@ -267,14 +270,15 @@ def test_the_table_has_every_stage_and_its_sum():
     assert mib["optimizer"][2] == mib["gradients"][2] > 0
     for i, total in enumerate(mib["sum"]):
         assert total == pytest.approx(sum(mib[name][i] for name in parts), abs=0.3)
-        assert total == pytest.approx(sum(stage_memory(recipe, net, (0, 1, 3)[i], 4).values()) / 2**20, abs=0.05)
+        assert total == pytest.approx(sum(stage_memory(recipe, net, groups, (0, 1, 3)[i], 4).values()) / 2**20, abs=0.05)
     assert "4 images at once" in text
 
 
 def test_the_network_stays_as_it_was():
     """Looking leaves every tensor, flag, mode, gradient and hook of the network, and torch's own hooks, alone."""
     recipe = recipe_for("test_resnet", 64)
-    net = meta_backbone(recipe).train()
+    _, net, groups = planned(recipe)
+    net.train()
     net.bn1.eval()
     net.fc.weight.requires_grad = False
 
@@ -285,15 +289,14 @@ def test_the_network_stays_as_it_was():
         ]
 
     before = state()
-    layers(recipe, net)
-    memory_table(recipe, net, 2)
+    layer_table(recipe, net, groups)
+    memory_table(recipe, net, groups)
     assert state() == before and not torch_module._global_forward_hooks
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0_elpv", "resnet50_cifar100", "vit_small_cifar100"])
 def test_a_recipes_plan_fits_a_screen(name):
     """The layers and the stages of recipes of each family are lines of at most 120 characters."""
-    recipe, _ = load_recipe(name)
-    net = meta_backbone(recipe)
-    lines = f"{layers(recipe, net)}\n{memory_table(recipe, net, recipe.data.batch_size)}".splitlines()
+    plan = planned(load_recipe(name)[0])
+    lines = f"{layer_table(*plan)}\n{memory_table(*plan)}".splitlines()
     assert len(lines) > 15 and max(map(len, lines)) <= 120

@@ -21,7 +21,7 @@ ROWS = (
 
 
 def test_the_group_table_has_first_peak_and_last_lr():
-    """A late group's first and highest learning rate are those it really gets; a frozen row has none; a switch has its own table."""
+    """A late group's first and highest learning rate are those it gets; a frozen row has none; a switch has its own table."""
     recipe = small_recipe(groups=ROWS, switch=Switch(at=2, optimizer=SGD(momentum=0.5), lr_factor=2.0))
     groups = build_param_groups(recipe, SmallNet())
     first, second = (text.splitlines() for text in describe_param_groups(groups, 3, 4).split("\n\nfrom epoch 2:\n"))

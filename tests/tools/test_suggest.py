@@ -100,7 +100,7 @@ def test_more_images_never_get_more_epochs(written):
 
 
 def test_the_head_is_first(written):
-    """A head of one layer is fitted, and then all layers train; others train alone for about 100 steps, a quarter of the epochs at most."""
+    """A head of one layer is fitted before all layers train; another trains alone for about 100 steps, a quarter at most."""
     for backbone in ("resnet18", "vit_small_patch16_224", "torchvision/resnet18"):
         recipe = written(backbone)
         groups = recipe.groups if isinstance(recipe.groups, tuple) else (recipe.groups,)
@@ -115,7 +115,7 @@ def test_the_head_is_first(written):
 
 
 def test_choices_follow_the_images(written):
-    """Small images are enlarged within bounds, signs not flipped, imbalanced classes weighted, long images cropped to squares."""
+    """Small images are enlarged within bounds, signs not flipped, imbalanced classes weighted, long ones cropped to squares."""
     assert [written(side=side).data.image_size for side in (8, 28, 32, 50, 60, 1000)] == [64, 128, 128, 224, 224, 224]
     for own in ("vit_small_patch16_224", "torchvision/vit_b_16", "halonet26t"):  # networks for one size, or not for every one
         assert written(own, side=8).data.image_size in (224, 256), own

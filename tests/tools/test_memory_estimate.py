@@ -47,15 +47,8 @@ class ShiftedNet(SmallNet):
 def recipe_for(backbone, size=224, **changes):
     """The head alone in epoch 0, everything from epoch 1."""
     groups = (Group("head", HEADS, lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=1))
-    return small_recipe(
-        **{
-            "backbone": backbone,
-            "head": "fc" if callable(backbone) else None,
-            "groups": groups,
-            "data": Data("generated", size, 8),
-            **changes,
-        }
-    )
+    fields = {"groups": groups, "data": Data("generated", size, 8), **changes}
+    return small_recipe(backbone=backbone, head="fc" if callable(backbone) else None, **fields)
 
 
 def planned(recipe):
@@ -87,8 +80,7 @@ def real_network(recipe, epoch):
 @pytest.mark.parametrize("backbone", ARCHITECTURES, ids=str)
 def test_the_layers_have_every_parameter_once(backbone):
     """The parameters of the rows add up to the network's, and each layer's are those of its module."""
-    recipe = recipe_for(backbone)
-    _, net, groups = planned(recipe)
+    recipe, net, groups = planned(recipe_for(backbone))
     table = columns(layer_table(recipe, net, groups))
     counts = [int(count.replace(",", "")) for count in table["parameters"]]
     assert table["layer"][-1] == "all" and counts[-1] == sum(counts[:-1]) == sum(p.numel() for p in net.parameters())
@@ -117,8 +109,7 @@ def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "convnext_atto", "tf_efficientnet_lite0"])
 def test_the_shapes_are_timms(backbone):
     """The layers that timm names as stages have the channels and the reduction that timm states."""
-    recipe = recipe_for(backbone)
-    _, net, groups = planned(recipe)
+    recipe, net, groups = planned(recipe_for(backbone))
     table = columns(layer_table(recipe, net, groups))
     stages = [info for info in net.feature_info if info["module"] in "\n".join(table["layer"])]
     assert len(stages) >= 4

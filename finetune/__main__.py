@@ -77,7 +77,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
     sub = add("export", export, "runs/RUN --to onnx")
     sub.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
-    sub.add_argument("--to", choices=("timm", "onnx", "torch"), required=True, help="timm: a folder for the hub, too")
+    sub.add_argument("--to", metavar="timm|onnx|torch", required=True, help="timm: a folder for the hub, too")
     sub.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
     model = "a run's folder, a timm model's, hf-hub:OWNER/NAME or its address"
     sub = add("predict", predict, "runs/RUN photographs/ 'more/*.jpg' --top 3 --csv")

@@ -19,7 +19,7 @@ from finetune.models.backbone import INPUTS, TimmModel, build_backbone, weights_
 from finetune.models.pretrained import read_weights
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
-from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder

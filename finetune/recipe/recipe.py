@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked, find_faults, parts
 from finetune.recipe.data import Augment, Data
-from finetune.recipe.groups import Group, LayerDecay, LinearProbe, Optimizer, Switch
+from finetune.recipe.groups import AdamW, Group, LayerDecay, LinearProbe, Optimizer, Switch
 from finetune.recipe.legacy import reads_old_names
-from finetune.recipe.schedules import Schedule
+from finetune.recipe.schedules import Cosine, Schedule
 from finetune.utils.errors import RecipeError
 
 METRICS = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
@@ -140,3 +140,16 @@ class Recipe(Checked):
                 yield f"{path}: unfreeze_at={start} is past the last epoch, {self.epochs - 1}"
             if warmup and start + warmup >= self.epochs:
                 yield f"{path}: warmup_epochs={warmup} does not end within epochs={self.epochs}"
+
+
+def minimal_recipe(backbone: str, source: str, image_size: int, batch_size: int = 1) -> Recipe:
+    """A recipe with this network and these images; what else a recipe must say is arbitrary."""
+    return Recipe(
+        backbone=backbone,
+        data=Data(source, image_size, batch_size),
+        groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01),
+        optimizer=AdamW(),
+        schedule=Cosine(),
+        batch_norm="frozen",
+        epochs=1,
+    )

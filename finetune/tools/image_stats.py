@@ -9,7 +9,7 @@ from PIL import Image
 
 from finetune.data.dataset import ImageList
 from finetune.data.sources import load_data
-from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.recipe import minimal_recipe
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from finetune.models.backbone import head_parameters, meta_backbone
 from finetune.models.linear_probe import head_layer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Recipe
-from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.image_stats import ImageStats
 from finetune.utils.errors import RecipeError
 

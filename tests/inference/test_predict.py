@@ -18,7 +18,7 @@ from finetune.data.sources import load_data
 from finetune.inference.evaluate import evaluate, evaluation_as_text, load_labelled_images
 from finetune.inference.predict import find_images, predict, predictions_as_csv, predictions_as_table
 from finetune.models.saved import load_model, save_model
-from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, ROOT, timm_alone

@@ -19,7 +19,7 @@ from finetune.inference.export import export
 from finetune.inference.predict import compute_logits, predict
 from finetune.models.backbone import build_backbone
 from finetune.models.saved import load_model, save_model
-from finetune.recipe.minimal import minimal_recipe
+from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, ROOT

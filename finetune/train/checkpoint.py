@@ -1,4 +1,4 @@
-"""Complete-or-absent checkpoints, exact resume."""
+"""Checkpoints: complete or absent, and exact to resume from."""
 
 import io
 import json

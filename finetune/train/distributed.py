@@ -1,4 +1,4 @@
-"""What processes settle among themselves: who goes first, whether they still agree, whether to stop."""
+"""Several processes as one run: who goes first, whether their weights agree, when all stop."""
 
 import os
 import signal

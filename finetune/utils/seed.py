@@ -1,4 +1,4 @@
-"""Random generators seeded by what is drawn for, not by what was drawn before."""
+"""Random seeds made of what is drawn for: an epoch, an image, a step; never of what was drawn before."""
 
 import hashlib
 import random

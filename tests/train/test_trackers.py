@@ -1,4 +1,4 @@
-"""What trackers are told."""
+"""TensorBoard and Weights & Biases read back what was logged."""
 
 import json
 import struct

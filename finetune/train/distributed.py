@@ -99,7 +99,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGTERM (a machine being taken away) or Ctrl-C, kept until the running update is finished; a second one stops at once.
+    """SIGTERM (a machine being taken away) or Ctrl-C, kept until the running step is finished; a second one stops at once.
 
     Used as a context: the handlers from before come back afterwards.
     """
@@ -107,7 +107,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator):
         self.asked_at: float | None = None
         self.pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
-        # On the CPU's own channel: asking after each update must not make a GPU wait.
+        # On the CPU's own channel: asking after each step must not make a GPU wait.
         self.group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
@@ -125,8 +125,8 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def agreed(self) -> bool:
-        """Whether any process was asked; the same answer on all of them. On several it is as of the update before, so that no
-        update waits for it."""
+        """Whether any process was asked; the same answer on all of them. On several it is as of the step before, so that no
+        step waits for it."""
         if self.group is None:
             return self.asked_at is not None
         before, asked = self.pending, torch.tensor(int(self.asked_at is not None))

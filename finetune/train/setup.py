@@ -23,6 +23,7 @@ from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
 from finetune.train.distributed import main_process_first
+from finetune.train.micro_batch import keep_freed_memory
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
 
@@ -50,6 +51,8 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
     if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if cpu:
+        keep_freed_memory()
     try:
         accelerator = Accelerator(
             cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder

@@ -8,7 +8,7 @@ import torch
 
 
 def keyed_seed(*key: int | str) -> int:
-    """A 32-bit seed from a key: what is drawn for an image or an update never depends on what was drawn before."""
+    """A 32-bit seed from a key: what is drawn for an image or a step never depends on what was drawn before."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 

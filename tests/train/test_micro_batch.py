@@ -1,4 +1,8 @@
-"""Memory that runs out."""
+"""Memory that runs out, and memory that is kept."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from finetune.train import loop as train_loop
 from finetune.train import micro_batch
 from finetune.train.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
-from helpers import ALL, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
+from helpers import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
 
 
 class Hungry(SmallNet):
@@ -46,3 +50,38 @@ def test_a_try_for_memory_leaves_no_trace(monkeypatch):
     net.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError())
     with pytest.raises(RecipeError, match="out of memory with 1 images of 24 px"):
         find_micro_batches(small_recipe(), net, Accelerator(cpu=True), 1, print)
+
+
+ALLOCATES = """
+import resource, sys, torch
+from finetune.recipe.load import load_recipe
+from finetune.train.setup import make_accelerator
+
+if sys.argv[1] == "kept":
+    make_accelerator(load_recipe("efficientnet_lite0_digits")[0])
+for _ in range(10):
+    torch.empty(2**24).fill_(1)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.empty(2**24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about Linux's C library")
+def test_freed_memory_is_kept_for_the_next_step():
+    """A large tensor made anew takes the memory of the one before it: the system maps none, where otherwise it maps all."""
+    faults = {
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", ALLOCATES, name],
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=ROOT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            ).stdout.split()[-1]
+        )
+        for name in ("kept", "returned")
+    }
+    assert faults["kept"] < faults["returned"] / 10 and faults["returned"] > 100

@@ -158,15 +158,13 @@ def show_plan(args: argparse.Namespace) -> None:
 
     from finetune.data.sources import data_size
     from finetune.models.backbone import meta_backbone
-    from finetune.optim.param_groups import build_param_groups
     from finetune.results.plots import plot_plan
     from finetune.tools.plan import describe_plan
     from finetune.train.setup import check_recipe
 
     num_images, num_classes = data_size(recipe)
     net = meta_backbone(recipe, num_classes)
-    check_recipe(recipe, net)
-    groups, steps = build_param_groups(recipe, net), recipe.data.steps_per_epoch(num_images)
+    groups, steps = check_recipe(recipe, net), recipe.data.steps_per_epoch(num_images)
     print(f"{file.stem}: {describe_plan(recipe, net, groups, num_images, num_classes)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -116,12 +116,11 @@ def launch(args: argparse.Namespace) -> int:
     check_recipe(recipe, meta_backbone(recipe))
     if args.dry_run:
         from finetune.data.sources import data_size
-        from finetune.optim.param_groups import build_param_groups
         from finetune.tools.plan import describe_plan
 
         num_images, num_classes = data_size(recipe)
         net = meta_backbone(recipe, num_classes)
-        print(f"{file.stem}: {describe_plan(recipe, net, build_param_groups(recipe, net), num_images, num_classes)}")
+        print(f"{file.stem}: {describe_plan(recipe, net, check_recipe(recipe, net), num_images, num_classes)}")
         return 0
     return fine_tune(args, recipe, file, folder, resume)
 
@@ -129,7 +128,7 @@ def launch(args: argparse.Namespace) -> int:
 def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
-    from finetune.results.summary import finish_run
+    from finetune.results.summary import copy_params, finish_run
     from finetune.tools.plan import describe_run
     from finetune.train.distributed import Stopped, join_after_restart, main_process_first
     from finetune.train.logger import Logger, start_trackers
@@ -140,12 +139,11 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     accelerator = make_accelerator(recipe, args.track, folder)
     net, datasets = setup(recipe, accelerator)
     num_train, num_val, num_classes = len(datasets[0]), len(datasets[1]), len(datasets[0].classes)
-    steps_per_epoch = recipe.data.steps_per_epoch(num_train)
-    group_table = describe_param_groups(build_param_groups(recipe, net), steps_per_epoch, recipe.epochs)
+    groups = build_param_groups(recipe, net)
+    group_table = describe_param_groups(groups, recipe.data.steps_per_epoch(num_train), recipe.epochs)
 
-    held = main_process_first(
-        accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None
-    )  # until the run's end
+    # Held until the run's end.
+    held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         run_dir.start_run_dir(folder, file, recipe, group_table)
     accelerator.wait_for_everyone()
@@ -157,9 +155,7 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
         f"{file.stem}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n{group_table}\n"
     )
-    start = {}
-    if accelerator.is_main_process:  # which alone reports
-        start = {name: parameter.detach().cpu().clone() for name, parameter in net.named_parameters()}
+    start = copy_params(groups) if accelerator.is_main_process else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every)
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)

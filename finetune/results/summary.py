@@ -18,7 +18,7 @@ from torch import nn
 
 from finetune.data.loader import ImageDataset
 from finetune.models.saved import save_model
-from finetune.optim.param_groups import ParamGroup, build_param_groups
+from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.results.baseline import describe_baseline
@@ -26,20 +26,22 @@ from finetune.results.plots import plot_confusion_matrix, plot_curves, plot_mist
 from finetune.train.evaluate import best_row, compute_metrics
 from finetune.train.logger import Logger
 
+ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then by the parameter's
+
 
 def finish_run(
     recipe: Recipe,
     file: Path,
     net: nn.Module,
-    start: dict[str, torch.Tensor],
+    start: ParamsByGroup,
     images: ImageDataset,
     logger: Logger,
     smoke: bool,
 ) -> None:
     """Write the finished run's last files and print its summary; result.json, written last, makes it a finished run.
 
-    `net` is the network whose metrics were logged, `start` its parameters from before the run, by name, `images` are the
-    validation images.
+    `net` is the network whose metrics were logged, `start` its parameters from before the run, `images` are the validation
+    images.
     """
     folder = logger.folder
     save_model(folder / "model", net, images.transform.preprocessing, images.classes)
@@ -50,7 +52,7 @@ def finish_run(
         plot_confusion_matrix(folder, logits, labels, images.classes)
         plot_mistakes(folder, logits, labels, images)
     result = {"recipe": file.stem, **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
-    result["drift"] = drift(build_param_groups(recipe, net), start)
+    result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
         result["by_subgroup"] = {
             name: compute_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
@@ -121,17 +123,22 @@ def describe_gain(metric: str, result: dict[str, Any]) -> str:
     return f"probe     {METRICS[metric]} {before:.2%} of the linear probe; {words}\n"
 
 
-def drift(groups: Sequence[ParamGroup], start: dict[str, torch.Tensor]) -> dict[str, float]:
+def copy_params(groups: Sequence[ParamGroup]) -> ParamsByGroup:
+    """The parameters as they are now, on the CPU."""
+    return {group.name: {name: param.detach().cpu().clone() for name, param in group.params.items()} for group in groups}
+
+
+def drift(net: nn.Module, start: ParamsByGroup) -> dict[str, float]:
     """How far each group moved: the norm of its change over the norm that it started with, 0 for what was frozen."""
 
     def norm(tensors: Iterable[torch.Tensor]) -> float:
         return torch.nn.utils.get_total_norm([tensor.double() for tensor in tensors]).item()
 
-    shares = {}
-    for group in groups:
-        changes = [parameter.detach().cpu() - start[name] for name, parameter in group.params.items()]
-        shares[group.name] = norm(changes) / max(norm(start[name] for name in group.params), 1e-12)
-    return shares
+    now = dict(net.named_parameters())
+    return {
+        group: norm(now[name].detach().cpu() - before for name, before in params.items()) / max(norm(params.values()), 1e-12)
+        for group, params in start.items()
+    }
 
 
 def peak_memory(device: torch.device) -> float:

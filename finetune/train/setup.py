@@ -19,7 +19,7 @@ from finetune.models.batch_norm import convert_sync_batch_norm
 from finetune.models.linear_probe import head_layer
 from finetune.models.pretrained import pretrained_state
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import build_param_groups
+from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
 from finetune.train.distributed import main_process_first
@@ -88,12 +88,18 @@ def build_datasets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any
     return dataset(data.train, training_transform(recipe, preprocessing)), dataset(data.val, eval_transform(preprocessing))
 
 
-def check_recipe(recipe: Recipe, net: nn.Module) -> None:
-    """Raise RecipeError for whatever is wrong with the recipe's groups, optimizers or transforms on this network."""
-    build_optimizer(build_param_groups(recipe, net))
+def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
+    """The recipe's parameter groups on this network, once its optimizers and transforms have been tried on it as well.
+
+    Raises:
+        RecipeError: for whatever is wrong with one of them.
+    """
+    groups = build_param_groups(recipe, net)
+    build_optimizer(groups)
     training_transform(recipe, preprocessing(recipe, net))
     if recipe.linear_probe:
         head_layer(recipe, net)
+    return groups
 
 
 def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:

@@ -1,4 +1,19 @@
-"""Fine-tuning recipes for pretrained vision backbones: what a recipe file imports."""
+"""Fine-tuning recipes for pretrained vision backbones: what a recipe file imports, and train and load."""
+
+from typing import Any
 
 from finetune.recipe import *  # noqa: F403
-from finetune.recipe import __all__ as __all__
+from finetune.recipe import __all__ as __all__  # without train and load: import * is for recipe files
+
+
+def __getattr__(name: str) -> Any:
+    """train and load, whose modules import torch, which a recipe file does without."""
+    if name == "train":
+        from finetune.run import train
+
+        return train
+    if name == "load":
+        from finetune.inference.model import load
+
+        return load
+    raise AttributeError(f"module 'finetune' has no attribute '{name}'")

@@ -1,20 +1,56 @@
 """The command line: finetune VERB, or python -m finetune VERB."""
 
 import argparse
+import importlib.metadata
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
-from finetune.recipe.load import add_recipe_arguments, chosen_recipe
+from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, chosen_recipe, flag_name
+from finetune.run import add_run_arguments, start
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import nearest
+
+OTHER_WORDS = {"run": "train", "fit": "train", "launch": "train", "finetune": "train", "list": "ls", "copy": "cp",
+               "eval": "evaluate", "test": "evaluate", "continue": "resume", "lr": "find-lr"}  # fmt: skip
+OTHER_FLAGS = {  # of other programs
+    "--lr": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
+    "--learning-rate": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
+    "--model": "--backbone NAME",
+    "--device": "CUDA_VISIBLE_DEVICES=N before the command: a run takes the GPUs that it sees",
+    "--gpus": "--processes N",
+    "--num-processes": "--processes N",
+    "--config": "a recipe's name or file, without a flag",
+    "--pretrained": "--weights FILE|none",
+    "--name": "--output DIR",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for what is wrong and the nearest word that is right; options are written whole."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)  # --lr would be --lr-scale
+
+    def error(self, message: str) -> NoReturn:
+        text = message
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            flag, flags = unknown[1].partition("=")[0], [flag for action in self._actions for flag in action.option_strings]
+            there = OTHER_FLAGS.get(flag.replace("_", "-"))
+            text = f"no option {flag}." + (f" Here: {there}." if there else nearest(flag, flags))
+        self.exit(2, f"finetune: {text} All options: {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the verb says; an error that a person can put right is one message and exit code 2."""
-    args = arguments(argv)
     try:
+        args = arguments(argv)
         code = args.verb(args)
         sys.stdout.flush()
     except RecipeError as error:
@@ -27,17 +63,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    words = sys.argv[1:] if argv is None else argv
+    parser = Parser(
         prog="finetune",
-        description="Ask something of a recipe or a run. To run a recipe: accelerate launch -m finetune.run --recipe NAME",
+        description="Fine-tune pretrained vision backbones by recipes.",
+        epilog="start here: finetune train --data DIR, on your own images; or finetune ls, then finetune train NAME",
     )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"finetune-recipes {version()}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
 
     def add(name: str, verb: Callable[[argparse.Namespace], int | None], example: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__, epilog=f"example: finetune {name} {example}")
         sub.set_defaults(verb=verb)
         return sub
 
+    sub = add("train", train, "efficientnet_lite0_digits --epochs 5")
+    sub.add_argument("recipe", nargs="?", metavar="NAME|FILE.py", help="a recipe (default: one that is suggested for --data)")
+    add_recipe_arguments(sub)
+    add_run_arguments(sub)
+    sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")
+    sub.set_defaults(resume=None, resume_anyway=False)
+    sub = add("resume", resume, "last")
+    sub.add_argument("resume", nargs="?", default="last", metavar="RUN", help="an unfinished run (default: the last)")
+    add_run_arguments(sub)
+    sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")
+    sub.set_defaults(recipe=None, assignments=[], resume_anyway=False, **{flag_name(flag): None for flag in FLAGS})
+    sub = add("runs", runs, "--json")
+    sub.add_argument("--json", action="store_true", help="as a JSON list")
     add("ls", ls, "")
     add("show", show, "resnet18_cifar").add_argument("recipe", metavar="NAME")
     sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=5 --set data.image_size=96")
@@ -91,7 +143,70 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("model", metavar="RUN", help=model)
     sub.add_argument("--data", required=True, metavar="DIR", help="class folders, alone or under val/ or test/; or a named set")
     sub.add_argument("--output", type=Path, metavar="DIR", help="draw the confusion matrix there")
-    return parser.parse_args(argv)
+    if words and not words[0].startswith("-") and words[0] not in verbs.choices:
+        raise RecipeError(unknown_verb(words[0], list(verbs.choices)))
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        verbs.choices[words[0]].error(f"unrecognized arguments: {rest[0]}")
+    return args
+
+
+def unknown_verb(word: str, verbs: list[str]) -> str:
+    """What may have been meant."""
+    if word == "help":
+        return "finetune --help, or finetune VERB --help"
+    if word.endswith(".py") or (RECIPES / f"{word}.py").is_file():
+        return f"'{word}' is a recipe: finetune train {word}"
+    meant = f" Did you mean {OTHER_WORDS[word]}?" if word in OTHER_WORDS else nearest(word, verbs)
+    return f"no command '{word}'.{meant} There are: {', '.join(verbs)}"
+
+
+def version() -> str:
+    """The version that is installed, or that of a clone that is not."""
+    try:
+        return importlib.metadata.version("finetune-recipes")
+    except importlib.metadata.PackageNotFoundError:
+        return "of this clone"
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a recipe; with --data alone, one that is suggested for your images."""
+    if args.recipe is None and not args.data:
+        raise RecipeError("name a recipe, or your images: finetune train NAME, finetune train --data DIR; recipes: finetune ls")
+    if args.recipe is not None:
+        return start_processes(args)
+    from finetune.tools.image_stats import compute_image_stats
+    from finetune.tools.suggest import suggest_recipe
+
+    text = suggest_recipe(compute_image_stats(args.data), args.backbone, args.weights, "recipe.py")
+    with tempfile.TemporaryDirectory() as folder:  # the run copies the file
+        args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
+        Path(args.recipe).write_text(text)
+        return start_processes(args)
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Go on with an unfinished run."""
+    return start_processes(args)
+
+
+def start_processes(args: argparse.Namespace) -> int:
+    """The run of these arguments, in this process or in as many as there are GPUs; the exit code."""
+    if args.processes is not None and args.processes < 1:
+        raise RecipeError("--processes starts at 1")
+    if args.processes == 1 or "RANK" in os.environ or args.dry_run:
+        return start(args)
+    from finetune.train.launch import launch
+
+    return launch(start, args, args.processes)
+
+
+def runs(args: argparse.Namespace) -> None:
+    """List the runs here: state, metric, data, epochs, when."""
+    from finetune.results.runs import list_runs, runs_as_table
+
+    found = list_runs(Path("runs"))
+    print(json.dumps(found, indent=1) if args.json else runs_as_table(found))
 
 
 def ls(args: argparse.Namespace) -> None:
@@ -115,7 +230,7 @@ def cp(args: argparse.Namespace) -> None:
 
     check_new(args.target)
     args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments))
-    print(f"{args.target}; to run it: accelerate launch -m finetune.run --recipe {args.target}")
+    print(f"{args.target}; to run it: finetune train {args.target}")
 
 
 def check_new(target: Path) -> None:
@@ -154,7 +269,7 @@ def diff(args: argparse.Namespace) -> None:
 
 def show_plan(args: argparse.Namespace) -> None:
     """Show groups, learning rates, stages, memory and layers, without weights or training."""
-    recipe, file = chosen_recipe(args)
+    recipe, _, name = chosen_recipe(args)
 
     from finetune.data.sources import data_size
     from finetune.models.backbone import meta_backbone
@@ -165,15 +280,15 @@ def show_plan(args: argparse.Namespace) -> None:
     num_images, num_classes = data_size(recipe)
     net = meta_backbone(recipe, num_classes)
     groups, steps = check_recipe(recipe, net), recipe.data.steps_per_epoch(num_images)
-    print(f"{file.stem}: {describe_plan(recipe, net, groups, num_images, num_classes)}")
+    print(f"{name}: {describe_plan(recipe, net, groups, num_images, num_classes)}")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        print(f"\npicture  {plot_plan(args.output / f'{file.stem}-plan.png', groups, steps, recipe.epochs)}")
+        print(f"\npicture  {plot_plan(args.output / f'{name}-plan.png', groups, steps, recipe.epochs)}")
 
 
 def find_lr(args: argparse.Namespace) -> None:
     """Try learning rates from very low to very high on a copy of the network, and suggest two."""
-    recipe, file = chosen_recipe(args)
+    recipe, _, name = chosen_recipe(args)
 
     from finetune.optim.param_groups import build_param_groups
     from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, suggest_factors
@@ -188,7 +303,7 @@ def find_lr(args: argparse.Namespace) -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
-        print(f"picture   {plot_range_test(args.output / f'{file.stem}-lr.png', factors, losses, suggested, lrs)}")
+        print(f"picture   {plot_range_test(args.output / f'{name}-lr.png', factors, losses, suggested, lrs)}")
 
 
 def reproduce(args: argparse.Namespace) -> int:
@@ -211,7 +326,7 @@ def suggest(args: argparse.Namespace) -> None:
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
     if args.output:
         args.output.write_text(text)
-        print(f"{args.output}; to run it: accelerate launch -m finetune.run --recipe {args.output}")
+        print(f"{args.output}; to run it: finetune train {args.output}")
     else:
         print(text, end="")
 

@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # `accelerate launch finetune/run.py` puts finetune/ first on sys.path. The repository root instead makes a fresh clone work
 # without installing, and keeps every module under one name.
@@ -12,9 +13,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe  # noqa: E402
-from finetune.recipe.load import add_recipe_arguments, chosen_recipe  # noqa: E402
+from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, recipe_of_run  # noqa: E402
 from finetune.train import run_dir  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
+from finetune.utils.text import nearest  # noqa: E402
+
+if TYPE_CHECKING:
+    from finetune.results.run import Run
 
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
@@ -24,19 +29,30 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="run.py",
         description="Fine-tune a pretrained vision backbone as a recipe says.",
         epilog="example: accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar --set groups.head.lr=5e-3",
+        allow_abbrev=False,
     )
-    parser.add_argument("--recipe", required=True, metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
+    parser.add_argument("--recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
     add_recipe_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
+    add_run_arguments(parser)
     parser.add_argument(
         "--resume",
         nargs="?",
         const="",
-        metavar="DIR|auto",
-        help="go on with the run in DIR (default: the --output, or this recipe's newest in runs/); "
-        "auto: with the one in --output if there is one, else start",
+        metavar="RUN|auto",
+        help="go on with that run, or this recipe's newest; auto: with the one in --output if there is one, else start",
     )
     parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe was changed")
+    args = parser.parse_args(argv)
+    if not args.recipe and not args.resume:
+        parser.error("--recipe NAME|FILE.py, or --resume RUN, is required")
+    if args.resume == "auto" and not args.output:
+        parser.error("--resume auto needs --output DIR: it starts there if there is nothing to go on with")
+    return args
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a run that leave its result as it is."""
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps (default: once an epoch)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, then stop")
     parser.add_argument("--smoke", action="store_true", help="try the whole path on generated images: no result")
@@ -55,20 +71,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="tensorboard|wandb|...",
         help="log to a tracker that Accelerate knows, too; may be given again",
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but the last words and what went wrong")
-    args = parser.parse_args(argv)
-    if args.smoke and (args.data or args.weights or args.resume is not None):
-        parser.error("--smoke brings its own images and weights: leave out --data, --weights and --resume")
-    if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
-        parser.error("--accumulate starts at 1, --workers and --checkpoint-every at 0")
-    if args.resume == "auto" and not args.output:
-        parser.error("--resume auto needs --output DIR: it starts there if there is nothing to go on with")
-    return args
+    parser.add_argument("--quiet", action="store_true", help="print the summary and errors only")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; an error that a person can put right is one message and exit code 2, any other keeps its traceback."""
-    args = arguments(argv)
+    return start(arguments(argv))
+
+
+def start(args: argparse.Namespace) -> int:
+    """The run that the arguments ask for; the exit code."""
     try:
         return launch(args)
     except RecipeError as error:
@@ -85,9 +97,49 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
+def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | None = None, **options: Any) -> "Run":
+    """finetune.train: run a recipe in this process, or go on with a run; returns the run, finished or stopped by Ctrl-C.
+
+    `recipe` is a name, a file, or a Recipe made here. `options` are those of the command line, with _ for -: data, epochs,
+    batch_size, image_size, lr_scale, backbone, weights, seed; set=["groups.head.lr=5e-3", ...]; output, workers, accumulate,
+    checkpoint_every, track, smoke, quiet. Random generators are left as they were.
+
+    Raises:
+        RecipeError: for whatever the command line would refuse.
+    """
+    args = arguments([*(["--resume", str(resume)] if resume else ["--recipe", "given"])])
+    args.recipe, args.assignments = None if resume else recipe, options.pop("set", [])
+    for name, value in options.items():
+        if name not in vars(args) or name in ("recipe", "resume", "dry_run"):
+            raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
+        setattr(args, name, Path(value) if name == "output" else value)
+    if args.recipe is None and not resume:
+        raise RecipeError(
+            "name a recipe: finetune.train('NAME'), finetune.train(Recipe(...)), or a run: finetune.train(resume=...)"
+        )
+
+    from accelerate.state import AcceleratorState
+
+    from finetune.results.run import Run
+    from finetune.utils.seed import keep_random_state
+
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # that of a run before this one, which may have had another precision
+    with keep_random_state():
+        launch(args)
+    return Run(args.folder)
+
+
 def launch(args: argparse.Namespace) -> int:
     """Everything that can be wrong without data, weights or a GPU is found here, the cheapest first; then the run."""
-    recipe, file = chosen_recipe(args)
+    if args.smoke and (args.data or args.weights or args.resume is not None):
+        raise RecipeError("--smoke brings its own images and weights: leave out --data, --weights and --resume")
+    if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
+        raise RecipeError("--accumulate starts at 1, --workers and --checkpoint-every at 0")
+    if args.resume and args.resume != "auto":
+        args.resume = str(run_dir.find_run(args.resume, "unfinished"))
+    recipe, file, name = resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
         raise RecipeError(
@@ -102,11 +154,12 @@ def launch(args: argparse.Namespace) -> int:
             print(f"the run in {args.output} is finished")
             return 0
     if resume:
-        folder = run_dir.unfinished_run_dir(file.stem, Path(args.resume) if args.resume else args.output)
+        folder = run_dir.unfinished_run_dir(name, Path(args.resume) if args.resume else args.output)
         if not args.resume_anyway:
             run_dir.check_same_recipe(folder, recipe)
     elif not args.dry_run:
-        folder = run_dir.new_run_dir(file.stem, args.output)
+        folder = run_dir.new_run_dir(name, args.output)
+    args.folder = None if args.dry_run else folder
 
     from finetune.models.backbone import meta_backbone  # from here on torch is needed, and seconds pass
     from finetune.train.setup import check_recipe, smoke_recipe
@@ -120,12 +173,21 @@ def launch(args: argparse.Namespace) -> int:
 
         num_images, num_classes = data_size(recipe)
         net = meta_backbone(recipe, num_classes)
-        print(f"{file.stem}: {describe_plan(recipe, net, check_recipe(recipe, net), num_images, num_classes)}")
+        print(f"{name}: {describe_plan(recipe, net, check_recipe(recipe, net), num_images, num_classes)}")
         return 0
-    return fine_tune(args, recipe, file, folder, resume)
+    return fine_tune(args, recipe, file, name, folder, resume)
 
 
-def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path, resume: bool) -> int:
+def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
+    """(recipe, file, name) of a run to go on with, which keeps all that it was started with."""
+    given = [flag for flag in FLAGS if getattr(args, flag_name(flag)) is not None] + ["--set"] * bool(args.assignments)
+    if given:
+        raise RecipeError(f"a resumed run keeps its recipe: leave out {', '.join(given)}, or name the --recipe as well")
+    recipe, file, _ = recipe_of_run(run_dir.unfinished_run_dir("", Path(args.resume)))
+    return recipe, file, run_dir.run_name(Path(args.resume))
+
+
+def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path | None, name: str, folder: Path, resume: bool) -> int:
     """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.summary import copy_params, finish_run
@@ -145,14 +207,14 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     # Held until the run's end.
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway):
-        run_dir.start_run_dir(folder, file, recipe, group_table)
+        run_dir.start_run_dir(folder, file, name, recipe, group_table)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
     logger = Logger(folder, accelerator, recipe.metric, args.quiet)
     if args.smoke:
         logger.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
     logger.say(
-        f"{file.stem}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; "
+        f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; "
         f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n{group_table}\n"
     )
     start = copy_params(groups) if accelerator.is_main_process else {}  # the first process alone reports
@@ -160,7 +222,7 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path, folder: Path
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
-        logger.say(f"stopped {stopped}, with a checkpoint; to go on: the same command with --resume {folder}")
+        logger.say(f"stopped {stopped}, with a checkpoint; to go on: finetune resume {folder}")
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:

@@ -13,7 +13,7 @@ from finetune.data.folders import class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import NAMED, load_data
 from finetune.inference.predict import compute_logits
-from finetune.models.saved import load_model
+from finetune.models.saved import SavedModel, load_model
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.results.plots import plot_confusion_matrix
@@ -33,12 +33,15 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     """
     if output and (output / "confusion.png").exists():
         raise RecipeError(f"{output / 'confusion.png'} is there already; name another --output")
-    model = load_model(source)
+    return {"model": str(source), **evaluate_model(load_model(source), data, output, workers)}
+
+
+def evaluate_model(model: SavedModel, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
+    """`evaluate` of a model that is loaded already."""
     recipe, classes = model.recipe, model.classes
     images = load_labelled_images(str(data), recipe, classes)
     logits, labels = compute_logits(model, images, recipe.data.on_bad_image, workers)
     result = {
-        "model": str(source),
         "data": str(data),
         **compute_metrics(recipe, logits, labels),
         "classes": class_metrics(logits, labels, classes),

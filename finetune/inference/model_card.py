@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from finetune.models.backbone import INPUTS
 from finetune.models.saved import read_json, read_recipe
 from finetune.recipe import Recipe
-from finetune.recipe.load import RECIPES, load_recipe, override
+from finetune.recipe.load import RECIPES, recipe_of_run
 from finetune.recipe.recipe import REPORTED_METRICS
-from finetune.recipe.serialize import diff, to_dict
+from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import describe_baseline
 from finetune.utils.errors import RecipeError
 
@@ -121,12 +121,7 @@ def describe_origin(run: Path, name: str, recipe: Recipe) -> tuple[str, str]:
     """
     one = f"1 run, seed {recipe.seed}"
     try:
-        own, file = load_recipe(str(run / "recipe.py"))
-        changed = {path: now for path, _, now in diff(own, recipe) if now != "-"}
-        changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
-        again = override(own, [f"{path}={value!r}" for path, value in changed.items()])
-        if diff(again, recipe):
-            raise RecipeError("recipe.py was changed after the run")
+        again, file, changed = recipe_of_run(run)
     except RecipeError:
         return f"not known: {name}.py alone does not give the run's recipe.json", one
     shelf = RECIPES / f"{name}.py"

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.dataset import ImageList, Images
@@ -57,11 +59,7 @@ def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers
 
 
 def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
-    """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
-
-    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label. With several labels an
-    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read is named on stderr,
-    left out and counted there.
+    """What `predict_images` says of these files, folders and globs.
 
     Raises:
         RecipeError: for what load_model and find_images refuse, and if no image could be read.
@@ -69,24 +67,46 @@ def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, worke
     if top < 1:
         raise RecipeError(f"--top starts at 1, not {top}")
     files = find_images(paths)
-    model = load_model(source)
+    return predict_images(load_model(source), files, top, workers)
+
+
+def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
+    """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
+
+    Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W]; "file" is a path's own.
+
+    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label. With several labels an
+    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read is named on stderr,
+    left out and counted there.
+
+    Raises:
+        RecipeError: if no image could be read.
+    """
     classes, loss = model.classes, model.recipe.loss
-    logits, labels = compute_logits(model, ImageList(files, [0] * len(files), read_image), "skip", workers)
+    logits, labels = compute_logits(model, ImageList(images, [0] * len(images), read_any), "skip", workers)
     seen = ~is_unreadable(labels)
     if not seen.all():
-        print(f"finetune: {int((~seen).sum())} of {len(files)} images could not be read and were left out", file=sys.stderr)
+        print(f"finetune: {int((~seen).sum())} of {len(images)} images could not be read and were left out", file=sys.stderr)
     if not seen.any():
         raise RecipeError("no image could be read")
     probs = logits.double().softmax(1) if loss == "cross_entropy" else logits.double().sigmoid()
     rows = []
     for i in seen.nonzero()[:, 0].tolist():
         ranked = [[classes[label], probs[i, label].item()] for label in probs[i].argsort(descending=True, stable=True)]
-        row = {"file": str(files[i]), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
+        file = str(images[i]) if isinstance(images[i], str | Path) else ""
+        row = {"file": file, "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
         if loss == "multi_label":
             yes = [pair for pair in ranked if pair[1] > 0.5]
             row |= {"predicted": [name for name, _ in yes], "probability": [prob for _, prob in yes]}
         rows.append(row)
     return rows
+
+
+def read_any(item: Any) -> Image.Image:
+    """A path, a PIL image, an array or a tensor as an RGB image."""
+    if isinstance(item, str | Path):
+        return read_image(item)
+    return (item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))).convert("RGB")
 
 
 def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
 import re
 import sys
 from ast import literal_eval
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,11 +16,24 @@ from finetune.recipe.checks import alternatives
 from finetune.recipe.groups import Group, Optimizer
 from finetune.recipe.legacy import new_names
 from finetune.recipe.recipe import Recipe
+from finetune.recipe.schedules import Schedule
+from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = next(folder for folder in (HERE / "recipes", HERE.parent / "recipes") if folder.is_dir())  # installed; a clone
+
+FLAGS = {  # a flag of its own for what is changed most: its field, its value, what it is
+    "--data": ("data.source", "DIR", "your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV, ..."),
+    "--epochs": ("epochs", "N", "epochs to train"),
+    "--batch-size": ("data.batch_size", "N", "images of one step, over all processes"),
+    "--image-size": ("data.image_size", "N", "pixels of each side of the network's input"),
+    "--lr-scale": ("lr_scale", "X", "a factor on every learning rate"),
+    "--backbone": ("backbone", "NAME", "another network; the recipe's groups must fit it"),
+    "--weights": ("weights", "FILE|none", "a file of weights, or none for random ones"),
+    "--seed": ("seed", "N", "the recipe's seed"),
+}
 
 
 def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
@@ -62,17 +76,24 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         dest="assignments",
         help="change a field of the recipe; may be given again",
     )
-    parser.add_argument("--data", metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV, ...")
-    parser.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
-    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's seed")
+    for flag, (_, metavar, words) in FLAGS.items():
+        parser.add_argument(flag, metavar=metavar, help=words)
 
 
-def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
-    """The recipe named on the command line, changed as asked there, and its file."""
-    recipe, file = load_recipe(args.recipe)
-    flags = {"data.source": args.data, "weights": args.weights, "seed": args.seed}
-    given = [f"{field}={value!r}" for field, value in flags.items() if value is not None]
-    return override(recipe, args.assignments + given), file
+def flag_name(flag: str) -> str:
+    """What argparse calls a flag's value: batch_size for --batch-size."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
+    """(recipe, file, name) of the recipe named on the command line, changed as asked there; a Recipe itself has no file."""
+    recipe, file = (args.recipe, None) if isinstance(args.recipe, Recipe) else load_recipe(str(args.recipe))
+    given = {field: getattr(args, flag_name(flag)) for flag, (field, *_) in FLAGS.items()}
+    text = {"data.source", "weights", "backbone"}  # of any look: a folder may be called 2024
+    flags = [
+        f"{field}={value!r}" if field in text else f"{field}={value}" for field, value in given.items() if value is not None
+    ]
+    return override(recipe, [*args.assignments, *flags]), file, file.stem if file else "recipe"
 
 
 def line_of(error: Exception, path: Path) -> str:
@@ -112,11 +133,11 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         field, *keys = path.split(".")
         ((field, value),) = new_names({field: parse_value(text)}).items()
         try:
-            require(field, [f.name for f in dataclasses.fields(recipe)])
+            require(field, [f.name for f in dataclasses.fields(recipe)], similar_paths(field, recipe))
             part = changed.get(field, getattr(recipe, field))
             if part is None and keys:
                 part = new_part(field, keys[0], value)
-            changed[field] = replaced(part, keys, value)
+            changed[field] = replaced(part, keys, value, get_type_hints(Recipe)[field])
         except RecipeError as error:
             raise RecipeError(f"--set {assignment}: {error}") from None
     try:
@@ -146,10 +167,14 @@ def parse_value(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def replaced(part: Any, keys: list[str], value: Any) -> Any:
-    """`part` with the field that `keys` leads to replaced, through dataclasses, groups by name and optimizer options."""
+def replaced(part: Any, keys: list[str], value: Any, hint: Any = Any) -> Any:
+    """`part`, of a field annotated with `hint`, with the field that `keys` leads to replaced.
+
+    Through dataclasses, groups by name and optimizer options. Where a field takes None, "none" is None; where it takes an
+    optimizer or a schedule, its name alone changes the kind and keeps weight decay and warmup: optimizer=SGD.
+    """
     if not keys:
-        return value
+        return plain_value(part, value, alternatives(hint))
     key, rest = keys[0], keys[1:]
     if isinstance(part, Optimizer):  # any option may be added: the optimizer's own signature is checked later
         options = {"name": part.name, "weight_decay": part.weight_decay, **part.options}
@@ -158,11 +183,62 @@ def replaced(part: Any, keys: list[str], value: Any) -> Any:
         require(key, [group.name for group in part])
         return tuple(replaced(group, rest, value) if group.name == key else group for group in part)
     require(key, [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else [])
-    return dataclasses.replace(part, **{key: replaced(getattr(part, key), rest, value)})
+    return dataclasses.replace(part, **{key: replaced(getattr(part, key), rest, value, get_type_hints(type(part))[key])})
 
 
-def require(name: str, names: list[str]) -> None:
-    """Raise RecipeError, with the nearest of `names`, if `name` is not among them."""
+def plain_value(part: Any, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """A value as the command line gives it, as its field takes it."""
+    if not isinstance(value, str):
+        return value
+    if type(None) in kinds and value.lower() in ("none", "null"):
+        return None
+    if Optimizer in kinds:
+        return Optimizer(value, weight_decay=part.weight_decay if part else 0.0)
+    if Schedule in kinds:
+        schedules = {name: kind for name in finetune.__all__ if is_schedule(kind := getattr(finetune, name))}
+        require(value, list(schedules))
+        try:
+            return schedules[value](warmup_epochs=part.warmup_epochs if part else 0.0)
+        except TypeError:
+            fields = ", ".join(f.name for f in dataclasses.fields(schedules[value]))
+            raise RecipeError(
+                f"{value} needs fields of its own: write it into the recipe's file. Its fields: {fields}"
+            ) from None
+    return value
+
+
+def is_schedule(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule
+
+
+def similar_paths(name: str, recipe: Recipe) -> list[str]:
+    """The paths of a recipe's fields that are called so, or with more words: lr_scale and groups.head.lr for lr."""
+    paths = {path: path.rpartition(".")[2] for path in flatten(to_dict(recipe))}
+    same = [path for path, end in paths.items() if end == name or end.startswith(f"{name}_") or end.endswith(f"_{name}")]
+    return sorted(same, key=lambda path: path.count("."))
+
+
+def require(name: str, names: list[str], paths: Sequence[str] = ()) -> None:
+    """Raise RecipeError, with `paths` that may be meant, or the nearest of `names`, if `name` is not among these."""
     if name not in names:
+        hint = f" Did you mean {' or '.join(paths[:3])}?" if paths else nearest(name, names)
         there = f" There are: {', '.join(names)}" if names else " Nothing lies below it."
-        raise RecipeError(f"no '{name}'.{nearest(name, names)}{there}")
+        raise RecipeError(f"no '{name}'.{hint}{there}")
+
+
+def recipe_of_run(run: Path) -> tuple[Recipe, Path, dict[str, Any]]:
+    """(the recipe of a run, its recipe.py, the fields in which the run differs from that file, by path).
+
+    Raises:
+        RecipeError: if the two together are not what was run: recipe.py was changed since.
+    """
+    recipe = from_dict(json.loads((run / "recipe.json").read_text()))
+    if not (run / "recipe.py").is_file():  # it was made in a program
+        return recipe, run / "recipe.json", {}
+    own, file = load_recipe(str(run / "recipe.py"))
+    changed = {path: now for path, _, now in diff(own, recipe) if now != "-"}
+    changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
+    again = override(own, [f"{path}={value!r}" for path, value in changed.items()])
+    if diff(again, recipe):
+        raise RecipeError(f"{run / 'recipe.py'} was changed after the run")
+    return again, file, changed

@@ -57,7 +57,7 @@ def p_value(record: Record, values: list[float]) -> float:
     return math.erfc(abs(statistics.mean(values) - mean) / error / math.sqrt(2))
 
 
-def find_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[str]]:
+def find_record(recipe_file: Path | None, recipe: Recipe) -> tuple[Record | None, list[str]]:
     """(the record of this very recipe, the fields in which the record beside its file differs).
 
     A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. The
@@ -71,14 +71,14 @@ def find_record(recipe_file: Path, recipe: Recipe) -> tuple[Record | None, list[
             before = replace(before, data=replace(before.data, source=recipe.data.source))
         return list(dict.fromkeys(path.partition(".")[0] for path, _, _ in diff(before, recipe)))
 
-    file = recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
-    files = [file] if file.is_file() else sorted((RECIPES / "baselines").glob("*.json"))
+    file = recipe_file and recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
+    files = [file] if file and file.is_file() else sorted((RECIPES / "baselines").glob("*.json"))
     records = [json.loads(path.read_text()) for path in files]
     fitting = next((record for record in records if not changed(record)), None)
-    return fitting, changed(records[0]) if file.is_file() else []
+    return fitting, changed(records[0]) if file and file.is_file() else []
 
 
-def describe_baseline(recipe_file: Path, recipe: Recipe) -> str:
+def describe_baseline(recipe_file: Path | None, recipe: Recipe) -> str:
     """The number measured with this recipe, its spread and its runs, in one sentence, or that there is none."""
     record, differing = find_record(recipe_file, recipe)
     if record:

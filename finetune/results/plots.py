@@ -52,12 +52,17 @@ def new_figure() -> tuple[Figure, Axes]:
 
 
 def save_figure(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
-    """Grid lines, no box, and the picture on the disk."""
+    """Write the picture, with grid lines and no box."""
+    tidy(*axes)
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def tidy(*axes: Axes) -> None:
+    """Grid lines, no box."""
     for one in axes:
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=110)
-    return file
 
 
 def plot_plan(file: Path, groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int) -> Path:
@@ -70,7 +75,14 @@ def plot_plan(file: Path, groups: Sequence[ParamGroup], steps_per_epoch: int, ep
 
 
 def plot_curves(run: Path, metric: str) -> Path:
-    """Draw a run's metrics.jsonl as curves.png: loss, metric, gradient norm and every group's learning rate by epoch."""
+    """Draw a run's metrics.jsonl as curves.png."""
+    figure = draw_curves(run, metric)
+    figure.savefig(run / "curves.png", dpi=110)
+    return run / "curves.png"
+
+
+def draw_curves(run: Path, metric: str) -> Figure:
+    """A run's loss, metric, gradient norm and every group's learning rate by epoch."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "grad_norm" in row]
     epochs = [row for row in rows if "train_loss" in row]
@@ -98,7 +110,8 @@ def plot_curves(run: Path, metric: str) -> Path:
     shown = sampled_steps(0, len(steps))
     plot_lrs(lr, {name: [steps[step]["lr"][name] for step in shown] for name in steps[0]["lr"]}, shown, per_epoch)
     lr.set_xlim(0, ends[-1])
-    return save_figure(figure, (loss, validation, norm, lr), run / "curves.png")
+    tidy(loss, validation, norm, lr)
+    return figure
 
 
 def plot_confusion_matrix(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Path:

@@ -25,13 +25,14 @@ from finetune.results.baseline import describe_baseline
 from finetune.results.plots import plot_confusion_matrix, plot_curves, plot_mistakes
 from finetune.train.evaluate import best_row, compute_metrics
 from finetune.train.logger import Logger
+from finetune.train.run_dir import run_name
 
 ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then by the parameter's
 
 
 def finish_run(
     recipe: Recipe,
-    file: Path,
+    file: Path | None,
     net: nn.Module,
     start: ParamsByGroup,
     images: ImageDataset,
@@ -51,7 +52,7 @@ def finish_run(
     if recipe.loss != "multi_label":
         plot_confusion_matrix(folder, logits, labels, images.classes)
         plot_mistakes(folder, logits, labels, images)
-    result = {"recipe": file.stem, **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
+    result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
         result["by_subgroup"] = {

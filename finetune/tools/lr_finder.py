@@ -2,9 +2,7 @@
 
 import copy
 import math
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -25,6 +23,7 @@ from finetune.results.plots import new_figure, save_figure
 from finetune.train.loop import train_step
 from finetune.train.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
+from finetune.utils.seed import keep_random_state
 
 FEWEST = 10  # steps that make a curve
 
@@ -56,7 +55,7 @@ def range_test(
     accelerator = Accelerator(mixed_precision=accelerator.mixed_precision)
     rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_steps / (num_steps - 1)))
     factors, losses = [], []
-    with keep_random_state(accelerator.device):
+    with keep_random_state():
         net = copy.deepcopy(net).to(accelerator.device)
         criterion = Criterion(recipe, net, images, accelerator.device)
         groups = [
@@ -78,18 +77,6 @@ def range_test(
             if (smoothed := smooth(losses))[-1] > 4 * min(smoothed):
                 break
     return factors, losses
-
-
-@contextmanager
-def keep_random_state(device: torch.device) -> Iterator[None]:
-    """Give the generators of Python, numpy and torch their state back in the end."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def endless_batches(recipe: Recipe, images: ImageDataset, cut: Cut, device: torch.device) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
@@ -101,7 +102,7 @@ class Stopped(Exception):
 class StopRequest:
     """SIGTERM (a machine being taken away) or Ctrl-C, kept until the running step is finished; a second one stops at once.
 
-    Used as a context: the handlers from before come back afterwards.
+    Used as a context: the handlers from before come back afterwards. Outside the main thread Python allows no handlers.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -111,7 +112,8 @@ class StopRequest:
         self.group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self.remember) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

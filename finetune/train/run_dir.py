@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -15,7 +16,13 @@ from finetune.utils.errors import RecipeError
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
 
-LEFTOVERS = {".lock", "recipe.py", "groups.txt", ".recipe.json"}  # all that a run which died before it started can have left
+LEFTOVERS = {
+    ".lock",
+    "recipe.py",
+    "groups.txt",
+    "run.json",
+    ".recipe.json",
+}  # all that a run which died before it started can have left
 
 
 def new_run_dir(name: str, output: Path | None) -> Path:
@@ -51,6 +58,26 @@ def unfinished_run_dir(name: str, folder: Path | None) -> Path:
     return folder
 
 
+def find_run(name: str, state: str = "") -> Path:
+    """A run's folder: a path, or of those in runs/ the newest ("last") or the newest whose name starts with `name`.
+
+    `state` "unfinished" or "finished" leaves out all others, but for a path.
+
+    Raises:
+        RecipeError: if there is none, with the runs there are.
+    """
+    if (Path(name) / "recipe.json").is_file() or Path(name).is_dir() and name != "last":
+        return Path(name)
+    there = sorted((path.parent for path in Path("runs").glob("*/recipe.json")), key=lambda path: path.stat().st_mtime)
+    if state:
+        there = [path for path in there if (path / "result.json").is_file() == (state == "finished")]
+    fitting = [path for path in there if name == "last" or path.name.startswith(name)]
+    if not fitting:
+        names = ", ".join(path.name for path in there[-5:]) or "none"
+        raise RecipeError(f"no{' ' * bool(state)}{state} run '{name}' here or in runs/. The latest there: {names}")
+    return fitting[-1]
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder."""
     return max((run / "checkpoints").glob("step-*"), default=None)
@@ -77,13 +104,27 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def start_run_dir(folder: Path, recipe_file: Path, recipe: Recipe, groups: str) -> None:
-    """Write a run's first files: the recipe as given and resolved, and its groups. recipe.json, the last, makes it a run."""
-    shutil.copyfile(recipe_file, folder / "recipe.py")
+def start_run_dir(folder: Path, recipe_file: Path | None, name: str, recipe: Recipe, groups: str) -> None:
+    """Write a run's first files: how it was started, the recipe as given and resolved, and its groups.
+
+    recipe.json, written last, makes it a run. A recipe without a file, made in a program, has no recipe.py.
+    """
+    if recipe_file and recipe_file.resolve() != (folder / "recipe.py").resolve():
+        shutil.copyfile(recipe_file, folder / "recipe.py")
+    started = {"name": name, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    (folder / "run.json").write_text(json.dumps(started, indent=1) + "\n")
     (folder / "groups.txt").write_text(groups + "\n")
     aside = folder / ".recipe.json"
     aside.write_text(json.dumps(to_dict(recipe), indent=1) + "\n")
     aside.rename(folder / "recipe.json")
+
+
+def run_name(folder: Path) -> str:
+    """The name of the recipe that a run was started with; of a run of version 0.1, what its folder's name says."""
+    file = folder / "run.json"
+    if file.is_file():
+        return str(json.loads(file.read_text())["name"])
+    return re.sub(r"-\d{8}-\d{6}$", "", folder.resolve().name)
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
@@ -91,12 +132,5 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     before = from_dict(json.loads((folder / "recipe.json").read_text()))
     changed = [f"{path}: {was} before, {now} now" for path, was, now in diff(before, recipe)]
     if changed:
-        raise RecipeError(
-            "\n  ".join(
-                [
-                    f"the run in {folder} was started with another recipe:",
-                    *changed,
-                    "to go on with this one all the same: --resume-anyway",
-                ]
-            )
-        )
+        remedy = f"to go on as it was started: finetune resume {folder}; with this recipe all the same: --resume-anyway"
+        raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed, remedy]))

@@ -1,0 +1,56 @@
+"""finetune.load: a trained model in a program or a notebook."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.inference.evaluate import evaluate_model
+from finetune.inference.export import export
+from finetune.inference.predict import predict_images
+from finetune.models.saved import SavedModel, load_model
+from finetune.train.run_dir import find_run
+from finetune.utils.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model. `saved` has the network in eval mode, its classes, its preprocessing and its recipe."""
+
+    source: str | Path
+    saved: SavedModel
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of the logits."""
+        return self.saved.classes
+
+    def predict(self, images: Sequence[Any], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
+        """A row for each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
+
+        Images are paths, PIL images, arrays or tensors, uint8 [H, W, 3].
+        """
+        return predict_images(self.saved, list(images), top, workers)
+
+    def evaluate(self, data: str | Path, workers: int = 0) -> dict[str, Any]:
+        """The metrics on labelled images: class folders, alone or under val/ or test/, or a named set."""
+        return evaluate_model(self.saved, data, workers=workers)
+
+    def export(self, to: str, output: str | Path | None = None) -> Path:
+        """Write the model for "timm", "onnx" or "torch", and return the folder."""
+        return export(Path(self.source), to, Path(output) if output else None)
+
+
+def load(source: str | Path) -> Model:
+    """The model of a run ("last", the start of its name, its folder), of a model folder, or "hf-hub:OWNER/NAME".
+
+    Raises:
+        RecipeError: if there is no such model.
+    """
+    if not str(source).startswith(("hf-hub:", "https://")):
+        try:
+            source = find_run(str(source), "finished")
+        except RecipeError:
+            if not Path(source).exists():
+                raise
+    return Model(source, load_model(source))

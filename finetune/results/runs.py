@@ -1,0 +1,75 @@
+"""The runs in a folder: state, metric, data, when."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from finetune.recipe.recipe import METRICS
+from finetune.recipe.serialize import from_dict, to_dict
+from finetune.train.run_dir import lock, newest_checkpoint, run_name
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import align_columns
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """A row for each run, the newest last; a folder whose recipe can't be read is a row with its fault."""
+    files = sorted(folder.glob("*/recipe.json"), key=lambda file: file.stat().st_mtime)
+    return [describe_run(file.parent) for file in files]
+
+
+def describe_run(run: Path) -> dict[str, Any]:
+    """{"run", "recipe", "state", "metric", "value", "interval", "best", "data", "epochs", "started"} of a run's folder.
+
+    "interval" is the 95 % interval of the metric as a share of so many images (Wilson): what another set of as many
+    validation images could give.
+    """
+    row: dict[str, Any] = {"run": run.name, "recipe": run_name(run), "state": state(run)}
+    try:
+        recipe = from_dict(json.loads((run / "recipe.json").read_text()))
+    except (RecipeError, ValueError, TypeError, KeyError) as error:
+        return row | {"state": f"unreadable: {error}"}
+    source = str(to_dict(recipe.data.source))
+    row |= {"metric": recipe.metric, "data": Path(source).name or source, "epochs": recipe.epochs, "started": started(run)}
+    if (run / "result.json").is_file():
+        result = json.loads((run / "result.json").read_text())
+        value, images = result[recipe.metric], result["val_images"]
+        row |= {"value": value, "interval": wilson(value, images), "best": result.get(f"best_{recipe.metric}", value)}
+    return row
+
+
+def state(run: Path) -> str:
+    """finished, smoke run, running, or after which step it stopped."""
+    if (run / "result.json").is_file():
+        return "smoke run" if json.loads((run / "result.json").read_text()).get("smoke") else "finished"
+    try:
+        lock(run).close()
+    except RecipeError:
+        return "running"
+    checkpoint = newest_checkpoint(run)
+    return f"stopped after {int(checkpoint.name.split('-')[1])} steps" if checkpoint else "stopped"
+
+
+def started(run: Path) -> str:
+    """When the run was started, if it was written down."""
+    file = run / "run.json"
+    return str(json.loads(file.read_text())["started"]) if file.is_file() else ""
+
+
+def wilson(share: float, images: int) -> tuple[float, float]:
+    """The 95 % interval of a share of so many images (Wilson 1927)."""
+    z = 1.96
+    centre, spread = share + z * z / (2 * images), z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    return (centre - spread) / (1 + z * z / images), (centre + spread) / (1 + z * z / images)
+
+
+def runs_as_table(rows: list[dict[str, Any]]) -> str:
+    """A line a run, the newest last, within 80 columns where names are short."""
+    if not rows:
+        return "no runs here: finetune train NAME"
+    lines: list[tuple[str, ...]] = [("run", "state", "result", "best", "data", "epochs")]
+    for row in rows:
+        value = f"{METRICS[row['metric']]} {row['value']:.1%}" if "value" in row else ""
+        best = f"{row['best']:.1%}" if "best" in row else ""
+        lines.append((row["run"], row["state"], value, best, row.get("data", ""), str(row.get("epochs", ""))))
+    return align_columns(lines)

@@ -16,7 +16,7 @@ from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import AdamW, Constant, Data, LayerDecay, Recipe
-from finetune.train.loop import clip_gradients
+from finetune.training.loop import clip_gradients
 
 WAYS = {
     "none, but the norm logged": {"clip_norm": None},

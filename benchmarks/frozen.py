@@ -97,8 +97,8 @@ def steps(args: argparse.Namespace) -> dict:
     from finetune.optim.loss import Criterion
     from finetune.optim.optimizers import build_optimizer
     from finetune.optim.param_groups import build_param_groups
-    from finetune.train.loop import train_step
-    from finetune.train.setup import make_accelerator
+    from finetune.training.loop import train_step
+    from finetune.training.setup import make_accelerator
 
     recipe = recipe_of(args, args.worker)
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.docs import kills as table
 from finetune.run import main
-from finetune.train.run_dir import newest_checkpoint
+from finetune.training.run_dir import newest_checkpoint
 from finetune.utils import files
 
 WAYS = ("all processes", "one process", "while a checkpoint is written")

@@ -29,9 +29,9 @@ from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import AdamW, Cosine, Data, LayerDecay, Recipe
-from finetune.train import loop as train_loop
-from finetune.train.logger import Logger
-from finetune.train.setup import make_accelerator
+from finetune.training import loop as train_loop
+from finetune.training.logger import Logger
+from finetune.training.setup import make_accelerator
 from finetune.utils.seed import seed_all
 
 CASES = {  # network, pixels, batch, steps an epoch

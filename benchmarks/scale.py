@@ -81,8 +81,8 @@ def steps() -> dict | None:
 
     from benchmarks.loop import InMemory, Watched, recipe_of
     from finetune.models.backbone import build_backbone
-    from finetune.train.loop import train
-    from finetune.train.setup import make_accelerator
+    from finetune.training.loop import train
+    from finetune.training.setup import make_accelerator
 
     recipe = recipe_of("resnet18", 64, 64, 3)
     accelerator = make_accelerator(recipe)

@@ -101,8 +101,8 @@ def first_step(recipe: str) -> float:
 def inside(recipe: str, epochs: int) -> int:
     """A run with its parts timed; what comes before the first epoch does not count."""
     from finetune import run
-    from finetune.train import logger
-    from finetune.train import loop as train_loop
+    from finetune.training import logger
+    from finetune.training import loop as train_loop
 
     spent, started = {}, []
 

@@ -196,7 +196,7 @@ def start_processes(args: argparse.Namespace) -> int:
         raise RecipeError("--processes starts at 1")
     if args.processes == 1 or "RANK" in os.environ or args.dry_run:
         return start(args)
-    from finetune.train.launch import launch
+    from finetune.training.launch import launch
 
     return launch(start, args, args.processes)
 
@@ -247,7 +247,7 @@ def validate(args: argparse.Namespace) -> None:
     recipe, file = load_recipe(args.recipe)
 
     from finetune.models.backbone import meta_backbone
-    from finetune.train.setup import check_recipe
+    from finetune.training.setup import check_recipe
 
     net = meta_backbone(recipe)
     check_recipe(recipe, net)
@@ -275,7 +275,7 @@ def show_plan(args: argparse.Namespace) -> None:
     from finetune.models.backbone import meta_backbone
     from finetune.results.plots import plot_plan
     from finetune.tools.plan import describe_plan
-    from finetune.train.setup import check_recipe
+    from finetune.training.setup import check_recipe
 
     num_images, num_classes = data_size(recipe)
     net = meta_backbone(recipe, num_classes)
@@ -292,7 +292,7 @@ def find_lr(args: argparse.Namespace) -> None:
 
     from finetune.optim.param_groups import build_param_groups
     from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, suggest_factors
-    from finetune.train.setup import make_accelerator, setup
+    from finetune.training.setup import make_accelerator, setup
 
     accelerator = make_accelerator(recipe)
     net, (images, _) = setup(recipe, accelerator)

@@ -14,12 +14,12 @@ if not __package__:
 
 from finetune.recipe import Recipe  # noqa: E402
 from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, recipe_of_run  # noqa: E402
-from finetune.train import run_dir  # noqa: E402
+from finetune.training import run_dir  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
 from finetune.utils.text import nearest  # noqa: E402
 
 if TYPE_CHECKING:
-    from finetune.results.run import Run
+    from finetune.results.runs import Run
 
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
@@ -120,7 +120,7 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
 
     from accelerate.state import AcceleratorState
 
-    from finetune.results.run import Run
+    from finetune.results.runs import Run
     from finetune.utils.seed import keep_random_state
 
     AcceleratorState._reset_state(
@@ -162,7 +162,7 @@ def launch(args: argparse.Namespace) -> int:
     args.folder = None if args.dry_run else folder
 
     from finetune.models.backbone import meta_backbone  # from here on torch is needed, and seconds pass
-    from finetune.train.setup import check_recipe, smoke_recipe
+    from finetune.training.setup import check_recipe, smoke_recipe
 
     if args.smoke:
         recipe = smoke_recipe(recipe, parts)
@@ -192,10 +192,10 @@ def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path | None, name:
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.summary import copy_params, finish_run
     from finetune.tools.plan import describe_run
-    from finetune.train.distributed import Stopped, join_after_restart, main_process_first
-    from finetune.train.logger import Logger, start_trackers
-    from finetune.train.loop import train
-    from finetune.train.setup import RunOptions, make_accelerator, setup
+    from finetune.training.distributed import Stopped, join_after_restart, main_process_first
+    from finetune.training.logger import Logger, start_trackers
+    from finetune.training.loop import train
+    from finetune.training.setup import RunOptions, make_accelerator, setup
 
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)

@@ -21,10 +21,10 @@ from finetune.models.backbone import build_backbone, preprocessing
 from finetune.models.pretrained import pretrained_state
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Constant, Cosine, Data, Group, Recipe
-from finetune.train import loop as train_loop
-from finetune.train.logger import Logger
-from finetune.train.loop import train
-from finetune.train.setup import RunOptions, build_datasets
+from finetune.training import loop as train_loop
+from finetune.training.logger import Logger
+from finetune.training.loop import train
+from finetune.training.setup import RunOptions, build_datasets
 from finetune.utils.seed import seed_all
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ from finetune import run
 from finetune.__main__ import arguments
 from finetune.__main__ import main as verb
 from finetune.models.backbone import meta_backbone
-from finetune.train.setup import check_recipe
+from finetune.training.setup import check_recipe
 from helpers import ROOT, SmallNet, small_recipe
 
 PAGES = docs.pages()
@@ -97,7 +97,7 @@ def ended_well(words, monkeypatch):
         case ["accelerate", "launch", *rest]:
             launched = launch_command_parser().parse_args(rest)
             assert launched.training_script == "finetune/run.py"
-            if "--resume" in launched.training_script_args:  # there is no run to resume here: tests/train/test_resume.py
+            if "--resume" in launched.training_script_args:  # there is no run to resume here: tests/training/test_resume.py
                 return run.arguments(launched.training_script_args)
             return run.main([*launched.training_script_args, "--dry-run"]) == 0
         case ["pip", "install", "-e", target]:

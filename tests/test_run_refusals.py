@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from finetune.run import main
-from finetune.train import logger
-from finetune.train.run_dir import check_same_recipe, lock, new_run_dir, start_run_dir, unfinished_run_dir
+from finetune.training import logger
+from finetune.training.run_dir import check_same_recipe, lock, new_run_dir, start_run_dir, unfinished_run_dir
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, Cut, cut_before, small_recipe
 

@@ -10,7 +10,7 @@ from finetune.recipe.load import load_recipe
 from finetune.results.baseline import describe_baseline, describe_record
 from helpers import ROOT
 
-PACKAGES = ["utils", "recipe", "data", "models", "optim", "train", "results", "inference", "tools"]
+PACKAGES = ["utils", "recipe", "data", "models", "optim", "training", "results", "inference", "tools"]
 MODULES, TESTS, RECIPES = (sorted((ROOT / part).rglob("*.py")) for part in ("finetune", "tests", "recipes"))
 README = (ROOT / "README.md").read_text()
 

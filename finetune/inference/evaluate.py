@@ -17,7 +17,7 @@ from finetune.models.saved import SavedModel, load_model
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.results.plots import plot_confusion_matrix
-from finetune.train.evaluate import compute_metrics, confusion_matrix
+from finetune.training.evaluate import compute_metrics, confusion_matrix
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import align_columns
 

@@ -9,7 +9,7 @@ from finetune.inference.evaluate import evaluate_model
 from finetune.inference.export import export
 from finetune.inference.predict import predict_images
 from finetune.models.saved import SavedModel, load_model
-from finetune.train.run_dir import find_run
+from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
 
 

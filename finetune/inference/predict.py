@@ -20,8 +20,8 @@ from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import memory_format
 from finetune.models.saved import SavedModel, load_model
-from finetune.train.evaluate import predict_logits
-from finetune.train.setup import RunOptions, make_accelerator
+from finetune.training.evaluate import predict_logits
+from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import align_columns
 

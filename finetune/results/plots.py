@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
-from finetune.train.evaluate import confusion_matrix
+from finetune.training.evaluate import confusion_matrix
 
 
 def plot_lrs(axes: Axes, lrs: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:

@@ -23,9 +23,9 @@ from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.results.baseline import describe_baseline
 from finetune.results.plots import plot_confusion_matrix, plot_curves, plot_mistakes
-from finetune.train.evaluate import best_row, compute_metrics
-from finetune.train.logger import Logger
-from finetune.train.run_dir import run_name
+from finetune.training.evaluate import best_row, compute_metrics
+from finetune.training.logger import Logger
+from finetune.training.run_dir import run_name
 
 ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then by the parameter's
 

@@ -20,8 +20,8 @@ from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Lambda, Recipe
 from finetune.results.plots import new_figure, save_figure
-from finetune.train.loop import train_step
-from finetune.train.micro_batch import find_micro_batches
+from finetune.training.loop import train_step
+from finetune.training.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keep_random_state
 

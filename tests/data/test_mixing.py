@@ -12,7 +12,7 @@ import torch
 from finetune.data.loader import Cut, ImageDataset, balanced_sample_weights, plan_epoch
 from finetune.data.transforms import mix_neighbours
 from finetune.recipe import Augment, Data
-from finetune.train import setup
+from finetune.training import setup
 from finetune.utils.seed import seed_all
 from helpers import ALL, Coloured, assert_same_weights, plain, run_here, small_recipe
 

@@ -16,9 +16,9 @@ from finetune.models import linear_probe
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data, Group, LinearProbe
 from finetune.results.summary import describe_gain
-from finetune.train import loop as train_loop
-from finetune.train.evaluate import predict_logits
-from finetune.train.setup import DEFAULTS, check_recipe
+from finetune.training import loop as train_loop
+from finetune.training.evaluate import predict_logits
+from finetune.training.setup import DEFAULTS, check_recipe
 from finetune.utils.errors import RecipeError
 from helpers import prepare, run_here, small_recipe
 

@@ -13,8 +13,8 @@ from finetune.models.batch_norm import convert_sync_batch_norm, hold_batch_norm,
 from finetune.optim.freezing import describe_stage, starts_stage, unfreeze
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Group
-from finetune.train import loop as train_loop
-from finetune.train.distributed import wrap
+from finetune.training import loop as train_loop
+from finetune.training.distributed import wrap
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, prepare, run_here, small_recipe
 
@@ -131,7 +131,7 @@ def one_process_group(tmp_path):
 
 def test_each_process_wraps_for_its_own_gpu(monkeypatch):
     """DDP is told the process's GPU."""
-    monkeypatch.setattr("finetune.train.distributed.DistributedDataParallel", lambda net, device_ids, **_: device_ids)
+    monkeypatch.setattr("finetune.training.distributed.DistributedDataParallel", lambda net, device_ids, **_: device_ids)
     assert wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1))) == [torch.device("cuda", 1)]
 
 

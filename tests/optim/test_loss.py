@@ -15,7 +15,7 @@ from finetune.data.loader import ImageDataset
 from finetune.models.backbone import build_backbone, head_parameters
 from finetune.optim.loss import Criterion
 from finetune.recipe import Augment
-from finetune.train.loop import clip_gradients
+from finetune.training.loop import clip_gradients
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 

@@ -10,7 +10,7 @@ from finetune.data.loader import load, plan_epoch
 from finetune.optim.optimizers import SeveralOptimizers, build_optimizer
 from finetune.optim.param_groups import build_param_groups, planned_lrs
 from finetune.recipe import SGD, AdamW, Constant, Data, Group, Optimizer, Step, Switch
-from finetune.train import loop as train_loop
+from finetune.training import loop as train_loop
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, assert_same_weights, prepare, run_here, scaling_accelerator, small_recipe
 

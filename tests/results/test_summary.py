@@ -17,7 +17,7 @@ from finetune.recipe import SGD, Group, Step, Switch
 from finetune.results import plots
 from finetune.results.summary import copy_params, drift
 from finetune.run import main
-from finetune.train.evaluate import confusion_matrix
+from finetune.training.evaluate import confusion_matrix
 from helpers import SmallNet, prepare, run_here, small_recipe
 
 ROWS = (

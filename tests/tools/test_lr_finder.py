@@ -19,8 +19,8 @@ from finetune.recipe import SGD, Group, LayerDecay, Step
 from finetune.recipe.load import override
 from finetune.tools import lr_finder
 from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, smooth, suggest_factors
-from finetune.train.logger import Logger
-from finetune.train.loop import train
+from finetune.training.logger import Logger
+from finetune.training.loop import train
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, prepare, same_tensors, small_recipe
 

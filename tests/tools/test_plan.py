@@ -9,7 +9,7 @@ from finetune.models import pretrained
 from finetune.optim.param_groups import build_param_groups, describe_param_groups, planned_lrs
 from finetune.recipe import SGD, Group, Step, Switch
 from finetune.run import main
-from finetune.train import setup
+from finetune.training import setup
 from helpers import SmallNet, small_recipe
 
 ROWS = (

@@ -18,7 +18,7 @@ from finetune.recipe.load import load_recipe
 from finetune.run import main
 from finetune.tools.image_stats import ImageStats, compute_image_stats
 from finetune.tools.suggest import suggest_recipe
-from finetune.train.setup import check_recipe
+from finetune.training.setup import check_recipe
 from finetune.utils.errors import RecipeError
 
 PHOTOS = ImageStats(

@@ -23,10 +23,10 @@ from finetune.recipe import (
     Switch,
 )
 from finetune.recipe.serialize import diff, from_dict, to_dict
-from finetune.train import logger
-from finetune.train import loop as train_loop
-from finetune.train.distributed import Stopped
-from finetune.train.run_dir import check_same_recipe, newest_checkpoint
+from finetune.training import logger
+from finetune.training import loop as train_loop
+from finetune.training.distributed import Stopped
+from finetune.training.run_dir import check_same_recipe, newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Cut, DroppingNet, cut_before, run_here, scaling_accelerator, small_recipe
 

@@ -18,12 +18,12 @@ from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer, step_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Recipe
-from finetune.train.checkpoint import restore, save_checkpoint
-from finetune.train.distributed import Stopped, StopRequest, broadcast, check_same_weights, wrap
-from finetune.train.evaluate import best_row, compute_metrics, predict_logits
-from finetune.train.logger import Logger
-from finetune.train.micro_batch import find_micro_batches
-from finetune.train.setup import DEFAULTS, RunOptions
+from finetune.training.checkpoint import restore, save_checkpoint
+from finetune.training.distributed import Stopped, StopRequest, broadcast, check_same_weights, wrap
+from finetune.training.evaluate import best_row, compute_metrics, predict_logits
+from finetune.training.logger import Logger
+from finetune.training.micro_batch import find_micro_batches
+from finetune.training.setup import DEFAULTS, RunOptions
 from finetune.utils.seed import seed_all
 
 

@@ -115,7 +115,7 @@ def drifting(answers):
     """One of two processes, whose norm statistics are made to differ."""
     from accelerate import Accelerator
 
-    from finetune.train.distributed import check_same_weights
+    from finetune.training.distributed import check_same_weights
 
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     accelerator = Accelerator(cpu=True)

@@ -17,8 +17,8 @@ from torchvision.transforms.functional import hflip
 from finetune.data.loader import load
 from finetune.models.backbone import build_backbone
 from finetune.recipe import SGD, Data, EarlyStop, Group
-from finetune.train import loop as train_loop
-from finetune.train.evaluate import compute_metrics, predict_logits
+from finetune.training import loop as train_loop
+from finetune.training.evaluate import compute_metrics, predict_logits
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
 

@@ -22,8 +22,8 @@ from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
-from finetune.train.distributed import main_process_first
-from finetune.train.micro_batch import keep_freed_memory
+from finetune.training.distributed import main_process_first
+from finetune.training.micro_batch import keep_freed_memory
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
 

@@ -18,7 +18,7 @@ from finetune.data.loader import Batch, BatchPlan, is_unreadable
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import flatten, to_dict
-from finetune.train.run_dir import newest_checkpoint
+from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 
 FLUSH_EVERY = 20  # steps between two looks at the losses: each look makes a GPU wait

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
 from finetune.recipe import SGD, Constant, Data, Group, Optimizer, Plateau
-from finetune.train import loop
-from finetune.train.evaluate import compute_metrics, predict_logits
-from finetune.train.run_dir import newest_checkpoint
+from finetune.training import loop
+from finetune.training.evaluate import compute_metrics, predict_logits
+from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe
 

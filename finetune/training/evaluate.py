@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import ImageDataset, is_unreadable, load
 from finetune.optim.loss import binary_loss
 from finetune.recipe import Recipe
-from finetune.train.distributed import gather_strided
-from finetune.train.setup import DEFAULTS, RunOptions
+from finetune.training.distributed import gather_strided
+from finetune.training.setup import DEFAULTS, RunOptions
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from finetune.optim.optimizers import SeveralOptimizers
-from finetune.train.checkpoint import read_state, restore, restore_optimizer, save_checkpoint
-from finetune.train.logger import Logger
-from finetune.train.run_dir import newest_checkpoint
+from finetune.training.checkpoint import read_state, restore, restore_optimizer, save_checkpoint
+from finetune.training.logger import Logger
+from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import Cut, DroppingNet, SmallNet, cut_at, same_tensors, scaling_accelerator
 

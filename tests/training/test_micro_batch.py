@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from finetune.recipe import SGD
-from finetune.train import loop as train_loop
-from finetune.train import micro_batch
-from finetune.train.micro_batch import find_micro_batches
+from finetune.training import loop as train_loop
+from finetune.training import micro_batch
+from finetune.training.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
 from helpers import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
 
@@ -55,7 +55,7 @@ def test_a_try_for_memory_leaves_no_trace(monkeypatch):
 ALLOCATES = """
 import resource, sys, torch
 from finetune.recipe.load import load_recipe
-from finetune.train.setup import make_accelerator
+from finetune.training.setup import make_accelerator
 
 if sys.argv[1] == "kept":
     make_accelerator(load_recipe("efficientnet_lite0_digits")[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.run import main
-from finetune.train import logger as run_record
+from finetune.training import logger as run_record
 from helpers import Cut, cut_before, on_folder
 
 

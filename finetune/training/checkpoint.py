@@ -14,8 +14,8 @@ from torch import nn
 
 from finetune.models.saved import plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
-from finetune.train.logger import Logger
-from finetune.train.run_dir import newest_checkpoint
+from finetune.training.logger import Logger
+from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
 

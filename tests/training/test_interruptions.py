@@ -16,10 +16,10 @@ import pytest
 from finetune.data.loader import plan_epoch
 from finetune.recipe import Data
 from finetune.run import STOPPED, main
-from finetune.train import checkpoint, distributed
-from finetune.train import loop as train_loop
-from finetune.train.distributed import Stopped, StopRequest
-from finetune.train.run_dir import lock, new_run_dir, newest_checkpoint
+from finetune.training import checkpoint, distributed
+from finetune.training import loop as train_loop
+from finetune.training.distributed import Stopped, StopRequest
+from finetune.training.run_dir import lock, new_run_dir, newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, run_here, small_recipe
 
@@ -188,7 +188,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     """A folder is locked while a run in it is alive, and only then: a loader's worker that outlives its run holds nothing."""
     code = (
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
-        f"from finetune.train.run_dir import lock; held = lock(Path({str(tmp_path)!r})); "
+        f"from finetune.training.run_dir import lock; held = lock(Path({str(tmp_path)!r})); "
         "worker = os.fork() or time.sleep(60); print(worker, flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, chosen_recipe, flag_name
-from finetune.run import add_run_arguments, start
+from finetune.run import add_run_arguments, resolve, start
+from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
@@ -196,6 +197,8 @@ def start_processes(args: argparse.Namespace) -> int:
         raise RecipeError("--processes starts at 1")
     if args.processes == 1 or "RANK" in os.environ or args.dry_run:
         return start(args)
+    resolve(args)  # before the seconds that torch takes, and once in place of once a process
+
     from finetune.training.launch import launch
 
     return launch(start, args, args.processes)
@@ -237,6 +240,8 @@ def check_new(target: Path) -> None:
     """Raise RecipeError unless a recipe can be written there without overwriting anything."""
     if target.suffix != ".py" or target.exists():
         raise RecipeError(f"{target} is {'there already' if target.exists() else 'no .py file'}: name another")
+    if not target.parent.is_dir():
+        raise RecipeError(f"no folder {target.parent}: make it first, or name another")
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -331,18 +336,25 @@ def suggest(args: argparse.Namespace) -> None:
         print(text, end="")
 
 
+def find_model_run(name: str) -> str:
+    """A run's folder by its name; what is on the hub, or a folder, as it is."""
+    if name.startswith(("hf-hub:", "https://")) or Path(name).exists():
+        return name
+    return str(find_run(name, "finished"))
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a finished run's network for timm, ONNX or torch.export, checked against the original."""
     from finetune.inference.export import export
 
-    print(export(args.run, args.to, args.output))
+    print(export(Path(find_model_run(str(args.run))), args.to, args.output))
 
 
 def predict(args: argparse.Namespace) -> None:
     """Say what is on images: the likeliest classes of each."""
     from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
 
-    rows = predict(args.model, args.paths, args.top)
+    rows = predict(find_model_run(args.model), args.paths, args.top)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -353,7 +365,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure a network on labelled images: totals, a table of the classes, the confusion matrix."""
     from finetune.inference.evaluate import evaluate, evaluation_as_text
 
-    print(evaluation_as_text(evaluate(args.model, args.data, args.output)))
+    print(evaluation_as_text(evaluate(find_model_run(args.model), args.data, args.output)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # `accelerate launch finetune/run.py` puts finetune/ first on sys.path. The repository root instead makes a fresh clone work
 # without installing, and keeps every module under one name.
@@ -131,8 +131,22 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     return Run(args.folder)
 
 
-def launch(args: argparse.Namespace) -> int:
-    """Everything that can be wrong without data, weights or a GPU is found here, the cheapest first; then the run."""
+class Request(NamedTuple):
+    """What a run's arguments ask for."""
+
+    recipe: Recipe
+    file: Path | None  # of the recipe, if it has one
+    name: str
+    folder: Path
+    resume: bool
+
+
+def resolve(args: argparse.Namespace) -> Request:
+    """What the arguments ask for; whatever is wrong without torch, data or weights is found here, and nothing is written.
+
+    Raises:
+        RecipeError: for a recipe, a folder or a launcher's setting that is not in order.
+    """
     if args.smoke and (args.data or args.weights or args.resume is not None):
         raise RecipeError("--smoke brings its own images and weights: leave out --data, --weights and --resume")
     if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
@@ -147,25 +161,28 @@ def launch(args: argparse.Namespace) -> int:
             f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches"
         )
     check_launcher(recipe)
-    resume = args.resume is not None
-    if args.resume == "auto":
-        resume, args.resume = (args.output / "recipe.json").is_file(), ""
-        if (args.output / "result.json").is_file():
-            print(f"the run in {args.output} is finished")
-            return 0
-    if resume:
-        folder = run_dir.unfinished_run_dir(name, Path(args.resume) if args.resume else args.output)
-        if not args.resume_anyway:
-            run_dir.check_same_recipe(folder, recipe)
-    elif not args.dry_run:
-        folder = run_dir.new_run_dir(name, args.output)
-    args.folder = None if args.dry_run else folder
+    if args.resume is None or args.resume == "auto" and not (args.output / "recipe.json").is_file():
+        folder = Path("none") if args.dry_run else run_dir.new_run_dir(name, args.output)
+        return Request(recipe, file, name, folder, resume=False)
+    folder = run_dir.unfinished_run_dir(name, Path(args.resume) if args.resume not in ("", "auto") else args.output)
+    if not args.resume_anyway:
+        run_dir.check_same_recipe(folder, recipe)
+    return Request(recipe, file, name, folder, resume=True)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Resolve the arguments, check the recipe on its network, then run."""
+    if args.resume == "auto" and (args.output / "result.json").is_file():
+        print(f"the run in {args.output} is finished")
+        return 0
+    request = resolve(args)
+    recipe, args.folder = request.recipe, request.folder
 
     from finetune.models.backbone import meta_backbone  # from here on torch is needed, and seconds pass
     from finetune.training.setup import check_recipe, smoke_recipe
 
     if args.smoke:
-        recipe = smoke_recipe(recipe, parts)
+        recipe = smoke_recipe(recipe, int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
     check_recipe(recipe, meta_backbone(recipe))
     if args.dry_run:
         from finetune.data.sources import data_size
@@ -173,9 +190,9 @@ def launch(args: argparse.Namespace) -> int:
 
         num_images, num_classes = data_size(recipe)
         net = meta_backbone(recipe, num_classes)
-        print(f"{name}: {describe_plan(recipe, net, check_recipe(recipe, net), num_images, num_classes)}")
+        print(f"{request.name}: {describe_plan(recipe, net, check_recipe(recipe, net), num_images, num_classes)}")
         return 0
-    return fine_tune(args, recipe, file, name, folder, resume)
+    return fine_tune(args, request._replace(recipe=recipe))
 
 
 def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
@@ -187,8 +204,9 @@ def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
     return recipe, file, run_dir.run_name(Path(args.resume))
 
 
-def fine_tune(args: argparse.Namespace, recipe: Recipe, file: Path | None, name: str, folder: Path, resume: bool) -> int:
-    """The run itself: data, weights, training, and what is left of it in `folder`; the exit code."""
+def fine_tune(args: argparse.Namespace, request: Request) -> int:
+    """The run itself: data, weights, training, and the files in its folder; the exit code."""
+    recipe, file, name, folder, resume = request
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.summary import copy_params, finish_run
     from finetune.tools.plan import describe_run

@@ -1,9 +1,13 @@
 """Fine-tuning recipes for pretrained vision backbones: what a recipe file imports, and train and load."""
 
+from pathlib import Path
 from typing import Any
 
 from finetune.recipe import *  # noqa: F403
 from finetune.recipe import __all__ as __all__  # without train and load: import * is for recipe files
+
+if not (Path(__file__).parent / "recipes").is_dir():  # a clone has recipes/ beside the package: finetune.recipes.NAME
+    __path__.append(str(Path(__file__).parent.parent))  # noqa: F405
 
 
 def __getattr__(name: str) -> Any:

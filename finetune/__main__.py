@@ -6,13 +6,12 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, chosen_recipe, flag_name
-from finetune.run import add_run_arguments, resolve, start
+from finetune.run import add_run_arguments, resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
@@ -174,15 +173,7 @@ def train(args: argparse.Namespace) -> int:
     """Train a recipe; with --data alone, one that is suggested for your images."""
     if args.recipe is None and not args.data:
         raise RecipeError("name a recipe, or your images: finetune train NAME, finetune train --data DIR; recipes: finetune ls")
-    if args.recipe is not None:
-        return start_processes(args)
-    from finetune.tools.image_stats import compute_image_stats
-    from finetune.tools.suggest import suggest_recipe
-
-    text = suggest_recipe(compute_image_stats(args.data), args.backbone, args.weights, "recipe.py")
-    with tempfile.TemporaryDirectory() as folder:  # the run copies the file
-        args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
-        Path(args.recipe).write_text(text)
+    with suggested_recipe(args):
         return start_processes(args)
 
 

@@ -4,6 +4,9 @@ import argparse
 import errno
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,23 +103,22 @@ def start(args: argparse.Namespace) -> int:
 def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | None = None, **options: Any) -> "Run":
     """finetune.train: run a recipe in this process, or go on with a run; returns the run, finished or stopped by Ctrl-C.
 
-    `recipe` is a name, a file, or a Recipe made here. `options` are those of the command line, with _ for -: data, epochs,
-    batch_size, image_size, lr_scale, backbone, weights, seed; set=["groups.head.lr=5e-3", ...]; output, workers, accumulate,
-    checkpoint_every, track, smoke, quiet. Random generators are left as they were.
+    `recipe` is a name, a file, or a Recipe made here; without one, a recipe is suggested for `data`. `options` are those of
+    the command line, with _ for -: data, epochs, batch_size, image_size, lr_scale, backbone, weights, seed;
+    set=["groups.head.lr=5e-3", ...]; output, workers, accumulate, checkpoint_every, track, smoke, quiet. Random generators
+    are left as they were.
 
     Raises:
         RecipeError: for whatever the command line would refuse.
     """
-    args = arguments([*(["--resume", str(resume)] if resume else ["--recipe", "given"])])
+    args = arguments(["--resume", str(resume)] if resume else ["--recipe", "given"])
     args.recipe, args.assignments = None if resume else recipe, options.pop("set", [])
     for name, value in options.items():
         if name not in vars(args) or name in ("recipe", "resume", "dry_run"):
             raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
         setattr(args, name, Path(value) if name == "output" else value)
-    if args.recipe is None and not resume:
-        raise RecipeError(
-            "name a recipe: finetune.train('NAME'), finetune.train(Recipe(...)), or a run: finetune.train(resume=...)"
-        )
+    if args.recipe is None and args.data is None and not resume:
+        raise RecipeError("name a recipe, finetune.train('NAME'), your images, finetune.train(data=...), or train(resume=...)")
 
     from accelerate.state import AcceleratorState
 
@@ -126,9 +128,25 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # that of a run before this one, which may have had another precision
-    with keep_random_state():
+    with keep_random_state(), suggested_recipe(args):
         launch(args)
     return Run(args.folder)
+
+
+@contextmanager
+def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
+    """Within, a recipe that is suggested for the images stands in for one that is not named; the run copies its file."""
+    if args.recipe is not None or args.resume is not None:
+        yield
+        return
+    from finetune.tools.image_stats import compute_image_stats
+    from finetune.tools.suggest import suggest_recipe
+
+    text = suggest_recipe(compute_image_stats(str(args.data)), args.backbone, args.weights, "recipe.py")
+    with tempfile.TemporaryDirectory() as folder:
+        args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
+        Path(args.recipe).write_text(text)
+        yield
 
 
 class Request(NamedTuple):

@@ -1,6 +1,9 @@
 """finetune.train and finetune.load: in a program, a thread and a notebook, with nothing global left behind."""
 
+import functools
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +124,19 @@ def test_a_loaded_model_predicts_any_kind_of_image(run, image_folder):
 
 def test_importing_finetune_is_light_and_recipes_are_modules(tmp_path):
     """`import finetune` imports no torch, and recipes import by name from a clone as from the installed package."""
-    code = "import sys, finetune; from finetune.recipes.resnet18_cifar import recipe; assert 'torch' not in sys.modules; print(recipe.epochs)"
+    code = "import sys; from finetune.recipes.resnet18_cifar import recipe; print(recipe.epochs, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "10\n", done.stderr
+    assert done.stdout == "10 False\n", done.stderr
+
+
+def test_the_readmes_program_runs(here, image_folder, monkeypatch, capsys):
+    """The first program of the README, word for word, with a small network in place of the suggested one."""
+    (block,) = [
+        block for block in re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S) if "train(" in block
+    ]
+    shutil.copytree(image_folder / "train", "photos")
+    shutil.copy(next(image_folder.rglob("*.png")), "photo.jpg")
+    train = functools.partial(finetune.train, backbone="test_resnet", weights="none", image_size=32, quiet=True)
+    monkeypatch.setattr(finetune, "train", train, raising=False)
+    exec(block, {})
+    assert "'file': 'photo.jpg'" in capsys.readouterr().out

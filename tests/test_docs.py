@@ -26,7 +26,8 @@ OPTIONS = (ROOT / "docs" / "recipes.md").read_text().partition("## Options")[2]
 IN_RECIPE = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", OPTIONS, re.M)
 OF_TIMM = {"groups": finetune.LayerDecay(head_lr=1e-3, stem_ratio=0.1), "backbone": "resnet18", "head": None}
 TOOLS = ("finetune", "accelerate", "python", "pip")
-VERBS = ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "reproduce", "suggest", "export", "predict", "evaluate"]
+VERBS = ["train", "resume", "runs"]
+VERBS += ["ls", "show", "cp", "validate", "diff", "plan", "find-lr", "reproduce", "suggest", "export", "predict", "evaluate"]
 
 
 def by_name(page):
@@ -67,6 +68,10 @@ def test_every_command_runs(page, tmp_path, monkeypatch, capsys, image_folder, r
     commands = command_lines(page)
     if any(" RUN " in line for line, _ in commands):
         shutil.copytree(request.getfixturevalue("run_folder"), tmp_path / "RUN")
+    if any(" last " in line for line, _ in commands):
+        shutil.copytree(request.getfixturevalue("run_folder"), tmp_path / "runs" / "resnet18_cifar-1")
+    shutil.copytree(image_folder / "train", tmp_path / "photos")
+    shutil.copy(next(image_folder.rglob("*.png")), tmp_path / "photo.jpg")
     for folder, label in (("photographs", "red"), ("more", "blue")):
         shutil.copytree(image_folder / "val" / label, tmp_path / folder)
     for file in (tmp_path / "more").iterdir():
@@ -89,6 +94,8 @@ def test_every_command_runs(page, tmp_path, monkeypatch, capsys, image_folder, r
 def ended_well(words, monkeypatch):
     """Run a command; training is planned only, and what is installed is only looked up."""
     match words:
+        case ["finetune", "train", *rest]:
+            return verb(["train", *rest, *["--dry-run"] * ("--dry-run" not in rest)]) == 0
         case ["finetune", *rest]:
             return verb(rest) == 0
         case ["python", "-m", module, *rest] if module.startswith("benchmarks."):
@@ -153,11 +160,13 @@ def test_the_table_has_every_field():
 
 
 def blocks(page):
-    """The Python of a page."""
-    return re.findall(r"^```python\n(.+?)^```$", page.read_text(), re.M | re.S)
+    """The recipes that a page shows as whole files."""
+    return [
+        block for block in re.findall(r"^```python\n(.+?)^```$", page.read_text(), re.M | re.S) if "recipe = Recipe(" in block
+    ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any("recipe = " in block for block in blocks(page))], ids=by_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=by_name)
 def test_a_recipe_that_is_shown_is_valid(page):
     """A recipe on a page is a whole file, and fits its network."""
     for block in blocks(page):

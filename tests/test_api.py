@@ -140,3 +140,14 @@ def test_the_readmes_program_runs(here, image_folder, monkeypatch, capsys):
     monkeypatch.setattr(finetune, "train", train, raising=False)
     exec(block, {})
     assert "'file': 'photo.jpg'" in capsys.readouterr().out
+
+
+def test_the_notebook_runs(here, image_folder):
+    """docs/quickstart.ipynb goes from photographs to predictions in a real kernel, and shows the picture of the run."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    shutil.copytree(image_folder / "train", "photos")
+    shutil.copy(next(image_folder.rglob("*.png")), "photo.jpg")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(here)}}).execute()
+    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert any("image/png" in data for data in shown) and any("photo.jpg" in data.get("text/plain", "") for data in shown)

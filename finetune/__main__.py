@@ -128,7 +128,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
     sub = add("export", export, "runs/RUN --to onnx")
-    sub.add_argument("run", type=Path, metavar="RUN", help="a finished run's folder")
+    sub.add_argument("model", metavar="RUN", help="a finished run's folder")
     sub.add_argument("--to", metavar="timm|onnx|torch", required=True, help="timm: a folder for the hub, too")
     sub.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
     model = "a run's folder, a timm model's, hf-hub:OWNER/NAME or its address"
@@ -143,6 +143,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("model", metavar="RUN", help=model)
     sub.add_argument("--data", required=True, metavar="DIR", help="class folders, alone or under val/ or test/; or a named set")
     sub.add_argument("--output", type=Path, metavar="DIR", help="draw the confusion matrix there")
+    for name in ("export", "predict", "evaluate"):
+        verbs.choices[name].add_argument(
+            "--checkpoint", choices=("last", "best"), help="insist on the last or the best epoch (default: what the run says)"
+        )
     if words and not words[0].startswith("-") and words[0] not in verbs.choices:
         raise RecipeError(unknown_verb(words[0], list(verbs.choices)))
     args, rest = parser.parse_known_args(words)
@@ -327,25 +331,32 @@ def suggest(args: argparse.Namespace) -> None:
         print(text, end="")
 
 
-def find_model_run(name: str) -> str:
-    """A run's folder by its name; what is on the hub, or a folder, as it is."""
-    if name.startswith(("hf-hub:", "https://")) or Path(name).exists():
-        return name
-    return str(find_run(name, "finished"))
+def find_model_run(args: argparse.Namespace) -> str:
+    """The folder of a run's network by the run's name, said on stderr; what is on the hub, or a folder, as it is."""
+    name = str(args.model)
+    if not name.startswith(("hf-hub:", "https://")) and not Path(name).exists():
+        name = str(find_run(name, "finished"))
+
+    from finetune.models.saved import choose_model
+
+    model, why = choose_model(name, args.checkpoint)
+    if why:
+        print(f"using {Path(model).name}: {why}", file=sys.stderr)
+    return model
 
 
 def export(args: argparse.Namespace) -> None:
     """Write a finished run's network for timm, ONNX or torch.export, checked against the original."""
     from finetune.inference.export import export
 
-    print(export(Path(find_model_run(str(args.run))), args.to, args.output))
+    print(export(Path(find_model_run(args)), args.to, args.output))
 
 
 def predict(args: argparse.Namespace) -> None:
     """Say what is on images: the likeliest classes of each."""
     from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
 
-    rows = predict(find_model_run(args.model), args.paths, args.top)
+    rows = predict(find_model_run(args), args.paths, args.top)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -356,7 +367,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure a network on labelled images: totals, a table of the classes, the confusion matrix."""
     from finetune.inference.evaluate import evaluate, evaluation_as_text
 
-    print(evaluation_as_text(evaluate(find_model_run(args.model), args.data, args.output)))
+    print(evaluation_as_text(evaluate(find_model_run(args), args.data, args.output)))
 
 
 if __name__ == "__main__":

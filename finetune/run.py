@@ -75,6 +75,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="log to a tracker that Accelerate knows, too; may be given again",
     )
     parser.add_argument("--quiet", action="store_true", help="print the summary and errors only")
+    parser.add_argument("--verbose", action="store_true", help="say at the end how far each group moved, and the files")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +227,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
-    from finetune.results.summary import copy_params, finish_run
+    from finetune.results.summary import copy_params, describe_result, finish_run
     from finetune.tools.plan import describe_run
     from finetune.training.distributed import Stopped, join_after_restart, main_process_first
     from finetune.training.logger import Logger, start_trackers
@@ -262,7 +263,8 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
-        finish_run(recipe, file, evaluated, start, datasets[1], logger, args.smoke)
+        result = finish_run(recipe, evaluated, start, datasets[1], logger, args.smoke)
+        logger.say(describe_result(recipe, file, result, folder, args.verbose), even_if_quiet=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if held:

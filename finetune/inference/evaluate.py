@@ -16,6 +16,7 @@ from finetune.inference.predict import compute_logits
 from finetune.models.saved import SavedModel, load_model
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.serialize import to_dict
 from finetune.results.plots import plot_confusion_matrix
 from finetune.training.evaluate import compute_metrics, confusion_matrix
 from finetune.utils.errors import RecipeError
@@ -52,7 +53,7 @@ def evaluate_model(model: SavedModel, data: str | Path, output: Path | None = No
         result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
-            plot_confusion_matrix(output, logits, labels, classes)
+            plot_confusion_matrix(output, logits, labels, classes, f"{to_dict(recipe.backbone)} on {Path(data).name}")
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.inference.evaluate import evaluate_model
 from finetune.inference.export import export
 from finetune.inference.predict import predict_images
-from finetune.models.saved import SavedModel, load_model
+from finetune.models.saved import SavedModel, choose_model, load_model
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
 
@@ -41,8 +41,10 @@ class Model:
         return export(Path(self.source), to, Path(output) if output else None)
 
 
-def load(source: str | Path) -> Model:
+def load(source: str | Path, checkpoint: str | None = None) -> Model:
     """The model of a run ("last", the start of its name, its folder), of a model folder, or "hf-hub:OWNER/NAME".
+
+    Of a run's two networks it is the one that the run says is to be used, or that of `checkpoint`: "last" or "best".
 
     Raises:
         RecipeError: if there is no such model.
@@ -53,4 +55,5 @@ def load(source: str | Path) -> Model:
         except RecipeError:
             if not Path(source).exists():
                 raise
+    source, _ = choose_model(source, checkpoint)
     return Model(source, load_model(source))

@@ -68,7 +68,10 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
     command, spread = describe_origin(run, name, recipe)
     if result.get("smoke"):
         spread = "a SMOKE RUN on generated images: no result"
-    epoch = f"after its best epoch, {result['best_epoch']}, chosen on these very images" if best else "after the last epoch"
+    epoch = "after the last epoch"
+    if best:
+        number = result["best_epoch"] + 1
+        epoch = f"after {f'epoch {number}' if number else 'the linear probe'}, the best of them, chosen on these very images"
     metrics = {key: result[key] for key in REPORTED_METRICS if key in result}
     if best:
         metrics = {recipe.metric: result[f"best_{recipe.metric}"]}
@@ -124,6 +127,8 @@ def describe_origin(run: Path, name: str, recipe: Recipe) -> tuple[str, str]:
         again, file, changed = recipe_of_run(run)
     except RecipeError:
         return f"not known: {name}.py alone does not give the run's recipe.json", one
+    if file.suffix != ".py":
+        return "not known: the recipe was made in a program", one
     shelf = RECIPES / f"{name}.py"
     recipe_name = name if shelf.is_file() and shelf.read_bytes() == file.read_bytes() else f"{name}.py"
     for path in {"data.source", "weights"} & changed.keys():
@@ -131,6 +136,6 @@ def describe_origin(run: Path, name: str, recipe: Recipe) -> tuple[str, str]:
     words = [f"--set {shlex.quote(f'{path}={value}')}" for path, value in changed.items()]
     baseline = describe_baseline(file, again)
     return (
-        " ".join(["accelerate launch finetune/run.py --recipe", recipe_name, *words]),
+        " ".join(["finetune train", recipe_name, *words]),
         one if baseline.startswith("none") else f"{one}; the recipe's baseline: {baseline}",
     )

@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from finetune.models.backbone import INPUTS, TimmModel, build_backbone, weights_
 from finetune.models.pretrained import read_weights
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
-from finetune.recipe.recipe import minimal_recipe
+from finetune.recipe.recipe import METRICS, minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
@@ -27,6 +28,7 @@ from finetune.utils.net import reach
 
 HUB = ("hf-hub:", "https://huggingface.co/")
 FILES = ("config.json", "model.safetensors")
+CHECKPOINTS = {"last": "model", "best": "model-best"}  # of a run
 
 
 class SavedModel(NamedTuple):
@@ -41,8 +43,8 @@ class SavedModel(NamedTuple):
 def load_model(source: str | Path) -> SavedModel:
     """Load a trained network from a run, a model folder or the Hugging Face hub.
 
-    `source` is a run folder (its model/), a model folder in it, any folder with a timm model's config.json and
-    model.safetensors, or such a repository: "hf-hub:OWNER/NAME", with "@REVISION" or without, or its
+    `source` is a run folder (of its networks the one that `choose_model` says), a model folder in it, any folder with a timm
+    model's config.json and model.safetensors, or such a repository: "hf-hub:OWNER/NAME", with "@REVISION" or without, or its
     https://huggingface.co/OWNER/NAME. Only these two files of a repository are fetched, and no code is run. A network made by a
     function of a recipe has its code nowhere else: for such a run, the run's own recipe.py is run.
 
@@ -87,14 +89,63 @@ def find_model(source: str | Path) -> tuple[Path, Path | None]:
         return fetch_from_hub(str(source)), None
     folder = Path(source).absolute()
     run = next((path for path in (folder, folder.parent) if (path / "recipe.json").is_file()), None)
-    folder = Path(source) / "model" if run == folder else Path(source)
+    folder = Path(choose_model(source)[0])
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
+        others = [word for word, name in CHECKPOINTS.items() if folder.name != name and (folder.parent / name).is_dir()]
+        there = f" There is another: --checkpoint {others[0]}." if run and others else ""
         raise RecipeError(
-            f"no model in {source}: no {folder / missing[0]}. Wanted: the folder of a finished run, a folder "
+            f"no model in {source}: no {folder / missing[0]}.{there} Wanted: the folder of a finished run, a folder "
             f"with {' and '.join(FILES)}, or hf-hub:OWNER/NAME"
         )
     return folder, run
+
+
+def choose_model(source: str | Path, checkpoint: str | None = None) -> tuple[str, str]:
+    """(the folder of the network to use, why): of a run, the one that it says itself, or "last" or "best" as asked for.
+
+    What is no run folder, such as RUN/model or a repository, is that network itself, without a why.
+
+    Raises:
+        RecipeError: for a checkpoint that there can't be.
+    """
+    if checkpoint not in (None, *CHECKPOINTS):
+        raise RecipeError(f"checkpoint '{checkpoint}': there are {', '.join(CHECKPOINTS)}")
+    run = Path(source)
+    if str(source).startswith(HUB) or not (run / "recipe.json").is_file():
+        if checkpoint:
+            raise RecipeError(
+                f"{source} is one network, not a run with two: leave out the checkpoint, or name the run's folder"
+            )
+        return str(source), ""
+    if checkpoint:
+        return str(run / CHECKPOINTS[checkpoint]), "as asked for"
+    result = read_json(run / "result.json") if (run / "result.json").is_file() else {}
+    if result.get("use") not in CHECKPOINTS.values():  # a run from before this was written down
+        result["use"], result["use_reason"] = model_to_use(result, read_recipe(run).metric)
+    return str(run / result["use"]), result["use_reason"]
+
+
+def model_to_use(result: dict[str, Any], metric: str) -> tuple[str, str]:
+    """("model" or "model-best", why) of a finished run's result.
+
+    The last epoch's network, but where the linear probe was better than it (fine-tuning did not pay), or the best epoch was by
+    more than chance: then model-best.
+    """
+    last, best, word = result.get(metric), result.get(f"best_{metric}"), METRICS[metric]
+    if last is None or best is None or best <= last:
+        return "model", "the last epoch, and none was better"
+    which = "the linear probe" if result["best_epoch"] == -1 else f"epoch {result['best_epoch'] + 1}"
+    probe = result.get(f"linear_probe_{metric}", result.get(f"head_{metric}", 0.0))  # its name in version 0.1
+    if probe <= last and not beyond_chance(last, best, result["val_images"]):
+        return "model", f"the last epoch; {which} had {word} {100 * best:.2f} %, which may be chance"
+    more = f", the linear probe {100 * probe:.2f} %" if probe > last and result["best_epoch"] >= 0 else ""
+    return "model-best", f"{which} had {word} {100 * best:.2f} %, the last epoch {100 * last:.2f} %{more}"
+
+
+def beyond_chance(one: float, other: float, images: int) -> bool:
+    """Whether two shares of as many images each differ by more than 2 standard errors of their difference (binomial)."""
+    return abs(one - other) > 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / images)
 
 
 def fetch_from_hub(source: str) -> Path:

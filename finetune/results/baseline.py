@@ -86,6 +86,23 @@ def describe_baseline(recipe_file: Path | None, recipe: Recipe) -> str:
     return f"none: {', '.join(differing)} differ from the measured recipe" if differing else "none: not measured"
 
 
+def describe_verdict(recipe_file: Path | None, recipe: Recipe, value: float) -> str:
+    """Whether chance explains that a run of this recipe reached `value`, in words; or that there is nothing to compare with."""
+    record, differing = find_record(recipe_file, recipe)
+    if record is None:
+        *most, last = differing or [""]
+        return f"not measured{' with your ' * bool(last)}{', '.join(most)}{' and ' * bool(most)}{last}"
+    low, high = prediction_interval(record, 1)
+    verdict = "as expected" if low <= value <= high else f"{'lower' if value < low else 'higher'} than expected"
+    values = [run[metric_of(record)] for run in record["runs"]]
+    seeds = f"{len(values)} seed{'s' * (len(values) > 1)}"
+    images = f", on {record['images']}" if "images" in record else ""
+    return (
+        f"{verdict}: {100 * low:.1f} to {100 * high:.1f} % is what chance allows "
+        f"(baseline {100 * statistics.mean(values):.1f} %, {seeds}{images})"
+    )
+
+
 def describe_record(record: Record) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
     values = [100 * run[metric_of(record)] for run in record["runs"]]

@@ -9,40 +9,43 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures stay as they are
-from torch.nn.functional import cross_entropy
+from matplotlib.ticker import MaxNLocator
+from torch.nn.functional import cross_entropy, max_pool2d
 
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
 from finetune.training.evaluate import confusion_matrix
+from finetune.training.run_dir import run_name
+from finetune.utils.text import align_columns
+
+NAMED_CLASSES = 20  # in a confusion matrix; of more, names and numbers would be too small to read
+LISTED = 10  # confusions
+CELLS = 250  # along a side: of more classes, several share one
 
 
 def plot_lrs(axes: Axes, lrs: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
     """Every group's learning rate at `steps`, by epoch, on a log axis; a dotted line where a group starts to train."""
     time = [step / steps_per_epoch for step in steps]
     trained = {name: values for name, values in lrs.items() if any(values)}
-    starts: dict[int, list[str]] = {}
+    starts = set()
     for i, (name, values) in enumerate(trained.items()):
         colour = colormaps["viridis"](0.92 * i / max(1, len(trained) - 1))
-        axes.plot(time, [value or math.nan for value in values], color=colour, label=name)
-        first = next(at for at, value in zip(time, values, strict=True) if value)
-        starts.setdefault(round(first), []).append(name)
-    for at, names in starts.items():
-        if at > 0:
-            axes.axvline(at, color="0.6", linestyle=":", linewidth=1)
-            axes.annotate(
-                names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}",
-                (at, 0.02),
-                rotation=90,
-                ha="right",
-                va="bottom",
-                xycoords=("data", "axes fraction"),
-                fontsize="x-small",
-                color="0.3",
-            )
+        start = round(next(at for at, value in zip(time, values, strict=True) if value))
+        label = f"{name}, from epoch {start + 1}" if start else name
+        axes.plot(time, [value or math.nan for value in values], color=colour, label=label)
+        starts.add(start)
+    for start in starts - {0}:
+        axes.axvline(start, color="0.6", linestyle=":", linewidth=1)
     lowest = min(max(values) for values in trained.values())  # a cosine's last dive to 0 hides all else
-    axes.set(ylabel="learning rate", xlabel="epoch", yscale="log", ylim=(lowest / 100, None))
-    axes.legend(ncols=min(6, len(trained)), fontsize="small")
+    axes.set(ylabel="learning rate", xlabel="epochs", yscale="log", ylim=(lowest / 100, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_above(axes, columns=3 if starts - {0} else 6)
+
+
+def legend_above(axes: Axes, columns: int = 3) -> None:
+    """A legend above a diagram, where it hides no line."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize="small", frameon=False, borderaxespad=0.2)
 
 
 def new_figure() -> tuple[Figure, Axes]:
@@ -54,7 +57,7 @@ def new_figure() -> tuple[Figure, Axes]:
 def save_figure(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
     """Write the picture, with grid lines and no box."""
     tidy(*axes)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=200)
     return file
 
 
@@ -71,18 +74,17 @@ def plot_plan(file: Path, groups: Sequence[ParamGroup], steps_per_epoch: int, ep
     figure, axes = new_figure()
     plot_lrs(axes, planned_lrs(groups, steps, steps_per_epoch, epochs), steps, steps_per_epoch)
     axes.set_xlim(0, epochs)
+    figure.suptitle(f"{file.stem.removesuffix('-plan')}: learning rates as planned", fontsize="medium")
     return save_figure(figure, [axes], file)
 
 
 def plot_curves(run: Path, metric: str) -> Path:
     """Draw a run's metrics.jsonl as curves.png."""
-    figure = draw_curves(run, metric)
-    figure.savefig(run / "curves.png", dpi=110)
-    return run / "curves.png"
+    return save_figure(draw_curves(run, metric), [], run / "curves.png")
 
 
 def draw_curves(run: Path, metric: str) -> Figure:
-    """A run's loss, metric, gradient norm and every group's learning rate by epoch."""
+    """A run's loss, metric, gradient norm and every group's learning rate by epoch; what came after epoch 1 stands at 1."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "grad_norm" in row]
     epochs = [row for row in rows if "train_loss" in row]
@@ -91,57 +93,117 @@ def draw_curves(run: Path, metric: str) -> Figure:
     time = [(row["step"] + 1) / per_epoch for row in steps]  # in epochs, so that all four share an axis
     ends = [row["epoch"] + 1 for row in epochs]
 
-    figure = Figure(figsize=(8, 9.5), layout="constrained")
+    figure = Figure(figsize=(8, 10), layout="constrained")
     loss, validation, norm, lr = figure.subplots(4, 1, sharex=True, height_ratios=(3, 3, 2, 4))
-    each = "training, each step (as augmented and smoothed)"
-    loss.plot(time, [row["loss"] for row in steps], color="0.75", linewidth=0.8, label=each)
-    loss.plot(ends, [row["train_loss"] for row in epochs], "o-", markersize=3, color="C0", label="training, epoch mean")
-    loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", label="validation")
-    loss.set(ylabel="loss", ylim=(0, None))
-    loss.legend()
-    validation.plot(
-        [row["epoch"] + 1 for row in measured], [100 * row[metric] for row in measured], "o-", markersize=3, color="C2"
+    loss.plot(time, [row["loss"] for row in steps], color="0.75", linewidth=0.8, label="each step, as augmented")
+    loss.plot(
+        ends,
+        [row["train_loss"] for row in epochs],
+        "o-",
+        markersize=3,
+        color="C0",
+        clip_on=False,
+        label="training, mean of the epoch",
     )
-    last = (ends[-1], 100 * epochs[-1][metric])
-    validation.annotate(f"{epochs[-1][metric]:.2%}", last, xytext=(-4, -14), textcoords="offset points", ha="right")
+    loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", clip_on=False, label="validation")
+    loss.set(ylabel="loss", ylim=(0, None))
+    marks = [row["epoch"] + 1 for row in measured], [100 * row[metric] for row in measured]
+    validation.plot(*marks, "o-", markersize=3, color="C2")
+    best, marked = max(measured, key=lambda row: row[metric]), dict[int, list[str]]()
+    for word, row in (("linear probe", measured[0]), ("best", best), ("last", measured[-1])):
+        if word != "linear probe" or row["epoch"] == -1:
+            marked.setdefault(row["epoch"], []).append(word)
+    for (epoch, words), marker in zip(marked.items(), "sDo", strict=False):
+        value = next(100 * row[metric] for row in measured if row["epoch"] == epoch)
+        label = f"{' and '.join(words)}: {value:.2f} %{f', epoch {epoch + 1}' * (epoch >= 0)}"
+        validation.plot(epoch + 1, value, marker, color="C2", label=label, clip_on=False)
     validation.set(ylabel=f"validation {METRICS[metric]}, %")
     norm.plot(time, [row["grad_norm"] for row in steps], color="0.4", linewidth=0.8)
     norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
     shown = sampled_steps(0, len(steps))
     plot_lrs(lr, {name: [steps[step]["lr"][name] for step in shown] for name in steps[0]["lr"]}, shown, per_epoch)
     lr.set_xlim(0, ends[-1])
+    legend_above(loss)
+    legend_above(validation)
     tidy(loss, validation, norm, lr)
+    result = f"{METRICS[metric]} {100 * epochs[-1][metric]:.2f} % after epoch {ends[-1]}"
+    figure.suptitle(run_title(run, result), fontsize="medium", parse_math=False)
     return figure
 
 
-def plot_confusion_matrix(run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> Path:
-    """confusion.png: of the images of each class (rows), the share that was predicted as each class (columns)."""
+def run_title(run: Path, result: str = "") -> str:
+    """A picture's title: the recipe, its images, and in a line below what was reached."""
+    file = run / "recipe.json"
+    source = json.loads(file.read_text())["data"]["source"] if file.is_file() else ""
+    on = f" on {Path(str(source)).name}" if source else ""
+    return "\n".join(filter(None, [shorten(f"{run_name(run)}{on}", 80), result]))
+
+
+def shorten(text: str, length: int) -> str:
+    """The text with its middle left out where it is longer."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
+
+
+def plot_confusion_matrix(
+    run: Path, logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], title: str = ""
+) -> Path:
+    """confusion.png: of the images of each class (rows), the share that was predicted as each class (columns).
+
+    Up to 20 classes have names and numbers; of more, the largest confusions are circled, and listed by name.
+    """
     seen = ~is_unreadable(labels)
     counts = confusion_matrix(logits[seen], labels[seen])
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    few = len(classes) <= 20
-    side = max(4.5, 0.45 * len(classes) + 2) if few else 9
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    few = len(classes) <= NAMED_CLASSES
+    figure = Figure(figsize=(8, 8 if few else 10), layout="constrained")
+    axes, *below = [figure.subplots()] if few else figure.subplots(2, 1, height_ratios=(7.2, 2))
+    right, size = int(counts.diagonal().sum()), math.ceil(len(classes) / CELLS)
+    cells = max_pool2d(shares[None], size, ceil_mode=True)[0].sqrt()  # the root: one image of fifty is seen, too
+    axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(-0.5, (n := len(cells) * size) - 0.5, n - 0.5, -0.5))
+    result = f"{right} of {int(counts.sum())} images predicted as they are labelled"
+    figure.suptitle("\n".join(filter(None, [title, result])), fontsize="medium", parse_math=False)
     axes.set(xlabel="predicted", ylabel="labelled")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
-        for row in range(len(classes)):
-            for column in range(len(classes)):
-                if counts[row, column]:
-                    axes.text(
-                        column,
-                        row,
-                        f"{counts[row, column]}",
-                        ha="center",
-                        va="center",
-                        fontsize="small",
-                        color="white" if shares[row, column] > 0.5 else "black",
-                    )
-    figure.savefig(run / "confusion.png", dpi=110)
-    return run / "confusion.png"
+        write_cells(axes, counts, shares, [shorten(name, 24) for name in classes])
+    else:
+        axes.set_xlabel(f"predicted: the number of the class, from 0{f'; of {size} x {size} the largest share' * (size > 1)}")
+        confusions = largest_confusions(counts)
+        for label, guess in confusions:
+            axes.plot(guess, label, "o", markersize=8, fillstyle="none", color="C3", markeredgewidth=0.8, clip_on=False)
+        below[0].set_axis_off()
+        text = describe_confusions(counts, confusions, classes)
+        below[0].text(0.5, 1, text, ha="center", va="top", ma="left", family="monospace", fontsize=8, parse_math=False)
+    return save_figure(figure, [], run / "confusion.png")
+
+
+def write_cells(axes: Axes, counts: torch.Tensor, shares: torch.Tensor, names: Sequence[str]) -> None:
+    """The names of the classes along both sides, and the number of images in each cell."""
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    size = min(14.0, 600 / len(names) / len(str(int(counts.max()))))  # a cell is about 400 points / classes wide
+    for row, column in counts.nonzero().tolist():
+        colour = "white" if shares[row, column] > 0.3 else "black"
+        text = str(int(counts[row, column]))
+        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+
+
+def largest_confusions(counts: torch.Tensor) -> list[tuple[int, int]]:
+    """(label, predicted class) of the most wrong predictions, the most first."""
+    wrong = counts.clone().fill_diagonal_(0)
+    order = wrong.flatten().argsort(descending=True, stable=True)[:LISTED].tolist()
+    return [divmod(i, len(counts)) for i in order if wrong.flatten()[i]]
+
+
+def describe_confusions(counts: torch.Tensor, confusions: Sequence[tuple[int, int]], classes: Sequence[str]) -> str:
+    """A table of these confusions, each class with its number."""
+    if not confusions:
+        return "no image was predicted as another class"
+    rows: list[tuple[str, ...]] = [("labelled", "predicted", "images")]
+    for label, guess in confusions:
+        number, total = int(counts[label, guess]), int(counts[label].sum())
+        names = [f"{shorten(classes[i], 32)} ({i})" for i in (label, guess)]
+        rows.append((*names, f"{number} of {total}, {number / total:.0%}"))
+    return f"The largest confusions, circled above:\n\n{align_columns(rows)}"
 
 
 def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset, number: int = 24) -> Path | None:
@@ -152,16 +214,28 @@ def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images:
     if not worst:
         return None
     probs = logits.softmax(1)
-    columns = min(6, len(worst))
+    columns = max(2, min(4, len(worst)))
     rows = math.ceil(len(worst) / columns)
-    figure = Figure(figsize=(2 * columns, 2.5 * rows), layout="constrained")
+    figure = Figure(figsize=(8, (8 / columns + 0.7) * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
+    for axes in grid.flat[len(worst) :]:
         axes.set_axis_off()
+    width = 128 // columns  # characters below an image
     for axes, i in zip(grid.flat, worst, strict=False):
         label, guess = int(labels[i]), int(logits[i].argmax())
+        labelled, predicted = (shorten(images.classes[one], width - 18) for one in (label, guess))
+        words = f"labelled {labelled},\npredicted {predicted} ({100 * probs[i, guess]:.0f} %)"
         axes.imshow(images.images[i][0].convert("RGB"))
-        axes.set_title(f"{images.classes[label]}\nas {images.classes[guess]}, {probs[i, guess]:.0%}", fontsize="small")
-    figure.suptitle(f"the {len(worst)} worst of {int(wrong.sum())} mistakes in {len(labels)} images", fontsize="medium")
-    figure.savefig(run / "mistakes.png", dpi=110)
-    return run / "mistakes.png"
+        axes.set(xticks=[], yticks=[], anchor="S")
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(f"{shorten(name_of_image(images, i), width)}\n{words}", fontsize="small", parse_math=False)
+    counted = f"the {len(worst)} worst of {int(wrong.sum())} mistakes in {len(labels)} images"
+    figure.suptitle(run_title(run, counted), fontsize="medium", parse_math=False)
+    return save_figure(figure, [], run / "mistakes.png")
+
+
+def name_of_image(images: ImageDataset, index: int) -> str:
+    """The name of an image's file, or its number among the validation images."""
+    items = getattr(images.images, "items", None)
+    item = items[index] if isinstance(items, Sequence) else None
+    return Path(item).name if isinstance(item, str | Path) else f"image {index}"

@@ -58,8 +58,8 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 def describe_run(run: Path) -> dict[str, Any]:
     """{"run", "recipe", "state", "metric", "value", "interval", "best", "data", "epochs", "started"} of a run's folder.
 
-    "interval" is the 95 % interval of the metric as a share of so many images (Wilson): what another set of as many
-    validation images could give.
+    "interval" is the 95 % interval of top-1, a share of so many images (Wilson): what another set of as many validation images
+    could give. Other metrics have none.
     """
     row: dict[str, Any] = {"run": run.name, "recipe": run_name(run), "state": state(run)}
     try:
@@ -70,8 +70,10 @@ def describe_run(run: Path) -> dict[str, Any]:
     row |= {"metric": recipe.metric, "data": Path(source).name or source, "epochs": recipe.epochs, "started": started(run)}
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text())
-        value, images = result[recipe.metric], result["val_images"]
-        row |= {"value": value, "interval": wilson(value, images), "best": result.get(f"best_{recipe.metric}", value)}
+        value = result[recipe.metric]
+        row |= {"value": value, "best": result.get(f"best_{recipe.metric}", value)}
+        if recipe.metric == "top1":
+            row["interval"] = wilson(value, result["val_images"])
     return row
 
 

@@ -1,9 +1,10 @@
 """The end of a run: result.json, pictures, and the summary in the terminal."""
 
 import json
-import math
 import platform
+import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.data.loader import ImageDataset
-from finetune.models.saved import save_model
+from finetune.models.backbone import is_timm
+from finetune.models.saved import beyond_chance, model_to_use, save_model
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
-from finetune.results.baseline import describe_baseline
-from finetune.results.plots import plot_confusion_matrix, plot_curves, plot_mistakes
+from finetune.results.baseline import describe_verdict
+from finetune.results.plots import plot_confusion_matrix, plot_curves, plot_mistakes, run_title
+from finetune.results.runs import wilson
 from finetune.training.evaluate import best_row, compute_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
@@ -31,15 +34,9 @@ ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then 
 
 
 def finish_run(
-    recipe: Recipe,
-    file: Path | None,
-    net: nn.Module,
-    start: ParamsByGroup,
-    images: ImageDataset,
-    logger: Logger,
-    smoke: bool,
-) -> None:
-    """Write the finished run's last files and print its summary; result.json, written last, makes it a finished run.
+    recipe: Recipe, net: nn.Module, start: ParamsByGroup, images: ImageDataset, logger: Logger, smoke: bool
+) -> dict[str, Any]:
+    """Write the finished run's last files and return its result; result.json, written last, makes it a finished run.
 
     `net` is the network whose metrics were logged, `start` its parameters from before the run, `images` are the validation
     images.
@@ -50,9 +47,10 @@ def finish_run(
     predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
     logits, labels = predictions["logits"], predictions["labels"]
     if recipe.loss != "multi_label":
-        plot_confusion_matrix(folder, logits, labels, images.classes)
+        plot_confusion_matrix(folder, logits, labels, images.classes, run_title(folder))
         plot_mistakes(folder, logits, labels, images)
     result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
+    result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
         result["by_subgroup"] = {
@@ -60,8 +58,7 @@ def finish_run(
             for name in sorted(set(subgroups))
         }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    baseline = "none: a smoke run" if smoke else describe_baseline(file, recipe)
-    logger.say(describe_result(recipe, result, baseline, folder), even_if_quiet=True)
+    return result
 
 
 def run_result(recipe: Recipe, logger: Logger) -> dict[str, Any]:
@@ -84,44 +81,58 @@ def run_result(recipe: Recipe, logger: Logger) -> dict[str, Any]:
     }
 
 
-def describe_result(recipe: Recipe, result: dict[str, Any], baseline: str, folder: Path) -> str:
-    """The summary in the terminal."""
-    words = {recipe.metric: METRICS[recipe.metric], **REPORTED_METRICS}
-    reached = ", ".join(f"{words[name]} {result[name]:.2%}" for name in words if name in result)
-    moved = ", ".join(f"{name} {share:.2%}" for name, share in result["drift"].items())
-    early = f" (stopped early, of {recipe.epochs} epochs)" if result["epochs"] < recipe.epochs else ""
-    when = "before the first epoch" if result["best_epoch"] == -1 else f"in epoch {result['best_epoch']}"
-    subgroups = "".join(
-        f"          {name}: {METRICS[recipe.metric]} {part[recipe.metric]:.2%} of {part['val_images']} images\n"
-        for name, part in result.get("by_subgroup", {}).items()
-    )
-    return (
-        f"\nresult    {reached}, loss {result['loss']:.4f}; {result['seconds']:.0f} s, "
-        f"{result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB{early}\n{subgroups}"
-        f"baseline  {baseline}\n"
-        f"{describe_gain(recipe.metric, result)}"
-        f"moved     {moved} of their first norm\n"
-        f"best      {METRICS[recipe.metric]} {result['best_' + recipe.metric]:.2%} {when}: {folder / 'model-best'}\n"
-        f"model     {folder / 'model'}\n"
-        f"all else  {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}"
+def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], folder: Path, verbose: bool = False) -> str:
+    """A finished run's last lines: what it reached, how that is to be read, which network to use, and how to go on.
+
+    `file` is the recipe's. Lines are folded at 80 columns; `verbose` adds how far each group moved, and the files.
+    """
+    metric, images = recipe.metric, result["val_images"]
+    words = {metric: METRICS[metric], **REPORTED_METRICS}
+    reached = [f"{words[name]} {100 * result[name]:.2f} %" for name in words if name in result]
+    if metric == "top1":
+        low, high = wilson(result[metric], images)
+        reached[0] += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    early = f"; stopped early, after {result['epochs']} of {recipe.epochs} epochs" if result["epochs"] < recipe.epochs else ""
+    cost = f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB"
+    baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[metric])
+    lines = [
+        ("result", f"{reached[0]} of {images} images"),
+        ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
+        *(
+            ("", f"{name}: {METRICS[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images")
+            for name, part in result.get("by_subgroup", {}).items()
+        ),
+        ("cost", cost + early),
+        ("baseline", baseline),
+        ("probe", describe_gain(metric, result)),
+        ("use", f"{result['use']}: {result['use_reason']}"),
+    ]
+    if verbose:
+        lines.append(("moved", ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["drift"].items())))
+        lines.append(("files", f"in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*')))}"))
+    run, formats = shlex.quote(str(folder)), "timm" if is_timm(recipe) else "torch"
+    steps = [f"predict {run} PHOTO", f"evaluate {run} --data DIR", f"export {run} --to {formats}"]
+    return "\n".join(["", *(fold(*line) for line in lines if line[1]), "", *(f"finetune {step}" for step in steps)])
+
+
+def fold(label: str, text: str) -> str:
+    """A label and its text in lines of at most 80 columns."""
+    return textwrap.fill(
+        text, 80, initial_indent=f"{label:10}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
     )
 
 
 def describe_gain(metric: str, result: dict[str, Any]) -> str:
-    """A line on what fine-tuning has added to the linear probe, or nothing for a run that did not start with one.
-
-    Within chance is what 2 standard errors of the difference of two binomial proportions cover.
-    """
+    """What fine-tuning has added to the linear probe; nothing for a run that did not start with one."""
     if f"linear_probe_{metric}" not in result:
         return ""
     before, after = result[f"linear_probe_{metric}"], result[metric]
-    error = math.sqrt((before * (1 - before) + after * (1 - after)) / result["val_images"])
-    if after <= before:
-        words = "fine-tuning the rest did not pay: model-best is at least as good"
+    if after > before:
+        words = f"fine-tuning added {100 * (after - before):.2f} points"
+        words += "" if beyond_chance(before, after, result["val_images"]) else ", which may be chance"
     else:
-        words = f"fine-tuning the rest added {100 * (after - before):.2f} points"
-        words += ", which may be chance" if after - before < 2 * error else ""
-    return f"probe     {METRICS[metric]} {before:.2%} of the linear probe; {words}\n"
+        words = "fine-tuning did not pay" if after < before else "fine-tuning added nothing"
+    return f"linear probe {100 * before:.2f} %; {words}"
 
 
 def copy_params(groups: Sequence[ParamGroup]) -> ParamsByGroup:

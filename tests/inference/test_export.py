@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from torchvision.models import squeezenet1_1
 
+from finetune.__main__ import arguments
 from finetune.inference import export as exporting
 from finetune.inference.export import Examples, compare_logits, export
 from finetune.inference.model_card import describe_origin
@@ -24,7 +25,6 @@ from finetune.recipe.load import chosen_recipe, load_recipe, override
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.results.baseline import describe_record
-from finetune.run import arguments
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, ROOT, timm_alone
 
@@ -99,11 +99,19 @@ def test_the_model_card_is_one_of_the_hubs(run_folder, tmp_path):
 def test_the_cards_command_is_that_of_the_run(run_folder, image_folder, tmp_path):
     """Typed again, with the folder of images in place of its name, it resolves to the run's recipe."""
     text = (export(run_folder, "timm", tmp_path / "exported") / "README.md").read_text()
-    line = next(line for line in text.splitlines() if "accelerate launch" in line)
-    words = shlex.split(line.replace(f"data.source={image_folder.name}", f"data.source={image_folder}").partition("run.py")[2])
-    recipe, file = chosen_recipe(arguments(words))
+    line = next(line for line in text.splitlines() if "finetune train" in line)
+    words = shlex.split(
+        line.replace(f"data.source={image_folder.name}", f"data.source={image_folder}").partition("finetune ")[2]
+    )
+    recipe, file, _ = chosen_recipe(arguments(words))
     assert json.loads(json.dumps(to_dict(recipe))) == json.loads((run_folder / "recipe.json").read_text())
     assert file == ROOT / "recipes" / "resnet18_cifar.py"
+
+
+def origin(run, name, recipe):
+    """What a run's card says of its command and its spread."""
+    (run / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+    return describe_origin(run, name, recipe)
 
 
 def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
@@ -112,15 +120,17 @@ def test_the_card_gives_the_spread_of_a_recorded_recipe(tmp_path):
     recipe, file = load_recipe(name)
     shutil.copyfile(file, tmp_path / "recipe.py")
     number = describe_record(json.loads((ROOT / "recipes" / "baselines" / f"{name}.json").read_text()))
-    command, spread = describe_origin(tmp_path, name, dataclasses.replace(recipe, seed=7))
+    command, spread = origin(tmp_path, name, dataclasses.replace(recipe, seed=7))
     assert (
-        command.endswith(f"--recipe {name} --set seed=7") and spread == f"1 run, seed 7; the recipe's baseline: top-1 {number}"
+        command == f"finetune train {name} --set seed=7" and spread == f"1 run, seed 7; the recipe's baseline: top-1 {number}"
     )
     changed = override(recipe, ["epochs=7", "groups.head.lr=2e-4"])
-    command, spread = describe_origin(tmp_path, name, changed)
+    command, spread = origin(tmp_path, name, changed)
     assert "--set epochs=7" in command and "--set groups.head.lr=0.0002" in command and spread == "1 run, seed 0"
     (tmp_path / "recipe.py").write_text(file.read_text().replace("AdamW(weight_decay=0.05)", "SGD(momentum=0.9)"))
-    assert describe_origin(tmp_path, name, recipe)[0].startswith("not known")
+    assert origin(tmp_path, name, recipe)[0].startswith("not known")
+    (tmp_path / "recipe.py").unlink()
+    assert origin(tmp_path, name, recipe)[0] == "not known: the recipe was made in a program"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +141,7 @@ def test_the_cards_command_repeats_every_kind_of_set(tmp_path, assignment):
     recipe, file = load_recipe("efficientnet_lite0_digits")
     shutil.copyfile(file, tmp_path / "recipe.py")
     resolved = from_dict(json.loads(json.dumps(to_dict(override(recipe, [assignment])))))
-    words = shlex.split(describe_origin(tmp_path, "efficientnet_lite0_digits", resolved)[0])
+    words = shlex.split(origin(tmp_path, "efficientnet_lite0_digits", resolved)[0])
     assert override(recipe, words[words.index("--set") + 1 :: 2]) == override(recipe, [assignment])
 
 
@@ -139,7 +149,8 @@ def test_the_best_epochs_card_says_how_it_was_chosen(run_folder, tmp_path):
     """model-best is exported with its own metric, a smoke run without one."""
     result = json.loads((run_folder / "result.json").read_text())
     text = (export(run_folder / "model-best", "timm", tmp_path / "best") / "README.md").read_text()
-    assert f"epoch, {result['best_epoch']}, chosen on these very images" in text
+    number = result["best_epoch"] + 1
+    assert f"after {f'epoch {number}' if number else 'the linear probe'}, the best of them, chosen on these very" in text
     assert f"top-1 | {result['best_top1']:.2%}" in text and "macro F1" not in text
     shutil.copytree(run_folder, tmp_path / "smoke")
     (tmp_path / "smoke" / "result.json").write_text(json.dumps({**result, "smoke": True}))

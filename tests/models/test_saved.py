@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,7 +19,7 @@ from finetune.inference.evaluate import evaluate
 from finetune.inference.export import export
 from finetune.inference.predict import compute_logits, predict
 from finetune.models.backbone import build_backbone
-from finetune.models.saved import load_model, save_model
+from finetune.models.saved import beyond_chance, choose_model, find_model, load_model, model_to_use, save_model
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
@@ -117,6 +118,60 @@ def test_a_run_in_fp16_is_evaluated_in_float32_on_a_cpu(run_folder, image_folder
     (half / "recipe.json").write_text(json.dumps({**values, "mixed_precision": "fp16"}))
     assert load_model(half).recipe.mixed_precision == "fp16"
     assert predict(half, [image_folder / "val"]) == predict(run_folder, [image_folder / "val"])
+
+
+@pytest.mark.parametrize(
+    "last,best,best_epoch,probe,used,why",
+    [
+        (0.9, 0.9, 3, 0.8, "model", "the last epoch, and none was better"),
+        (0.8, 0.8, -1, 0.8, "model", "none was better"),  # fine-tuning added nothing, and took nothing
+        (0.5, 0.8, -1, 0.8, "model-best", "the linear probe had top-1 80.00 %, the last epoch 50.00 %"),
+        (0.79, 0.8, -1, 0.8, "model-best", "the linear probe had"),  # it did not pay, chance or not
+        (0.7, 0.9, 1, 0.8, "model-best", "epoch 2 had top-1 90.00 %, the last epoch 70.00 %, the linear probe 80.00 %"),
+        (0.88, 0.9, 1, 0.8, "model", "the last epoch; epoch 2 had top-1 90.00 %, which may be chance"),
+        (0.6, 0.9, 1, None, "model-best", "epoch 2 had top-1 90.00 %, the last epoch 60.00 %"),
+    ],
+)
+def test_a_run_says_which_network_is_to_be_used(last, best, best_epoch, probe, used, why):
+    """The last epoch's, but where the linear probe was better, or the best epoch by more than chance."""
+    result = {"top1": last, "best_top1": best, "best_epoch": best_epoch, "val_images": 100}
+    found, reason = model_to_use(result | ({"linear_probe_top1": probe} if probe else {}), "top1")
+    assert found == used and why in reason
+    assert model_to_use({"top1": last}, "top1")[0] == "model"  # of a run that kept no best
+
+
+def test_chance_is_twice_the_standard_error_of_the_difference():
+    """Of simulated pairs of runs of the same accuracy, 3 to 6 % differ by more, as the normal distribution has it."""
+    drawn = np.random.default_rng(0).binomial(400, 0.8, (4000, 2)) / 400
+    share = np.mean([beyond_chance(one, other, 400) for one, other in drawn])
+    assert 0.03 < share < 0.06
+
+
+def test_a_runs_network_is_chosen_by_what_the_run_says(run_folder, tmp_path):
+    """What result.json says is obeyed, what is asked for outweighs it, and a path to a network is taken as it is."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    for said in ("model", "model-best"):
+        (run / "result.json").write_text(json.dumps(result | {"use": said, "use_reason": "so it says"}))
+        assert choose_model(run) == (str(run / said), "so it says") and find_model(run) == (run / said, run)
+        for asked, name in (("last", "model"), ("best", "model-best")):
+            assert choose_model(run, asked) == (str(run / name), "as asked for")
+            assert choose_model(run / name) == (str(run / name), "") and find_model(run / name) == (run / name, run)
+    for source in (run / "model", "hf-hub:someone/something"):
+        with pytest.raises(RecipeError, match="one network, not a run with two: leave out the checkpoint"):
+            choose_model(source, "best")
+    with pytest.raises(RecipeError, match="checkpoint 'bset': there are last, best"):
+        choose_model(run, "bset")
+
+
+def test_a_run_before_its_end_has_its_best_epoch(run_folder, tmp_path):
+    """Without its last network the message leads to the other, which loads."""
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "model")
+    with pytest.raises(RecipeError, match="There is another: --checkpoint best"):
+        load_model(run)
+    assert load_model(choose_model(run, "best")[0]).classes == ("blue", "green", "red")
 
 
 def test_a_recipe_that_can_not_be_read_is_one_message(run_folder, tmp_path):

@@ -1,24 +1,60 @@
-"""What is shown of a run."""
+"""What a run says at its end, and writes into result.json."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from matplotlib.axes import Axes
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
-from sklearn.metrics import confusion_matrix as theirs
 
+from finetune.__main__ import main as verb
 from finetune.data import builtin, sources
-from finetune.data.loader import UNREADABLE
-from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import SGD, Group, Step, Switch
-from finetune.results import plots
-from finetune.results.summary import copy_params, drift
+from finetune.recipe import SGD, Group, Step
+from finetune.recipe.load import load_recipe
+from finetune.recipe.serialize import to_dict
+from finetune.results.baseline import prediction_interval
+from finetune.results.runs import wilson
+from finetune.results.summary import copy_params, describe_gain, describe_result, drift
 from finetune.run import main
-from finetune.training.evaluate import confusion_matrix
-from helpers import SmallNet, prepare, run_here, small_recipe
+from helpers import on_folder, prepare, run_here, small_recipe
+
+DIGITS = "efficientnet_lite0_digits"
+RESULT = {
+    "top1": 0.9944,
+    "macro_f1": 0.9943,
+    "loss": 0.0432,
+    "val_images": 360,
+    "epochs": 8,
+    "seconds": 91.7,
+    "images_per_second": 123.4,
+    "peak_memory_gib": 1.23,
+    "linear_probe_top1": 0.9611,
+    "use": "model",
+    "use_reason": "the last epoch, and none was better",
+    "drift": {"head": 0.5, "stem": 0.0},
+}
+
+
+def last_lines(folder=Path("runs/mine"), result=RESULT, verbose=False, **changes):
+    """The summary of a run of the digits' recipe, by its label; its commands are under ""."""
+    recipe, file = load_recipe(DIGITS)
+    recipe = dataclasses.replace(recipe, epochs=max(recipe.epochs, result["epochs"]), **changes)
+    text = describe_result(recipe, file, result, folder, verbose)
+    found, label = {"": []}, ""
+    for line in text.splitlines():
+        assert len(line) <= 80 and line == line.rstrip()
+        if line.startswith("finetune "):
+            found[""].append(line)
+        elif line:
+            label = line[:10].strip() or label
+            found[label] = f"{found.get(label, '')} {line[10:].strip()}".strip()
+    return found
+
 
 ROWS = (
     Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),
@@ -26,34 +62,6 @@ ROWS = (
     Group("norm", "norm", lr=1e-3, unfreeze_at=2, optimizer=SGD(momentum=0.9)),
     Group("stem", ".", lr=0),
 )
-
-
-def drawn(monkeypatch, draw):
-    """The lines of the learning-rate panel of the picture that `draw` makes, {group: (epochs, lrs)}, and the marked epochs."""
-    found = []
-    with monkeypatch.context() as patched:
-        patched.setattr(plots, "save_figure", lambda figure, axes, file: found.append((figure, axes[-1])))
-        draw()
-    _, axes = found[0]
-    lines = {line.get_label(): line.get_xydata() for line in axes.lines if not line.get_label().startswith("_")}
-    marks = sorted(line.get_xdata()[0] for line in axes.lines if line.get_label().startswith("_"))
-    texts = [text.get_text() for text in axes.texts]
-    return lines, marks, texts
-
-
-@pytest.mark.parametrize("changes", [{}, {"switch": Switch(at=2, optimizer=SGD(), lr_factor=10.0)}, {"groups": ROWS}], ids=str)
-def test_the_runs_picture_is_the_plans(tmp_path, monkeypatch, changes):
-    """Every group's learning rate and every stage's mark in the run's picture are those of the plan drawn before it."""
-    recipe = small_recipe(**changes)
-    groups = build_param_groups(recipe, SmallNet())
-    before, marks, names = drawn(monkeypatch, lambda: plots.plot_plan(tmp_path / "plan.png", groups, 3, recipe.epochs))
-    run_here(recipe, tmp_path)
-    after, same_marks, same_names = drawn(monkeypatch, lambda: plots.plot_curves(tmp_path, recipe.metric))
-    assert before.keys() == after.keys() and marks == same_marks == [1, 2] and names == same_names
-    for name, line in before.items():
-        np.testing.assert_array_equal(line, after[name])
-        assert np.isfinite(line[-1, 1])
-    assert ("stem" in before) == ("groups" not in changes)
 
 
 def test_drift_is_the_norm_of_the_change(tmp_path):
@@ -71,38 +79,107 @@ def test_drift_is_the_norm_of_the_change(tmp_path):
     assert found["head"] > 0
 
 
-def test_the_confusion_matrix_is_scikit_learns():
-    """Rows are labels, columns predictions, in scikit-learn's counts."""
-    logits, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
-    np.testing.assert_array_equal(confusion_matrix(logits, labels), theirs(labels, logits.argmax(1), labels=range(7)))
+def test_the_baseline_is_read_in_words(here):
+    """Inside the 95 % prediction interval of one run, whose ends are named, is as expected; outside it is lower or higher."""
+    recipe, values = small_recipe(), [0.90, 0.92, 0.91]
+    runs = [{"seed": seed, "top1": value, "val_images": 360} for seed, value in enumerate(values)]
+    (here / "baselines").mkdir()
+    (here / "baselines" / "mine.json").write_text(json.dumps({"recipe": to_dict(recipe), "runs": runs}))
+    low, high = prediction_interval({"recipe": {}, "runs": runs}, 1)
+    for value, words in (
+        (low - 1e-9, "lower than expected"),
+        (low, "as expected"),
+        (0.91, "as expected"),
+        (high, "as expected"),
+        (high + 1e-9, "higher than expected"),
+    ):
+        text = describe_result(dataclasses.replace(recipe, seed=7), here / "mine.py", RESULT | {"top1": value}, here)
+        allowed = f"{100 * low:.1f} to {100 * high:.1f} % is what chance allows"
+        assert f"baseline  {words}: {allowed} (baseline 91.0 %, 3 seeds)" in re.sub(r"\n {10}", " ", text)
 
 
-def test_the_worst_mistakes_come_first(tmp_path, monkeypatch):
-    """The sheet has the wrong images only, by falling loss, with label, guess and probability; unreadable ones are left out."""
-    recipe = small_recipe()
-    _, _, (_, images) = prepare(recipe)
-    labels = torch.tensor([images.images[i][1] for i in range(len(images))])
-    logits = torch.nn.functional.one_hot(labels, 10) * 4.0
-    for i, strength in ((2, 6.0), (5, 9.0), (7, 7.0)):
-        logits[i, (labels[i] + 1) % 10] = strength
-    labels[7] = UNREADABLE
-    titles, shown = [], []
-    monkeypatch.setattr(Axes, "set_title", lambda self, text, **kwargs: titles.append(text))
-    monkeypatch.setattr(Axes, "imshow", lambda self, image, **kwargs: shown.append(np.asarray(image)))
-    assert plots.plot_mistakes(tmp_path, logits, labels, images) == tmp_path / "mistakes.png"
-    assert [title.splitlines()[0] for title in titles] == [f"patch {labels[5]}", f"patch {labels[2]}"]
-    assert titles[0].splitlines()[1] == f"as patch {(labels[5] + 1) % 10}, {logits[5].softmax(0).max():.0%}"
-    np.testing.assert_array_equal(shown[0], np.asarray(images.images[5][0]))
-    assert plots.plot_mistakes(tmp_path, torch.nn.functional.one_hot(labels.clamp(min=0), 10) * 4.0, labels, images) is None
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"epochs": 99}, "not measured with your epochs"),
+        ({"epochs": 99, "seed": 7, "lr_scale": 2.0}, "not measured with your lr_scale and epochs"),
+        (
+            {"label_smoothing": 0.3, "epochs": 99, "flip_test": True},
+            "not measured with your epochs, label_smoothing and flip_test",
+        ),
+    ],
+)
+def test_what_is_not_measured_is_said_without_a_reproach(here, changes, words):
+    """A few words name the fields that are the person's own; a recipe without a record is not measured; nor is a smoke run."""
+    recipe, file = load_recipe(DIGITS)
+    text = describe_result(dataclasses.replace(recipe, **changes), file, RESULT, here)
+    assert f"baseline  {words}\n" in text
+    assert "baseline  not measured\n" in describe_result(small_recipe(), None, RESULT, here)
+    assert "baseline  none: a smoke run\n" in describe_result(recipe, file, RESULT | {"smoke": True}, here)
 
 
-def test_a_quiet_run_says_its_last_words_only(here, capsys):
-    """--quiet leaves the lines that say what was reached and where it lies."""
-    assert main(["--recipe", "resnet18_cifar", "--smoke", "--quiet", "--output", "out"]) == 0
+def test_a_share_comes_with_its_interval():
+    """Top-1 has Wilson's 95 % interval, as scipy has it, and the number of images; macro F1 is no such share and has none."""
+    assert last_lines()["result"] == ("top-1 99.44 % (95 % interval 98.0 to 99.8) of 360 images macro F1 99.43 %, loss 0.0432")
+    interval = binomtest(358, 360).proportion_ci(0.95, "wilson")
+    assert wilson(358 / 360, 360) == pytest.approx((interval.low, interval.high), abs=1e-4)
+    assert wilson(1.0, 360)[1] == pytest.approx(1) and wilson(0.0, 5)[0] == pytest.approx(0)
+    assert last_lines(metric="macro_f1", result=RESULT | {"linear_probe_macro_f1": 0.9})["result"].startswith(
+        "macro F1 99.43 % of 360 images top-1 99.44 %, loss"
+    )
+
+
+def test_the_linear_probe_is_what_fine_tuning_is_measured_by():
+    """What it added, whether that may be chance, that it added nothing, or that it did not pay; nothing without a probe."""
+    for before, after, words in (
+        (0.80, 0.95, "linear probe 80.00 %; fine-tuning added 15.00 points"),
+        (0.94, 0.95, "linear probe 94.00 %; fine-tuning added 1.00 points, which may be chance"),
+        (0.95, 0.95, "linear probe 95.00 %; fine-tuning added nothing"),
+        (0.80, 0.50, "linear probe 80.00 %; fine-tuning did not pay"),
+    ):
+        assert describe_gain("top1", {"linear_probe_top1": before, "top1": after, "val_images": 400}) == words
+    assert describe_gain("top1", {"top1": 0.9, "val_images": 400}) == ""
+
+
+def test_three_commands_lead_on(here):
+    """The last three lines are commands with the run's path, quoted where it must be, in a format that the network has."""
+    assert last_lines(Path("my run"))[""] == [
+        "finetune predict 'my run' PHOTO",
+        "finetune evaluate 'my run' --data DIR",
+        "finetune export 'my run' --to timm",
+    ]
+    text = describe_result(small_recipe(), None, RESULT, here)  # a function's network
+    assert text.splitlines()[-1] == f"finetune export {here} --to torch"
+    assert last_lines()["use"] == "model: the last epoch, and none was better"
+
+
+def test_more_is_said_when_asked(here):
+    """How far each group moved, and the files: with --verbose alone. An early stop is always said."""
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/curves.png").touch()
+    less, more = last_lines(), last_lines(verbose=True)
+    assert {"moved", "files"}.isdisjoint(less) and less.items() <= more.items()
+    assert more["moved"] == "head 50.00 %, stem 0.00 %" and more["files"] == "in runs/mine: curves.png"
+    assert last_lines(result=RESULT | {"epochs": 3})["cost"].endswith("; stopped early, after 3 of 8 epochs")
+
+
+def test_a_run_ends_with_words_that_fit_and_commands_that_work(here, image_folder, capsys):
+    """--quiet leaves the last lines, 80 columns wide; what they say is in result.json, and their commands run as they stand."""
+    typed = ["train", *on_folder(image_folder, "out", "backbone=test_resnet")[1:], "--quiet", "--processes", "1"]
+    assert verb(typed) == 0
     out, err = capsys.readouterr()
-    words = ["result", "baseline", "probe", "moved", "best", "model", "all"]
-    assert [line.split()[0] for line in out.split("\n") if line] == words
-    assert err == ""
+    labels = [line[:10].strip() for line in out.splitlines() if line[:1].strip() and not line.startswith("finetune ")]
+    assert labels == ["result", "cost", "baseline", "probe", "use"] and not err
+    assert max(map(len, out.splitlines())) <= 80
+    result = json.loads((here / "out" / "result.json").read_text())
+    assert f"use       {result['use']}: {result['use_reason'].split()[0]}" in out
+    commands = [line for line in out.splitlines() if line.startswith("finetune ")]
+    assert out.strip().splitlines()[-3:] == commands
+    photo = next(image_folder.rglob("*.png"))
+    for line in commands:
+        words = line.replace("PHOTO", str(photo)).replace("DIR", str(image_folder)).split()
+        assert verb(words[1:]) == 0, line
+    assert re.search(r"using model", capsys.readouterr().err)
 
 
 def test_each_subgroup_of_images_has_its_metrics(tmp_path, monkeypatch, capsys):
@@ -120,7 +197,7 @@ def test_each_subgroup_of_images_has_its_metrics(tmp_path, monkeypatch, capsys):
         found = result["by_subgroup"][name]
         assert found["val_images"] == count and found["top1"] == accuracy_score(labels, guesses)
         assert found["macro_f1"] == pytest.approx(f1_score(labels, guesses, average="macro", labels=range(10), zero_division=0))
-        assert f"{name}: top-1 {found['top1']:.2%} of {count} images" in out
+        assert f"{name}: top-1 {100 * found['top1']:.2f} % of {count} images" in out
 
 
 def test_the_solar_cells_have_their_subgroups():

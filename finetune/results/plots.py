@@ -1,5 +1,6 @@
 """Pictures of a plan and of a run."""
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,14 @@ from finetune.utils.text import align_columns
 NAMED_CLASSES = 20  # in a confusion matrix; of more, names and numbers would be too small to read
 LISTED = 10  # confusions
 CELLS = 250  # along a side: of more classes, several share one
+
+
+class Picture(Figure):
+    """A figure that a notebook shows, whatever its matplotlib is set to."""
+
+    def _repr_png_(self) -> bytes:
+        self.savefig(file := io.BytesIO(), dpi=100)
+        return file.getvalue()
 
 
 def plot_lrs(axes: Axes, lrs: Mapping[str, Sequence[float]], steps: Sequence[int], steps_per_epoch: float) -> None:
@@ -93,7 +102,7 @@ def draw_curves(run: Path, metric: str) -> Figure:
     time = [(row["step"] + 1) / per_epoch for row in steps]  # in epochs, so that all four share an axis
     ends = [row["epoch"] + 1 for row in epochs]
 
-    figure = Figure(figsize=(8, 10), layout="constrained")
+    figure = Picture(figsize=(8, 10), layout="constrained")
     loss, validation, norm, lr = figure.subplots(4, 1, sharex=True, height_ratios=(3, 3, 2, 4))
     loss.plot(time, [row["loss"] for row in steps], color="0.75", linewidth=0.8, label="each step, as augmented")
     loss.plot(
@@ -220,11 +229,12 @@ def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(worst) :]:
         axes.set_axis_off()
-    width = 128 // columns  # characters below an image
+    width = 108 // columns  # characters below an image
     for axes, i in zip(grid.flat, worst, strict=False):
         label, guess = int(labels[i]), int(logits[i].argmax())
-        labelled, predicted = (shorten(images.classes[one], width - 18) for one in (label, guess))
-        words = f"labelled {labelled},\npredicted {predicted} ({100 * probs[i, guess]:.0f} %)"
+        labelled, predicted = (shorten(images.classes[one], width - 10) for one in (label, guess))
+        gap = " " if len(predicted) <= width - 18 else "\n"
+        words = f"labelled {labelled},\npredicted {predicted}{gap}({100 * probs[i, guess]:.0f} %)"
         axes.imshow(images.images[i][0].convert("RGB"))
         axes.set(xticks=[], yticks=[], anchor="S")
         axes.spines[:].set_visible(False)

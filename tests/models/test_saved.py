@@ -137,6 +137,8 @@ def test_a_run_says_which_network_is_to_be_used(last, best, best_epoch, probe, u
     result = {"top1": last, "best_top1": best, "best_epoch": best_epoch, "val_images": 100}
     found, reason = model_to_use(result | ({"linear_probe_top1": probe} if probe else {}), "top1")
     assert found == used and why in reason
+    if probe:  # its name in version 0.1
+        assert model_to_use(result | {"head_top1": probe}, "top1") == (found, reason)
     assert model_to_use({"top1": last}, "top1")[0] == "model"  # of a run that kept no best
 
 

@@ -1,8 +1,10 @@
 """The pictures of a plan and of a run: what they show, and that it can be read."""
 
+import io
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,10 @@ from sklearn.metrics import confusion_matrix as theirs
 
 from finetune.data.loader import UNREADABLE
 from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import SGD, Group, Step, Switch
+from finetune.recipe import SGD, Data, Group, Step, Switch
 from finetune.recipe.serialize import to_dict
 from finetune.results import plots
+from finetune.results.runs import Run
 from finetune.training.evaluate import confusion_matrix
 from helpers import SmallNet, prepare, run_here, small_recipe
 
@@ -90,11 +93,19 @@ def test_epochs_count_from_1(tmp_path, monkeypatch):
     }
 
 
+def test_a_notebook_shows_the_curves(tmp_path):
+    """Run.plot gives a figure with a PNG of its own: a notebook needs no backend, and none is set."""
+    before = matplotlib.get_backend()
+    picture = Run(write_run(tmp_path)).plot()
+    with Image.open(io.BytesIO(picture._repr_png_())) as shown:
+        assert shown.size == (800, 1000) and matplotlib.get_backend() == before
+
+
 def write_run(folder, groups=("head", "stem"), epochs=4) -> Path:
     """A run's folder, as far as pictures need it."""
     run = folder / "resnet18_cifar-20260102-030405"
     run.mkdir()
-    recipe = to_dict(small_recipe()) | {"data": {"source": "/home/someone/photos"}}
+    recipe = to_dict(small_recipe(data=Data("/home/someone/photos", 24, 8)))
     (run / "recipe.json").write_text(json.dumps(recipe))
     rows = [{"epoch": -1, "step": 0, "loss": 0.9, "top1": 0.8, "val_images": 30}]
     for epoch in range(epochs):
@@ -208,12 +219,17 @@ class Sheet(list):
 @pytest.mark.parametrize("number", [1, 3, 30])
 def test_mistakes_are_named_by_their_files(tmp_path, monkeypatch, number):
     """Under each image stand its file's name, its label and what it was predicted as; all of it can be read."""
-    logits, labels = torch.zeros(number, 2), torch.zeros(number, dtype=torch.long)
-    logits[:, 1] = 3.0 + torch.arange(number) / 100
+    long, last = "a_name_that_is_as_long_as_names_may_be_" * 2, number - 1
+    logits, labels = torch.zeros(number, 4), torch.full((number,), 2)
+    guesses = torch.where(torch.arange(number) == last, 1, 3)
+    logits[range(number), guesses], labels[last] = 3.0 + torch.arange(number) / 100, 0
     images = prepare(small_recipe())[2][1]
-    images.images, images.classes = Sheet([Path(f"/photos/bees/IMG_{i}.jpg") for i in range(number)]), ("bees", "ants")
+    images.images = Sheet([Path(f"/photos/bees/IMG_{'' if i == last else long}{i}.jpg") for i in range(number)])
+    images.classes = ("bees", "ants", long, f"another_{long}")
     figure = figure_of(monkeypatch, lambda: plots.plot_mistakes(tmp_path, logits, labels, images))
     assert_readable(figure)
+    boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes if axes.get_xlabel()]
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if overlap(box, other)]
     prob = f"{100 * logits[-1].softmax(0)[1]:.0f} %"
     assert figure.axes[0].get_xlabel() == f"IMG_{number - 1}.jpg\nlabelled bees,\npredicted ants ({prob})"
     shown = [axes for axes in figure.axes if axes.get_xlabel()]

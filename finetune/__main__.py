@@ -56,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("finetune: stopped at once", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # a reader such as `head` that has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -90,7 +93,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.set_defaults(recipe=None, assignments=[], resume_anyway=False, **{flag_name(flag): None for flag in FLAGS})
     sub = add("runs", runs, "--json")
     sub.add_argument("--json", action="store_true", help="as a JSON list")
-    add("ls", ls, "")
+    sub = add("ls", ls, "--wide")
+    sub.add_argument("--wide", action="store_true", help="all columns, whole: also backbone, data and hardware")
+    sub.add_argument("--json", action="store_true", help="as a JSON list")
     add("show", show, "resnet18_cifar").add_argument("recipe", metavar="NAME")
     sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=5 --set data.image_size=96")
     sub.add_argument("recipe", metavar="NAME")
@@ -109,12 +114,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("other", metavar="NAME|FILE.py|RUN")
     for name, verb, example in (
         ("plan", show_plan, "resnet18_cifar --output plans"),
-        ("find-lr", find_lr, "efficientnet_lite0_digits --output plans"),
+        ("find-lr", find_lr, "efficientnet_lite0_digits"),
     ):
         sub = add(name, verb, example)
         sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
         add_recipe_arguments(sub)
-        sub.add_argument("--output", type=Path, metavar="DIR", help="draw a picture there, too")
+        where = "where to draw the picture (default: here)" if verb is find_lr else "draw a picture there, too"
+        sub.add_argument("--output", type=Path, metavar="DIR", help=where)
+        if verb is show_plan:
+            sub.add_argument("--wide", action="store_true", help="all columns and epochs, whole")
+            sub.add_argument("--json", action="store_true", help="each group's learning rate in each epoch, as JSON")
     sub = add("reproduce", reproduce, "efficientnet_lite0_digits --seeds 3")
     sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe with a number")
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs to compare with it (default: 1)")
@@ -208,11 +217,11 @@ def runs(args: argparse.Namespace) -> None:
 
 
 def ls(args: argparse.Namespace) -> None:
-    """List the recipes: backbone, data, baseline, cost."""
-    from finetune.tools.library import list_recipes
-    from finetune.utils.text import align_columns
+    """List the recipes: result and cost of each."""
+    from finetune.tools.library import list_recipes, recipes_as_table
 
-    print(align_columns(list_recipes()))
+    rows = list_recipes()
+    print(json.dumps(rows, indent=1) if args.json else recipes_as_table(rows, args.wide))
 
 
 def show(args: argparse.Namespace) -> None:
@@ -274,36 +283,43 @@ def show_plan(args: argparse.Namespace) -> None:
     from finetune.data.sources import data_size
     from finetune.models.backbone import meta_backbone
     from finetune.results.plots import plot_plan
-    from finetune.tools.plan import describe_plan
+    from finetune.tools.plan import describe_plan, epoch_lrs
     from finetune.training.setup import check_recipe
 
     num_images, num_classes = data_size(recipe)
     net = meta_backbone(recipe, num_classes)
     groups, steps = check_recipe(recipe, net), recipe.data.steps_per_epoch(num_images)
-    print(f"{name}: {describe_plan(recipe, net, groups, num_images, num_classes)}")
+    if args.json:
+        print(json.dumps(epoch_lrs(groups, steps, recipe.epochs), indent=1))
+    else:
+        print(describe_plan(name, recipe, net, groups, (num_images, num_classes), args.wide))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         print(f"\npicture  {plot_plan(args.output / f'{name}-plan.png', groups, steps, recipe.epochs)}")
 
 
 def find_lr(args: argparse.Namespace) -> None:
-    """Try learning rates from very low to very high on a copy of the network, and suggest two."""
+    """Try learning rates from very low to very high on a copy of the network, and compare them with the recipe's."""
     recipe, _, name = chosen_recipe(args)
 
     from finetune.optim.param_groups import build_param_groups
-    from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, suggest_factors
+    from finetune.tools.lr_finder import compare_factors, line_to_paste, plot_range_test, range_test, suggest_factors
     from finetune.training.setup import make_accelerator, setup
+    from finetune.utils.text import fill_lines
 
     accelerator = make_accelerator(recipe)
     net, (images, _) = setup(recipe, accelerator)
     factors, losses = range_test(recipe, net, images, accelerator)
     suggested = suggest_factors(factors, losses)
-    for name, factor in suggested.items():
-        print(f"{name:8}  {factor:.2g} times the recipe's learning rates: {line_to_paste(recipe, factor)}")
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
-        print(f"picture   {plot_range_test(args.output / f'{name}-lr.png', factors, losses, suggested, lrs)}")
+    better, verdict = compare_factors(factors, losses, suggested)
+    for rule, factor in (suggested | better).items():
+        paste = line_to_paste(recipe, factor) if rule in better else "a higher loss than theirs"
+        print(f"{rule:8}  {factor:.2g} times the recipe's learning rates: {paste}")
+    print(fill_lines(verdict))
+    folder = args.output or Path()
+    folder.mkdir(parents=True, exist_ok=True)
+    lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
+    print(f"picture   {plot_range_test(folder / f'{name}-lr.png', factors, losses, suggested | better, lrs)}")
 
 
 def reproduce(args: argparse.Namespace) -> int:

@@ -209,7 +209,7 @@ def launch(args: argparse.Namespace) -> int:
 
         num_images, num_classes = data_size(recipe)
         net = meta_backbone(recipe, num_classes)
-        print(f"{request.name}: {describe_plan(recipe, net, check_recipe(recipe, net), num_images, num_classes)}")
+        print(describe_plan(request.name, recipe, net, check_recipe(recipe, net), (num_images, num_classes)))
         return 0
     return fine_tune(args, request._replace(recipe=recipe))
 
@@ -233,13 +233,16 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
     from finetune.training.setup import RunOptions, make_accelerator, setup
+    from finetune.utils.text import fill_lines
 
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)
     net, datasets = setup(recipe, accelerator)
     num_train, num_val, num_classes = len(datasets[0]), len(datasets[1]), len(datasets[0].classes)
     groups = build_param_groups(recipe, net)
-    group_table = describe_param_groups(groups, recipe.data.steps_per_epoch(num_train), recipe.epochs)
+    group_table, short_table = (
+        describe_param_groups(groups, recipe.data.steps_per_epoch(num_train), recipe.epochs, wide) for wide in (True, False)
+    )
 
     # Held until the run's end.
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
@@ -247,15 +250,14 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
         run_dir.start_run_dir(folder, file, name, recipe, group_table)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
-    logger = Logger(folder, accelerator, recipe.metric, args.quiet)
+    logger = Logger(folder, accelerator, recipe, args.quiet)
     if args.smoke:
         logger.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
-    logger.say(
-        f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; "
-        f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}\n\n{group_table}\n"
-    )
+    setting = f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}"
+    run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; {setting}"
+    logger.say(f"{fill_lines(run)}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process else {}  # the first process alone reports
-    options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every)
+    options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, args.quiet)
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:

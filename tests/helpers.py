@@ -80,7 +80,7 @@ def run_here(recipe: Recipe, folder: Path, accelerator: Accelerator | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     net, _, datasets = prepare(recipe)
     accelerator = accelerator or Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
-    net = train(recipe, net, datasets, Logger(folder, accelerator, recipe.metric), accelerator, RunOptions(**options))
+    net = train(recipe, net, datasets, Logger(folder, accelerator, recipe), accelerator, RunOptions(**options))
     return net, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

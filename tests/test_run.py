@@ -23,7 +23,7 @@ def test_every_recipe_smokes(here, capsys, name):
     assert "SMOKE RUN" in out and "baseline  none: a smoke run" in out
     result, rows = json.loads((here / "out" / "result.json").read_text()), load_recipe(name)[0].groups
     stages = len({0} | {getattr(row, "unfreeze_at", 0) for row in (rows if isinstance(rows, tuple) else [rows])})
-    assert [f"from epoch {epoch}: trains" in out for epoch in range(stages + 1)] == [True] * stages + [False]
+    assert [f"from epoch {epoch + 1}: trains" in out for epoch in range(stages + 1)] == [True] * stages + [False]
     assert result["smoke"] is True and result["epochs"] == stages + 1
 
 
@@ -52,7 +52,7 @@ def test_a_recipe_with_every_option_smokes(here, capsys, loss):
     (here / "options.py").write_text(text)
     assert main(["--recipe", "options.py", "--smoke", "--output", "out"]) == 0
     out = capsys.readouterr().out
-    assert [f"from epoch {epoch}: trains" in out for epoch in range(4)] == [True, True, True, False]
+    assert [f"from epoch {epoch + 1}: trains" in out for epoch in range(4)] == [True, True, True, False]
     rows = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
     assert {row["epoch"] for row in rows} == {-1, 0, 1, 2, 3} and {row["lr"]["rest"] for row in rows if "lr" in row} == {0.0}
     assert json.loads((here / "out" / "result.json").read_text())["drift"]["rest"] == 0.0
@@ -108,8 +108,9 @@ def test_the_terminal_has_it_all_in_lines(finished):
     """Without a terminal there are lines and no bars: the group table, a line an epoch, the result, where it lies."""
     folder, out, err = finished
     for text in (
-        "group   tensors  parameters",
-        "epoch   0  training loss",
+        "group   parameters  peak lr",
+        "training loss  validation loss",
+        "epoch 4 of 4  ",
         "result    top-1",
         "baseline  none:",
         f"model     {folder / 'model'}",

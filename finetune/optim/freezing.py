@@ -14,7 +14,7 @@ def describe_stage(groups: Sequence[ParamGroup], epoch: int) -> str:
         "trains": [group for group in groups if group.trains(epoch)],
         "frozen": [group for group in groups if not group.trains(epoch)],
     }
-    return f"from epoch {epoch}: " + "; ".join(
+    return f"from epoch {epoch + 1}: " + "; ".join(
         f"{word}: {', '.join(group.name for group in part)} ({sum(group.num_values for group in part):,} parameters)"
         for word, part in parts.items()
         if part

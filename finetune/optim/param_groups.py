@@ -15,7 +15,7 @@ from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, Schedule, Swit
 from finetune.recipe.schedules import ramp
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import align_columns
+from finetune.utils.text import WIDTH, align_columns
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ def sampled_steps(start: int, stop: int, most: int = 2000) -> range:
     return range(start, stop, math.ceil((stop - start) / most))
 
 
-def describe_param_groups(groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int) -> str:
-    """The table of groups, and after it the one from a switch of optimizers on."""
+def describe_param_groups(groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int, wide: bool = True) -> str:
+    """The table of groups, and after it the one from a switch of optimizers on; unless `wide`, in 80 columns."""
     switch_at = int(min(epochs, groups[0].switch_at))
-    text = param_group_table(groups, lrs_between(groups, 0, switch_at, steps_per_epoch, epochs))
+    text = param_group_table(groups, lrs_between(groups, 0, switch_at, steps_per_epoch, epochs), wide)
     if switch_at < epochs:
         after = [group.after_switch or group for group in groups]
         lrs = lrs_between(groups, switch_at, epochs, steps_per_epoch, epochs)
-        text += f"\n\nfrom epoch {switch_at}:\n{param_group_table(after, lrs)}"
+        text += f"\n\nfrom epoch {switch_at + 1}:\n{param_group_table(after, lrs, wide)}"
     return text
 
 
@@ -208,8 +208,11 @@ def lrs_between(
     return {name: [lr for lr in lrs if lr] for name, lrs in planned_lrs(groups, steps, steps_per_epoch, epochs).items()}
 
 
-def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[float]]) -> str:
-    """The groups as lines of text, with the first, the highest and the last of each one's `lrs`, which are all above 0."""
+def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[float]], wide: bool) -> str:
+    """The groups as lines of text, with the first, the highest and the last of each one's `lrs`, which are all above 0.
+
+    Epochs count from 1, as everywhere in print: a group with unfreeze_at=1 trains from epoch 2 on.
+    """
     head = "group, tensors, parameters, first lr, peak lr, last lr, weight decay, without decay, optimizer, from epoch"
     rows: list[Sequence[str]] = [head.split(", ")]
     for group in groups:
@@ -222,11 +225,13 @@ def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[f
                     f"{group.weight_decay:g}",
                     f"{len(group.no_decay)} of {len(group.params)}",
                     group.optimizer.name,
-                    f"{group.unfreeze_at}",
+                    f"{group.unfreeze_at + 1}",
                 )
             )
         else:
             rows.append((*size, *["-"] * 5, "frozen", "never"))
     tensors, values = sum(len(group.params) for group in groups), sum(group.num_values for group in groups)
     rows.append(("all", f"{tensors}", f"{values:,}", *[""] * 7))
-    return align_columns(rows, numbers=True)
+    if not wide:
+        rows = [[row[i] for i in (0, 2, 4, 6, 8, 9)] for row in rows]
+    return align_columns(rows, numbers=True, width=math.inf if wide else WIDTH)

@@ -2,30 +2,47 @@
 
 import ast
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, load_recipe, override
 from finetune.recipe.serialize import diff, from_dict, to_dict
 from finetune.results.baseline import Record, describe_baseline, describe_hardware, find_record
+from finetune.utils.text import WIDTH, align_columns, duration
 
 
-def list_recipes() -> list[tuple[str, ...]]:
-    """A row for each recipe: name, backbone, data, baseline, cost."""
-    rows: list[tuple[str, ...]] = [("recipe", "backbone", "data", "baseline", "cost")]
+def list_recipes() -> list[dict[str, str]]:
+    """A row for each recipe: name, result, cost, then what it is made of."""
+    rows = []
     for file in sorted(RECIPES.glob("*.py")):
         recipe, _ = load_recipe(str(file))
         record, _ = find_record(file, recipe)
-        data = f"{to_dict(recipe.data.source)}, {recipe.data.image_size} px"
-        baseline = describe_baseline(file, recipe).removeprefix("none: ")
-        rows.append((file.stem, to_dict(recipe.backbone), data, baseline, describe_cost(record) if record else ""))
+        rows.append(
+            {
+                "recipe": file.stem,
+                "result": describe_baseline(file, recipe).removeprefix("none: "),
+                "cost": mean_duration(record) if record else "",
+                "on": describe_hardware(record["hardware"]) if record else "",
+                "backbone": to_dict(recipe.backbone),
+                "data": f"{to_dict(recipe.data.source)}, {recipe.data.image_size} px",
+            }
+        )
     return rows
 
 
-def describe_cost(record: Record) -> str:
-    """How long a run of a recorded recipe took, and on what."""
-    minutes = sum(run["seconds"] for run in record["runs"]) / len(record["runs"]) / 60
-    return f"{minutes:.1f} min, {describe_hardware(record['hardware'])}"
+def recipes_as_table(rows: Sequence[dict[str, str]], wide: bool = False) -> str:
+    """The recipes as lines of text: name, result and cost in 80 columns, or everything."""
+    columns = list(rows[0]) if wide else ["recipe", "result", "cost"]
+    cells = [columns, *([row[column] for column in columns] for row in rows)]
+    return align_columns(cells, width=math.inf if wide else WIDTH)
+
+
+def mean_duration(record: Record) -> str:
+    """How long a run of a recorded recipe took."""
+    return duration(statistics.mean(run["seconds"] for run in record["runs"]))
 
 
 def copy_recipe(name: str, target: Path, assignments: list[str]) -> str:

@@ -24,6 +24,7 @@ from finetune.training.loop import train_step
 from finetune.training.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keep_random_state
+from finetune.utils.text import progress
 
 FEWEST = 10  # steps that make a curve
 
@@ -67,7 +68,7 @@ def range_test(
         set_train_mode(net, recipe.batch_norm)
         accumulate = find_micro_batches(recipe, net, accelerator, 1, print)
         batches = endless_batches(recipe, images, Cut(micro_batches=accumulate), accelerator.device)
-        for step, batch in zip(range(num_steps), batches, strict=False):
+        for step, batch in zip(progress(range(num_steps), num_steps, "find-lr"), batches, strict=False):
             set_lrs(optimizer, groups, step, num_steps, 1, ())
             loss = train_step(recipe, net, criterion, optimizer, batch, accelerator)[0].item()
             if not math.isfinite(loss):
@@ -114,7 +115,7 @@ def suggest_factors(factors: Sequence[float], losses: Sequence[float]) -> dict[s
     part = slice(10, -5) if len(losses) >= 25 else slice(None)
     scales, smoothed = np.array(factors)[part], np.array(smooth(losses))[part]
     lowest = smoothed.argmin()
-    if not smoothed[: lowest + 1].max() - smoothed[lowest] > 2 * np.median(np.abs(np.diff(losses))):
+    if not smoothed[: lowest + 1].max() - smoothed[lowest] > scatter(losses):
         raise RecipeError(
             f"find-lr: the loss does not fall between the factors {factors[0]:.2g} and "
             f"{factors[-1]:.2g}: start lower if it rises, end higher if it stays"
@@ -127,6 +128,38 @@ def suggest_factors(factors: Sequence[float], losses: Sequence[float]) -> dict[s
         "steepest": float(scales[np.gradient(smoothed, np.log10(scales))[: lowest + 1].argmin()]),
         "valley": float(scales[max(0, end - length + length // 3 + length // 6)]),
     }
+
+
+def scatter(losses: Sequence[float]) -> float:
+    """What chance makes of the smoothed losses: twice the median of the differences between one step and the next."""
+    return float(2 * np.median(np.abs(np.diff(losses))))
+
+
+def compare_factors(
+    factors: Sequence[float], losses: Sequence[float], suggested: dict[str, float]
+) -> tuple[dict[str, float], str]:
+    """(those of the suggested factors that are better than 1, the recipe's own, what to do): by the smoothed losses.
+
+    Where the loss at 1 is within chance of the lowest up to there, and no suggestion has a lower one, nothing is better than
+    the recipe's own learning rates. Where it is above, and no suggestion is below it, the factor with the lowest is.
+    """
+    logs, smoothed = np.log(factors), np.array(smooth(losses))
+    if factors[-1] < 1:
+        return suggested, f"the recipe's learning rates are too high: the loss explodes at {factors[-1]:.2g} times theirs"
+    at_one = float(np.interp(0, logs, smoothed))
+    better = {name: factor for name, factor in suggested.items() if np.interp(np.log(factor), logs, smoothed) < at_one}
+    lowest = int(smoothed[logs <= 0].argmin())
+    if at_one - smoothed.min() <= scatter(losses) or not better and at_one - smoothed[lowest] <= scatter(losses):
+        return {}, (
+            f"the recipe's learning rates are on the flat part: keep them (loss {at_one:.3g}, lowest up to there "
+            f"{smoothed[lowest]:.3g}, chance {scatter(losses):.2g})"
+        )
+    if better:
+        return better, f"the loss at the recipe's own learning rates is {at_one:.3g}, at these it is lower"
+    factor = float(factors[lowest])
+    return {"lowest": factor}, (
+        f"the recipe's learning rates are too high: loss {at_one:.3g}, and {smoothed[lowest]:.3g} at {factor:.2g} times theirs"
+    )
 
 
 def plot_range_test(
@@ -159,4 +192,4 @@ def plot_range_test(
 
 def line_to_paste(recipe: Recipe, factor: float) -> str:
     """The option that makes every learning rate `factor` times the recipe's, to two digits."""
-    return f"--set lr_scale={recipe.lr_scale * factor:.2g}"
+    return f"--lr-scale {recipe.lr_scale * factor:.2g}"

@@ -17,10 +17,10 @@ from finetune.optim.freezing import start_stage
 from finetune.optim.optimizers import build_optimizer, needs_closure
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
-from finetune.utils.text import align_columns
+from finetune.utils.text import WIDTH, align_columns
 
 
-def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -> str:
+def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], width: float = WIDTH) -> str:
     """The layers of `net`, on the meta device, in the order of the forward pass: each one's output for one image, its group.
 
     Parameters of none of these layers, such as position embeddings, have rows of their own: the sum is the network's.
@@ -33,7 +33,7 @@ def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) ->
         kind = type(net.get_submodule(name)).__name__ if name in shapes else "Parameter"
         own = {path for path in parameters if f"{path}.".startswith(f"{name}.")}
         owners = [group for group in groups if own & group.params.keys()]
-        epochs = ["never" if epoch == math.inf else str(epoch) for epoch in sorted({group.unfreeze_at for group in owners})]
+        epochs = ["never" if epoch == math.inf else f"{epoch + 1}" for epoch in sorted({group.unfreeze_at for group in owners})]
         rows.append(
             (
                 name,
@@ -44,7 +44,8 @@ def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) ->
                 first_and_last(epochs),
             )
         )
-    return align_columns([*rows, ("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", "")], numbers=True)
+    rows.append(("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", ""))
+    return align_columns(rows, numbers=True, width=width)
 
 
 def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
@@ -79,11 +80,13 @@ def first_and_last(names: Iterable[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} .. {names[-1]}"
 
 
-def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -> str:
-    """What each stage trains, and the memory that it takes with a whole batch at once on one process."""
+def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], wide: bool = True) -> str:
+    """What each stage trains, and the memory that it takes with a whole batch at once on one process; `wide`: by its parts."""
     images = recipe.data.batch_size
-    columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"]
-    rows = [("from epoch", "trains", "trained parameters", *columns, "sum")]
+    columns = (
+        ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"] if wide else []
+    )
+    rows = [("from epoch", "trains", "trained parameters", *columns, "sum" if wide else "MiB")]
     epochs = {int(group.unfreeze_at) for group in groups if group.ever_trains}  # a switch of optimizers is at one of these
     for epoch in sorted(epochs):
         trained = [group for group in groups if group.trains(epoch)]
@@ -92,7 +95,7 @@ def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -
         total = "> " * ("optimizer" not in stage) + f"{sum(stage.values()) / 2**20:,.1f}"
         rows.append(
             (
-                str(epoch),
+                str(epoch + 1),
                 first_and_last(group.name for group in trained),
                 f"{sum(group.num_values for group in trained):,}",
                 *(cells.get(column, "unknown") for column in columns),
@@ -101,9 +104,10 @@ def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup]) -
         )
     return "\n".join(
         [
-            align_columns(rows, numbers=True),
-            f"MiB, estimated for {images} images at once, in float32; bf16 about halves the activations; on top come",
-            "results dropped on the way (frozen layers drop all), the library's own workspace and the loader",
+            align_columns(rows, numbers=True, width=math.inf if wide else WIDTH),
+            f"MiB, estimated for {images} images at once, in float32; bf16 about halves the",
+            "activations; on top come results dropped on the way (frozen layers drop all),",
+            "the library's own workspace and the loader",
         ]
     )
 

@@ -1,5 +1,6 @@
 """What a run will do, in text, before it does it."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -8,7 +9,7 @@ from finetune.optim.param_groups import ParamGroup, describe_param_groups, plann
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.tools.memory_estimate import layer_table, memory_table
-from finetune.utils.text import align_columns
+from finetune.utils.text import WIDTH, align_columns, fill_lines
 
 
 def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
@@ -21,18 +22,36 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     )
 
 
-def describe_plan(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], num_images: int, num_classes: int) -> str:
-    """The whole plan: groups, learning rates, stages with their memory, layers. `net` lies on the meta device."""
-    steps = recipe.data.steps_per_epoch(num_images)
-    planned = planned_lrs(groups, [epoch * steps for epoch in range(recipe.epochs)], steps, recipe.epochs)
-    by_epoch = [("group", *map(str, range(recipe.epochs)))]
-    by_epoch += [(name, *(f"{lr:.1e}" if lr else "-" for lr in lrs)) for name, lrs in planned.items()]
+def describe_plan(
+    name: str, recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], size: tuple[int, int], wide: bool = False
+) -> str:
+    """The plan: groups, learning rates, stages with their memory, layers; all of it if `wide`, else what 80 columns hold.
+
+    `net` lies on the meta device; `size` is the data's, images and classes.
+    """
+    steps = recipe.data.steps_per_epoch(size[0])
     return "\n\n".join(
         [
-            describe_run(recipe, num_images, num_classes),
-            describe_param_groups(groups, steps, recipe.epochs),
-            f"learning rate at the start of each epoch\n{align_columns(by_epoch, numbers=True)}",
-            f"stages\n{memory_table(recipe, net, groups)}",
-            f"layers, for one image\n{layer_table(recipe, net, groups)}",
+            fill_lines(f"{name}: {describe_run(recipe, *size)}", math.inf if wide else WIDTH),
+            describe_param_groups(groups, steps, recipe.epochs, wide),
+            f"learning rate at the start of each epoch\n{lr_table(epoch_lrs(groups, steps, recipe.epochs), wide)}",
+            f"stages\n{memory_table(recipe, net, groups, wide)}",
+            f"layers, for one image\n{layer_table(recipe, net, groups, math.inf if wide else WIDTH)}",
         ]
     )
+
+
+def epoch_lrs(groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int) -> dict[str, list[float]]:
+    """Each group's learning rate at the start of each epoch, 0 while it is frozen."""
+    return planned_lrs(groups, [epoch * steps_per_epoch for epoch in range(epochs)], steps_per_epoch, epochs)
+
+
+def lr_table(lrs: dict[str, list[float]], wide: bool) -> str:
+    """The learning rates as lines of text, epochs counted from 1; unless `wide`, the first that fit and the last."""
+    epochs = range(len(next(iter(lrs.values()))))
+    rows = [["group", *(str(epoch + 1) for epoch in epochs)]]
+    rows += [[name, *(f"{lr:.1e}" if lr else "-" for lr in values)] for name, values in lrs.items()]
+    fit = (WIDTH - max(len(row[0]) for row in rows)) // len("  1.0e-03")
+    if not wide and len(epochs) > fit:
+        rows = [[*row[: fit - 1], "...", row[-1]] for row in rows]
+    return align_columns(rows, numbers=True, width=math.inf if wide else WIDTH)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -105,7 +106,8 @@ class StopRequest:
     Used as a context: the handlers from before come back afterwards. Outside the main thread Python allows no handlers.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, quiet: bool = False):
+        self.says = accelerator.is_main_process and not quiet
         self.asked_at: float | None = None
         self.pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
         # On the CPU's own channel: asking after each step must not make a GPU wait.
@@ -123,6 +125,9 @@ class StopRequest:
     def remember(self, number: int, frame: object) -> None:
         if self.asked_at is None:
             self.asked_at = time.monotonic()
+            if self.says:  # by os.write: print can't be called from within print
+                over_the_bar = "\r\x1b[K" if sys.stderr.isatty() else ""
+                os.write(2, f"{over_the_bar}stopping after this step, with a checkpoint; again to stop at once\n".encode())
         elif time.monotonic() - self.asked_at > 1:  # sooner, it is the launcher passing the same Ctrl-C on
             raise KeyboardInterrupt
 

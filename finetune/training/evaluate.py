@@ -13,6 +13,7 @@ from finetune.optim.loss import binary_loss
 from finetune.recipe import Recipe
 from finetune.training.distributed import gather_strided
 from finetune.training.setup import DEFAULTS, RunOptions
+from finetune.utils.text import progress
 
 
 @torch.no_grad()
@@ -23,18 +24,20 @@ def predict_logits(
     accelerator: Accelerator,
     options: RunOptions = DEFAULTS,
     epoch: int = 0,
+    text: str = "images",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
 
-    `epoch` decides how images that are augmented look. With `flip_test` the logits are the mean of those of the image and of
-    its mirror image.
+    `epoch` decides how images that are augmented look, `text` stands before the bar. With `flip_test` the logits are the mean
+    of those of the image and of its mirror image.
     """
     net.eval()
     mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     size = recipe.data.batch_size // (accelerator.num_processes * options.accumulate)
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     outputs, targets = [], []
-    for batch, labels in load(images, epoch, batches, options.workers, accelerator.device):
+    loaded = load(images, epoch, batches, options.workers, accelerator.device)
+    for batch, labels in progress(loaded, len(batches), text, accelerator.is_main_process and not options.quiet):
         with accelerator.autocast():
             logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
         outputs.append(logits.float())

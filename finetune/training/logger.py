@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from finetune.data.loader import Batch, BatchPlan, is_unreadable
 from finetune.recipe import Recipe
@@ -20,6 +20,7 @@ from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import duration, progress
 
 FLUSH_EVERY = 20  # steps between two looks at the losses: each look makes a GPU wait
 
@@ -37,11 +38,15 @@ class PendingStep(NamedTuple):
 class Logger:
     """The log of a run. Every process has one and calls it alike; the first process alone writes and prints.
 
+    Epochs and steps count from 0 in files and from 1 in what is printed.
+
     `history` has the metrics of each finished epoch, `linear_probe` those from before the first.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, metric: str = "top1", quiet: bool = False):
-        self.folder, self.accelerator, self.metric, self.quiet = folder, accelerator, metric, quiet
+    def __init__(self, folder: Path, accelerator: Accelerator, recipe: Recipe, quiet: bool = False):
+        self.folder, self.accelerator, self.quiet = folder, accelerator, quiet
+        self.metric, self.epochs = recipe.metric, recipe.epochs
+        self.headed = False  # whether the columns of the epochs' lines have been named
         self.history: list[dict[str, Any]] = []
         self.linear_probe: dict[str, Any] | None = None
         self.clock: list[float] = []  # seconds at which each of these was reached
@@ -92,14 +97,12 @@ class Logger:
         return [self.linear_probe, *self.history] if self.linear_probe else self.history
 
     def progress(self, batches: Iterator[Batch], epoch: int, total: int) -> Iterator[Batch]:
-        """The batches, with a bar on a terminal."""
-        shown = self.accelerator.is_main_process and sys.stderr.isatty() and not self.quiet
-        self.bar = tqdm(total=total, desc=f"epoch {epoch}", unit=" steps", leave=False, disable=not shown)
+        """The batches, with a bar."""
+        shown = self.accelerator.is_main_process and not self.quiet
+        self.bar = progress(batches, total, f"epoch {epoch + 1} of {self.epochs}", shown)
         self.epoch_started, self.epoch_images = time.monotonic(), 0
         with self.bar:
-            for batch in batches:
-                yield batch
-                self.bar.update()
+            yield from self.bar
             self.flush()
         self.epoch_seconds = time.monotonic() - self.epoch_started
 
@@ -128,7 +131,7 @@ class Logger:
             if not math.isfinite(loss):
                 lrs = ", ".join(f"{name} {lr:.2e}" for name, lr in one.lrs.items())
                 raise RecipeError(
-                    f"the loss of step {one.plan.step} (epoch {one.epoch}) is {loss}, at learning rates {lrs}\n"
+                    f"the loss of step {one.plan.step + 1} (epoch {one.epoch + 1}) is {loss}, at learning rates {lrs}\n"
                     f"  its images, by index: {', '.join(map(str, one.plan.images))}\n"
                     f"  lower the learning rates, or clip_norm. The last good checkpoint is kept in {self.folder}"
                 )
@@ -136,8 +139,7 @@ class Logger:
         self.skipped += int(sums[:, 1].sum())
         self.write(rows)
         images_per_second = self.epoch_images / (time.monotonic() - self.epoch_started)
-        highest = max(self.pending[-1].lrs.values())
-        self.bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{highest:.1e}", images_s=f"{images_per_second:.0f}")
+        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_second:.0f} images/s", refresh=False)
         self.pending = []
 
     def log_linear_probe(self, metrics: dict[str, Any]) -> None:
@@ -145,32 +147,40 @@ class Logger:
         self.linear_probe = {"epoch": -1, "step": 0, **metrics}
         self.clock.append(self.elapsed())
         self.write([self.linear_probe])
-        self.say(
-            f"linear probe  validation loss {metrics['loss']:.4f}  {METRICS[self.metric]} {metrics[self.metric]:7.2%}  "
-            f"in {self.clock[0]:.0f} s"
-        )
+        self.say_row("linear probe", "", self.linear_probe, "")
 
     def log_epoch(self, step: int, epoch: int, metrics: dict[str, Any], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """A line for an epoch, in the file and on the terminal; logits and labels go to predictions.safetensors."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **metrics}
         if not math.isfinite(row["loss"]):
             raise RecipeError(
-                f"the validation loss after epoch {epoch} is {row['loss']}: lower the learning rates, or clip_norm. "
+                f"the validation loss after epoch {epoch + 1} is {row['loss']}: lower the learning rates, or clip_norm. "
                 f"The last good checkpoint is kept in {self.folder}"
             )
         if self.skipped:
             row["skipped_images"] = self.skipped
-            self.say(f"epoch {epoch}: {self.skipped} training images could not be read and were skipped")
+            self.say(f"epoch {epoch + 1}: {self.skipped} training images could not be read and were skipped")
         self.losses, self.skipped = [], 0
         self.history.append(row)
         self.clock.append(self.elapsed())
         self.write([row])
         if self.accelerator.is_main_process:
             (self.folder / "predictions.safetensors").write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
-        self.say(
-            f"epoch {epoch:3d}  training loss {row['train_loss']:.4f}  validation loss {row['loss']:.4f}  "
-            f"{METRICS[self.metric]} {row[self.metric]:7.2%}  {self.epoch_images / self.epoch_seconds:6.0f} images/s"
-        )
+        started = self.clock[0] if self.linear_probe else 0.0
+        left = (self.clock[-1] - started) / len(self.history) * (self.epochs - len(self.history))
+        self.say_row(f"epoch {epoch + 1} of {self.epochs}", f"{row['train_loss']:.4f}", row, duration(left))
+
+    def say_row(self, label: str, train_loss: str, row: dict[str, Any], left: str) -> None:
+        """An epoch's line, under the names of its columns: up to 1000 epochs fit 80 columns."""
+        metric = "mAP" if self.metric == "mean_average_precision" else METRICS[self.metric]
+        best = max(metrics[self.metric] for metrics in self.rows())
+        cells = (label, train_loss, f"{row['loss']:.4f}", f"{row[self.metric]:.2%}", f"{best:.2%}", left)
+        heads = ("", "training loss", "validation loss", metric, "best", "time left")
+        for line in (cells,) if self.headed else (heads, cells):
+            first = f"{line[0]:<{max(12, 10 + 2 * len(str(self.epochs)))}}"
+            rest = (f"{cell:>{max(7, len(head))}}" for cell, head in zip(line[1:], heads[1:], strict=True))
+            self.say("  ".join([first, *rest]).rstrip())
+        self.headed = True
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:

@@ -25,6 +25,7 @@ from finetune.training.logger import Logger
 from finetune.training.micro_batch import find_micro_batches
 from finetune.training.setup import DEFAULTS, RunOptions
 from finetune.utils.seed import seed_all
+from finetune.utils.text import fill_lines, progress
 
 
 def train(
@@ -56,17 +57,17 @@ def train(
         fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)
         if ema:
             ema.set(net)
-        logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options)
+        logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
         logger.log_linear_probe(compute_metrics(recipe, logits, labels))
         save_if_best(recipe, evaluated, val_images, logger)
     first_epoch = len(logger.history)
 
-    with StopRequest(accelerator) as stop:
+    with StopRequest(accelerator, options.quiet) as stop:
         for epoch in range(first_epoch, recipe.epochs):
             if recipe.early_stop and recipe.early_stop.should_stop(logger.history, recipe.metric):
                 break
             if epoch == first_epoch or starts_stage(groups, epoch):
-                logger.say(describe_stage(groups, epoch))
+                logger.say(fill_lines(describe_stage(groups, epoch)))
                 start_stage(groups, optimizer, epoch)
                 set_train_mode(net, recipe.batch_norm)
                 options = replace(
@@ -87,11 +88,11 @@ def train(
                 if (stopping := stop.agreed()) or (options.checkpoint_every and step % options.checkpoint_every == 0):
                     save_checkpoint(logger, net, evaluated, optimizer, accelerator, step)
                 if stopping:
-                    raise Stopped(f"after step {step - 1}")
+                    raise Stopped(f"after step {step}")
             for network in dict.fromkeys((net, evaluated)):
                 broadcast(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
                 check_same_weights(network, accelerator)
-            logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options)
+            logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step)
@@ -171,12 +172,18 @@ def fit_linear_probe(
     layer, plain = head_layer(recipe, net), train_images.transformed_as(val_images)
     with returns_features(layer):
         views = [
-            predict_logits(recipe, net, train_images if view else plain, accelerator, options, epoch=-view)
-            for view in range(probe.views)
+            predict_logits(recipe, net, train_images if view else plain, accelerator, options, -view, text)
+            for view, text in enumerate(f"features, view {view + 1} of {probe.views}" for view in range(probe.views))
         ]
     device = "cpu" if accelerator.device.type == "mps" else accelerator.device  # Apple's GPUs know no float64
     features, labels = (torch.cat(parts).to(device) for parts in zip(*views, strict=True))
-    fit(layer, features, labels, criterion.loss, probe.l2)
+    with progress(None, None, "fit of the head", accelerator.is_main_process and not options.quiet) as bar:
+
+        def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            bar.update()
+            return criterion.loss(logits, targets)
+
+        fit(layer, features, labels, loss, probe.l2)
     broadcast([layer.weight.data, layer.bias.data], accelerator)
 
 

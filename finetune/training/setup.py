@@ -35,6 +35,7 @@ class RunOptions:
     accumulate: int = 1  # micro-batches of each process's share of a batch; more if memory asks for it
     workers: int = 0  # processes that load images, for each training process
     checkpoint_every: int = 0  # steps; 0: once an epoch
+    quiet: bool = False  # no progress bars
 
 
 DEFAULTS = RunOptions()

@@ -1,7 +1,15 @@
-"""Text for the terminal: the nearest name, aligned columns."""
+"""Text for the terminal: the nearest name, lines and columns that fit, progress bars."""
 
 import difflib
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
+
+WIDTH = 80  # columns of a terminal that was never widened
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -10,8 +18,53 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def align_columns(rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """Rows of cells as lines of text, to the left; where they hold `numbers`, all but the first column to the right."""
+def align_columns(rows: Sequence[Sequence[str]], numbers: bool = False, width: float = float("inf")) -> str:
+    """Rows of cells as lines of text, to the left; where they hold `numbers`, all but the first column to the right.
+
+    The widest columns are cut, their cells ending in "...", until lines are no longer than `width`.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 4:
+        widths[widths.index(max(widths))] -= 1
+    rows = [
+        [cell if len(cell) <= most else cell[: most - 3] + "..." for cell, most in zip(row, widths, strict=True)]
+        for row in rows
+    ]
     sides = [str.ljust, *[str.rjust if numbers else str.ljust] * (len(widths) - 1)]
     return "\n".join("  ".join(map(lambda cell, side, width: side(cell, width), row, sides, widths)).rstrip() for row in rows)
+
+
+def fill_lines(text: str, width: float = WIDTH) -> str:
+    """The text in lines no longer than `width`; words, paths and names stay whole."""
+    if width == float("inf"):
+        return text
+    return "\n".join(
+        textwrap.fill(line, int(width), break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
+    )
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '12 min' or '2.5 h'."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def progress(items: Iterable[Any] | None, total: int | None, text: str, shown: bool = True) -> "tqdm[Any]":
+    """The items, with a bar on stderr once a second has passed: in a terminal or a notebook, and only if `shown`.
+
+    Without a total there is no bar but a count, and without items one that `update` raises.
+    """
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        items,
+        total=total,
+        desc=text,
+        delay=1,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not (shown and (sys.stderr.isatty() or "ipykernel" in sys.modules)),
+        bar_format="{desc} "
+        + ("{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}" if total else "{n_fmt}, {elapsed}"),
+    )

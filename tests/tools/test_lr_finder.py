@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import load, plan_epoch
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, Group, LayerDecay, Step
-from finetune.recipe.load import override
+from finetune.recipe.load import FLAGS, override
 from finetune.tools import lr_finder
-from finetune.tools.lr_finder import line_to_paste, plot_range_test, range_test, smooth, suggest_factors
+from finetune.tools.lr_finder import compare_factors, line_to_paste, plot_range_test, range_test, smooth, suggest_factors
 from finetune.training.logger import Logger
 from finetune.training.loop import train
 from finetune.utils.errors import RecipeError
@@ -76,7 +76,7 @@ def test_a_run_afterwards_is_the_run_without(tmp_path, recipe):
         if tested:
             range_test(recipe, net, datasets[0], accelerator, num_steps=10)
         (folder := tmp_path / str(tested)).mkdir()
-        net = train(recipe, net, datasets, Logger(folder, accelerator, recipe.metric), accelerator)
+        net = train(recipe, net, datasets, Logger(folder, accelerator, recipe), accelerator)
         ends.append((net.state_dict(), (folder / "metrics.jsonl").read_text()))
     assert same_tensors(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
 
@@ -186,6 +186,32 @@ def test_a_loss_that_never_falls_suggests_nothing(losses):
         suggest_factors(np.geomspace(1e-3, 1, len(losses)), list(losses))
 
 
+FALL = [(-3, 3.0), (-1.5, 3.0), (0.5, 0.5), (1, 0.5), (2, 3.0)]  # log10 of the factor, loss
+BOTTOM = "flat part: keep them"
+
+
+@pytest.mark.parametrize(
+    "shift, kept, said",
+    [
+        (0.0, [], BOTTOM),  # the recipe's are near the lowest loss, still falling: both suggestions are higher up
+        (0.8, [], BOTTOM),  # at the lowest
+        (-2.4, ["steepest", "valley"], "lower"),  # before the fall
+        (1.4, ["lowest"], "too high: loss "),  # beyond the lowest, and still below the suggestions
+        (2.0, ["steepest", "valley"], "lower"),  # far beyond it
+        (2.5, ["steepest", "valley"], "too high: the loss explodes"),  # beyond the last
+    ],
+)
+def test_nothing_is_suggested_that_is_worse_than_the_recipes_own(shift, kept, said):
+    """Of a made curve, wherever the recipe stands on it, what is kept has a smoothed loss below that at factor 1."""
+    logs = np.linspace(-3, 2, 100)
+    smoothed = np.interp(logs, *zip(*FALL, strict=True))
+    factors, losses = 10 ** (logs - shift), roughened(smoothed)
+    better, verdict = compare_factors(factors, losses, suggest_factors(factors, losses))
+    assert list(better) == kept and said in verdict
+    at_one = np.interp(shift, logs, smoothed)
+    assert all(np.interp(np.log10(factor) + shift, logs, smoothed) < at_one for factor in better.values()) or shift > 2
+
+
 @pytest.mark.parametrize("last, kept", [(math.nan, 12), (math.inf, 12), (1e3, 13), (1.0, 20)])
 def test_it_ends_when_the_loss_explodes(monkeypatch, last, kept):
     """No loss is asked for after one that is no number, which is not kept, or after the smoothed one is 4 times its lowest."""
@@ -219,9 +245,9 @@ def test_the_line_is_read_back():
     rows = small_recipe(groups=(Group("head", "fc", lr=1e-2), Group("my-body", "body", lr=3e-3), Group("stem", ".", lr=0)))
     layers = small_recipe(backbone="test_resnet", head=None, groups=LayerDecay(head_lr=2e-3, stem_ratio=0.1), lr_scale=0.5)
     for recipe in (rows, layers):
-        flag, assignment = line_to_paste(recipe, 0.317).split()
-        changed = override(recipe, [assignment])
-        assert flag == "--set" and dataclasses.replace(changed, lr_scale=recipe.lr_scale) == recipe
+        flag, value = line_to_paste(recipe, 0.317).split()
+        changed = override(recipe, [f"{FLAGS[flag][0]}={value}"])
+        assert dataclasses.replace(changed, lr_scale=recipe.lr_scale) == recipe
         net = prepare(recipe)[0]
         before, after = ({group.name: group.lr for group in build_param_groups(one, net)} for one in (recipe, changed))
         assert after == pytest.approx({name: 0.317 * lr for name, lr in before.items()}, rel=0.02)

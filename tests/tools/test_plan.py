@@ -1,5 +1,7 @@
 """What is shown before a run."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -10,7 +12,7 @@ from finetune.optim.param_groups import build_param_groups, describe_param_group
 from finetune.recipe import SGD, Group, Step, Switch
 from finetune.run import main
 from finetune.training import setup
-from helpers import SmallNet, small_recipe
+from helpers import RECIPES, SmallNet, small_recipe
 
 ROWS = (
     Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),
@@ -24,14 +26,14 @@ def test_the_group_table_has_first_peak_and_last_lr():
     """A late group's first and highest learning rate are those it gets; a frozen row has none; a switch has its own table."""
     recipe = small_recipe(groups=ROWS, switch=Switch(at=2, optimizer=SGD(momentum=0.5), lr_factor=2.0))
     groups = build_param_groups(recipe, SmallNet())
-    first, second = (text.splitlines() for text in describe_param_groups(groups, 3, 4).split("\n\nfrom epoch 2:\n"))
+    first, second = (text.splitlines() for text in describe_param_groups(groups, 3, 4).split("\n\nfrom epoch 3:\n"))
     cells = {line.split()[0]: line.split() for line in first}
     lrs = planned_lrs(groups, range(12), 3, 4)
     assert cells["body"][3:6] == [f"{lr:.2g}" for lr in (lrs["body"][3], max(lrs["body"][3:6]), lrs["body"][5])]
-    assert cells["stem"][-2:] == ["frozen", "never"] and cells["head"][-2:] == ["AdamW", "0"]
+    assert cells["stem"][-2:] == ["frozen", "never"] and cells["head"][-2:] == ["AdamW", "1"]
     later = {line.split()[0]: line.split() for line in second}
-    assert later["body"][4] == f"{max(lrs['body'][6:]):.2g}" and later["body"][-2:] == ["SGD", "1"]
-    assert later["norm"][-2:] == ["SGD", "2"]
+    assert later["body"][4] == f"{max(lrs['body'][6:]):.2g}" and later["body"][-2:] == ["SGD", "2"]
+    assert later["norm"][-2:] == ["SGD", "3"]
 
 
 def test_plan_shows_everything_and_trains_nothing(here, monkeypatch, capsys):
@@ -39,7 +41,7 @@ def test_plan_shows_everything_and_trains_nothing(here, monkeypatch, capsys):
     for module in (setup, pretrained, sources):
         for name in {"pretrained_state", "load_data"} & vars(module).keys():
             monkeypatch.setattr(module, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
-    assert verb(["plan", "resnet18_cifar", "--set", "epochs=5", "--output", "plans"]) == 0
+    assert verb(["plan", "resnet18_cifar", "--set", "epochs=5", "--output", "plans", "--wide"]) == 0
     out = capsys.readouterr().out
     for text in (
         "5 epochs of 196 steps of 256 images",
@@ -66,13 +68,35 @@ def test_a_dry_run_is_the_plan(here, capsys):
 
 
 def test_find_lr_says_what_to_paste(here, capsys):
-    """The verb prints two suggestions as one option for all learning rates, draws the picture, and writes nothing else."""
-    words = "find-lr efficientnet_lite0_digits --weights none --set data.image_size=32 --output out"
+    """Learning rates far too low are told so, with what to paste; the picture lies here and is named, and nothing else."""
+    words = "find-lr efficientnet_lite0_digits --weights none --set data.image_size=32 --lr-scale 0.01"
     assert verb(words.split()) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out] == ["steepest", "valley", "picture"]
-    assert all(line.count("--set lr_scale=") == 1 for line in out[:2])
-    assert [path.name for path in here.rglob("*")] == ["out", "efficientnet_lite0_digits-lr.png"]
+    assert [line.split()[0] for line in out if not line.startswith("the loss")] == ["steepest", "valley", "picture"]
+    assert all(float(line.partition("--lr-scale ")[2]) > 0.01 for line in out[:2]) and max(map(len, out)) <= 80
+    assert out[-1].endswith("efficientnet_lite0_digits-lr.png")
+    assert [path.name for path in here.rglob("*")] == ["efficientnet_lite0_digits-lr.png"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_fits_80_columns_and_wide_has_it_all(name, capsys):
+    """No line of any recipe's plan is longer than 80 columns; with --wide every column, epoch and name is there, whole."""
+    assert verb(["plan", name, "--set", "epochs=30"]) == 0
+    short = capsys.readouterr().out
+    assert max(map(len, short.splitlines())) <= 80
+    assert verb(["plan", name, "--set", "epochs=30", "--wide"]) == 0
+    wide = capsys.readouterr().out
+    assert "..." not in wide and len(wide.splitlines()) >= len(short.splitlines()) - 3
+    for heading in ("first lr", "last lr", "without decay", "gradients  optimizer", "  17  "):
+        assert heading in wide and heading not in short
+
+
+def test_the_lrs_as_json_are_the_plans(capsys):
+    """--json has each group's learning rate at the start of each epoch, as planned_lrs has it."""
+    assert verb(["plan", "resnet50_cifar100", "--json"]) == 0
+    lrs = json.loads(capsys.readouterr().out)
+    assert list(lrs) == ["head", "layer4", "layer3", "stem"] and {len(values) for values in lrs.values()} == {20}
+    assert lrs["layer4"][:3] == [0, 0.03, 0.03] and lrs["head"][1] == 0.1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from finetune.training.checkpoint import read_state, restore, restore_optimizer,
 from finetune.training.logger import Logger
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
-from helpers import Cut, DroppingNet, SmallNet, cut_at, same_tensors, scaling_accelerator
+from helpers import Cut, DroppingNet, SmallNet, cut_at, same_tensors, scaling_accelerator, small_recipe
 
 AFRESH = "to start again from the pretrained weights, name another --output"
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ SGD, AdamW = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW
 
 def logger_in(folder, accelerator=None):
     folder.mkdir(exist_ok=True)
-    return Logger(folder, accelerator or Accelerator(cpu=True), quiet=True)
+    return Logger(folder, accelerator or Accelerator(cpu=True), small_recipe(), quiet=True)
 
 
 def save(folder, net, optimizer, average=None, step=3, accelerator=None):

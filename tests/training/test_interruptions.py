@@ -77,7 +77,7 @@ def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder, cap
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED == 75, out
-    assert f"to go on: the same command with --resume {tmp_path / 'out'}" in out
+    assert f"to go on: finetune resume {tmp_path / 'out'}" in out
     assert not (tmp_path / "out" / "result.json").exists()
     command[command.index("epochs=20")] = "epochs=21"
     assert main(command[2:]) == 2  # another recipe
@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(RecipeError) as caught:
         run_here(recipe, tmp_path)
     images = plan_epoch(22, 8, recipe.seed, 2)[1].images
-    assert "the loss of step 7 (epoch 2) is nan, at learning rates head " in str(caught.value)
+    assert "the loss of step 8 (epoch 3) is nan, at learning rates head " in str(caught.value)
     assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
     assert newest_checkpoint(tmp_path).name == "step-00000006-epochs-00002"
 
@@ -108,14 +108,14 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch
     """The message has the epoch and the folder; that epoch is in no metrics and no checkpoint."""
     real, calls = train_loop.predict_logits, []
 
-    def spoilt(*args):
-        logits, labels = real(*args)
+    def spoilt(*args, **options):
+        logits, labels = real(*args, **options)
         return logits * (float("nan") if len(calls) == 2 else 1.0), calls.append(1) or labels
 
     monkeypatch.setattr(train_loop, "predict_logits", spoilt)
     with pytest.raises(RecipeError) as caught:
         run_here(small_recipe(), tmp_path)
-    assert "the validation loss after epoch 2 is nan: lower the learning rates" in str(caught.value)
+    assert "the validation loss after epoch 3 is nan: lower the learning rates" in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if "top1" in row] == [0, 1]
@@ -136,7 +136,7 @@ def test_no_checkpoint_is_taken_away_before_the_next_is_there(tmp_path, monkeypa
         with monkeypatch.context() as patched:
             calls = []
             patched.setattr(StopRequest, "agreed", lambda self: calls.append(1) or len(calls) == 3)
-            with pytest.raises(Stopped, match="after step 2"):
+            with pytest.raises(Stopped, match="after step 3"):
                 run_here(small_recipe(), tmp_path)
     run_here(small_recipe(), tmp_path, checkpoint_every=3)
     assert len(replaced) >= 7 and not any(replaced)

@@ -28,7 +28,7 @@ class Hungry(SmallNet):
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tmp_path, capsys, monkeypatch):
     """The batch stays, one line says what is done, and the weights are those of a run with memory enough."""
     recipe = small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9), backbone=Hungry)
-    monkeypatch.setattr(train_loop, "predict_logits", lambda *args: (torch.zeros(4, 10), torch.zeros(4).long()))
+    monkeypatch.setattr(train_loop, "predict_logits", lambda *args, **options: (torch.zeros(4, 10), torch.zeros(4).long()))
     monkeypatch.setattr(micro_batch, "says_when_full", lambda device: True)  # as if this were a GPU
     net, _ = run_here(recipe, tmp_path / "hungry")
     out = capsys.readouterr().out

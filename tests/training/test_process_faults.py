@@ -135,7 +135,7 @@ def drifting(answers):
 def test_processes_that_went_apart_are_found(tmp_path):
     """A single number that differs between processes stops both, with the tensor's name."""
     code = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests' / 'train')!r}]\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}, {str(ROOT / 'tests' / 'training')!r}]\n"
         f"import test_process_faults; test_process_faults.drifting({str(tmp_path)!r})"
     )
     (tmp_path / "drift.py").write_text(code)

@@ -167,7 +167,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(train_loop, "backward", signalled)
-        with pytest.raises(Stopped, match="after step 4"):
+        with pytest.raises(Stopped, match="after step 5"):
             run_here(interrupted_recipe(), tmp_path)
     assert newest_checkpoint(tmp_path).name == "step-00000005-epochs-00001"
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

@@ -99,7 +99,7 @@ def describe_verdict(recipe_file: Path | None, recipe: Recipe, value: float) -> 
     images = f", on {record['images']}" if "images" in record else ""
     return (
         f"{verdict}: {100 * low:.1f} to {100 * high:.1f} % is what chance allows "
-        f"(baseline {100 * statistics.mean(values):.1f} %, {seeds}{images})"
+        f"({100 * statistics.mean(values):.1f} % in {seeds}{images})"
     )
 
 

@@ -95,7 +95,7 @@ def test_the_baseline_is_read_in_words(here):
     ):
         text = describe_result(dataclasses.replace(recipe, seed=7), here / "mine.py", RESULT | {"top1": value}, here)
         allowed = f"{100 * low:.1f} to {100 * high:.1f} % is what chance allows"
-        assert f"baseline  {words}: {allowed} (baseline 91.0 %, 3 seeds)" in re.sub(r"\n {10}", " ", text)
+        assert f"baseline  {words}: {allowed} (91.0 % in 3 seeds)" in re.sub(r"\n {10}", " ", text)
 
 
 @pytest.mark.parametrize(

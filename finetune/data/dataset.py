@@ -80,11 +80,7 @@ def split(images: ImageList, strata: Sequence[Any], val_share: float, seed: int 
 
 
 def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
-    """The lists of the training and the validation images; of one list alone, a fifth of each class is for validation.
-
-    Raises:
-        RecipeError: for a class with too few images for that, a set without images, or a single class.
-    """
+    """The lists of the training and the validation images; of one list alone, a fifth of each class is for validation."""
     if len(parts) == 1:
         labels = np.asarray(parts[0].labels)
         # of several labels the rarest counts, so that each class can have its share
@@ -107,18 +103,14 @@ def held_out(data: ImageData, share: float) -> ImageData:
     """The training images alone, of which that share of each class takes the place of the validation images.
 
     For choosing options: a metric must not be reported on images that played a part in a choice. All seeds have the same split.
-
-    Raises:
-        RecipeError: if there is no list of the training images' labels, or a class has too few.
     """
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    images = ImageList(
-        range(len(labels)), labels.tolist(), partial(image_of, data.train), getattr(data.train, "subgroups", None)
-    )
+    subgroups = getattr(data.train, "subgroups", None)
+    images = ImageList(range(len(labels)), labels, partial(image_of, data.train), subgroups)
     train, val = split(images, labels.tolist(), share)
-    if set(val.labels) != set(labels.tolist()):
+    if set(val.labels) != set(labels):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
     return ImageData(train, val, data.classes)
 
@@ -128,11 +120,7 @@ def image_of(images: Images, index: int) -> Image.Image:
 
 
 def labels_of(images: Images) -> np.ndarray:
-    """The label of every image, without reading one.
-
-    Raises:
-        RecipeError: if the data set has no such list.
-    """
+    """The label of every image, without reading one: from the data set's own list of them."""
     for name in ("labels", "targets"):  # ours, torchvision's
         if len(labels := getattr(images, name, ())) == len(images):
             return np.asarray(labels)

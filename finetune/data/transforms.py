@@ -69,28 +69,22 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
 
 
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """The augmentation of the training images.
-
-    Raises:
-        RecipeError: if timm can't read the `randaugment` text.
-    """
+    """The augmentation of the training images."""
     augment = recipe.augment
     if matches_timm(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
         return Pixels(preprocessing, augment)
+    options = preprocessing | {
+        "is_training": True,
+        "color_jitter": augment.color_jitter or None,
+        "scale": augment.crop_scale,
+        "ratio": augment.crop_ratio,
+        "hflip": augment.hflip,
+        "auto_augment": augment.randaugment,
+        "re_prob": augment.erasing,
+        "re_mode": "pixel",
+    }
     try:
-        return Timm(
-            preprocessing,
-            create_transform(
-                **preprocessing | {"color_jitter": augment.color_jitter or None},
-                is_training=True,
-                scale=augment.crop_scale,
-                ratio=augment.crop_ratio,
-                hflip=augment.hflip,
-                auto_augment=augment.randaugment,
-                re_prob=augment.erasing,
-                re_mode="pixel",
-            ),
-        )
+        return Timm(preprocessing, create_transform(**options))
     except (AssertionError, ValueError) as error:
         raise RecipeError(
             f"augment: timm can't read randaugment={augment.randaugment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"
@@ -115,14 +109,8 @@ def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     augment = recipe.augment
     if not augment.mixes:
         return None
-    return Mixup(
-        augment.mixup,
-        augment.cutmix,
-        mode="batch",
-        label_smoothing=0.0,
-        num_classes=num_classes,
-        multi_label=recipe.loss == "multi_label",
-    )
+    several = recipe.loss == "multi_label"
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes, multi_label=several)
 
 
 def mix_neighbours(

@@ -51,10 +51,10 @@ class ImageList:
     def part(self, indices: list[int]) -> "ImageList":
         """The images at `indices`."""
 
-        def part_of(values: Values) -> Values:
+        def part_of(values: Any) -> Any:
             return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
 
-        subgroups = self.subgroups and [self.subgroups[i] for i in indices]
+        subgroups = self.subgroups and part_of(self.subgroups)
         return ImageList(part_of(self.items), part_of(self.labels), self.read, subgroups)
 
 
@@ -87,10 +87,10 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
         strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
         parts = [*split(parts[0], strata.tolist(), 0.2, seed)]
         val_labels = np.asarray(parts[1].labels)
-        present = [(val_labels == i).any() if labels.ndim == 1 else val_labels[:, i].any() for i in range(len(classes))]
-        if not all(present):
+        present = np.isin(np.arange(len(classes)), val_labels) if labels.ndim == 1 else val_labels.any(0)
+        if not present.all():
             raise RecipeError(
-                f"data: class '{classes[present.index(False)]}' in {where} has too few images to keep a fifth for "
+                f"data: class '{classes[int(present.argmin())]}' in {where} has too few images to keep a fifth for "
                 "validation (3 are enough); add some, or split them yourself"
             )
     sizes = [len(part) for part in parts]

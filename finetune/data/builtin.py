@@ -29,10 +29,7 @@ def elpv() -> ImageData:
 
     A cell counts as defective from a stated probability of 0.5. A fixed quarter of each label and cell type is for validation.
     """
-    require_package("elpv_dataset", "elpv-dataset")
-    spec = importlib.util.find_spec("elpv_dataset")
-    assert spec and spec.origin  # it was required just now
-    folder = Path(spec.origin).parent / "data"
+    folder = require_package("elpv_dataset", "elpv-dataset") / "data"
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     paths, labels = [folder / path for path, _, _ in rows], [int(float(probability) >= 0.5) for _, probability, _ in rows]
     cell_types = [cell_type for _, _, cell_type in rows]
@@ -56,9 +53,11 @@ def data_folder() -> Path:
     return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
 
 
-def require_package(module: str, package: str, install: str = "") -> None:
-    """Raise RecipeError, with the pip line, if an optional package is missing."""
-    if importlib.util.find_spec(module) is None:
+def require_package(module: str, package: str, install: str = "") -> Path:
+    """The folder of an optional package; raises RecipeError, with the pip line, if it is missing."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
         raise RecipeError(
             f"this data set needs the package {package}, which is not installed: pip install {install or package}"
         )
+    return Path(spec.origin).parent

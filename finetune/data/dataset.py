@@ -51,10 +51,10 @@ class ImageList:
     def part(self, indices: list[int]) -> "ImageList":
         """The images at `indices`."""
 
-        def part_of(values: Values) -> Values:
+        def part_of(values: Any) -> Any:
             return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
 
-        subgroups = self.subgroups and [self.subgroups[i] for i in indices]
+        subgroups = self.subgroups and part_of(self.subgroups)
         return ImageList(part_of(self.items), part_of(self.labels), self.read, subgroups)
 
 
@@ -80,21 +80,17 @@ def split(images: ImageList, strata: Sequence[Any], val_share: float, seed: int 
 
 
 def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
-    """The lists of the training and the validation images; of one list alone, a fifth of each class is for validation.
-
-    Raises:
-        RecipeError: for a class with too few images for that, a set without images, or a single class.
-    """
+    """The lists of the training and the validation images; of one list alone, a fifth of each class is for validation."""
     if len(parts) == 1:
         labels = np.asarray(parts[0].labels)
         # of several labels the rarest counts, so that each class can have its share
         strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
         parts = [*split(parts[0], strata.tolist(), 0.2, seed)]
         val_labels = np.asarray(parts[1].labels)
-        present = [(val_labels == i).any() if labels.ndim == 1 else val_labels[:, i].any() for i in range(len(classes))]
-        if not all(present):
+        present = np.isin(np.arange(len(classes)), val_labels) if labels.ndim == 1 else val_labels.any(0)
+        if not present.all():
             raise RecipeError(
-                f"data: class '{classes[present.index(False)]}' in {where} has too few images to keep a fifth for "
+                f"data: class '{classes[int(present.argmin())]}' in {where} has too few images to keep a fifth for "
                 "validation (3 are enough); add some, or split them yourself"
             )
     sizes = [len(part) for part in parts]
@@ -107,18 +103,14 @@ def held_out(data: ImageData, share: float) -> ImageData:
     """The training images alone, of which that share of each class takes the place of the validation images.
 
     For choosing options: a metric must not be reported on images that played a part in a choice. All seeds have the same split.
-
-    Raises:
-        RecipeError: if there is no list of the training images' labels, or a class has too few.
     """
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    images = ImageList(
-        range(len(labels)), labels.tolist(), partial(image_of, data.train), getattr(data.train, "subgroups", None)
-    )
+    subgroups = getattr(data.train, "subgroups", None)
+    images = ImageList(range(len(labels)), labels, partial(image_of, data.train), subgroups)
     train, val = split(images, labels.tolist(), share)
-    if set(val.labels) != set(labels.tolist()):
+    if set(val.labels) != set(labels):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
     return ImageData(train, val, data.classes)
 
@@ -128,11 +120,7 @@ def image_of(images: Images, index: int) -> Image.Image:
 
 
 def labels_of(images: Images) -> np.ndarray:
-    """The label of every image, without reading one.
-
-    Raises:
-        RecipeError: if the data set has no such list.
-    """
+    """The label of every image, without reading one: from the data set's own list of them."""
     for name in ("labels", "targets"):  # ours, torchvision's
         if len(labels := getattr(images, name, ())) == len(images):
             return np.asarray(labels)

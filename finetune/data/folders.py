@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,7 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 
 def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[str]]:
-    """([training images, validation images], or all in one list, classes) of a table; paths are relative to the file.
-
-    Raises:
-        RecipeError: with everything that is wrong with the table.
-    """
+    """([training images, validation images], or all in one list, classes) of a table; paths are relative to the file."""
     columns, faults = read_columns(file)
     paths = [file.parent / cell for cell in columns["path"]]
     if missing := [str(path) for path in paths if not path.is_file()]:
@@ -43,8 +39,7 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
     parts = ["train", "val" if "val" in splits else "test"] if splits else []
     seen = [{name for split, found in zip(splits, names, strict=False) if split == part for name in found} for part in parts]
     if parts and seen[0] != seen[1]:
-        only = [", ".join(sorted(a - b)) or "none" for a, b in (seen, seen[::-1])]
-        faults.append(f"the classes differ: only in {parts[0]}: {only[0]}; only in {parts[1]}: {only[1]}")
+        faults.append(f"the classes differ: {class_difference(seen[0], seen[1], parts[1])}")
     if faults:
         raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
 
@@ -89,45 +84,38 @@ def read_image(item: Any, load: Callable[[Any], Image.Image] = Image.open, where
 
 
 def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
-    """train/ and val/ (or test/) with a folder for each class; of class folders alone, a fifth is for validation.
+    """train/ and val/ (or test/) with a folder for each class; of class folders alone, a fifth is for validation."""
+    if not (root / "train").is_dir():
+        images, classes = class_folders(root, check)
+        return from_lists([images], classes, root, seed)
+    val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if val is None:
+        raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
+    (train, classes), (val_images, val_classes) = class_folders(root / "train", check), class_folders(val, check)
+    if classes != val_classes:
+        difference = class_difference(classes, val_classes, val.name)
+        raise RecipeError(f"data: the classes of {root / 'train'} and {val} differ: {difference}")
+    return ImageData(train, val_images, classes)
 
-    Raises:
-        RecipeError: for classes that differ between the splits, and as `class_folders`.
-    """
-    if (root / "train").is_dir():
-        val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-        if val is None:
-            raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
-        (train, classes), (val_images, val_classes) = class_folders(root / "train", check), class_folders(val, check)
-        if classes != val_classes:
-            only = [sorted(set(a) - set(b)) for a, b in ((classes, val_classes), (val_classes, classes))]
-            raise RecipeError(
-                f"data: the classes of {root / 'train'} and {val} differ: only in train: "
-                f"{', '.join(only[0]) or 'none'}; only in {val.name}: {', '.join(only[1]) or 'none'}"
-            )
-        return ImageData(train, val_images, classes)
-    images, classes = class_folders(root, check)
-    return from_lists([images], classes, root, seed)
+
+def class_difference(train: Iterable[str], val: Iterable[str], val_name: str) -> str:
+    """Which classes are in one of the two parts alone, in words."""
+    only_train, only_val = (", ".join(sorted({*a} - {*b})) or "none" for a, b in ((train, val), (val, train)))
+    return f"only in train: {only_train}; only in {val_name}: {only_val}"
 
 
 def class_folders(root: Path, check: bool) -> tuple[ImageList, tuple[str, ...]]:
-    """(images, classes) of a folder of class folders, as torchvision reads it; `check` opens every image.
-
-    Raises:
-        RecipeError: for a class without images, a single class, or with `check` an image that can't be opened.
-    """
+    """(images, classes) of a folder of class folders, as torchvision reads it; `check` opens every image."""
     try:
         folder = ImageFolder(root, allow_empty=True)
     except FileNotFoundError:
         raise RecipeError(
             f"data: {root} has no class folders. Wanted: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
         ) from None
-    empty = [name for label, name in enumerate(folder.classes) if label not in set(folder.targets)]
+    empty = [str(root / name) for label, name in enumerate(folder.classes) if label not in set(folder.targets)]
     if empty:
-        raise RecipeError(
-            f"data: no images in class folder{'s' * (len(empty) > 1)} "
-            f"{', '.join(str(root / name) for name in empty)} (looked for {', '.join(IMG_EXTENSIONS)})"
-        )
+        found = f"class folder{'s' * (len(empty) > 1)} {', '.join(empty)}"
+        raise RecipeError(f"data: no images in {found} (looked for {', '.join(IMG_EXTENSIONS)})")
     if len(folder.classes) < 2:
         raise RecipeError(f"data: {root} has one class, '{folder.classes[0]}'; there must be at least 2")
     for path, _ in folder.samples if check else ():

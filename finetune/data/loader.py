@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,22 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.cache import ImageCache
 from finetune.data.dataset import ImageList, Images, labels_of
+from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keyed_seed, seed_cpu
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
-
-
-class Transform(Protocol):
-    """How images become the network's input: one by one when loaded, then as a batch on the device."""
-
-    preprocessing: dict[str, Any]
-
-    def image(self, pixels: np.ndarray) -> torch.Tensor: ...
-
-    def batch(self, images: torch.Tensor) -> torch.Tensor: ...
+Transform = Pixels | Timm  # images one by one when loaded, then as a batch on the device
 
 
 class Cut(NamedTuple):
@@ -109,26 +101,23 @@ def split_batch(batch: list[int], num_parts: int, pairs: bool) -> list[list[int]
     return [batch[start:end] for start, end in pairwise(np.cumsum([0, *sizes]))]
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     """Transformed images and labels by (epoch, index), on which alone, with the seed, augmentation depends.
 
-    `transform` is one of finetune.data.transforms, `memory_format` that of the batches. Images of an ImageList are decoded
-    once, others each time.
+    Images of an ImageList are decoded once, others each time.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        transform: Transform,
-        seed: int,
-        classes: Sequence[str],
-        on_bad_image: str = "stop",
-        multi_label: bool = False,
-        memory_format: torch.memory_format = torch.channels_last,
-    ):
-        self.images, self.transform, self.seed, self.classes = images, transform, seed, classes
-        self.on_bad_image, self.multi_label, self.memory_format = on_bad_image, multi_label, memory_format
-        self.cache = ImageCache(len(images)) if isinstance(images, ImageList) else None
+    images: Images
+    transform: Transform
+    seed: int
+    classes: Sequence[str]
+    on_bad_image: str = "stop"
+    multi_label: bool = False
+    memory_format: torch.memory_format = torch.channels_last  # of the batches
+
+    def __post_init__(self) -> None:
+        self.cache = ImageCache(len(self.images)) if isinstance(self.images, ImageList) else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -168,12 +157,9 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             return torch.as_tensor(label, dtype=torch.float32)
         if label == UNREADABLE:
             return torch.full((len(self.classes),), float(label)) if self.multi_label else label
-        if not 0 <= label < len(self.classes):
-            raise RecipeError(
-                f"data: image {index} has label {label}, but there are {len(self.classes)} classes, 0 to "
-                f"{len(self.classes) - 1}",
-                one_process=True,
-            )
+        if not 0 <= label < (n := len(self.classes)):
+            text = f"data: image {index} has label {label}, but there are {n} classes, 0 to {n - 1}"
+            raise RecipeError(text, one_process=True)
         if self.multi_label:  # one label where there could be several
             return torch.nn.functional.one_hot(torch.tensor(int(label)), len(self.classes)).float()
         return int(label)

@@ -17,11 +17,7 @@ from finetune.utils.text import nearest
 
 
 def load_data(recipe: Recipe) -> ImageData:
-    """The recipe's images, downloaded if need be; with a holdout, training images alone.
-
-    Raises:
-        RecipeError: if they can't be had, or a folder of images is not in order.
-    """
+    """The recipe's images, downloaded if need be; with a holdout, training images alone."""
     data = whole_data(recipe)
     return held_out(data, recipe.data.holdout) if recipe.data.holdout else data
 

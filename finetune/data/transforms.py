@@ -32,16 +32,15 @@ class Pixels:
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
         """uint8 pixels [H, W, 3] -> uint8 [size, size, 3]."""
-        if self.augment is None:
+        augment, square = self.augment, [self.size, self.size]
+        if augment is None:
             image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
-            return functional.center_crop_image(image, [self.size, self.size]).permute(1, 2, 0)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(
-            channels_first(pixels), self.augment.crop_scale, self.augment.crop_ratio
-        )
+            return functional.center_crop_image(image, square).permute(1, 2, 0)
+        box = RandomResizedCropAndInterpolation.get_params(channels_first(pixels), augment.crop_scale, augment.crop_ratio)
+        top, left, height, width = box
         crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-        image = functional.resize_image(channels_first(crop), [self.size, self.size], self.interpolation, antialias=True)
-        image = image.permute(1, 2, 0)
-        return image.flip(1) if self.augment.hflip and torch.rand(1) < self.augment.hflip else image
+        image = functional.resize_image(channels_first(crop), square, self.interpolation, antialias=True).permute(1, 2, 0)
+        return image.flip(1) if augment.hflip and torch.rand(1) < augment.hflip else image
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, H, W, 3] -> normalised floats [n, 3, H, W], channels last in memory."""
@@ -69,28 +68,22 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
 
 
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """The augmentation of the training images.
-
-    Raises:
-        RecipeError: if timm can't read the `randaugment` text.
-    """
+    """The augmentation of the training images."""
     augment = recipe.augment
     if matches_timm(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
         return Pixels(preprocessing, augment)
+    options = preprocessing | {
+        "is_training": True,
+        "color_jitter": augment.color_jitter or None,
+        "scale": augment.crop_scale,
+        "ratio": augment.crop_ratio,
+        "hflip": augment.hflip,
+        "auto_augment": augment.randaugment,
+        "re_prob": augment.erasing,
+        "re_mode": "pixel",
+    }
     try:
-        return Timm(
-            preprocessing,
-            create_transform(
-                **preprocessing | {"color_jitter": augment.color_jitter or None},
-                is_training=True,
-                scale=augment.crop_scale,
-                ratio=augment.crop_ratio,
-                hflip=augment.hflip,
-                auto_augment=augment.randaugment,
-                re_prob=augment.erasing,
-                re_mode="pixel",
-            ),
-        )
+        return Timm(preprocessing, create_transform(**options))
     except (AssertionError, ValueError) as error:
         raise RecipeError(
             f"augment: timm can't read randaugment={augment.randaugment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"
@@ -105,9 +98,8 @@ def eval_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
 def matches_timm(preprocessing: dict[str, Any]) -> bool:
     """Whether `Pixels` knows how these images are resized and cropped."""
     _, height, width = preprocessing["input_size"]
-    return (
-        preprocessing["interpolation"] in ("bilinear", "bicubic") and preprocessing["crop_mode"] == "center" and height == width
-    )
+    centred = preprocessing["crop_mode"] == "center" and height == width
+    return centred and preprocessing["interpolation"] in ("bilinear", "bicubic")
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
@@ -115,14 +107,8 @@ def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     augment = recipe.augment
     if not augment.mixes:
         return None
-    return Mixup(
-        augment.mixup,
-        augment.cutmix,
-        mode="batch",
-        label_smoothing=0.0,
-        num_classes=num_classes,
-        multi_label=recipe.loss == "multi_label",
-    )
+    several = recipe.loss == "multi_label"
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes, multi_label=several)
 
 
 def mix_neighbours(

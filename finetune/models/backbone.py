@@ -30,10 +30,7 @@ def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tens
     else:
         net = recipe.backbone() if callable(recipe.backbone) else torchvision_model(recipe.backbone.partition("/")[2])
         if state is not None:
-            try:
-                net.load_state_dict(state)
-            except RuntimeError as error:
-                raise weights_error(recipe.weights, error) from error
+            load_weights(net, state, recipe.weights)
         net = replace_head(net, head_name(recipe, net), num_classes)
     return net.to(memory_format=memory_format(recipe))
 
@@ -52,11 +49,7 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 
 def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
-    """The network on torch's meta device, without weights or memory, tried on one image of the recipe's size.
-
-    Raises:
-        RecipeError: if there is no such network or it does not take such images.
-    """
+    """The network on torch's meta device, without weights or memory, tried on one image of the recipe's size."""
     with torch.device("meta"):
         try:
             net = build_backbone(recipe, num_classes).eval()
@@ -167,6 +160,14 @@ def head_name(recipe: Recipe, net: nn.Module) -> str:
     if callable(recipe.backbone):
         return str(recipe.head)
     return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
+
+
+def load_weights(net: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load all tensors of `state` into all of the network; raises RecipeError, naming their source, if they do not fit."""
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise weights_error(source, error) from error
 
 
 def weights_error(source: str, error: Exception) -> RecipeError:

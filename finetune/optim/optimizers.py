@@ -70,11 +70,8 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """torch.optim's class of that exact name, or timm's of that registered name."""
-    kinds = {
-        n: kind
-        for n, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-    }
+    base = torch.optim.Optimizer
+    kinds = {n: kind for n, kind in vars(torch.optim).items() if isinstance(kind, type) and base in kind.mro()[1:]}
     if name == "SparseAdam":
         raise RecipeError("optimizer SparseAdam works on sparse gradients only, and images give none")
     if name in kinds:

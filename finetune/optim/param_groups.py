@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from finetune.recipe.schedules import ramp
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import WIDTH, align_columns
+
+Lrs = dict[str, list[float]]  # of each group, by its name
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,12 @@ def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Seque
             "write the groups as rows, Group(name, pattern, lr=...)"
         ) from None
     ids = sorted({layers[name] for name, _ in net.named_parameters() if name not in head})
-    rank = {layer: position for position, layer in enumerate(ids)}
+    names = {layer: f"layer{rank:02d}" for rank, layer in enumerate(ids)}
     rows = [Group("head", "", decay.head_lr)]
-    for layer in reversed(ids):
-        ratio = decay.stem_ratio ** ((len(ids) - rank[layer]) / len(ids))
-        rows.append(Group(f"layer{rank[layer]:02d}", "", decay.head_lr * ratio, decay.unfreeze_at))
-    return rows, {name: "head" if name in head else f"layer{rank[layers[name]]:02d}" for name, _ in net.named_parameters()}
+    for distance, layer in enumerate(reversed(ids), 1):  # from the head
+        lr = decay.head_lr * decay.stem_ratio ** (distance / len(ids))
+        rows.append(Group(names[layer], "", lr, decay.unfreeze_at))
+    return rows, {name: "head" if name in head else names[layers[name]] for name, _ in net.named_parameters()}
 
 
 def set_lrs(
@@ -177,9 +179,7 @@ def set_lrs(
     return lrs
 
 
-def planned_lrs(
-    groups: Sequence[ParamGroup], steps: Sequence[int], steps_per_epoch: int, epochs: int
-) -> dict[str, list[float]]:
+def planned_lrs(groups: Sequence[ParamGroup], steps: Sequence[int], steps_per_epoch: int, epochs: int) -> Lrs:
     """Every group's learning rate at these steps, 0 while it is frozen. A metric, not known yet, is taken never to stall."""
     return {group.name: [group.lr_at(step, steps_per_epoch, epochs) for step in steps] for group in groups}
 
@@ -200,15 +200,13 @@ def describe_param_groups(groups: Sequence[ParamGroup], steps_per_epoch: int, ep
     return text
 
 
-def lrs_between(
-    groups: Sequence[ParamGroup], start: int, stop: int, steps_per_epoch: int, epochs: int
-) -> dict[str, list[float]]:
+def lrs_between(groups: Sequence[ParamGroup], start: int, stop: int, steps_per_epoch: int, epochs: int) -> Lrs:
     """Each group's learning rates in the epochs from `start` to before `stop`, without those that are 0."""
     steps = sorted({*sampled_steps(start * steps_per_epoch, stop * steps_per_epoch), stop * steps_per_epoch - 1})
     return {name: [lr for lr in lrs if lr] for name, lrs in planned_lrs(groups, steps, steps_per_epoch, epochs).items()}
 
 
-def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[float]], wide: bool) -> str:
+def param_group_table(groups: Sequence[ParamGroup], lrs: Lrs, wide: bool) -> str:
     """The groups as lines of text, with the first, the highest and the last of each one's `lrs`, which are all above 0.
 
     Epochs count from 1, as everywhere in print: a group with unfreeze_at=1 trains from epoch 2 on.
@@ -216,20 +214,12 @@ def param_group_table(groups: Sequence[ParamGroup], lrs: Mapping[str, Sequence[f
     head = "group, tensors, parameters, first lr, peak lr, last lr, weight decay, without decay, optimizer, from epoch"
     rows: list[Sequence[str]] = [head.split(", ")]
     for group in groups:
-        size = (group.name, f"{len(group.params)}", f"{group.num_values:,}")
+        cells = [*["-"] * 5, "frozen", "never"]
         if own := lrs[group.name]:
-            rows.append(
-                (
-                    *size,
-                    *(f"{lr:.2g}" for lr in (own[0], max(own), own[-1])),
-                    f"{group.weight_decay:g}",
-                    f"{len(group.no_decay)} of {len(group.params)}",
-                    group.optimizer.name,
-                    f"{group.unfreeze_at + 1}",
-                )
-            )
-        else:
-            rows.append((*size, *["-"] * 5, "frozen", "never"))
+            cells = [f"{lr:.2g}" for lr in (own[0], max(own), own[-1])]
+            cells += [f"{group.weight_decay:g}", f"{len(group.no_decay)} of {len(group.params)}"]
+            cells += [group.optimizer.name, f"{group.unfreeze_at + 1}"]
+        rows.append([group.name, f"{len(group.params)}", f"{group.num_values:,}", *cells])
     tensors, values = sum(len(group.params) for group in groups), sum(group.num_values for group in groups)
     rows.append(("all", f"{tensors}", f"{values:,}", *[""] * 7))
     if not wide:

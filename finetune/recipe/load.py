@@ -91,7 +91,9 @@ def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
     given = {field: getattr(args, flag_name(flag)) for flag, (field, *_) in FLAGS.items()}
     text = {"data.source", "weights", "backbone"}  # of any look: a folder may be called 2024
     flags = [
-        f"{field}={str(value)!r}" if field in text else f"{field}={value}" for field, value in given.items() if value is not None
+        f"{field}={str(value)!r}" if field in text else f"{field}={value}"
+        for field, value in given.items()
+        if value is not None
     ]
     return override(recipe, [*args.assignments, *flags]), file, file.stem if file else "recipe"
 

@@ -32,9 +32,6 @@ def compute_image_stats(source: str) -> ImageStats:
     """Statistics of the images that a recipe with that source would train on.
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
-
-    Raises:
-        RecipeError: as a run would, and for an image of the sample that can't be read.
     """
     source = str(Path(source).resolve()) if Path(source).exists() else source
     data = load_data(minimal_recipe("resnet18", source, image_size=32))

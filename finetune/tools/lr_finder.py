@@ -2,17 +2,16 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
+from finetune.data.loader import Cut, ImageDataset, epoch_batches, load_batches
 from finetune.models.batch_norm import set_train_mode
 from finetune.optim.freezing import start_stage
 from finetune.optim.loss import Criterion
@@ -55,10 +54,10 @@ def range_test(
     # One of its own: `prepare` keeps every optimizer, and fp16's loss scale moves with each step.
     accelerator = Accelerator(mixed_precision=accelerator.mixed_precision)
     rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_steps / (num_steps - 1)))
-    factors, losses = [], []
+    device, factors, losses = accelerator.device, [], []
     with keep_random_state():
-        net = copy.deepcopy(net).to(accelerator.device)
-        criterion = Criterion(recipe, net, images, accelerator.device)
+        net = copy.deepcopy(net).to(device)
+        criterion = Criterion(recipe, net, images, device)
         groups = [
             replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
             for group in build_param_groups(recipe, net)
@@ -66,9 +65,9 @@ def range_test(
         optimizer = accelerator.prepare(build_optimizer(groups))
         start_stage(groups, optimizer, 0)
         set_train_mode(net, recipe.batch_norm)
-        accumulate = find_micro_batches(recipe, net, accelerator, 1, print)
-        batches = endless_batches(recipe, images, Cut(micro_batches=accumulate), accelerator.device)
-        for step, batch in zip(progress(range(num_steps), num_steps, "find-lr"), batches, strict=False):
+        cut = Cut(micro_batches=find_micro_batches(recipe, net, accelerator, 1, print))
+        epochs = (load_batches(images, i, epoch_batches(recipe, images, i, cut), 0, device) for i in count())
+        for step, batch in zip(progress(range(num_steps), num_steps, "find-lr"), chain.from_iterable(epochs), strict=False):
             set_lrs(optimizer, groups, step, num_steps, 1, ())
             loss = train_step(recipe, net, criterion, optimizer, batch, accelerator)[0].item()
             if not math.isfinite(loss):
@@ -78,12 +77,6 @@ def range_test(
             if (smoothed := smooth(losses))[-1] > 4 * min(smoothed):
                 break
     return factors, losses
-
-
-def endless_batches(recipe: Recipe, images: ImageDataset, cut: Cut, device: torch.device) -> Iterator[Batch]:
-    """The batches of the run's epochs 0, 1, 2, ..., for as long as they are asked for."""
-    for epoch in count():
-        yield from load_batches(images, epoch, epoch_batches(recipe, images, epoch, cut), 0, device)
 
 
 def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:
@@ -106,9 +99,6 @@ def suggest_factors(factors: Sequence[float], losses: Sequence[float]) -> dict[s
     name (arXiv 2002.04688), of the longest sequence of ever lower smoothed losses, which may skip some, the point half its
     length before its end (fastai's text says two thirds along it; this is what its code does). Where there are enough, the
     first 10 points, means of few losses, and the last 5, of the explosion, do not count.
-
-    Raises:
-        RecipeError: for too few losses, and where the fall is no more than chance would make of their scatter.
     """
     if len(losses) < FEWEST:
         raise RecipeError(f"find-lr: {len(losses)} steps before the loss exploded are too few: start at a lower factor")
@@ -177,12 +167,8 @@ def plot_range_test(
         axes.plot(factor, height, "o", color=f"C{i + 1}", label=f"{name}: {factor:.2g}")
     lowest, highest = min(losses), max(losses[: int(np.argmin(smoothed)) + 1])  # the explosion would squash the valley
     room = 0.1 * (highest - lowest)
-    axes.set(
-        xscale="log",
-        xlabel="factor on every group's peak learning rate",
-        ylabel="training loss",
-        ylim=(lowest - room, highest + 2 * room),
-    )
+    axes.set(xscale="log", xlabel="factor on every group's peak learning rate", ylabel="training loss")
+    axes.set_ylim(lowest - room, highest + 2 * room)
     axes.legend(loc="lower left", fontsize="small")
     shown = [f"{name} {lr:.2g}" for name, lr in lrs.items()]
     text = ", ".join(shown) if len(", ".join(shown)) <= 80 else f"{shown[0]} .. {shown[-1]}"

@@ -34,16 +34,8 @@ def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], wi
         own = {path for path in parameters if f"{path}.".startswith(f"{name}.")}
         owners = [group for group in groups if own & group.params.keys()]
         epochs = ["never" if epoch == math.inf else f"{epoch + 1}" for epoch in sorted({group.unfreeze_at for group in owners})]
-        rows.append(
-            (
-                name,
-                kind,
-                shapes.get(name, ""),
-                f"{sum(parameters[path].numel() for path in own):,}",
-                first_and_last(group.name for group in owners),
-                first_and_last(epochs),
-            )
-        )
+        num_values, owned_by = sum(parameters[path].numel() for path in own), first_and_last(group.name for group in owners)
+        rows.append((name, kind, shapes.get(name, ""), f"{num_values:,}", owned_by, first_and_last(epochs)))
     rows.append(("all", "", "", f"{sum(p.numel() for p in parameters.values()):,}", "", ""))
     return align_columns(rows, numbers=True, width=width)
 
@@ -83,33 +75,22 @@ def first_and_last(names: Iterable[str]) -> str:
 def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], wide: bool = True) -> str:
     """What each stage trains, and the memory that it takes with a whole batch at once on one process; `wide`: by its parts."""
     images = recipe.data.batch_size
-    columns = (
-        ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"] if wide else []
-    )
+    columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"] * wide
     rows = [("from epoch", "trains", "trained parameters", *columns, "sum" if wide else "MiB")]
     epochs = {int(group.unfreeze_at) for group in groups if group.ever_trains}  # a switch of optimizers is at one of these
     for epoch in sorted(epochs):
         trained = [group for group in groups if group.trains(epoch)]
+        names, num_values = first_and_last(group.name for group in trained), sum(group.num_values for group in trained)
         stage = stage_memory(recipe, net, groups, epoch, images)
         cells = {name: f"{size / 2**20:,.1f}" for name, size in stage.items()}
         total = "> " * ("optimizer" not in stage) + f"{sum(stage.values()) / 2**20:,.1f}"
-        rows.append(
-            (
-                str(epoch + 1),
-                first_and_last(group.name for group in trained),
-                f"{sum(group.num_values for group in trained):,}",
-                *(cells.get(column, "unknown") for column in columns),
-                total,
-            )
-        )
-    return "\n".join(
-        [
-            align_columns(rows, numbers=True, width=math.inf if wide else WIDTH),
-            f"MiB, estimated for {images} images at once, in float32; bf16 about halves the",
-            "activations; on top come results dropped on the way (frozen layers drop all),",
-            "the library's own workspace and the loader",
-        ]
+        rows.append((str(epoch + 1), names, f"{num_values:,}", *(cells.get(column, "unknown") for column in columns), total))
+    note = (
+        f"MiB, estimated for {images} images at once, in float32; bf16 about halves the\n"
+        "activations; on top come results dropped on the way (frozen layers drop all),\n"
+        "the library's own workspace and the loader"
     )
+    return f"{align_columns(rows, numbers=True, width=math.inf if wide else WIDTH)}\n{note}"
 
 
 def stage_memory(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], epoch: int, images: int) -> dict[str, int]:

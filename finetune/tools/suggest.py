@@ -67,10 +67,8 @@ GROUPS = """    groups=(  # {why_lr}
     ),
 """
 WHY_HEAD_FIRST = "a random head's gradients distort pretrained features (arXiv 2202.10054)"
-LINEAR_PROBE = f"""    linear_probe=LinearProbe(l2=1.0),  # {WHY_HEAD_FIRST}
-"""
-HEAD_FIRST = f"""    # Only the head trains in the first {{steps:,}} steps: {WHY_HEAD_FIRST}.
-"""
+LINEAR_PROBE = f"    linear_probe=LinearProbe(l2=1.0),  # {WHY_HEAD_FIRST}\n"
+HEAD_FIRST = f"    # Only the head trains in the first {{steps:,}} steps: {WHY_HEAD_FIRST}.\n"
 LR_SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # about the thirds of LayerDecay
 WHY_LR = "for AdamW: 1e-3 at batch size 32, and with the square root of smaller ones (arXiv 2205.10287)"
 
@@ -78,17 +76,15 @@ WHY_LR = "for AdamW: 1e-3 at batch size 32, and with the square root of smaller 
 def suggest_recipe(
     stats: ImageStats, backbone: str | None = None, weights: str | None = None, target: str = "my_recipe.py"
 ) -> str:
-    """The text of a recipe file for such images, to be written to `target`; without a backbone, for one that is available.
-
-    Raises:
-        RecipeError: if there is no such backbone.
-    """
+    """The text of a recipe file for such images, to be written to `target`; without a backbone, for one that is available."""
     backbone, weights, why_backbone = choose_backbone(stats, backbone, weights)
     recipe, net, why_size = choose_image_size(stats, backbone)
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
     epochs = min(30, max(8, math.ceil(12_000 / stats.train)))
     steps_per_epoch = math.ceil(stats.train / batch_size)
-    has_batch_norm = any(isinstance(module, _NormBase) for module in net.modules())
+    why_batch_norm = "no effect: there is no batch norm in this network"
+    if any(isinstance(module, _NormBase) for module in net.modules()):
+        why_batch_norm = "the pretrained statistics are better than those of small batches"
 
     linear_probe, imports, unfreeze_at = LINEAR_PROBE, ", LinearProbe", 0
     try:
@@ -124,9 +120,7 @@ def suggest_recipe(
             "augment": augment_lines(stats),
             "linear_probe": linear_probe,
             "groups": groups,
-            "why_batch_norm": "the pretrained statistics are better than those of small batches"
-            if has_batch_norm
-            else "no effect: there is no batch norm in this network",
+            "why_batch_norm": why_batch_norm,
             "epochs": epochs,
             "steps": epochs * steps_per_epoch,
             "options": option_lines(stats, epochs * steps_per_epoch),

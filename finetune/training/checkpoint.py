@@ -21,6 +21,10 @@ from finetune.utils.files import write_folder
 
 T = TypeVar("T")
 AFRESH = "to start again from the pretrained weights, name another --output"
+OLD_VERSION = (
+    "the run was started by version 0.1, which fused frozen batch norm with the convolutions before it in float32: such a run "
+    "goes on with the same steps, equal to rounding, not to the bit"
+)
 ROW_STEP = "row step"  # some of timm's, Lamb and Adan, count steps in a param_group, not in each parameter's state
 
 
@@ -94,6 +98,8 @@ def restore(
     if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one starts afresh
         accelerator.scaler.load_state_dict(state["scaler"])
     logger.resume(state)
+    if state.get("version") == "0.1":
+        logger.say(OLD_VERSION)
     epoch = len(logger.history)
     start_epoch(optimizer, epoch)
     if state["step"] > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
@@ -130,10 +136,12 @@ def read(file: Path, reader: Callable[[Path], T]) -> T:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, that of an earlier version under today's names."""
+    """A checkpoint's state.json; one of version 0.1 under today's names, and marked as such."""
     state = read(folder / "state.json", lambda file: json.loads(file.read_text()))
-    old = {"history": state.pop("epochs", []), "linear_probe": state.pop("head", None), "clock": []}
-    return {**old, **state}
+    if "epochs" in state:
+        old = {"history": state.pop("epochs"), "linear_probe": state.pop("head", None), "clock": [], "version": "0.1"}
+        state = {**old, **state}
+    return state
 
 
 def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -191,6 +191,19 @@ def test_a_run_without_a_checkpoint_starts(tmp_path):
     assert go_on(logger, SmallNet()) == 0 and logger.metrics_file.read_text() == ""
 
 
+def test_a_checkpoint_of_version_0_1_goes_on_and_says_what_differs(tmp_path, capsys):
+    """Its names are read, and one sentence says why the bits may not be those of an unbroken run."""
+    net = SmallNet()
+    folder = save(tmp_path, net, SGD(net.parameters()))
+    state = json.loads((folder / "state.json").read_text())
+    state = {**state, "epochs": [{"epoch": 0, "top1": 0.5}], "head": {"epoch": -1, "top1": 0.4}, "best_epoch": 0}
+    (folder / "state.json").write_text(json.dumps({key: state[key] for key in state if key not in ("history", "linear_probe")}))
+    logger = Logger(tmp_path, Accelerator(cpu=True))
+    assert go_on(logger, net) == 3
+    assert [row["top1"] for row in logger.rows()] == [0.4, 0.5]
+    assert "started by version 0.1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("before,now", [(False, False), (False, True), (True, False), (True, True)])
 def test_the_scaler_goes_on_where_there_was_one(tmp_path, before, now):
     """A precision may change (--resume-anyway): fp16 then starts with a fresh scaler, and others leave the old one."""

@@ -112,12 +112,13 @@ def test_the_terminal_has_it_all_in_lines(finished):
         "training loss  validation loss",
         "epoch 4 of 4  ",
         "result    top-1",
-        "baseline  none:",
-        f"model     {folder / 'model'}",
+        "baseline  not measured",
+        "use       model",
+        f"finetune predict {folder} PHOTO",
         "layer4",
     ):
         assert text in out
-    assert "\r" not in out + err and "it/s" not in err and out.count("top-1") == 1 + 4 + 3
+    assert "\r" not in out + err and "it/s" not in err and out.count("epoch 4 of 4") == 1
 
 
 MINE = '''

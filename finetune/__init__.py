@@ -13,7 +13,7 @@ if not (Path(__file__).parent / "recipes").is_dir():  # a clone has recipes/ bes
 def __getattr__(name: str) -> Any:
     """train and load, whose modules import torch, which a recipe file does without."""
     if name == "train":
-        from finetune.run import train
+        from finetune.api import train
 
         return train
     if name == "load":

@@ -1,56 +1,22 @@
 """The command line: finetune VERB, or python -m finetune VERB."""
 
 import argparse
-import importlib.metadata
 import json
 import os
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
-from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, chosen_recipe, flag_name
-from finetune.run import add_run_arguments, resolve, start, suggested_recipe
+from finetune.cli import Verb, arguments
+from finetune.recipe.load import chosen_recipe
+from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import nearest
-
-OTHER_WORDS = {"run": "train", "fit": "train", "launch": "train", "finetune": "train", "list": "ls", "copy": "cp",
-               "eval": "evaluate", "test": "evaluate", "continue": "resume", "lr": "find-lr"}  # fmt: skip
-OTHER_FLAGS = {  # of other programs
-    "--lr": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
-    "--learning-rate": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
-    "--model": "--backbone NAME",
-    "--device": "CUDA_VISIBLE_DEVICES=N before the command: a run takes the GPUs that it sees",
-    "--gpus": "--processes N",
-    "--num-processes": "--processes N",
-    "--config": "a recipe's name or file, without a flag",
-    "--pretrained": "--weights FILE|none",
-    "--name": "--output DIR",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for what is wrong and the nearest word that is right; options are written whole."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options, allow_abbrev=False)  # --lr would be --lr-scale
-
-    def error(self, message: str) -> NoReturn:
-        text = message
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
-            flag, flags = unknown[1].partition("=")[0], [flag for action in self._actions for flag in action.option_strings]
-            there = OTHER_FLAGS.get(flag.replace("_", "-"))
-            text = f"no option {flag}." + (f" Here: {there}." if there else nearest(flag, flags))
-        self.exit(2, f"finetune: {text} All options: {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the verb says; an error that a person can put right is one message and exit code 2."""
     try:
-        args = arguments(argv)
+        args = arguments(argv, VERBS)
         code = args.verb(args)
         sys.stdout.flush()
     except RecipeError as error:
@@ -63,123 +29,6 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     return code or 0
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    words = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        prog="finetune",
-        description="Fine-tune pretrained vision backbones by recipes.",
-        epilog="start here: finetune train --data DIR, on your own images; or finetune ls, then finetune train NAME",
-    )
-    parser.add_argument("--version", action="version", version=f"finetune-recipes {version()}")
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
-
-    def add(name: str, verb: Callable[[argparse.Namespace], int | None], example: str) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__, epilog=f"example: finetune {name} {example}")
-        sub.set_defaults(verb=verb)
-        return sub
-
-    sub = add("train", train, "efficientnet_lite0_digits --epochs 5")
-    sub.add_argument("recipe", nargs="?", metavar="NAME|FILE.py", help="a recipe (default: one that is suggested for --data)")
-    add_recipe_arguments(sub)
-    add_run_arguments(sub)
-    sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")
-    sub.set_defaults(resume=None, resume_anyway=False)
-    sub = add("resume", resume, "last")
-    sub.add_argument("resume", nargs="?", default="last", metavar="RUN", help="an unfinished run (default: the last)")
-    add_run_arguments(sub)
-    sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")
-    sub.set_defaults(recipe=None, assignments=[], resume_anyway=False, **{flag_name(flag): None for flag in FLAGS})
-    sub = add("runs", runs, "--json")
-    sub.add_argument("--json", action="store_true", help="as a JSON list")
-    sub = add("ls", ls, "--wide")
-    sub.add_argument("--wide", action="store_true", help="all columns, whole: also backbone, data and hardware")
-    sub.add_argument("--json", action="store_true", help="as a JSON list")
-    add("show", show, "resnet18_cifar").add_argument("recipe", metavar="NAME")
-    sub = add("cp", cp, "resnet18_cifar mine.py --set epochs=5 --set data.image_size=96")
-    sub.add_argument("recipe", metavar="NAME")
-    sub.add_argument("target", type=Path, metavar="FILE.py")
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="assignments",
-        help="write a field into the copy; may be given again",
-    )
-    add("validate", validate, "mine.py").add_argument("recipe", metavar="FILE.py")
-    sub = add("diff", diff, "resnet18_cifar mine.py")
-    sub.add_argument("one", metavar="NAME|FILE.py|RUN")
-    sub.add_argument("other", metavar="NAME|FILE.py|RUN")
-    for name, verb, example in (
-        ("plan", show_plan, "resnet18_cifar --output plans"),
-        ("find-lr", find_lr, "efficientnet_lite0_digits"),
-    ):
-        sub = add(name, verb, example)
-        sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
-        add_recipe_arguments(sub)
-        where = "where to draw the picture (default: here)" if verb is find_lr else "draw a picture there, too"
-        sub.add_argument("--output", type=Path, metavar="DIR", help=where)
-        if verb is show_plan:
-            sub.add_argument("--wide", action="store_true", help="all columns and epochs, whole")
-            sub.add_argument("--json", action="store_true", help="each group's learning rate in each epoch, as JSON")
-    sub = add("reproduce", reproduce, "efficientnet_lite0_digits --seeds 3")
-    sub.add_argument("recipe", metavar="NAME|FILE.py", help="a recipe with a number")
-    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs to compare with it (default: 1)")
-    sub.add_argument("--output", type=Path, metavar="DIR", help="where the runs lie (default: runs/NAME-reproduce)")
-    sub.add_argument("--data", metavar="DIR", help="the images, where the recipe was measured on a folder")
-    sub = add("suggest", suggest, "--data DIR --output mine.py")
-    sub.add_argument("--data", required=True, metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*")
-    sub.add_argument(
-        "--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one whose weights are installed)"
-    )
-    sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
-    sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
-    sub = add("export", export, "runs/RUN --to onnx")
-    sub.add_argument("model", metavar="RUN", help="a finished run's folder")
-    sub.add_argument("--to", metavar="timm|onnx|torch", required=True, help="timm: a folder for the hub, too")
-    sub.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
-    model = "a run's folder, a timm model's, hf-hub:OWNER/NAME or its address"
-    sub = add("predict", predict, "runs/RUN photographs/ 'more/*.jpg' --top 3 --csv")
-    sub.add_argument("model", metavar="RUN", help=model)
-    sub.add_argument("paths", nargs="+", metavar="PATH", help="images, folders of images, globs")
-    sub.add_argument("--top", type=int, default=5, metavar="N", help="classes to name for each image (default: 5)")
-    style = sub.add_mutually_exclusive_group()
-    style.add_argument("--json", action="store_true", help="as a JSON list")
-    style.add_argument("--csv", action="store_true", help="as comma-separated values")
-    sub = add("evaluate", evaluate, "runs/RUN --data DIR")
-    sub.add_argument("model", metavar="RUN", help=model)
-    sub.add_argument("--data", required=True, metavar="DIR", help="class folders, alone or under val/ or test/; or a named set")
-    sub.add_argument("--output", type=Path, metavar="DIR", help="draw the confusion matrix there")
-    for name in ("export", "predict", "evaluate"):
-        verbs.choices[name].add_argument(
-            "--checkpoint", choices=("last", "best"), help="insist on the last or the best epoch (default: what the run says)"
-        )
-    if words and not words[0].startswith("-") and words[0] not in verbs.choices:
-        raise RecipeError(unknown_verb(words[0], list(verbs.choices)))
-    args, rest = parser.parse_known_args(words)
-    if rest:
-        verbs.choices[words[0]].error(f"unrecognized arguments: {rest[0]}")
-    return args
-
-
-def unknown_verb(word: str, verbs: list[str]) -> str:
-    """What may have been meant."""
-    if word == "help":
-        return "finetune --help, or finetune VERB --help"
-    if word.endswith(".py") or (RECIPES / f"{word}.py").is_file():
-        return f"'{word}' is a recipe: finetune train {word}"
-    meant = f" Did you mean {OTHER_WORDS[word]}?" if word in OTHER_WORDS else nearest(word, verbs)
-    return f"no command '{word}'.{meant} There are: {', '.join(verbs)}"
-
-
-def version() -> str:
-    """The version that is installed, or that of a clone that is not."""
-    try:
-        return importlib.metadata.version("finetune-recipes")
-    except importlib.metadata.PackageNotFoundError:
-        return "of this clone"
 
 
 def train(args: argparse.Namespace) -> int:
@@ -385,6 +234,24 @@ def evaluate(args: argparse.Namespace) -> None:
 
     print(evaluation_as_text(evaluate(find_model_run(args), args.data, args.output)))
 
+
+VERBS: dict[str, Verb] = {
+    "train": train,
+    "resume": resume,
+    "runs": runs,
+    "ls": ls,
+    "show": show,
+    "cp": cp,
+    "validate": validate,
+    "diff": diff,
+    "plan": show_plan,
+    "find-lr": find_lr,
+    "reproduce": reproduce,
+    "suggest": suggest,
+    "export": export,
+    "predict": predict,
+    "evaluate": evaluate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

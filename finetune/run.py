@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 # `accelerate launch finetune/run.py` puts finetune/ first on sys.path. The repository root instead makes a fresh clone work
 # without installing, and keeps every module under one name.
@@ -19,10 +19,6 @@ from finetune.recipe import Recipe  # noqa: E402
 from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, recipe_of_run  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
-from finetune.utils.text import nearest  # noqa: E402
-
-if TYPE_CHECKING:
-    from finetune.results.runs import Run
 
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
@@ -99,39 +95,6 @@ def start(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 2
-
-
-def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | None = None, **options: Any) -> "Run":
-    """finetune.train: run a recipe in this process, or go on with a run; returns the run, finished or stopped by Ctrl-C.
-
-    `recipe` is a name, a file, or a Recipe made here; without one, a recipe is suggested for `data`. `options` are those of
-    the command line, with _ for -: data, epochs, batch_size, image_size, lr_scale, backbone, weights, seed;
-    set=["groups.head.lr=5e-3", ...]; output, workers, accumulate, checkpoint_every, track, smoke, quiet. Random generators
-    are left as they were.
-
-    Raises:
-        RecipeError: for whatever the command line would refuse.
-    """
-    args = arguments(["--resume", str(resume)] if resume else ["--recipe", "given"])
-    args.recipe, args.assignments = None if resume else recipe, options.pop("set", [])
-    for name, value in options.items():
-        if name not in vars(args) or name in ("recipe", "resume", "dry_run"):
-            raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
-        setattr(args, name, Path(value) if name == "output" else value)
-    if args.recipe is None and args.data is None and not resume:
-        raise RecipeError("name a recipe, finetune.train('NAME'), your images, finetune.train(data=...), or train(resume=...)")
-
-    from accelerate.state import AcceleratorState
-
-    from finetune.results.runs import Run
-    from finetune.utils.seed import keep_random_state
-
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # that of a run before this one, which may have had another precision
-    with keep_random_state(), suggested_recipe(args):
-        launch(args)
-    return Run(args.folder)
 
 
 @contextmanager

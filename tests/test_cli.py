@@ -100,11 +100,12 @@ def path_to_here():
 )
 def test_flags_and_plain_words_reach_their_fields(typed, field, value):
     """A flag of its own sets its field, and a plain word stands for None, an optimizer or a schedule."""
-    from finetune.__main__ import arguments
+    from finetune.__main__ import VERBS
+    from finetune.cli import arguments
     from finetune.recipe.load import chosen_recipe
     from finetune.recipe.serialize import flatten, to_dict
 
-    recipe, _, _ = chosen_recipe(arguments(["train", "resnet18_cifar", *typed]))
+    recipe, _, _ = chosen_recipe(arguments(["train", "resnet18_cifar", *typed], VERBS))
     assert flatten(to_dict(recipe))[field] == value
 
 

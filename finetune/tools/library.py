@@ -67,7 +67,7 @@ def copy_recipe(name: str, target: Path, assignments: list[str]) -> str:
     if assignments:
         rest = f"A copy of {name} with {', '.join(assignments)}: not measured.\n"
         body += f"\nfrom finetune.recipe.load import override\n\nrecipe = override(recipe, {json.dumps(assignments)})\n"
-    return f'"""{title}\n\n    accelerate launch -m finetune.run --recipe {target}\n\n{rest}"""\n{body}'
+    return f'"""{title}\n\n    finetune train {target}\n\n{rest}"""\n{body}'
 
 
 def compare_recipes(one: str, other: str) -> list[tuple[str, str, str]]:

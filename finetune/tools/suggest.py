@@ -27,7 +27,7 @@ NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 SIDES = {"left", "right", "clockwise", "counterclockwise", "anticlockwise"}
 TEMPLATE = '''"""{backbone} on {train:,} images of {num_classes} classes, as written by finetune suggest.
 
-    accelerate launch -m finetune.run --recipe {target}
+    finetune train {target}
 
 The images: {train:,} for training and {val:,} for validation, {smallest:,} to {largest:,} a class, {colours};
 the shorter side has {side} px (median; the smallest {least}), the longer side {aspect:g} times that. Not measured.

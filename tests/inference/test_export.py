@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from torchvision.models import squeezenet1_1
 
-from finetune.__main__ import arguments
+from finetune.__main__ import VERBS
+from finetune.cli import arguments
 from finetune.inference import export as exporting
 from finetune.inference.export import Examples, compare_logits, export
 from finetune.inference.model_card import describe_origin
@@ -103,7 +104,7 @@ def test_the_cards_command_is_that_of_the_run(run_folder, image_folder, tmp_path
     words = shlex.split(
         line.replace(f"data.source={image_folder.name}", f"data.source={image_folder}").partition("finetune ")[2]
     )
-    recipe, file, _ = chosen_recipe(arguments(words))
+    recipe, file, _ = chosen_recipe(arguments(words, VERBS))
     assert json.loads(json.dumps(to_dict(recipe))) == json.loads((run_folder / "recipe.json").read_text())
     assert file == ROOT / "recipes" / "resnet18_cifar.py"
 

@@ -86,8 +86,8 @@ def test_stages_begin_where_the_table_says():
 def test_a_stage_in_words():
     """What trains is named with its number of parameters, then what does not, where there is any."""
     groups = build_param_groups(small_recipe(), SmallNet())
-    assert describe_stage(groups, 0) == "from epoch 0: trains: head (119 parameters); frozen: body, stem (1,408 parameters)"
-    assert describe_stage(groups, 2) == "from epoch 2: trains: head, body, stem (1,527 parameters)"
+    assert describe_stage(groups, 0) == "from epoch 1: trains: head (119 parameters); frozen: body, stem (1,408 parameters)"
+    assert describe_stage(groups, 2) == "from epoch 3: trains: head, body, stem (1,527 parameters)"
 
 
 @pytest.mark.parametrize("held_by", [set_train_mode, hold_batch_norm])

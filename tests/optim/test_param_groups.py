@@ -224,14 +224,14 @@ def test_the_table_shows_each_group():
         Group("rest", ".", lr=0),
     )
     groups = build_param_groups(small_recipe(groups=rows), SmallNet())
-    text = param_group_table(groups, {"head": [1e-4, 0.01234, 2e-5], "body": [3e-3], "rest": []})
+    text = param_group_table(groups, {"head": [1e-4, 0.01234, 2e-5], "body": [3e-3], "rest": []}, wide=True)
     assert [re.split(r"  +", line.strip()) for line in text.splitlines()] == [
         [
             *("group", "tensors", "parameters", "first lr", "peak lr", "last lr"),
             *("weight decay", "without decay", "optimizer", "from epoch"),
         ],
-        ["head", "2", "119", "0.0001", "0.012", "2e-05", "0.3", "1 of 2", "SGD", "0"],
-        ["body", "2", "1,168", "0.003", "0.003", "0.003", "0.05", "1 of 2", "AdamW", "2"],
+        ["head", "2", "119", "0.0001", "0.012", "2e-05", "0.3", "1 of 2", "SGD", "1"],
+        ["body", "2", "1,168", "0.003", "0.003", "0.003", "0.05", "1 of 2", "AdamW", "3"],
         ["rest", "4", "240", "-", "-", "-", "-", "-", "frozen", "never"],
         ["all", "8", "1,527"],
     ]

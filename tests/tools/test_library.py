@@ -78,7 +78,7 @@ def test_a_copy_is_the_recipe(here, name):
     copy, file = load_recipe("mine.py")
     original, first = load_recipe(name)
     assert to_dict(copy) == to_dict(original) and compare_recipes(name, "mine.py") == []
-    assert "accelerate launch -m finetune.run --recipe mine.py" in file.read_text()
+    assert "finetune train mine.py" in file.read_text()
     if describe_baseline(first, original).startswith("top-1"):
         assert describe_baseline(file, copy) == describe_baseline(first, original)
     else:

@@ -110,7 +110,7 @@ def test_a_run_on_a_csv_has_the_metrics_of_each_subgroup(image_folder, tmp_path,
         rows = [i for i, camera in enumerate(cameras) if camera == name]
         accuracy = accuracy_score(kept["labels"][rows], kept["logits"][rows].argmax(1))
         assert metrics["top1"] == pytest.approx(accuracy) and metrics["val_images"] == len(rows)
-        assert f"{name}: top-1 {accuracy:.2%} of {len(rows)} images" in out
+        assert f"{name}: top-1 {100 * accuracy:.2f} % of {len(rows)} images" in out
 
 
 def test_a_csv_that_is_not_in_order(tmp_path):

@@ -1,6 +1,7 @@
 """The plan's layers are the network's, and its bytes are those that a real network takes."""
 
 import gc
+import math
 import re
 
 import pytest
@@ -94,7 +95,7 @@ def test_the_layers_have_every_parameter_once(backbone):
 def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
     """The layers come in the order, and return the shapes, that hooks see in a pass of one real image."""
     recipe = recipe_for(backbone, size)
-    table = columns(layer_table(*planned(recipe)))
+    table = columns(layer_table(*planned(recipe), width=math.inf))
     shapes = {name: shape for name, shape in zip(table["layer"], table["output"], strict=True) if shape}
     net, seen = build_backbone(recipe, 10).eval(), {}
     for name in shapes:
@@ -131,9 +132,9 @@ def test_the_layers_name_who_trains_them():
     table = columns(layer_table(*planned(small_recipe(groups=rows))))
     assert table["layer"] == ["stem", "norm", "body", "fc", "all"]
     assert table["group"] == ["stem", "norm", "bias, body", "head", ""]
-    assert table["from epoch"] == ["0", "never", "1, 2", "0", ""]
+    assert table["from epoch"] == ["1", "never", "2, 3", "1", ""]
     recipe = recipe_for("resnet18", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1, unfreeze_at=1))
-    table = columns(layer_table(*planned(recipe)))
+    table = columns(layer_table(*planned(recipe), width=math.inf))
     assert dict(zip(table["layer"], table["group"], strict=True))["layer4.1"] == "layer08"
     recipe = recipe_for("swin_tiny_patch4_window7_224", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1))
     _, net, groups = planned(recipe)
@@ -252,8 +253,8 @@ def test_the_table_has_every_stage_and_its_sum():
     )
     _, net, groups = planned(recipe)
     text = memory_table(recipe, net, groups)
-    table = columns("\n".join(text.splitlines()[:-2]))
-    assert table["from epoch"] == ["0", "1", "3"] and table["trains"] == ["head", "head, top", "head .. rest"]
+    table = columns("\n".join(text.splitlines()[:-3]))
+    assert table["from epoch"] == ["1", "2", "4"] and table["trains"] == ["head", "head, top", "head .. rest"]
     assert table["trained parameters"][-1] == f"{sum(p.numel() for p in net.parameters()) - 9408 - 128:,}"
     parts = ("parameters", "gradients", "optimizer", "average", "activations")
     mib = {name: [float(cell) for cell in table[name]] for name in (*parts, "sum")}

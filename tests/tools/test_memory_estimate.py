@@ -95,7 +95,7 @@ def test_the_layers_have_every_parameter_once(backbone):
 def test_the_layers_are_those_of_a_real_forward_pass(backbone, size):
     """The layers come in the order, and return the shapes, that hooks see in a pass of one real image."""
     recipe = recipe_for(backbone, size)
-    table = columns(layer_table(*planned(recipe), width=math.inf))
+    table = columns(layer_table(*planned(recipe)))
     shapes = {name: shape for name, shape in zip(table["layer"], table["output"], strict=True) if shape}
     net, seen = build_backbone(recipe, 10).eval(), {}
     for name in shapes:
@@ -134,11 +134,11 @@ def test_the_layers_name_who_trains_them():
     assert table["group"] == ["stem", "norm", "bias, body", "head", ""]
     assert table["from epoch"] == ["1", "never", "2, 3", "1", ""]
     recipe = recipe_for("resnet18", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1, unfreeze_at=1))
-    table = columns(layer_table(*planned(recipe), width=math.inf))
+    table = columns(layer_table(*planned(recipe)))
     assert dict(zip(table["layer"], table["group"], strict=True))["layer4.1"] == "layer08"
     recipe = recipe_for("swin_tiny_patch4_window7_224", groups=LayerDecay(head_lr=1.0, stem_ratio=0.1))
     _, net, groups = planned(recipe)
-    table = columns(layer_table(recipe, net, groups))
+    table = columns(layer_table(recipe, net, groups, math.inf))
     own = [group.name for group in groups if any(name.startswith("layers.2.") for name in group.params)]
     assert dict(zip(table["layer"], table["group"], strict=True))["layers.2"] == f"{own[0]} .. {own[-1]}"
 

@@ -198,7 +198,7 @@ def test_a_checkpoint_of_version_0_1_goes_on_and_says_what_differs(tmp_path, cap
     state = json.loads((folder / "state.json").read_text())
     state = {**state, "epochs": [{"epoch": 0, "top1": 0.5}], "head": {"epoch": -1, "top1": 0.4}, "best_epoch": 0}
     (folder / "state.json").write_text(json.dumps({key: state[key] for key in state if key not in ("history", "linear_probe")}))
-    logger = Logger(tmp_path, Accelerator(cpu=True))
+    logger = Logger(tmp_path, Accelerator(cpu=True), small_recipe())
     assert go_on(logger, net) == 3
     assert [row["top1"] for row in logger.rows()] == [0.4, 0.5]
     assert "started by version 0.1" in capsys.readouterr().out

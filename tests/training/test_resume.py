@@ -187,7 +187,7 @@ def test_a_changed_recipe_is_refused_unless_told_otherwise(tmp_path):
         f"the run in {tmp_path} was started with another recipe:",
         "  epochs: 4 before, 5 now",
         "  seed: 0 before, 1 now",
-        "  to go on with this one all the same: --resume-anyway",
+        f"  to go on as it was started: finetune resume {tmp_path}; with this recipe all the same: --resume-anyway",
     ]
     del resolved["data"]["on_bad_image"], resolved["label_smoothing"]
     assert diff(from_dict(resolved), recipe) == []

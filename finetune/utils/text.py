@@ -64,7 +64,13 @@ def progress(items: Iterable[Any] | None, total: int | None, text: str, shown: b
         delay=1,
         leave=False,
         dynamic_ncols=True,
-        disable=not (shown and (sys.stderr.isatty() or "ipykernel" in sys.modules)),
+        disable=not (shown and (sys.stderr.isatty() or in_notebook())),
         bar_format="{desc} "
         + ("{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}" if total else "{n_fmt}, {elapsed}"),
     )
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel; a program that only imports one is none."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")

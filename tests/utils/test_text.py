@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,8 +42,9 @@ def test_durations_have_two_digits_or_so():
 def test_a_bar_is_for_terminals_and_notebooks(monkeypatch, terminal, shown, notebook, bar):
     """It is drawn after a second, in a terminal or a notebook's kernel, unless it is not to be shown; items are the same."""
     monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
-    if notebook:
-        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    shell = SimpleNamespace(kernel=True) if notebook else None
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # its import alone makes no notebook
     seen = []
     for item in progress("abc", 3, "epoch 3 of 8", bool(shown)):
         seen.append(item)

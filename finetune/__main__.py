@@ -199,7 +199,7 @@ def suggest(args: argparse.Namespace) -> None:
 def find_model_run(args: argparse.Namespace) -> str:
     """The folder of a run's network by the run's name, said on stderr; what is on the hub, or a folder, as it is."""
     name = str(args.model)
-    if not name.startswith(("hf-hub:", "https://")) and not Path(name).exists():
+    if not name.startswith(("hf-hub:", "https://")):
         name = str(find_run(name, "finished"))
 
     from finetune.models.saved import choose_model

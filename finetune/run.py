@@ -18,9 +18,8 @@ if not __package__:
 from finetune.recipe import Recipe  # noqa: E402
 from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, recipe_of_run  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
+from finetune.training.launch import STOPPED  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
-
-STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(args: argparse.Namespace) -> int:
     """The run that the arguments ask for; the exit code."""
     try:
-        return launch(args)
+        return run(args)
     except RecipeError as error:
         if error.one_process or int(os.environ.get("RANK", 0)) == 0:
             print(f"finetune: {error}", file=sys.stderr)
@@ -152,7 +151,7 @@ def resolve(args: argparse.Namespace) -> Request:
     return Request(recipe, file, name, folder, resume=True)
 
 
-def launch(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Resolve the arguments, check the recipe on its network, then run."""
     if args.resume == "auto" and (args.output / "result.json").is_file():
         print(f"the run in {args.output} is finished")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import finetune
@@ -72,6 +73,14 @@ def test_a_run_leaves_no_global_state_behind(here, image_folder):
     before = state()
     finetune.train(small(image_folder, epochs=1), output="out", quiet=True)
     assert state() == before
+
+
+def test_a_programs_own_accelerator_goes_on(here, image_folder):
+    """An Accelerator from before a run, of another precision, still has its state and computes."""
+    own, weight = Accelerator(cpu=True, mixed_precision="bf16"), torch.nn.Parameter(torch.ones(2))
+    finetune.train(small(image_folder, epochs=1), output="out", quiet=True)
+    own.backward((2 * weight).sum())
+    assert own.mixed_precision == "bf16" and own.num_processes == 1 and weight.grad.tolist() == [2.0, 2.0]
 
 
 def test_a_run_in_a_thread(here, image_folder):

@@ -14,7 +14,7 @@ from finetune.run import main
 from finetune.training import logger
 from finetune.training.run_dir import check_same_recipe, lock, new_run_dir, start_run_dir, unfinished_run_dir
 from finetune.utils.errors import RecipeError
-from helpers import ROOT, Cut, cut_before, small_recipe
+from helpers import ROOT, Cut, cut_before, on_folder, small_recipe
 
 
 @pytest.mark.parametrize(
@@ -76,31 +76,16 @@ def test_a_finished_run_is_not_overwritten_or_resumed(finished, capsys):
 
 def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monkeypatch, capsys):
     """A run cut short before its end goes on to the same result; with another recipe it names what differs."""
-    arguments = [
-        "--recipe",
-        "resnet18_cifar",
-        "--data",
-        str(image_folder),
-        "--weights",
-        "none",
-        "--set",
-        "data.image_size=32",
-        "--set",
-        "data.batch_size=8",
-        "--set",
-        "mixed_precision=no",
-        "--set",
-        "backbone=test_resnet",
-    ]
-    four, whole, cut = ["--set", "epochs=4"], tmp_path / "whole", tmp_path / "cut"
-    assert main([*arguments, *four, "--output", str(whole)]) == 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = on_folder(image_folder, cut, "backbone=test_resnet")
+    assert main(on_folder(image_folder, whole, "backbone=test_resnet")) == 0
     monkeypatch.setattr(logger, "FLUSH_EVERY", 1)  # so that lines are written after the checkpoint
     with monkeypatch.context() as patched, pytest.raises(Cut):
         cut_before(patched, "set_lrs", 11)
-        main([*arguments, *four, "--output", str(cut)])
+        main(arguments)
     assert main([*arguments, "--set", "epochs=5", "--resume", str(cut)]) == 2
     assert "was started with another recipe:\n  epochs: 4 before, 5 now" in capsys.readouterr().err
-    assert main([*arguments, *four, "--resume", str(cut)]) == 0
+    assert main([*arguments, "--resume", str(cut)]) == 0
     assert "resuming after step 8, 2 epochs done" in capsys.readouterr().out
     for file in ("metrics.jsonl", "predictions.safetensors", "model/model.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
@@ -110,7 +95,7 @@ def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monke
     "there,refused",
     [
         ([], None),
-        ([".lock", "recipe.py", "groups.txt", ".recipe.json"], None),
+        ([".lock", "recipe.py", "run.json", "groups.txt", ".recipe.json"], None),
         (["notes.txt"], "files"),
         ([".lock", "recipe.py", "groups.txt", "recipe.json"], "a run"),
     ],

@@ -10,7 +10,6 @@ from finetune.inference.export import export
 from finetune.inference.predict import predict_images
 from finetune.models.saved import SavedModel, choose_model, load_model
 from finetune.training.run_dir import find_run
-from finetune.utils.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,6 @@ def load(source: str | Path, checkpoint: str | None = None) -> Model:
         RecipeError: if there is no such model.
     """
     if not str(source).startswith(("hf-hub:", "https://")):
-        try:
-            source = find_run(str(source), "finished")
-        except RecipeError:
-            if not Path(source).exists():
-                raise
+        source = find_run(str(source), "finished")
     source, _ = choose_model(source, checkpoint)
     return Model(source, load_model(source))

@@ -29,6 +29,7 @@ from finetune.results.runs import wilson
 from finetune.training.evaluate import best_row, compute_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
+from finetune.utils.text import WIDTH
 
 ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then by the parameter's
 
@@ -118,7 +119,7 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
 def fold(label: str, text: str) -> str:
     """A label and its text in lines of at most 80 columns."""
     return textwrap.fill(
-        text, 80, initial_indent=f"{label:10}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+        text, WIDTH, initial_indent=f"{label:10}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import SimpleQueue
 
-STOPPED = 75  # as run.py's
+STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # as shells have it
 GRACE = 5.0  # seconds for the other processes to end by themselves, once one has failed
 
@@ -108,7 +108,8 @@ def work(run: Run, args: argparse.Namespace, faults: "SimpleQueue[str]", rank: i
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception:
-        faults.put(traceback.format_exc())
+        if faults.empty():  # the first is shown; unread, the pipe holds 64 KiB, and a longer text would block for ever
+            faults.put(traceback.format_exc()[-4000:])
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in (0, STOPPED):

@@ -16,13 +16,8 @@ from finetune.utils.errors import RecipeError
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
 
-LEFTOVERS = {
-    ".lock",
-    "recipe.py",
-    "groups.txt",
-    "run.json",
-    ".recipe.json",
-}  # all that a run which died before it started can have left
+# All that a run which died before it started can have left.
+LEFTOVERS = {".lock", "recipe.py", "groups.txt", "run.json", ".recipe.json"}
 
 
 def new_run_dir(name: str, output: Path | None) -> Path:

@@ -21,7 +21,7 @@ from finetune.training import loop as train_loop
 from finetune.training.distributed import Stopped, StopRequest
 from finetune.training.run_dir import lock, new_run_dir, newest_checkpoint
 from finetune.utils.errors import RecipeError
-from helpers import ROOT, run_here, small_recipe
+from helpers import ROOT, on_folder, run_here, small_recipe
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
@@ -42,30 +42,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder, capsys):
     """A scheduler's SIGTERM ends the command with exit code 75 and the line that goes on; --resume auto then finishes."""
-    command = [
-        sys.executable,
-        str(ROOT / "finetune" / "run.py"),
-        "--recipe",
-        "resnet18_cifar",
-        "--data",
-        str(image_folder),
-        "--weights",
-        "none",
-        "--set",
-        "backbone=test_resnet",
-        "--set",
-        "mixed_precision=no",
-        "--set",
-        "data.image_size=32",
-        "--set",
-        "data.batch_size=4",
-        "--set",
-        "epochs=20",
-        "--output",
-        str(tmp_path / "out"),
-        "--resume",
-        "auto",
-    ]
+    arguments = on_folder(image_folder, tmp_path / "out", "backbone=test_resnet", "data.batch_size=4", "epochs=20")
+    command = [sys.executable, str(ROOT / "finetune" / "run.py"), *arguments, "--resume", "auto"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list((tmp_path / "out" / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.stdout.read()
@@ -145,24 +123,7 @@ def test_no_checkpoint_is_taken_away_before_the_next_is_there(tmp_path, monkeypa
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk_loses_nothing(tmp_path, monkeypatch, image_folder, capsys, fault):
     """A write that fails ends in one message; the checkpoint before it is whole, and the run goes on from it."""
-    arguments = [
-        "--recipe",
-        "resnet18_cifar",
-        "--data",
-        str(image_folder),
-        "--weights",
-        "none",
-        "--set",
-        "backbone=test_resnet",
-        "--set",
-        "data.image_size=32",
-        "--set",
-        "data.batch_size=8",
-        "--set",
-        "epochs=4",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    arguments = on_folder(image_folder, tmp_path / "out", "backbone=test_resnet")
     real, calls = Path.write_bytes, []
 
     def full(path, data):

@@ -94,3 +94,9 @@ def test_what_a_person_can_put_right_is_one_message(tmp_path):
     """A loss that is no number ends every process with exit code 2, and one of them says it."""
     code, out = in_a_terminal(tmp_path, flags=["--lr-scale", "1e30"])
     assert code == 2 and out.count("finetune: the loss of step ") == 1 and "Traceback" not in out, out
+
+
+def test_an_error_of_any_length_ends_the_run(tmp_path):
+    """One whose text is longer than a pipe holds is told from its end."""
+    code, out = in_a_terminal(tmp_path, "raise ValueError('long ' * 40000 + 'end')")
+    assert code == 1 and out.strip().endswith("long end"), out[-300:]

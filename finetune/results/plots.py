@@ -144,8 +144,9 @@ def run_title(run: Path, result: str = "") -> str:
     """A picture's title: the recipe, its images, and in a line below what was reached."""
     file = run / "recipe.json"
     source = json.loads(file.read_text())["data"]["source"] if file.is_file() else ""
-    on = f" on {Path(str(source)).name}" if source else ""
-    return "\n".join(filter(None, [shorten(f"{run_name(run)}{on}", 80), result]))
+    name, images = run_name(run), Path(str(source)).name
+    on = f" on {images}" if images not in ("", name) else ""  # a suggested recipe is called as its images
+    return "\n".join(filter(None, [shorten(f"{name}{on}", 80), result]))
 
 
 def shorten(text: str, length: int) -> str:
@@ -239,7 +240,9 @@ def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images:
         axes.set(xticks=[], yticks=[], anchor="S")
         axes.spines[:].set_visible(False)
         axes.set_xlabel(f"{shorten(name_of_image(images, i), width)}\n{words}", fontsize="small", parse_math=False)
-    counted = f"the {len(worst)} worst of {int(wrong.sum())} mistakes in {len(labels)} images"
+    total = int(wrong.sum())
+    shown_of = f"the {len(worst)} worst of {total} mistakes" if total > len(worst) else f"{total} mistake{'s' * (total > 1)}"
+    counted = f"{shown_of} in {len(labels)} images"
     figure.suptitle(run_title(run, counted), fontsize="medium", parse_math=False)
     return save_figure(figure, [], run / "mistakes.png")
 

@@ -69,6 +69,11 @@ def test_titles_say_what_it_is(tmp_path, monkeypatch):
     run = write_run(tmp_path)
     title = figure_of(monkeypatch, lambda: plots.plot_curves(run, "top1")).get_suptitle()
     assert title == "resnet18_cifar on photos\ntop-1 70.00 % after epoch 4"
+    same = run.rename(tmp_path / "photos-20260101-000000")
+    (same / "run.json").write_text('{"name": "photos"}')
+    assert plots.run_title(same) == "photos"  # of a recipe that was suggested for its images
+    run = same.rename(run)
+    (run / "run.json").write_text('{"name": "resnet18_cifar"}')
     logits, labels = predictions_of(3)
     draw = lambda: plots.plot_confusion_matrix(run, logits, labels, "abc", plots.run_title(run))  # noqa: E731
     right = int((logits.argmax(1) == labels).sum())
@@ -234,7 +239,8 @@ def test_mistakes_are_named_by_their_files(tmp_path, monkeypatch, number):
     assert figure.axes[0].get_xlabel() == f"IMG_{number - 1}.jpg\nlabelled bees,\npredicted ants ({prob})"
     shown = [axes for axes in figure.axes if axes.get_xlabel()]
     assert len(shown) == min(24, number)
-    assert figure.get_suptitle().endswith(f"the {len(shown)} worst of {number} mistakes in {number} images")
+    worst = f"the {len(shown)} worst of {number} mistakes" if number > len(shown) else f"{number} mistake{'s' * (number > 1)}"
+    assert figure.get_suptitle().splitlines()[-1] == f"{worst} in {number} images"
 
 
 def test_the_worst_mistakes_come_first(tmp_path, monkeypatch):

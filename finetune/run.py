@@ -189,6 +189,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
+    from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
     from finetune.tools.plan import describe_run
     from finetune.training.distributed import Stopped, join_after_restart, main_process_first
@@ -210,6 +211,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway):
         run_dir.start_run_dir(folder, file, name, recipe, group_table)
+        plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
     logger = Logger(folder, accelerator, recipe, args.quiet)

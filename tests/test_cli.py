@@ -120,6 +120,8 @@ def test_from_training_to_a_prediction(here, image_folder, capsys):
     assert main(["train", "resnet18_cifar", "--data", str(image_folder), *SMALL]) == 0
     (run,) = Path("runs").iterdir()
     assert json.loads((run / "run.json").read_text())["name"] == "resnet18_cifar" and run.name.startswith("resnet18_cifar-")
+    pictures = {"augmented.png", "confusion.png", "curves.png", "predictions.png"}
+    assert pictures <= {file.name for file in run.iterdir()}
     capsys.readouterr()
     assert main(["runs", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

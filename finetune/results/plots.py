@@ -11,9 +11,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures stay as they are
 from matplotlib.ticker import MaxNLocator
-from torch.nn.functional import cross_entropy, max_pool2d
+from torch.nn.functional import max_pool2d
 
-from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.data.loader import is_unreadable
 from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
 from finetune.training.evaluate import confusion_matrix
@@ -214,41 +214,3 @@ def describe_confusions(counts: torch.Tensor, confusions: Sequence[tuple[int, in
         names = [f"{shorten(classes[i], 32)} ({i})" for i in (label, guess)]
         rows.append((*names, f"{number} of {total}, {number / total:.0%}"))
     return f"The largest confusions, circled above:\n\n{align_columns(rows)}"
-
-
-def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset, number: int = 24) -> Path | None:
-    """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none."""
-    losses = cross_entropy(logits.double(), labels, reduction="none")
-    wrong = (logits.argmax(1) != labels) & ~is_unreadable(labels)
-    worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:number]
-    if not worst:
-        return None
-    probs = logits.softmax(1)
-    columns = max(2, min(4, len(worst)))
-    rows = math.ceil(len(worst) / columns)
-    figure = Figure(figsize=(8, (8 / columns + 0.7) * rows + 0.6), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(worst) :]:
-        axes.set_axis_off()
-    width = 108 // columns  # characters below an image
-    for axes, i in zip(grid.flat, worst, strict=False):
-        label, guess = int(labels[i]), int(logits[i].argmax())
-        labelled, predicted = (shorten(images.classes[one], width - 10) for one in (label, guess))
-        gap = " " if len(predicted) <= width - 18 else "\n"
-        words = f"labelled {labelled},\npredicted {predicted}{gap}({100 * probs[i, guess]:.0f} %)"
-        axes.imshow(images.images[i][0].convert("RGB"))
-        axes.set(xticks=[], yticks=[], anchor="S")
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel(f"{shorten(name_of_image(images, i), width)}\n{words}", fontsize="small", parse_math=False)
-    total = int(wrong.sum())
-    shown_of = f"the {len(worst)} worst of {total} mistakes" if total > len(worst) else f"{total} mistake{'s' * (total > 1)}"
-    counted = f"{shown_of} in {len(labels)} images"
-    figure.suptitle(run_title(run, counted), fontsize="medium", parse_math=False)
-    return save_figure(figure, [], run / "mistakes.png")
-
-
-def name_of_image(images: ImageDataset, index: int) -> str:
-    """The name of an image's file, or its number among the validation images."""
-    items = getattr(images.images, "items", None)
-    item = items[index] if isinstance(items, Sequence) else None
-    return Path(item).name if isinstance(item, str | Path) else f"image {index}"

@@ -24,8 +24,9 @@ from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.results.baseline import describe_verdict
-from finetune.results.plots import plot_confusion_matrix, plot_curves, plot_mistakes, run_title
+from finetune.results.plots import plot_confusion_matrix, plot_curves, run_title
 from finetune.results.runs import wilson
+from finetune.results.sheets import plot_mistakes, plot_predictions
 from finetune.training.evaluate import best_row, compute_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
@@ -47,6 +48,7 @@ def finish_run(
     plot_curves(folder, recipe.metric)
     predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
     logits, labels = predictions["logits"], predictions["labels"]
+    plot_predictions(folder, logits, labels, images)
     if recipe.loss != "multi_label":
         plot_confusion_matrix(folder, logits, labels, images.classes, run_title(folder))
         plot_mistakes(folder, logits, labels, images)

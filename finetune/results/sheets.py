@@ -1,0 +1,144 @@
+"""Sheets of images: as they are augmented, predicted, mistaken."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.nn.functional import cross_entropy
+
+from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.results.plots import run_title, save_figure, shorten
+from finetune.utils.errors import RecipeError
+
+NUMBER = 24  # images on a sheet
+AUGMENTED = 6  # images that are shown as augmented
+WIDTH = 108  # characters of small print across a sheet
+
+
+class Tile(NamedTuple):
+    """An image, and what is written below it."""
+
+    image: Image.Image | np.ndarray
+    text: str
+    colour: str = "black"
+
+
+def draw_sheet(tiles: Sequence[Tile], title: str, file: Path, columns: int = 4) -> Path:
+    """Write the tiles as a sheet, row by row."""
+    rows, lines = math.ceil(len(tiles) / columns), max(tile.text.count("\n") + 1 for tile in tiles)
+    figure = Figure(figsize=(8, (8 / columns + 0.1 + 0.17 * lines) * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(tiles) :]:
+        axes.set_axis_off()
+    for axes, tile in zip(grid.flat, tiles, strict=False):
+        axes.imshow(tile.image)
+        axes.set(xticks=[], yticks=[], anchor="S")
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(tile.text, fontsize="small", color=tile.colour, parse_math=False)
+    figure.suptitle(title, fontsize="medium", parse_math=False)
+    return save_figure(figure, [], file)
+
+
+def plot_augmented(run: Path, images: ImageDataset, epochs: int) -> Path | None:
+    """augmented.png: some training images as they are, and as the network gets them in its first epochs, up to 3.
+
+    These are the run's own augmentations, which depend on seed, epoch and image alone; mixup and cutmix come after them. None
+    if no image can be read.
+    """
+    epochs = min(3, epochs)
+    width, tiles = WIDTH // (1 + epochs), list[Tile]()
+    for i in evenly_spaced(len(images), AUGMENTED):
+        try:
+            pixels, label = images.read(i)
+        except (OSError, RecipeError):
+            if images.on_bad_image == "stop":
+                raise
+            continue
+        tiles.append(Tile(pixels, f"{shorten(name_of_image(images, i), width)}\n{shorten(name_labels(images, label), width)}"))
+        tiles += [Tile(as_augmented(images, epoch, i), f"epoch {epoch + 1}\n") for epoch in range(epochs)]
+    if not tiles:
+        return None
+    seen = "in epoch 1" if epochs == 1 else f"in epochs 1 to {epochs}"
+    return draw_sheet(tiles, run_title(run, f"training images, and as augmented {seen}"), run / "augmented.png", 1 + epochs)
+
+
+def as_augmented(images: ImageDataset, epoch: int, index: int) -> np.ndarray:
+    """The pixels, [H, W, 3] from 0 to 1, that the network gets for an image in an epoch."""
+    normalised = images.transform.batch(images[epoch, index][0][None])[0]
+    mean, std = (torch.tensor(images.transform.preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    return (normalised * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def plot_predictions(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset) -> Path | None:
+    """predictions.png: validation images drawn evenly, each with its prediction, green if right, else red; None if none."""
+    seen = (~is_unreadable(labels)).nonzero()[:, 0].tolist()
+    several = labels.ndim == 2
+    probs = logits.sigmoid() if several else logits.softmax(1)
+    right = ((logits > 0) == labels.bool()).all(1) if several else logits.argmax(1) == labels
+    tiles = []
+    for i in (seen[place] for place in evenly_spaced(len(seen), NUMBER)):
+        guesses = (logits[i] > 0).nonzero()[:, 0].tolist() if several else [int(logits[i].argmax())]
+        tiles.append(Tile(picture(images, i), describe(images, i, labels[i], guesses, probs[i]), "C2" if right[i] else "C3"))
+    if not tiles:
+        return None
+    total = int(right[seen].sum())
+    counted = f"{len(tiles)} of {len(seen)} validation images; of all, {total} are predicted as labelled (green)"
+    return draw_sheet(tiles, run_title(run, counted), run / "predictions.png")
+
+
+def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset) -> Path | None:
+    """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none."""
+    losses = cross_entropy(logits.double(), labels, reduction="none")
+    wrong = (logits.argmax(1) != labels) & ~is_unreadable(labels)
+    worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:NUMBER]
+    if not worst:
+        return None
+    columns, probs = max(2, min(4, len(worst))), logits.softmax(1)
+    tiles = [
+        Tile(picture(images, i), describe(images, i, labels[i], [int(logits[i].argmax())], probs[i], columns)) for i in worst
+    ]
+    total = int(wrong.sum())
+    shown_of = f"the {len(worst)} worst of {total} mistakes" if total > len(worst) else f"{total} mistake{'s' * (total > 1)}"
+    return draw_sheet(tiles, run_title(run, f"{shown_of} in {len(labels)} images"), run / "mistakes.png", columns)
+
+
+def describe(
+    images: ImageDataset, index: int, label: torch.Tensor, guesses: Sequence[int], probs: torch.Tensor, columns: int = 4
+) -> str:
+    """The file's name, its labels, and what is predicted: one class with its probability, or several."""
+    width = WIDTH // columns
+    labelled = shorten(name_labels(images, label.numpy()), width - 10)
+    predicted = shorten(", ".join(images.classes[guess] for guess in guesses) or "none", width - 10)
+    if len(guesses) == 1:
+        predicted += f"{' ' if len(predicted) <= width - 18 else chr(10)}({100 * probs[guesses[0]]:.0f} %)"
+    return f"{shorten(name_of_image(images, index), width)}\nlabelled {labelled},\npredicted {predicted}"
+
+
+def name_labels(images: ImageDataset, label: int | np.ndarray) -> str:
+    """The name of a label, or the names of several."""
+    if np.ndim(label) == 0:
+        return images.classes[int(label)]
+    return ", ".join(name for name, there in zip(images.classes, np.asarray(label), strict=True) if there) or "none"
+
+
+def picture(images: ImageDataset, index: int) -> Image.Image:
+    """An image as the data set has it."""
+    return images.images[index][0].convert("RGB")
+
+
+def name_of_image(images: ImageDataset, index: int) -> str:
+    """The name of an image's file, or its number in the data set."""
+    items = getattr(images.images, "items", None)
+    item = items[index] if isinstance(items, Sequence) else None
+    return Path(item).name if isinstance(item, str | Path) else f"image {index}"
+
+
+def evenly_spaced(length: int, number: int) -> list[int]:
+    """Up to `number` indices of so many items, from the first to the last."""
+    number = min(number, length)
+    return [i * (length - 1) // max(1, number - 1) for i in range(number)]

@@ -4,13 +4,17 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from finetune.cli import Verb, arguments
 from finetune.recipe.load import chosen_recipe
 from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import fill_lines, print_error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,15 +24,20 @@ def main(argv: list[str] | None = None) -> int:
         code = args.verb(args)
         sys.stdout.flush()
     except RecipeError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
-        print("finetune: stopped at once", file=sys.stderr)
+        print_error("stopped at once")
         return 130
     except BrokenPipeError:  # a reader such as `head` that has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     return code or 0
+
+
+def show_result(args: argparse.Namespace, result: Any, text: Callable[[], str]) -> None:
+    """Print what a verb has found: as JSON if that was asked for, else as text."""
+    print(json.dumps(result, indent=1) if args.json else text())
 
 
 def train(args: argparse.Namespace) -> int:
@@ -61,8 +70,8 @@ def runs(args: argparse.Namespace) -> None:
     """List the runs here: state, metric, data, epochs, when."""
     from finetune.results.runs import list_runs, runs_as_table
 
-    found = list_runs(Path("runs"))
-    print(json.dumps(found, indent=1) if args.json else runs_as_table(found))
+    found = list_runs(Path("runs"), args.sort)
+    show_result(args, found, lambda: runs_as_table(found, args.wide))
 
 
 def ls(args: argparse.Namespace) -> None:
@@ -70,14 +79,16 @@ def ls(args: argparse.Namespace) -> None:
     from finetune.tools.library import list_recipes, recipes_as_table
 
     rows = list_recipes()
-    print(json.dumps(rows, indent=1) if args.json else recipes_as_table(rows, args.wide))
+    show_result(args, rows, lambda: recipes_as_table(rows, args.wide))
 
 
 def show(args: argparse.Namespace) -> None:
     """Print a recipe's file."""
     from finetune.recipe.load import load_recipe
+    from finetune.recipe.serialize import to_dict
 
-    print(load_recipe(args.recipe)[1].read_text(), end="")
+    recipe, file = load_recipe(args.recipe)
+    show_result(args, to_dict(recipe), lambda: file.read_text().rstrip("\n"))
 
 
 def cp(args: argparse.Namespace) -> None:
@@ -86,7 +97,7 @@ def cp(args: argparse.Namespace) -> None:
 
     check_new(args.target)
     args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments))
-    print(f"{args.target}; to run it: finetune train {args.target}")
+    show_result(args, {"file": str(args.target)}, lambda: f"{args.target}; to run it: finetune train {args.target}")
 
 
 def check_new(target: Path) -> None:
@@ -110,10 +121,13 @@ def validate(args: argparse.Namespace) -> None:
     net = meta_backbone(recipe)
     check_recipe(recipe, net)
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    print(
-        f"{file.name} is a valid recipe: {to_dict(recipe.backbone)}, {parameters:,} parameters, on "
-        f"{to_dict(recipe.data.source)} at {recipe.data.image_size} px for {recipe.epochs} epochs"
+    backbone, source, pixels = to_dict(recipe.backbone), to_dict(recipe.data.source), recipe.data.image_size
+    result = {"recipe": str(file), "backbone": backbone, "parameters": parameters, "data": source, "image_size": pixels}
+    text = (
+        f"{file.name} is a valid recipe: {backbone}, {parameters:,} parameters, on {source} at {pixels} px "
+        f"for {recipe.epochs} epochs"
     )
+    show_result(args, result | {"epochs": recipe.epochs}, lambda: fill_lines(text))
 
 
 def diff(args: argparse.Namespace) -> None:
@@ -122,29 +136,25 @@ def diff(args: argparse.Namespace) -> None:
     from finetune.utils.text import align_columns
 
     rows = compare_recipes(args.one, args.other)
-    print(align_columns([("field", args.one, args.other), *rows]) if rows else "no difference")
+    table = [("field", args.one, args.other), *([str(cell) for cell in row] for row in rows)]
+    result = [{"field": field, "one": one, "other": other} for field, one, other in rows]
+    show_result(args, result, lambda: align_columns(table) if rows else "no difference")
 
 
 def show_plan(args: argparse.Namespace) -> None:
     """Show groups, learning rates, stages, memory and layers, without weights or training."""
     recipe, _, name = chosen_recipe(args)
 
-    from finetune.data.sources import data_size
-    from finetune.models.backbone import meta_backbone
     from finetune.results.plots import plot_plan
-    from finetune.tools.plan import describe_plan, epoch_lrs
-    from finetune.training.setup import check_recipe
+    from finetune.tools.plan import describe_plan, epoch_lrs, make_plan
 
-    num_images, num_classes = data_size(recipe)
-    net = meta_backbone(recipe, num_classes)
-    groups, steps = check_recipe(recipe, net), recipe.data.steps_per_epoch(num_images)
-    if args.json:
-        print(json.dumps(epoch_lrs(groups, steps, recipe.epochs), indent=1))
-    else:
-        print(describe_plan(name, recipe, net, groups, (num_images, num_classes), args.wide))
+    plan = make_plan(recipe)
+    steps = recipe.data.steps_per_epoch(plan.size[0])
+    show_result(args, epoch_lrs(plan.groups, steps, recipe.epochs), lambda: describe_plan(name, recipe, plan, args.wide))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        print(f"\npicture  {plot_plan(args.output / f'{name}-plan.png', groups, steps, recipe.epochs)}")
+        picture = plot_plan(args.output / f"{name}-plan.png", plan.groups, steps, recipe.epochs)
+        print(f"\npicture  {picture}", file=sys.stderr if args.json else sys.stdout)
 
 
 def find_lr(args: argparse.Namespace) -> None:
@@ -154,34 +164,42 @@ def find_lr(args: argparse.Namespace) -> None:
     from finetune.optim.param_groups import build_param_groups
     from finetune.tools.lr_finder import compare_factors, line_to_paste, plot_range_test, range_test, suggest_factors
     from finetune.training.setup import make_accelerator, setup
-    from finetune.utils.text import fill_lines
 
     accelerator = make_accelerator(recipe)
     net, (images, _) = setup(recipe, accelerator)
     factors, losses = range_test(recipe, net, images, accelerator)
     suggested = suggest_factors(factors, losses)
     better, verdict = compare_factors(factors, losses, suggested)
-    for rule, factor in (suggested | better).items():
-        paste = line_to_paste(recipe, factor) if rule in better else "a higher loss than theirs"
-        print(f"{rule:8}  {factor:.2g} times the recipe's learning rates: {paste}")
-    print(fill_lines(verdict))
     folder = args.output or Path()
     folder.mkdir(parents=True, exist_ok=True)
     lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
-    print(f"picture   {plot_range_test(folder / f'{name}-lr.png', factors, losses, suggested | better, lrs)}")
+    picture = plot_range_test(folder / f"{name}-lr.png", factors, losses, suggested | better, lrs)
+    lines = [
+        f"{rule:8}  {factor:.2g} times the recipe's learning rates: "
+        f"{line_to_paste(recipe, factor) if rule in better else 'a higher loss than theirs'}"
+        for rule, factor in (suggested | better).items()
+    ]
+    result = {"factors": factors, "losses": losses, "suggested": suggested, "better": better, "verdict": verdict}
+    show_result(
+        args, result | {"picture": str(picture)}, lambda: "\n".join([*lines, fill_lines(verdict), f"picture   {picture}"])
+    )
 
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run a recipe again and compare its number with the baseline; exit code 1 if it is outside."""
-    from finetune.results.reproduce import reproduce
+    from finetune.results.reproduce import describe_reproduction, reproduce
 
     if args.seeds < 1:
         raise RecipeError("--seeds starts at 1")
-    return 0 if reproduce(args.recipe, args.seeds, args.output, args.data) else 1
+    found = reproduce(args.recipe, args.seeds, args.output, args.data, sys.stderr if args.json else sys.stdout)
+    show_result(args, found, lambda: describe_reproduction(found))
+    return 0 if found["inside"] else 1
 
 
 def suggest(args: argparse.Namespace) -> None:
     """Look at your images and write a complete recipe for them, each choice with its reason."""
+    from finetune.recipe.load import load_recipe
+    from finetune.recipe.serialize import to_dict
     from finetune.tools.image_stats import compute_image_stats
     from finetune.tools.suggest import suggest_recipe
 
@@ -189,11 +207,12 @@ def suggest(args: argparse.Namespace) -> None:
         check_new(args.output)
     stats = compute_image_stats(args.data)
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
-    if args.output:
-        args.output.write_text(text)
-        print(f"{args.output}; to run it: finetune train {args.output}")
-    else:
-        print(text, end="")
+    with tempfile.TemporaryDirectory() as folder:
+        file = args.output or Path(folder) / "my_recipe.py"
+        file.write_text(text)
+        recipe = to_dict(load_recipe(str(file))[0])
+    said = f"{args.output}; to run it: finetune train {args.output}" if args.output else text.rstrip("\n")
+    show_result(args, recipe, lambda: said)
 
 
 def find_model_run(args: argparse.Namespace) -> str:
@@ -214,43 +233,45 @@ def export(args: argparse.Namespace) -> None:
     """Write a finished run's network for timm, ONNX or torch.export, checked against the original."""
     from finetune.inference.export import export
 
-    print(export(Path(find_model_run(args)), args.to, args.output))
+    folder = str(export(Path(find_model_run(args)), args.to, args.output))
+    show_result(args, {"folder": folder, "format": args.to}, lambda: folder)
 
 
 def predict(args: argparse.Namespace) -> None:
     """Say what is on images: the likeliest classes of each."""
+    if args.json and args.csv:
+        raise RecipeError("--json or --csv, not both")
+
     from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
 
     rows = predict(find_model_run(args), args.paths, args.top)
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        print(predictions_as_csv(rows) if args.csv else predictions_as_table(rows), end="" if args.csv else "\n")
+    show_result(args, rows, lambda: predictions_as_csv(rows).rstrip("\n") if args.csv else predictions_as_table(rows))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a network on labelled images: totals, a table of the classes, the confusion matrix."""
     from finetune.inference.evaluate import evaluate, evaluation_as_text
 
-    print(evaluation_as_text(evaluate(find_model_run(args), args.data, args.output)))
+    result = evaluate(find_model_run(args), args.data, args.output)
+    show_result(args, result, lambda: evaluation_as_text(result))
 
 
 VERBS: dict[str, Verb] = {
     "train": train,
-    "resume": resume,
+    "predict": predict,
+    "evaluate": evaluate,
+    "export": export,
     "runs": runs,
+    "suggest": suggest,
     "ls": ls,
     "show": show,
     "cp": cp,
-    "validate": validate,
-    "diff": diff,
     "plan": show_plan,
     "find-lr": find_lr,
+    "resume": resume,
     "reproduce": reproduce,
-    "suggest": suggest,
-    "export": export,
-    "predict": predict,
-    "evaluate": evaluate,
+    "diff": diff,
+    "validate": validate,
 }
 
 if __name__ == "__main__":

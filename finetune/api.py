@@ -28,7 +28,7 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     args = arguments(["--resume", str(resume)] if resume else ["--recipe", "given"])
     args.recipe, args.assignments = None if resume else recipe, options.pop("set", [])
     for name, value in options.items():
-        if name not in vars(args) or name in ("recipe", "resume", "dry_run"):
+        if name not in vars(args) or name in ("recipe", "resume", "dry_run", "json"):
             raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
         setattr(args, name, Path(value) if name == "output" else value)
     if args.recipe is None and args.data is None and not resume:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, fla
 from finetune.training import run_dir  # noqa: E402
 from finetune.training.launch import STOPPED  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
+from finetune.utils.text import print_error  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +34,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
     add_recipe_arguments(parser)
     add_run_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -84,14 +87,13 @@ def start(args: argparse.Namespace) -> int:
         return run(args)
     except RecipeError as error:
         if error.one_process or int(os.environ.get("RANK", 0)) == 0:
-            print(f"finetune: {error}", file=sys.stderr)
+            print_error(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO):
             raise
-        print(
-            f"finetune: {error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
-            "then go on with --resume",
-            file=sys.stderr,
+        print_error(
+            f"{error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
+            "then go on with --resume"
         )
     return 2
 
@@ -166,12 +168,12 @@ def run(args: argparse.Namespace) -> int:
         recipe = smoke_recipe(recipe, int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
     check_recipe(recipe, meta_backbone(recipe))
     if args.dry_run:
-        from finetune.data.sources import data_size
-        from finetune.tools.plan import describe_plan
+        from finetune.tools.plan import describe_plan, epoch_lrs, make_plan
 
-        num_images, num_classes = data_size(recipe)
-        net = meta_backbone(recipe, num_classes)
-        print(describe_plan(request.name, recipe, net, check_recipe(recipe, net), (num_images, num_classes)))
+        plan = make_plan(recipe)
+        steps = recipe.data.steps_per_epoch(plan.size[0])
+        lrs = epoch_lrs(plan.groups, steps, recipe.epochs)
+        print(json.dumps(lrs, indent=1) if args.json else describe_plan(request.name, recipe, plan))
         return 0
     return fine_tune(args, request._replace(recipe=recipe))
 
@@ -214,23 +216,25 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
         plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
-    logger = Logger(folder, accelerator, recipe, args.quiet)
+    quiet = args.quiet or args.json
+    logger = Logger(folder, accelerator, recipe, quiet)
     if args.smoke:
         logger.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
     setting = f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}"
     run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; {setting}"
     logger.say(f"{fill_lines(run)}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process else {}  # the first process alone reports
-    options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, args.quiet)
+    options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, quiet)
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
-        logger.say(f"stopped {stopped}, with a checkpoint; to go on: finetune resume {folder}")
+        logger.say(f"stopped {stopped}, with a checkpoint; to go on: finetune resume {folder}", even_if_quiet=not args.json)
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
         result = finish_run(recipe, evaluated, start, datasets[1], logger, args.smoke)
-        logger.say(describe_result(recipe, file, result, folder, args.verbose), even_if_quiet=True)
+        described = describe_result(recipe, file, result, folder, args.verbose)
+        logger.say(json.dumps({"run": str(folder)} | result, indent=1) if args.json else described, even_if_quiet=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if held:

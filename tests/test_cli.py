@@ -20,7 +20,7 @@ MISTAKES = [
     ("copy", "Did you mean cp?"),
     ("eval", "Did you mean evaluate?"),
     ("trian", "Did you mean train?"),
-    ("xyz", "There are: train, resume, runs"),
+    ("xyz", "There are: train, predict, evaluate"),
     ("help", "finetune --help"),
     ("resnet18_cifar", "is a recipe: finetune train resnet18_cifar"),
     ("mine.py", "is a recipe: finetune train mine.py"),
@@ -44,6 +44,8 @@ MISTAKES = [
     ("train resnet81_cifar", "Did you mean resnet18_cifar?"),
     ("resume", "no unfinished run 'last'"),
     ("resume nowhere", "no unfinished run 'nowhere'"),
+    ("predict last a.jpg --json --csv", "--json or --csv, not both"),
+    ("runs --sort best", "invalid choice: 'best' (choose from 'started', 'result', 'run')"),
     ("cp resnet18_cifar nowhere/mine.py", "no folder nowhere"),
     ("cp resnet18_cifar mine.py --set optimizer.name=3", "optimizer.name must be a text"),
 ]
@@ -134,6 +136,10 @@ def test_from_training_to_a_prediction(here, image_folder, capsys):
         assert json.loads(capsys.readouterr().out)[0]["file"] == str(image)
     assert main(["evaluate", "last", "--data", str(image_folder)]) == 0
     assert f"top-1 {result['top1']:.2%}" in capsys.readouterr().out
+    assert main(["evaluate", "last", "--data", str(image_folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == result["top1"]
+    assert main(["export", "last", "--to", "timm", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": f"{run}/{result['use']}-timm", "format": "timm"}
 
 
 def test_own_images_get_a_suggested_recipe(here, image_folder, capsys):

@@ -1,6 +1,7 @@
 """Folders of images and CSV tables."""
 
 import csv
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.dataset import ImageData, ImageList, Values, from_lists
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import progress
 
 COLUMNS = {  # of a table, by any of these names; the last two are optional
     "path": ("path", "file", "filename", "image"),
@@ -118,7 +120,8 @@ def class_folders(root: Path, check: bool) -> tuple[ImageList, tuple[str, ...]]:
         raise RecipeError(f"data: no images in {found} (looked for {', '.join(IMG_EXTENSIONS)})")
     if len(folder.classes) < 2:
         raise RecipeError(f"data: {root} has one class, '{folder.classes[0]}'; there must be at least 2")
-    for path, _ in folder.samples if check else ():
+    checked = folder.samples if check else []
+    for path, _ in progress(checked, len(checked), f"checking the images of {root.name}", os.environ.get("RANK", "0") == "0"):
         try:
             Image.open(path).close()  # reads the header only
         except OSError as error:

@@ -1,7 +1,6 @@
 """Batches: the order of the images in an epoch, the share of each process, and their loading."""
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keyed_seed, seed_cpu
+from finetune.utils.text import print_error
 
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
@@ -136,7 +136,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         except (OSError, RecipeError) as error:
             if self.on_bad_image == "stop":
                 raise
-            print(f"finetune: skipped: {error}", file=sys.stderr)
+            print_error(f"skipped: {error}")
             pixels, label = np.zeros((8, 8, 3), np.uint8), UNREADABLE
         return self.transform.image(pixels), self.target(label, index)
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from timm.data import create_transform
@@ -18,6 +18,10 @@ from finetune.inference.model_card import model_card
 from finetune.models.saved import SavedModel, find_model, load_model, read_json
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_folder
+from finetune.utils.text import progress
+
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
 
 OPSET = 18  # of ONNX
 TOLERANCE = 1e-4  # between the logits of the original and of an exported file, as a share of the largest, or of 1
@@ -59,7 +63,8 @@ def export(run: Path, to: str, output: Path | None = None) -> Path:
     folder = output or model.with_name(f"{model.name}-{to}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"output folder {folder} already holds files; name another --output")
-    files = makers[to](run)  # in memory: a folder that was started is finished
+    with progress(None, 3, f"export to {to}: load") as bar:  # 3 steps, named when they begin
+        files = makers[to](run, bar)  # in memory: a folder that was started is finished
 
     def write(aside: Path) -> None:
         for name, content in files.items():
@@ -69,13 +74,21 @@ def export(run: Path, to: str, output: Path | None = None) -> Path:
     return folder
 
 
-def onnx_files(source: Path) -> dict[str, bytes]:
+def next_step(bar: "tqdm[Any]", words: str) -> None:
+    """Show that a step is done, and what comes next."""
+    bar.set_description_str(words, refresh=False)
+    bar.update()
+    bar.refresh()
+
+
+def onnx_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     """model.onnx, with classes and preprocessing in its metadata as well, and model.json."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise RecipeError("--to onnx needs packages that are not installed: pip install onnx onnxscript onnxruntime")
     import onnx
 
     net, about, examples = load_for_export(source)
+    next_step(bar, "export to onnx: convert")
     about["opset"] = OPSET
     try:
         program = torch.onnx.export(
@@ -94,6 +107,7 @@ def onnx_files(source: Path) -> dict[str, bytes]:
     proto = program.model_proto  # made anew at each access
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
     content = proto.SerializeToString()
+    next_step(bar, "export to onnx: compare with the original")
     if importlib.util.find_spec("onnxruntime"):
         import onnxruntime
 
@@ -106,9 +120,10 @@ def onnx_files(source: Path) -> dict[str, bytes]:
     return {"model.onnx": content, "model.json": to_json(about)}
 
 
-def torch_files(source: Path) -> dict[str, bytes]:
+def torch_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     """model.pt2 by torch.export, with model.json in it as an extra file as well, and model.json."""
     net, about, examples = load_for_export(source)
+    next_step(bar, "export to torch: convert")
     about["use"] = TORCH.replace("\n", " ")
     try:
         with torch.no_grad():
@@ -118,6 +133,7 @@ def torch_files(source: Path) -> dict[str, bytes]:
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"model.json": to_json(about).decode()})
     file.seek(0)
+    next_step(bar, "export to torch: compare with the original")
     about["checked"] = compare_logits(net, torch.export.load(file).module(), examples)
     return {"model.pt2": file.getvalue(), "model.json": to_json(about)}
 
@@ -186,7 +202,7 @@ def to_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def timm_files(source: Path) -> dict[str, bytes]:
+def timm_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     """config.json and model.safetensors as the run has them, a model card, and the run's curves."""
     folder, run = find_model(source)
     if run is None or not (run / "result.json").is_file():

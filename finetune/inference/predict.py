@@ -3,7 +3,6 @@
 import csv
 import glob
 import io
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from finetune.models.saved import SavedModel, load_model
 from finetune.training.evaluate import predict_logits
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import align_columns
+from finetune.utils.text import align_columns, print_error
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -86,7 +85,7 @@ def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, worke
     logits, labels = compute_logits(model, ImageList(images, [0] * len(images), read_any), "skip", workers)
     seen = ~is_unreadable(labels)
     if not seen.all():
-        print(f"finetune: {int((~seen).sum())} of {len(images)} images could not be read and were left out", file=sys.stderr)
+        print_error(f"{int((~seen).sum())} of {len(images)} images could not be read and were left out")
     if not seen.any():
         raise RecipeError("no image could be read")
     probs = logits.double().softmax(1) if loss == "cross_entropy" else logits.double().sigmoid()

@@ -15,6 +15,7 @@ from finetune.recipe.load import RECIPES
 from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import diff, from_dict
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import print_error
 
 Record = dict[str, Any]  # a file of recipes/baselines/, which record_runs writes
 
@@ -159,7 +160,7 @@ def main() -> int:
     try:
         record = record_runs(args.runs)
     except RecipeError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     if args.images:
         record["images"], record["recipe"]["data"]["source"] = args.images, "--data"

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from finetune.recipe.load import HERE, load_recipe
 from finetune.recipe.recipe import METRICS
@@ -14,11 +14,14 @@ from finetune.results.baseline import describe_baseline, describe_record, find_r
 from finetune.utils.errors import RecipeError
 
 
-def reproduce(name: str, seeds: int, output: Path | None = None, data: str | None = None) -> bool:
-    """Run the recipe with as many seeds, the recorded ones first; whether their mean is inside the prediction interval.
+def reproduce(
+    name: str, seeds: int, output: Path | None = None, data: str | None = None, progress: TextIO | None = None
+) -> dict[str, Any]:
+    """Run the recipe with as many seeds, the recorded ones first, and compare their mean with the prediction interval.
 
-    Prints each value and the interval. Runs lie in `output`/seed-N and go on where they were cut off; a finished one is not run
-    again.
+    Returns {"recipe", "metric", "values" by seed, "mean", "interval", "p_value", "inside", "baseline", "runs"}. Each run says
+    what it does on `progress`, stdout or stderr. Runs lie in `output`/seed-N and go on where they were cut off; a finished one
+    is not run again.
 
     Raises:
         RecipeError: if the recipe has no number, or a run fails.
@@ -33,22 +36,37 @@ def reproduce(name: str, seeds: int, output: Path | None = None, data: str | Non
     recorded = {run["seed"]: run[metric] for run in record["runs"]}
     chosen = [*recorded, *(seed for seed in range(seeds + len(recorded)) if seed not in recorded)][:seeds]
     output = output or Path("runs") / f"{file.stem}-reproduce"
-    values = []
+    progress, values = progress or sys.stdout, {}
     for seed in chosen:
-        value = run_seed(file, seed, output / f"seed-{seed}", data)[metric]
-        print(f"seed {seed}: {value:.2%}" + (f", recorded {recorded[seed]:.2%}" if seed in recorded else ""), flush=True)
-        values.append(value)
+        values[seed] = run_seed(file, seed, output / f"seed-{seed}", data, progress)[metric]
+        known = f", recorded {recorded[seed]:.2%}" if seed in recorded else ""
+        print(f"seed {seed}: {values[seed]:.2%}{known}", file=progress, flush=True)
     low, high = prediction_interval(record, len(values))
-    inside = low <= statistics.mean(values) <= high
-    print(
-        f"{METRICS[metric]} {statistics.mean(values):.2%}, the mean of {len(values)}, lies {'inside' if inside else 'OUTSIDE'} "
-        f"the 95 % prediction interval, {low:.1%} to {high:.1%} (p = {p_value(record, values):.2f}); the baseline is "
-        f"{describe_record(record)}. The runs: {output}"
+    mean = statistics.mean(values.values())
+    return {
+        "recipe": file.stem,
+        "metric": metric,
+        "values": values,
+        "mean": mean,
+        "interval": [low, high],
+        "p_value": p_value(record, list(values.values())),
+        "inside": low <= mean <= high,
+        "baseline": describe_record(record),
+        "runs": str(output),
+    }
+
+
+def describe_reproduction(found: dict[str, Any]) -> str:
+    """What `reproduce` has found, in a sentence."""
+    low, high = found["interval"]
+    return (
+        f"{METRICS[found['metric']]} {found['mean']:.2%}, the mean of {len(found['values'])}, lies "
+        f"{'inside' if found['inside'] else 'OUTSIDE'} the 95 % prediction interval, {low:.1%} to {high:.1%} "
+        f"(p = {found['p_value']:.2f}); the baseline is {found['baseline']}. The runs: {found['runs']}"
     )
-    return inside
 
 
-def run_seed(file: Path, seed: int, folder: Path, data: str | None) -> dict[str, Any]:
+def run_seed(file: Path, seed: int, folder: Path, data: str | None, progress: TextIO) -> dict[str, Any]:
     """The result of one run, resumed if it was started, on what Accelerate finds: every GPU, or the CPU."""
     line = [
         sys.executable,
@@ -66,8 +84,9 @@ def run_seed(file: Path, seed: int, folder: Path, data: str | None) -> dict[str,
         *(["--data", data] if data else []),
     ]
     if not (folder / "result.json").is_file():
-        print(f"finetune/run.py {' '.join(line[4:])}", flush=True)
-        subprocess.run(line, env={"ACCELERATE_LOG_LEVEL": "error", **os.environ}, check=False)
+        print(f"finetune/run.py {' '.join(line[4:])}", file=progress, flush=True)
+        output = 2 if progress is sys.stderr else None  # the run's, where stdout is for the result
+        subprocess.run(line, env={"ACCELERATE_LOG_LEVEL": "error", **os.environ}, check=False, stdout=output)
     if not (folder / "result.json").is_file():
         raise RecipeError(f"the run in {folder} did not finish; what it said stands above. The same command goes on with it")
     return json.loads((folder / "result.json").read_text())

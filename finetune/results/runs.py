@@ -14,7 +14,7 @@ from finetune.recipe.serialize import from_dict, to_dict
 from finetune.results.plots import draw_curves
 from finetune.training.run_dir import lock, newest_checkpoint, run_name
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import align_columns
+from finetune.utils.text import WIDTH, align_columns
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,18 @@ class Run:
         return draw_curves(self.folder, self.recipe.metric)
 
 
-def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """A row for each run, the newest last; a folder whose recipe can't be read is a row with its fault."""
-    files = sorted(folder.glob("*/recipe.json"), key=lambda file: file.stat().st_mtime)
-    return [describe_run(file.parent) for file in files]
+def list_runs(folder: Path, order: str = "started") -> list[dict[str, Any]]:
+    """A row for each run; a folder whose recipe can't be read is a row with its fault.
+
+    The last is the newest, or by `order` "result" the one with the highest metric, by "run" the last of the alphabet.
+    """
+    files = sorted(folder.glob("*/recipe.json"), key=lambda file: (file.stat().st_mtime, file.parent.name))
+    rows = [describe_run(file.parent) for file in files]
+    if order == "run":
+        rows.sort(key=lambda row: row["run"])
+    if order == "result":  # unlike metrics can't be compared, and stand apart
+        rows.sort(key=lambda row: ("value" in row, row.get("metric", ""), row.get("value", 0)))
+    return rows
 
 
 def describe_run(run: Path) -> dict[str, Any]:
@@ -102,13 +110,24 @@ def wilson(share: float, images: int) -> tuple[float, float]:
     return (centre - spread) / (1 + z * z / images), (centre + spread) / (1 + z * z / images)
 
 
-def runs_as_table(rows: list[dict[str, Any]]) -> str:
-    """A line a run, the newest last, within 80 columns where names are short."""
+def runs_as_table(rows: list[dict[str, Any]], wide: bool = False) -> str:
+    """A line a run: its name and result, and as many more columns as 80 hold, or all."""
     if not rows:
         return "no runs here: finetune train NAME"
-    lines: list[tuple[str, ...]] = [("run", "state", "result", "best", "data", "epochs")]
-    for row in rows:
-        value = f"{METRICS[row['metric']]} {row['value']:.1%}" if "value" in row else ""
-        best = f"{row['best']:.1%}" if "best" in row else ""
-        lines.append((row["run"], row["state"], value, best, row.get("data", ""), str(row.get("epochs", ""))))
-    return align_columns(lines)
+    table = [["run", "result", "best", "epochs", "data", "started"]]
+    table += [[cell(row, column) for column in table[0]] for row in rows]
+    while not wide and len(table[0]) > 2 and max(map(len, align_columns(table).splitlines())) > WIDTH:
+        table = [line[:-1] for line in table]
+    return align_columns(table, width=math.inf if wide else WIDTH)
+
+
+def cell(row: dict[str, Any], column: str) -> str:
+    """What stands in a column for a run; a run without a result has its state there."""
+    if column == "best":
+        return f"{row['best']:.1%}" if "best" in row else ""
+    if column != "result":
+        return str(row.get(column, ""))
+    if row["state"] != "finished":
+        return str(row["state"])
+    chance = f" ({100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f})" if "interval" in row else ""
+    return f"{METRICS[row['metric']]} {row['value']:.1%}{chance}"

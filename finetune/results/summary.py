@@ -30,8 +30,9 @@ from finetune.results.sheets import plot_mistakes, plot_predictions
 from finetune.training.evaluate import best_row, compute_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
-from finetune.utils.text import WIDTH
+from finetune.utils.text import WIDTH, colour
 
+VERDICTS = {"as expected": "green", "than expected": "yellow", "did not pay": "yellow"}
 ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then by the parameter's
 
 
@@ -115,7 +116,14 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         lines.append(("files", f"in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*')))}"))
     run, formats = shlex.quote(str(folder)), "timm" if is_timm(recipe) else "torch"
     steps = [f"predict {run} PHOTO", f"evaluate {run} --data DIR", f"export {run} --to {formats}"]
-    return "\n".join(["", *(fold(*line) for line in lines if line[1]), "", *(f"finetune {step}" for step in steps)])
+    return "\n".join(["", *(highlight(*line) for line in lines if line[1]), "", *(f"finetune {step}" for step in steps)])
+
+
+def highlight(label: str, text: str) -> str:
+    """A label and its text, folded: in a terminal the label is bold, and a verdict has its colour."""
+    verdict = next((name for words, name in VERDICTS.items() if words in text), None)
+    folded = fold(label, text)
+    return colour(label, "bold") + folded[len(label) :] if verdict is None else colour(folded, verdict)
 
 
 def fold(label: str, text: str) -> str:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, load_recipe, override
@@ -70,9 +71,9 @@ def copy_recipe(name: str, target: Path, assignments: list[str]) -> str:
     return f'"""{title}\n\n    finetune train {target}\n\n{rest}"""\n{body}'
 
 
-def compare_recipes(one: str, other: str) -> list[tuple[str, str, str]]:
+def compare_recipes(one: str, other: str) -> list[tuple[str, Any, Any]]:
     """(field, its value in one, in the other) for each field in which two recipes differ; either may be a run's folder."""
-    return [(path, str(a), str(b)) for path, a, b in diff(find_recipe(one), find_recipe(other))]
+    return diff(find_recipe(one), find_recipe(other))
 
 
 def find_recipe(name: str) -> Recipe:

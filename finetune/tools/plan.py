@@ -2,14 +2,37 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
+from finetune.data.sources import data_size
+from finetune.models.backbone import meta_backbone
 from finetune.optim.param_groups import ParamGroup, describe_param_groups, planned_lrs
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.tools.memory_estimate import layer_table, memory_table
+from finetune.training.setup import check_recipe
 from finetune.utils.text import WIDTH, align_columns, fill_lines
+
+
+class Plan(NamedTuple):
+    """A run that is still to come: its network on the meta device, its groups, its data's images and classes."""
+
+    net: nn.Module
+    groups: Sequence[ParamGroup]
+    size: tuple[int, int]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe, which is checked; neither weights nor images are read.
+
+    Raises:
+        RecipeError: for a recipe that does not fit its network, and for data that is not there.
+    """
+    size = data_size(recipe)
+    net = meta_backbone(recipe, size[1])
+    return Plan(net, check_recipe(recipe, net), size)
 
 
 def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
@@ -22,13 +45,9 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     )
 
 
-def describe_plan(
-    name: str, recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], size: tuple[int, int], wide: bool = False
-) -> str:
-    """The plan: groups, learning rates, stages with their memory, layers; all of it if `wide`, else what 80 columns hold.
-
-    `net` lies on the meta device; `size` is the data's, images and classes.
-    """
+def describe_plan(name: str, recipe: Recipe, plan: Plan, wide: bool = False) -> str:
+    """The plan: groups, learning rates, stages with their memory, layers; all of it if `wide`, else what 80 columns hold."""
+    net, groups, size = plan
     steps = recipe.data.steps_per_epoch(size[0])
     return "\n\n".join(
         [

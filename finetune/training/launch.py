@@ -15,6 +15,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import SimpleQueue
 
+from finetune.utils.text import print_error
+
 STOPPED = 75  # exit code of a run that was asked to stop: "try again", EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # as shells have it
 GRACE = 5.0  # seconds for the other processes to end by themselves, once one has failed
@@ -63,11 +65,11 @@ def launch(run: Run, args: argparse.Namespace, processes: int | None) -> int:
     lost = [rank for rank, code in enumerate(codes) if code < 0 and rank not in killed]
     if lost:
         name = signal.Signals(-codes[lost[0]]).name
-        print(f"finetune: process {lost[0]} was ended by {name}; the last checkpoint is kept: finetune resume", file=sys.stderr)
+        print_error(f"process {lost[0]} was ended by {name}; the last checkpoint is kept: finetune resume")
     elif not faults.empty():
         print(faults.get(), file=sys.stderr, end="")
     elif INTERRUPTED in codes:
-        print("finetune: stopped at once", file=sys.stderr)
+        print_error("stopped at once")
     return max(code if code >= 0 else 1 for code in codes)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from finetune.data.loader import Batch, BatchPlan, is_unreadable
 from finetune.recipe import Recipe
@@ -20,7 +20,7 @@ from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import duration, progress
+from finetune.utils.text import colour, duration, progress
 
 FLUSH_EVERY = 20  # steps between two looks at the losses: each look makes a GPU wait
 
@@ -178,7 +178,9 @@ class Logger:
         heads = ("", "training loss", "validation loss", metric, "best", "time left")
         for line in (cells,) if self.headed else (heads, cells):
             first = f"{line[0]:<{max(12, 10 + 2 * len(str(self.epochs)))}}"
-            rest = (f"{cell:>{max(7, len(head))}}" for cell, head in zip(line[1:], heads[1:], strict=True))
+            rest = [f"{cell:>{max(7, len(head))}}" for cell, head in zip(line[1:], heads[1:], strict=True)]
+            if line[3] == line[4]:  # the best so far
+                rest[2] = colour(rest[2], "bold")
             self.say("  ".join([first, *rest]).rstrip())
         self.headed = True
 

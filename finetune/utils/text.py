@@ -1,15 +1,37 @@
 """Text for the terminal: the nearest name, lines and columns that fit, progress bars."""
 
 import difflib
+import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from tqdm.std import tqdm
 
 WIDTH = 80  # columns of a terminal that was never widened
+
+
+COLOURS = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
+
+
+def colour(text: str, name: str, stream: TextIO | None = None) -> str:
+    """The text in a colour, or in bold, where the stream, by default stdout, is a terminal and NO_COLOR is not set.
+
+    See https://no-color.org. Only a new terminal of Windows is known to have colours.
+    """
+    stream = stream or sys.stdout
+    known = os.name != "nt" or "WT_SESSION" in os.environ
+    if not stream.isatty() or not known or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\033[{COLOURS[name]}m{text}\033[0m"
+
+
+def print_error(text: object) -> None:
+    """What a person can put right, on stderr."""
+    print(f"{colour('finetune:', 'red', sys.stderr)} {text}", file=sys.stderr)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -55,7 +77,9 @@ def progress(items: Iterable[Any] | None, total: int | None, text: str, shown: b
 
     Without a total there is no bar but a count, and without items one that `update` raises.
     """
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():  # of a notebook without ipywidgets, where the bar is text
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from tqdm.auto import tqdm
 
     return tqdm(
         items,

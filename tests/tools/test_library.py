@@ -97,7 +97,7 @@ def test_changes_are_written_into_the_copy(here, name):
     text = file.read_text()
     assert "3e-3" in text and "not measured" in text and "%" not in text.partition("from finetune")[0]
     assert describe_baseline(file, copy) == "none: not measured"
-    assert dict((field, now) for field, _, now in compare_recipes(name, "mine.py"))["epochs"] == "7"
+    assert dict((field, now) for field, _, now in compare_recipes(name, "mine.py"))["epochs"] == 7
 
 
 def test_what_a_recipe_computes_is_changed_too(here):

@@ -40,7 +40,7 @@ def in_a_terminal(folder, fault="pass", seconds=0.0, presses=(), flags=()):
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
-        os.execvpe(words[0], words, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        os.execvpe(words[0], words, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"})
     out, started, presses, deadline = b"", 0.0, list(presses), time.monotonic() + 120
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.05)[0]:

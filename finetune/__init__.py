@@ -12,6 +12,10 @@ if not (Path(__file__).parent / "recipes").is_dir():  # a clone has recipes/ bes
 
 def __getattr__(name: str) -> Any:
     """train and load, whose modules import torch, which a recipe file does without."""
+    if name in ("train", "load"):
+        from finetune.utils.text import import_tqdm
+
+        import_tqdm()  # before huggingface_hub does, with a warning
     if name == "train":
         from finetune.api import train
 

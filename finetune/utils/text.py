@@ -77,11 +77,7 @@ def progress(items: Iterable[Any] | None, total: int | None, text: str, shown: b
 
     Without a total there is no bar but a count, and without items one that `update` raises.
     """
-    with warnings.catch_warnings():  # of a notebook without ipywidgets, where the bar is text
-        warnings.filterwarnings("ignore", "IProgress not found")
-        from tqdm.auto import tqdm
-
-    return tqdm(
+    return import_tqdm()(
         items,
         total=total,
         desc=text,
@@ -92,6 +88,14 @@ def progress(items: Iterable[Any] | None, total: int | None, text: str, shown: b
         bar_format="{desc} "
         + ("{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}" if total else "{n_fmt}, {elapsed}"),
     )
+
+
+def import_tqdm() -> "type[tqdm[Any]]":
+    """tqdm for a terminal or a notebook, without its warning in a notebook that lacks ipywidgets: there the bar is text."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")
+        from tqdm.auto import tqdm
+    return tqdm
 
 
 def in_notebook() -> bool:

@@ -30,7 +30,8 @@ PAGE = """\
 What you see from the installation to an exported model, in a terminal of 80 columns. `^C` is Ctrl-C. Bars, which come after a
 second and go when their work is done, are not in it.
 
-Recorded by `python -m benchmarks.terminal` on {cores} CPU cores with torch {torch}. The photographs are {photos}.
+Recorded by `python -m benchmarks.terminal` on {cores} CPU cores with torch {torch}. The photographs are
+{photos}.
 
 ```console
 {text}
@@ -99,7 +100,7 @@ def main() -> None:
         started = time.monotonic()
         pip, *_ = terminal.type('pip install -e ".[quickstart]"')
         shown = [pip, f"[what pip prints; {time.monotonic() - started:.0f} s]"]
-        shown += terminal.type("finetune train --data photos", press_after="epoch 2 of")
+        shown += terminal.type("finetune train --data photos --epochs 8", press_after="epoch 2 of")
         shown += terminal.type("finetune resume")
         shown += terminal.type("finetune predict last photo.jpg")
         shown += terminal.type("finetune export last --to timm")

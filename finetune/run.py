@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -228,7 +229,8 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
-        logger.say(f"stopped {stopped}, with a checkpoint; to go on: finetune resume {folder}", even_if_quiet=not args.json)
+        words = f"stopped {stopped}, with a checkpoint; to go on:\nfinetune resume {shlex.quote(str(folder))}"
+        logger.say(words, even_if_quiet=not args.json)
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:

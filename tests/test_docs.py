@@ -140,6 +140,17 @@ def test_help_has_an_example(capsys, name):
     assert arguments(shlex.split(example), VERBS).verb
 
 
+def test_the_recorded_session_is_of_these_commands():
+    """The commands of the recording in docs/terminal.md can be typed, and no line is wider than its terminal."""
+    text = (ROOT / "docs" / "terminal.md").read_text()
+    console = re.search(r"^```console\n(.+?)^```$", text, re.M | re.S)[1]
+    typed = [line.removeprefix("$ finetune ") for line in console.splitlines() if line.startswith("$ finetune ")]
+    assert [arguments(shlex.split(line), VERBS).verb for line in typed] == [
+        VERBS[name] for name in ("train", "resume", "predict", "export", "runs")
+    ]
+    assert max(map(len, console.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("fields", IN_RECIPE)
 def test_every_option_of_the_table_is_a_recipe(fields):
     """What the table of options shows can be written into a recipe, and fits a network."""

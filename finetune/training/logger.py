@@ -74,7 +74,8 @@ class Logger:
             rows = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
             self.losses = [row["loss"] for row in rows if "grad_norm" in row and row["epoch"] == len(self.history)]
         self.started = time.monotonic()
-        self.say(f"resuming after step {state['step']}, {len(self.history)} epochs done")
+        done = len(self.history)
+        self.say(f"resuming after step {state['step']}, {done} epoch{'s' * (done != 1)} done")
 
     def state(self) -> dict[str, Any]:
         """What `resume` needs; asked for after a flush, on the first process."""

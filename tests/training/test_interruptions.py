@@ -55,7 +55,7 @@ def test_a_stopped_command_exits_with_75_and_resumes(tmp_path, image_folder, cap
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == STOPPED == 75, out
-    assert f"to go on: finetune resume {tmp_path / 'out'}" in out
+    assert f"to go on:\nfinetune resume {tmp_path / 'out'}" in out
     assert not (tmp_path / "out" / "result.json").exists()
     command[command.index("epochs=20")] = "epochs=21"
     assert main(command[2:]) == 2  # another recipe

@@ -34,12 +34,21 @@ class Criterion:
         """The sum over images of the loss of `logits` [n, classes]; targets are labels [n], or values [n, classes] in 0..1.
 
         Smoothing takes this share of each target away and spreads it evenly: over the classes, or with several labels an image
-        over yes and no.
+        over yes and no. A class weight is a factor on the loss of that class's images; of a mixed image, on each of its parts.
         """
-        if self.recipe.loss == "cross_entropy":
-            weights = None if self.class_weights is None else self.class_weights.to(logits)
-            return cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=self.recipe.label_smoothing)
-        return binary_loss(logits, targets, self.recipe.label_smoothing, self.recipe.loss == "multi_label")
+        recipe, weights = self.recipe, None
+        if recipe.loss != "cross_entropy":  # torch's leaves out what can't be read by itself
+            seen = ~is_unreadable(targets)
+            logits, targets = logits[seen], targets[seen]
+        if self.class_weights is not None:
+            targets, weights = weigh_images(targets, self.class_weights.to(logits))
+        if recipe.loss == "cross_entropy":
+            # Not by its own `weight`: that weighs the smoothed share of each class by this class, not by the image's own.
+            reduction = "sum" if weights is None else "none"
+            losses = cross_entropy(logits, targets, reduction=reduction, label_smoothing=recipe.label_smoothing)
+        else:
+            losses = binary_losses(logits, targets, recipe.label_smoothing, recipe.loss == "multi_label")
+        return losses.sum() if weights is None else (weights * losses).sum()
 
     def l2_sp(self) -> torch.Tensor | float:
         """L2-SP (Li et al. 2018, arXiv 1802.01483): l2_sp / 2 times the squared distance of what trains from its start."""
@@ -47,14 +56,25 @@ class Criterion:
         return self.recipe.l2_sp / 2 * sum(distances)
 
 
-def binary_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, multi_label: bool) -> torch.Tensor:
-    """The sum over images of the mean over classes of each class's binary cross-entropy."""
-    seen = ~is_unreadable(targets)
-    logits, targets = logits[seen], targets[seen]
+def weigh_images(targets: torch.Tensor, class_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(targets, weights [n]) with which the weighted sum of the images' losses is the sum of all their parts' weighted losses.
+
+    An image of one label has its class's weight. The loss of a mixed image is linear in its target: it is the mean weight of the
+    parts, times the loss of the target that has each part in proportion to its weight.
+    """
+    if targets.ndim == 1:
+        return targets, class_weights[targets.clamp(min=0)]  # whatever weight for what can't be read
+    parts = targets * class_weights
+    weights = parts.sum(1)
+    return parts / weights[:, None], weights
+
+
+def binary_losses(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, multi_label: bool) -> torch.Tensor:
+    """Each image's mean over classes of their binary cross-entropies [n]."""
     if targets.ndim == 1:
         targets = one_hot(targets, logits.shape[1])
     targets = targets * (1 - smoothing) + smoothing / (2 if multi_label else logits.shape[1])
-    return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1).sum()
+    return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1)
 
 
 def class_weights(recipe: Recipe, images: ImageDataset, device: torch.device) -> torch.Tensor | None:

@@ -99,8 +99,8 @@ class Recipe(Checked):
         for name in ("dropout", "drop_path", "gradient_checkpointing"):
             if getattr(self, name) and not is_timm:
                 yield f"{name}: only timm's networks have it"
-        if self.class_weights is not None and self.loss != "cross_entropy":
-            yield "class_weights need loss='cross_entropy'"
+        if self.class_weights is not None and self.loss == "multi_label":
+            yield "class_weights need one label an image: loss='cross_entropy' or 'binary'"
         if self.clip_norm is None and self.clip_norm_type != 2:
             yield "clip_norm_type has no effect without clip_norm"
         if self.mixed_precision == "fp16" and "LBFGS" in optimizers:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import ImageDataset, is_unreadable, load
-from finetune.optim.loss import binary_loss
+from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe
 from finetune.training.distributed import gather_strided
 from finetune.training.setup import DEFAULTS, RunOptions
@@ -58,7 +58,7 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
     if recipe.loss == "cross_entropy":
         loss = cross_entropy(logits, labels)
     else:
-        loss = binary_loss(logits, labels, 0.0, recipe.loss == "multi_label") / len(labels)
+        loss = binary_losses(logits, labels, 0.0, recipe.loss == "multi_label").sum() / len(labels)
     compute = multi_label_metrics if recipe.loss == "multi_label" else single_label_metrics
     return {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
 

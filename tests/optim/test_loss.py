@@ -9,10 +9,12 @@ import timm.layers
 import timm.loss
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
 from torch.nn.functional import cross_entropy, multilabel_soft_margin_loss, one_hot
 
 from finetune.data.loader import ImageDataset
 from finetune.models.backbone import build_backbone, head_parameters
+from finetune.models.linear_probe import fit
 from finetune.optim.loss import Criterion
 from finetune.recipe import Augment
 from finetune.training.loop import clip_gradients
@@ -123,6 +125,38 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
         recipe, lambda net, logits, labels: cross_entropy(logits, labels, torch.tensor(weights), reduction="sum") / len(labels)
     )[1]
     assert_same_weights(run_here(recipe, tmp_path, accumulate=2)[0], trail[-1], 1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("kind", ["cross_entropy", "binary"])
+def test_a_class_weight_is_that_of_the_images_own_class(kind, smoothing):
+    """A weighted loss is the sum of torch's or timm's losses of single images, each times its class's weight, mixed or not."""
+    weights = torch.tensor([0.2, 1.0, 30.0, 4.0])
+    ours = criterion(small_recipe(loss=kind, label_smoothing=smoothing, class_weights=tuple(weights.tolist())), [0]).loss
+    logits, labels, others = torch.randn(6, 4).double(), torch.tensor([0, 3, 1, 1, 2, 0]), torch.tensor([2, 2, 1, 0, 0, 3])
+    binary = timm.loss.BinaryCrossEntropy(smoothing=smoothing, reduction="none")
+
+    def reference(labels):
+        if kind == "binary":
+            return weights[labels].double() * binary(logits, labels).mean(1)
+        return weights[labels].double() * cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+
+    torch.testing.assert_close(ours(logits, labels), reference(labels).sum())
+    mixed = 0.3 * one_hot(labels, 4) + 0.7 * one_hot(others, 4)
+    torch.testing.assert_close(ours(logits, mixed), (0.3 * reference(labels) + 0.7 * reference(others)).sum())
+    unreadable = torch.cat([labels[:-1], torch.tensor([-100])])
+    torch.testing.assert_close(ours(logits, unreadable), reference(labels)[:-1].sum())
+
+
+def test_the_probe_learns_very_uneven_classes():
+    """Class weights and smoothing together leave a head that tells separable classes of 300 and 5 images apart."""
+    labels = torch.tensor([0] * 300 + [1] * 5)
+    features = torch.randn(305, 3, generator=torch.Generator().manual_seed(0)) + 8.0 * labels[:, None]
+    images, layer = SimpleSet(labels), nn.Linear(3, 2)
+    images.classes = ("common", "rare")
+    recipe = small_recipe(class_weights="balanced", label_smoothing=0.1)
+    fit(layer, features, labels, Criterion(recipe, SmallNet(), images, torch.device("cpu")).loss, l2=1e-3)
+    assert torch.equal(layer(features).argmax(1), labels)
 
 
 @pytest.mark.parametrize("weights,fault", [((1.0, 2.0), "class_weights: 2 for 10 classes"), ("balanced", "a list `targets`")])

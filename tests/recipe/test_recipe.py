@@ -158,7 +158,7 @@ def test_every_number_has_its_range(recipe, field, sentence, right, wrong):
 
 SKIPPING, SEVERAL = Data("digits", 8, 8, on_bad_image="skip"), {"loss": "multi_label", "metric": "mean_average_precision"}
 CLASHES = [
-    ({"class_weights": "balanced"}, {"loss": "binary"}, "class_weights need loss='cross_entropy'"),
+    ({"class_weights": "balanced"}, SEVERAL, "class_weights need one label an image: loss='cross_entropy' or 'binary'"),
     ({"clip_norm": None}, {"clip_norm_type": 1.0}, "clip_norm_type has no effect without clip_norm"),
     ({"mixed_precision": "fp16"}, {"optimizer": LBFGS}, "LBFGS needs mixed_precision='no' or 'bf16'"),
     ({"mixed_precision": "fp16"}, {"groups": (replace(FIRST, optimizer=LBFGS), SECOND)}, "LBFGS needs"),

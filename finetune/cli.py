@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, flag_name
-from finetune.run import add_run_arguments
+from finetune.run import add_resume_anyway, add_run_arguments
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest, print_error
 
@@ -89,7 +89,8 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     train.set_defaults(resume=None, resume_anyway=False)
     resume = add("resume", "last")
     add_run(resume, "resume", nargs="?", default="last", help="an unfinished run (default: the last)")
-    resume.set_defaults(recipe=None, assignments=[], resume_anyway=False, **{flag_name(flag): None for flag in FLAGS})
+    add_resume_anyway(resume)
+    resume.set_defaults(recipe=None, assignments=[], **{flag_name(flag): None for flag in FLAGS})
     for sub in (train, resume):
         add_run_arguments(sub)
         sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")

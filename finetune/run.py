@@ -43,13 +43,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="RUN|auto",
         help="go on with that run, or this recipe's newest; auto: with the one in --output if there is one, else start",
     )
-    parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe was changed")
+    add_resume_anyway(parser)
     args = parser.parse_args(argv)
     if not args.recipe and not args.resume:
         parser.error("--recipe NAME|FILE.py, or --resume RUN, is required")
     if args.resume == "auto" and not args.output:
         parser.error("--resume auto needs --output DIR: it starts there if there is nothing to go on with")
     return args
+
+
+def add_resume_anyway(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe, or the images, were changed")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +195,7 @@ def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
 def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
+    from finetune.data.dataset import fingerprint
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
@@ -204,6 +209,10 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)
     net, datasets = setup(recipe, accelerator)
+    parts = zip(("training", "validation"), datasets, strict=True)
+    images = {part: fingerprint(dataset.images, dataset.classes) for part, dataset in parts}
+    if resume and not args.resume_anyway:
+        run_dir.check_same_images(folder, images)
     num_train, num_val, num_classes = len(datasets[0]), len(datasets[1]), len(datasets[0].classes)
     groups = build_param_groups(recipe, net)
     group_table, short_table = (
@@ -213,7 +222,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     # Held until the run's end.
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway):
-        run_dir.start_run_dir(folder, file, name, recipe, group_table)
+        run_dir.start_run_dir(folder, file, name, recipe, group_table, images)
         plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)

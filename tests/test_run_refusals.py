@@ -168,9 +168,9 @@ def test_a_run_that_dies_as_it_starts_can_be_started_again(tmp_path, monkeypatch
     with monkeypatch.context() as patched, pytest.raises(Cut):
         for owner, name in ((shutil, "copyfile"), (Path, "write_text"), (Path, "rename")):
             patched.setattr(owner, name, cutting(getattr(owner, name)))
-        start_run_dir(folder, file, "again", small_recipe(), "the groups")
+        start_run_dir(folder, file, "again", small_recipe(), "the groups", {})
     assert new_run_dir("x", folder) == folder
-    start_run_dir(folder, file, "again", small_recipe(), "the groups")
+    start_run_dir(folder, file, "again", small_recipe(), "the groups", {})
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "groups.txt", "recipe.json", "recipe.py", "run.json"]
     assert (folder / "groups.txt").read_text() == "the groups\n" and filecmp.cmp(folder / "recipe.py", file, shallow=False)
     check_same_recipe(folder, small_recipe())

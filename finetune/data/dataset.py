@@ -1,6 +1,8 @@
 """Lists of images and labels, and their split into training and validation images."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,3 +130,19 @@ def labels_of(images: Images) -> np.ndarray:
         "balanced sampling, class weights and a holdout need to know every label: give the data set that the "
         "recipe's function returns a list `targets`"
     )
+
+
+def fingerprint(images: Images, classes: Sequence[str]) -> str:
+    """The number of images, and a digest of their files' names, their labels and their classes, in this order.
+
+    The folders they lie in may be others. Pixels are looked at only where they lie in memory.
+    """
+    digest = hashlib.blake2b(repr(tuple(classes)).encode(), digest_size=8)
+    if isinstance(images, ImageList) and isinstance(images.items, np.ndarray):
+        digest.update(np.ascontiguousarray(images.items).ravel().data)
+    elif isinstance(images, ImageList):
+        names = (Path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
+        digest.update("\n".join(names).encode())
+    with suppress(RecipeError):  # a function's data set need not know its labels
+        digest.update(labels_of(images).astype(np.int64).ravel().data)
+    return f"{len(images)} {digest.hexdigest()}"

@@ -59,8 +59,8 @@ class Criterion:
 def weigh_images(targets: torch.Tensor, class_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(targets, weights [n]) with which the weighted sum of the images' losses is the sum of all their parts' weighted losses.
 
-    An image of one label has its class's weight. The loss of a mixed image is linear in its target: it is the mean weight of the
-    parts, times the loss of the target that has each part in proportion to its weight.
+    An image of one label has its class's weight. The loss of a mixed image is linear in its target: it is the mean weight of
+    its parts, times the loss of the target that has each part in proportion to its weight.
     """
     if targets.ndim == 1:
         return targets, class_weights[targets.clamp(min=0)]  # whatever weight for what can't be read

@@ -35,6 +35,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     step: int,
+    steps_per_epoch: int,
 ) -> None:
     """Write checkpoints/step-N-epochs-M, after N steps and M evaluated epochs, and then remove older ones.
 
@@ -59,7 +60,8 @@ def save_checkpoint(
                 (folder / "average.safetensors").write_bytes(safetensors.torch.save(plain_state(evaluated)))
             torch.save(moments, optimizer_file := io.BytesIO())
             (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
-            state = {"step": step, "scaler": scaler, "optimizers": optimizers, **logger.state()}
+            counts = {"step": step, "steps_per_epoch": steps_per_epoch}
+            state = {**counts, "scaler": scaler, "optimizers": optimizers, **logger.state()}
             (folder / "state.json").write_text(json.dumps(state))
 
         # With the evaluated epochs in it no name comes twice, so none is ever replaced: after an epoch's last step there may be
@@ -100,11 +102,24 @@ def restore(
     logger.resume(state)
     if state.get("version") == "0.1":
         logger.say(OLD_VERSION)
-    epoch = len(logger.history)
+    step, epoch, before = state["step"], len(logger.history), epoch_length(state, steps_per_epoch)
+    if before != steps_per_epoch:
+        done = min(step - epoch * before, before)
+        step = epoch * steps_per_epoch + done * steps_per_epoch // before
+        logger.say(
+            f"an epoch now has {steps_per_epoch} steps, not {before}: going on at the same share of epoch {epoch + 1}, after "
+            f"step {step} by the new count"
+        )
     start_epoch(optimizer, epoch)
-    if state["step"] > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
+    if step > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
         restore_optimizer(folder, state, net, optimizer)
-    return state["step"]
+    return step
+
+
+def epoch_length(state: dict[str, Any], now: int) -> int:
+    """The steps of an epoch when a checkpoint was written; an older one shows them once an epoch is done."""
+    history = state["history"]
+    return int(state.get("steps_per_epoch") or (history[-1]["step"] // len(history) if history else now))
 
 
 def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer) -> None:

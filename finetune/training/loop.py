@@ -86,7 +86,7 @@ def train(
                     ema.update(net, step)
                 logger.log_step(batch, epoch, loss, norm, lrs)
                 if (stopping := stop.agreed()) or (options.checkpoint_every and step % options.checkpoint_every == 0):
-                    save_checkpoint(logger, net, evaluated, optimizer, accelerator, step)
+                    save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
                 if stopping:
                     raise Stopped(f"after step {step}")
             for network in dict.fromkeys((net, evaluated)):
@@ -95,7 +95,7 @@ def train(
             logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger)
-            save_checkpoint(logger, net, evaluated, optimizer, accelerator, step)
+            save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
     return evaluated
 
 

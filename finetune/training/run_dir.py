@@ -99,14 +99,17 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def start_run_dir(folder: Path, recipe_file: Path | None, name: str, recipe: Recipe, groups: str) -> None:
-    """Write a run's first files: how it was started, the recipe as given and resolved, and its groups.
+def start_run_dir(
+    folder: Path, recipe_file: Path | None, name: str, recipe: Recipe, groups: str, images: dict[str, str]
+) -> None:
+    """Write a run's first files: how it was started and on which `images`, the recipe as given and resolved, and its groups.
 
     recipe.json, written last, makes it a run. A recipe without a file, made in a program, has no recipe.py.
     """
     if recipe_file and recipe_file.resolve() != (folder / "recipe.py").resolve():
         shutil.copyfile(recipe_file, folder / "recipe.py")
-    started = {"name": name, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    command, now = [Path(sys.argv[0]).name, *sys.argv[1:]], time.strftime("%Y-%m-%d %H:%M:%S")
+    started = {"name": name, "command": command, "started": now, "images": images}
     (folder / "run.json").write_text(json.dumps(started, indent=1) + "\n")
     (folder / "groups.txt").write_text(groups + "\n")
     aside = folder / ".recipe.json"
@@ -129,3 +132,18 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     if changed:
         remedy = f"to go on as it was started: finetune resume {folder}; with this recipe all the same: --resume-anyway"
         raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed, remedy]))
+
+
+def check_same_images(folder: Path, images: dict[str, str]) -> None:
+    """Raise RecipeError unless the run in `folder` was started with these: the fingerprint of each part of them."""
+    file = folder / "run.json"
+    before = json.loads(file.read_text()).get("images", images) if file.is_file() else images  # older runs do not say
+    changed = []
+    for part, now in images.items():
+        counts = [text.partition(" ")[0] for text in (before[part], now)]
+        others = "" if counts[0] != counts[1] else ": others, by their names, labels or classes"
+        if before[part] != now:
+            changed.append(f"{part} images: {counts[0]} before, {counts[1]} now{others}")
+    if changed:
+        remedy = "put them back as they were; or go on with these for the steps that are left: --resume-anyway"
+        raise RecipeError("\n  ".join([f"the run in {folder} was started on other images:", *changed, remedy]))

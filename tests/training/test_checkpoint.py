@@ -33,7 +33,7 @@ def save(folder, net, optimizer, average=None, step=3, accelerator=None):
     """The checkpoint's folder."""
     logger = logger_in(folder, accelerator)
     logger.start()
-    save_checkpoint(logger, net, average or net, optimizer, logger.accelerator, step)
+    save_checkpoint(logger, net, average or net, optimizer, logger.accelerator, step, 100)
     return newest_checkpoint(folder)
 
 

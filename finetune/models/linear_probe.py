@@ -48,11 +48,19 @@ def fit(
     `loss(logits, labels)` is a sum over images. The penalty is on the weights, not the bias, for features that are centred and
     divided by one number, so that their variances average 1: one `l2` then serves any network. (Were each variance 1, features
     that hardly vary would get the largest weights.) L-BFGS in float64 finds the only minimum, without a learning rate.
+
+    Raises:
+        RecipeError: if the features tell no image from another.
     """
     readable = ~is_unreadable(labels)
     features, labels = features[readable].double(), labels[readable]
     variances, mean = torch.var_mean(features, 0, correction=0)
     scale = variances.mean().sqrt()
+    if not scale > 1e-5 * features.abs().max():  # no more than rounding, or not finite
+        raise RecipeError(
+            "linear_probe: the frozen backbone's features are not finite, or the same for every image; look at its weights and "
+            "at the images, or remove the option"
+        )
     features = (features - mean) / scale
     weight = features.new_zeros(layer.weight.shape, requires_grad=True)
     bias = features.new_zeros(len(weight), requires_grad=True)

@@ -101,6 +101,7 @@ def step_optimizer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A step by the gradient that `compute_gradient` leaves in the parameters; returns what it returns, loss and norm.
 
+    By a gradient that is not finite none is taken; the scaler of fp16, for which that is usual, sees to it itself.
     LBFGS computes the gradient several times; the loss that it is given is the sum over processes.
     """
 
@@ -108,7 +109,8 @@ def step_optimizer(
         return accelerator.reduce(compute_gradient()[0], "sum")
 
     loss, norm = compute_gradient()
-    optimizer.step(closure if needs_closure(optimizer) else None)
+    if accelerator.scaler or norm.isfinite():
+        optimizer.step(closure if needs_closure(optimizer) else None)
     return loss, norm
 
 

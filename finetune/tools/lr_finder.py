@@ -69,8 +69,8 @@ def range_test(
         epochs = (load_batches(images, i, epoch_batches(recipe, images, i, cut), 0, device) for i in count())
         for step, batch in zip(progress(range(num_steps), num_steps, "find-lr"), chain.from_iterable(epochs), strict=False):
             set_lrs(optimizer, groups, step, num_steps, 1, ())
-            loss = train_step(recipe, net, criterion, optimizer, batch, accelerator)[0].item()
-            if not math.isfinite(loss):
+            loss, norm = (value.item() for value in train_step(recipe, net, criterion, optimizer, batch, accelerator))
+            if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
                 break
             factors.append(rise.scale(step, num_steps, 1))
             losses.append(loss)

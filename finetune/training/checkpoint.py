@@ -42,6 +42,9 @@ def save_checkpoint(
     Randomness needs no state: every draw is seeded by epoch, step and image. The schedule needs none: it is a function of the
     step and the metrics. Optimizer state is kept under parameter names, so it can't be given to another parameter. `evaluated`
     is kept where it is another network than `net`: its moving average.
+
+    Raises:
+        RecipeError: if a number in it is not finite; nothing is written then.
     """
     logger.flush()
     if accelerator.is_main_process:
@@ -52,6 +55,9 @@ def save_checkpoint(
             if "step" in row:
                 moments |= {names[i]: moments.get(names[i], {}) | {ROW_STEP: row["step"]} for i in row["params"]}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        if fault := not_finite(net, moments):
+            what = f"after step {step} {fault} is not finite: lower the learning rates, or clip_norm. {logger.kept()}"
+            raise RecipeError(what, one_process=True)
 
         def write(folder: Path) -> None:
             # Made in memory first: on a full disk the writers of torch and safetensors fail each in their own words.
@@ -72,6 +78,15 @@ def save_checkpoint(
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def not_finite(net: nn.Module, moments: dict[str, dict[str, Any]]) -> str:
+    """The first parameter, or optimizer's state of one, that is not finite; "" if there is none."""
+    states = {f"{kind} of {name}": value for name, state in moments.items() for kind, value in state.items()}
+    tensors = {
+        name: tensor for name, tensor in (dict(net.named_parameters()) | states).items() if isinstance(tensor, torch.Tensor)
+    }
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "")
 
 
 def restore(

@@ -120,7 +120,7 @@ class Logger:
         """Fetch the pending losses in one go and write their lines.
 
         Raises:
-            RecipeError: on all processes, if a loss is no number: what came after it is worth nothing.
+            RecipeError: on all processes, if a loss or a gradient is not finite: what came after it is worth nothing.
         """
         if not self.pending:
             return
@@ -129,12 +129,14 @@ class Logger:
         rows = []
         for one, loss, norm in zip(self.pending, losses, norms, strict=True):
             rows.append({"step": one.plan.step, "epoch": one.epoch, "loss": loss, "grad_norm": norm, "lr": one.lrs})
-            if not math.isfinite(loss):
+            finite = math.isfinite(norm) or self.accelerator.scaler  # which leaves out a step whose gradient overflows
+            if not math.isfinite(loss) or not finite:
                 lrs = ", ".join(f"{name} {lr:.2e}" for name, lr in one.lrs.items())
                 raise RecipeError(
-                    f"the loss of step {one.plan.step + 1} (epoch {one.epoch + 1}) is {loss}, at learning rates {lrs}\n"
+                    f"the loss of step {one.plan.step + 1} (epoch {one.epoch + 1}) is {loss:.4g}, the norm of its gradient "
+                    f"{norm:.4g}, at learning rates {lrs}\n"
                     f"  its images, by index: {', '.join(map(str, one.plan.images))}\n"
-                    f"  lower the learning rates, or clip_norm. The last good checkpoint is kept in {self.folder}"
+                    f"  look at these images, or lower the learning rates, or clip_norm. {self.kept()}"
                 )
         self.losses += losses
         self.skipped += int(sums[:, 1].sum())
@@ -143,8 +145,17 @@ class Logger:
         self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_second:.0f} images/s", refresh=False)
         self.pending = []
 
+    def kept(self) -> str:
+        """The checkpoint that an error leaves behind, in words."""
+        checkpoint = newest_checkpoint(self.folder)
+        return f"The last good checkpoint is kept: {checkpoint}" if checkpoint else "There is no checkpoint yet"
+
     def log_linear_probe(self, metrics: dict[str, Any]) -> None:
         """A line, as of epoch -1, for the linear probe: what the epochs after it are to beat."""
+        if not math.isfinite(metrics["loss"]):
+            raise RecipeError(
+                f"the validation loss of the linear probe is {metrics['loss']}: look at the weights and the images"
+            )
         self.linear_probe = {"epoch": -1, "step": 0, **metrics}
         self.clock.append(self.elapsed())
         self.write([self.linear_probe])
@@ -154,10 +165,8 @@ class Logger:
         """A line for an epoch, in the file and on the terminal; logits and labels go to predictions.safetensors."""
         row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **metrics}
         if not math.isfinite(row["loss"]):
-            raise RecipeError(
-                f"the validation loss after epoch {epoch + 1} is {row['loss']}: lower the learning rates, or clip_norm. "
-                f"The last good checkpoint is kept in {self.folder}"
-            )
+            what = f"the validation loss after epoch {epoch + 1} is {row['loss']}"
+            raise RecipeError(f"{what}: lower the learning rates, or clip_norm. {self.kept()}")
         if self.skipped:
             row["skipped_images"] = self.skipped
             self.say(f"epoch {epoch + 1}: {self.skipped} training images could not be read and were skipped")

@@ -146,11 +146,23 @@ def backward(recipe: Recipe, model: nn.Module, criterion: Criterion, batch: Batc
 def clip_gradients(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """Clip by norm, then by value, then unit by unit, as the recipe says; returns the norm from before."""
     parameters = [parameter for row in optimizer.param_groups for parameter in row["params"] if parameter.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"), recipe.clip_norm_type)
+    norm = gradient_norm([parameter.grad for parameter in parameters], recipe.clip_norm_type)
+    if recipe.clip_norm:
+        nn.utils.clip_grads_with_norm_(parameters, recipe.clip_norm, norm)
     if recipe.clip_value:
         nn.utils.clip_grad_value_(parameters, recipe.clip_value)
     if recipe.clip_adaptive:
         adaptive_clip_grad(parameters, recipe.clip_adaptive)
+    return norm
+
+
+def gradient_norm(gradients: list[torch.Tensor], kind: float) -> torch.Tensor:
+    """The norm of all gradients together; not finite only if one of them is not, or the norm itself is too large a number."""
+    norm = nn.utils.get_total_norm(gradients, kind)
+    if not norm.isfinite():
+        largest = nn.utils.get_total_norm(gradients, float("inf"))
+        if largest.isfinite():  # the powers overflowed alone: take out the scale
+            norm = largest * nn.utils.get_total_norm([gradient / largest for gradient in gradients], kind)
     return norm
 
 

@@ -56,6 +56,22 @@ def test_the_head_is_scikit_learns():
     torch.testing.assert_close(logits.double(), reference, rtol=0, atol=1e-5)  # float32 weights, features up to 40
 
 
+@pytest.mark.parametrize(
+    "features",
+    [torch.full((6, 3), 7.0), torch.zeros(6, 3), torch.full((6, 3), float("nan")), 7 + 1e-6 * torch.rand(6, 3)],
+    ids=["one value", "zeros", "nan", "rounding"],
+)
+def test_features_that_tell_nothing_apart_are_refused(features):
+    """One sentence, and the head stays as it was."""
+    layer, labels = nn.Linear(3, 2), torch.arange(6) % 2
+    before = layer.weight.clone()
+    with pytest.raises(
+        RecipeError, match="^linear_probe: the frozen backbone's features are not finite, or the same for every"
+    ):
+        linear_probe.fit(layer, features, labels, lambda logits, targets: cross_entropy(logits, targets, reduction="sum"), 0.1)
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("views", [1, 3])
 def test_features_are_the_inputs_of_the_head(tmp_path, monkeypatch, views):
     """The head is fitted to its own inputs: of each image preprocessed for evaluation, then augmented anew for each view."""

@@ -77,6 +77,26 @@ def test_the_logged_norm_is_from_before_clipping():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("changes", [{"clip_norm": None}, {"clip_norm": 1.0}, {"clip_norm": None, "clip_value": 0.1}])
+def test_gradients_whose_squares_overflow_are_clipped_as_any(changes):
+    """Gradients of 1e20 are left alone, scaled or cut off as torch does it in float64, and their norm is the one of float64."""
+    scale = torch.tensor(1e20)
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (5, 3)]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape) * scale
+    wide = [nn.Parameter(torch.zeros(n).double()) for n in (5, 3)]
+    for other, parameter in zip(wide, parameters, strict=True):
+        other.grad = parameter.grad.double()
+    recipe = small_recipe(**changes)
+    norm = clip_gradients(recipe, torch.optim.SGD(parameters))
+    expected = torch.nn.utils.clip_grad_norm_(wide, recipe.clip_norm or float("inf"))
+    if recipe.clip_value:
+        torch.nn.utils.clip_grad_value_(wide, recipe.clip_value)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    for parameter, other in zip(parameters, wide, strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad.float())
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_binary_loss_is_timms(smoothing):
     """loss="binary" equals timm's BinaryCrossEntropy with its smoothing, on labels of one class."""

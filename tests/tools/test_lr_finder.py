@@ -217,7 +217,7 @@ def test_it_ends_when_the_loss_explodes(monkeypatch, last, kept):
     """No loss is asked for after one that is no number, which is not kept, or after the smoothed one is 4 times its lowest."""
     net, _, (images, _) = prepare(small_recipe())
     made = iter([2.0] * 12 + [last] + [2.0] * 7)
-    monkeypatch.setattr(lr_finder, "train_step", lambda *_: (torch.tensor(next(made)), None))
+    monkeypatch.setattr(lr_finder, "train_step", lambda *_: (torch.tensor(next(made)), torch.tensor(1.0)))
     factors, losses = range_test(small_recipe(), net, images, Accelerator(cpu=True), num_steps=20)
     assert len(losses) == kept and len(list(made)) == (0 if last == 1.0 else 7)
     assert factors == pytest.approx(np.geomspace(1e-3, 1e3, 20)[:kept])

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from finetune.data.loader import plan_epoch
 from finetune.recipe import Data
@@ -21,7 +23,7 @@ from finetune.training import loop as train_loop
 from finetune.training.distributed import Stopped, StopRequest
 from finetune.training.run_dir import lock, new_run_dir, newest_checkpoint
 from finetune.utils.errors import RecipeError
-from helpers import ROOT, on_folder, run_here, small_recipe
+from helpers import ROOT, on_folder, run_here, same_tensors, small_recipe
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
@@ -77,9 +79,52 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(RecipeError) as caught:
         run_here(recipe, tmp_path)
     images = plan_epoch(22, 8, recipe.seed, 2)[1].images
-    assert "the loss of step 8 (epoch 3) is nan, at learning rates head " in str(caught.value)
+    assert re.search(
+        r"the loss of step 8 \(epoch 3\) is nan, the norm of its gradient .*, at learning rates head ", str(caught.value)
+    )
     assert ", ".join(map(str, images)) in str(caught.value) and str(tmp_path) in str(caught.value)
     assert newest_checkpoint(tmp_path).name == "step-00000006-epochs-00002"
+
+
+@pytest.mark.parametrize("every,kept", [(0, "step-00000006-epochs-00002"), (1, "step-00000007-epochs-00002")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_by_a_gradient_that_is_not_finite_no_step_is_taken(tmp_path, monkeypatch, every, kept, value):
+    """Under a finite loss, too: the message has the step and its images, no weight moves, and nothing of it is saved."""
+    real, seen = train_loop.backward, []
+
+    def spoilt(recipe, model, criterion, batch, accelerator):
+        loss = real(recipe, model, criterion, batch, accelerator)
+        if batch.plan.step == 7:
+            model.fc.weight.grad[0, 0] = value
+        if batch.plan.step >= 7:
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return loss
+
+    monkeypatch.setattr(train_loop, "backward", spoilt)
+    for _ in range(2):  # and again when it is resumed
+        with pytest.raises(RecipeError) as caught:
+            run_here(small_recipe(), tmp_path, checkpoint_every=every)
+        images = plan_epoch(22, 8, 0, 2)[1].images
+        assert "the loss of step 8 (epoch 3) is " in str(caught.value) and f"its gradient {value}, " in str(caught.value)
+        assert ", ".join(map(str, images)) in str(caught.value) and str(caught.value).endswith(kept)
+        assert newest_checkpoint(tmp_path).name == kept
+    assert every or same_tensors(*seen[:2])
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """What a finite step makes infinite reaches no checkpoint: the one before stays."""
+    real = train_loop.train_step
+
+    def spoilt(recipe, model, *rest):
+        found = real(recipe, model, *rest)
+        with torch.no_grad():
+            model.stem.bias[0] = float("inf") if rest[2].plan.step == 7 else 0.0
+        return found
+
+    monkeypatch.setattr(train_loop, "train_step", spoilt)
+    with pytest.raises(RecipeError, match="after step 8 stem.bias is not finite: .*step-00000007-epochs-00002$"):
+        run_here(small_recipe(), tmp_path, checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007-epochs-00002"]
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):

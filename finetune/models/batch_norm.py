@@ -1,12 +1,16 @@
 """Batch norm: which layers update their running statistics in training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from finetune.utils.errors import RecipeError
 
@@ -20,32 +24,64 @@ def convert_sync_batch_norm(net: nn.Module, batch_norm: str, accelerator: Accele
         return net
     if accelerator.device.type == "cpu":
         raise RecipeError("batch_norm='sync' on several processes needs GPUs; here: --set batch_norm=frozen or train")
-    return convert_sync_batchnorm(net)
+    net = convert_sync_batchnorm(net)
+    for name, module in net.named_modules():
+        if has_statistics(module) and not isinstance(module, nn.SyncBatchNorm | _InstanceNorm):
+            raise RecipeError(
+                f"batch_norm='sync': {name}, a {type(module).__name__}, can't be synchronised; frozen and train can"
+            )
+    return net
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a norm with running statistics: torch's, or any other that calls its buffers so."""
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    return isinstance(module, _NormBase) or any(name.startswith(("running_", "moving_")) for name in names)
 
 
 def set_train_mode(net: nn.Module, batch_norm: str) -> None:
-    """net.train(), but with the batch norms whose statistics are frozen in eval mode: all with "frozen", else in frozen layers.
+    """net.train(), but with all in eval mode whose buffers must stay: norms with "frozen", and whatever is in a frozen layer.
 
-    A batch norm without parameters is frozen if the nearest module around it that has parameters is.
+    A module without parameters is frozen if the nearest module around it that has parameters is. What is below a module with
+    buffers keeps its own mode: dropout goes on.
     """
     net.train()
+    for name, module in with_buffers(net):
+        hold_if_frozen(net, name, batch_norm, module)
+
+
+def with_buffers(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules, by name, that may change a buffer in training."""
     for name, module in net.named_modules():
-        if isinstance(module, _NormBase):
-            hold_if_frozen(net, name, batch_norm, module)
+        if has_statistics(module) or any(True for _ in module.buffers(recurse=False)):
+            yield name, module
 
 
 def hold_if_frozen(net: nn.Module, name: str, batch_norm: str, module: nn.Module, inputs: tuple[Any, ...] = ()) -> None:
-    """Put a batch norm into eval mode if its statistics must stay."""
-    if batch_norm == "frozen" or is_frozen(net, name):
-        module.eval()
+    """Put a module that has buffers into eval mode if they must stay."""
+    if batch_norm == "frozen" and has_statistics(module) or is_frozen(net, name):
+        module.training = False
 
 
 def hold_batch_norm(net: nn.Module, batch_norm: str) -> None:
     """Apply `set_train_mode`'s rule before each forward pass, for training loops that call net.train() themselves."""
-    for name, module in net.named_modules():
+    for name, module in with_buffers(net):
         hooks = module._forward_pre_hooks.values()
-        if isinstance(module, _NormBase) and not any(getattr(hook, "func", None) is hold_if_frozen for hook in hooks):
-            module.register_forward_pre_hook(partial(hold_if_frozen, net, name, batch_norm))
+        if not any(getattr(hook, "func", None) is hold_if_frozen for hook in hooks):
+            # Before other hooks: that of spectral_norm updates buffers.
+            module.register_forward_pre_hook(partial(hold_if_frozen, net, name, batch_norm), prepend=True)
+
+
+@contextmanager
+def keep_buffers(net: nn.Module) -> Iterator[None]:
+    """Give the buffers in the end the values they have now: a second forward pass must not move statistics a second time."""
+    before = [buffer.clone() for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(net.buffers(), before, strict=True):
+                buffer.copy_(value)
 
 
 def is_frozen(net: nn.Module, name: str) -> bool:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from typing import Any
 
 import timm
@@ -15,7 +16,7 @@ from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, Schedule, Swit
 from finetune.recipe.schedules import ramp
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import WIDTH, align_columns
+from finetune.utils.text import WIDTH, align_columns, fill_lines
 
 Lrs = dict[str, list[float]]  # of each group, by its name
 
@@ -26,7 +27,8 @@ class ParamGroup:
 
     `lr` is the peak, 0 for a row that stays frozen, whose `unfreeze_at` is infinite. `weight_decay` is for the parameters
     `decay` alone. `watched_metric` names the validation metric that the schedule is given. Where the recipe switches
-    optimizers, `after_switch` is the group from epoch `switch_at` on.
+    optimizers, `after_switch` is the group from epoch `switch_at` on. `fixed` names parameters that it does not claim, because
+    the network itself keeps them still.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ParamGroup:
     no_decay: dict[str, nn.Parameter]
     switch_at: float = math.inf
     after_switch: "ParamGroup | None" = None
+    fixed: tuple[str, ...] = ()
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
@@ -76,6 +79,8 @@ class ParamGroup:
 def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
     """Every parameter of `net` in exactly one group, in the order of the recipe's rows (LayerDecay: from the head down).
 
+    What the network itself made with requires_grad=False stays as it is, unless a row names such parameters alone.
+
     Raises:
         RecipeError: naming every row without a parameter and the parameters without a row.
     """
@@ -83,9 +88,12 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         rows, owner = layer_rows(recipe, recipe.groups, net)
     else:
         rows, owner = matched_rows(recipe, recipe.groups, net)
-    undecayed, groups = no_weight_decay(net), []
+    undecayed, fixed, groups = no_weight_decay(net), fixed_parameters(net), []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
+        still = own.keys() & fixed
+        if still == own.keys() and not isinstance(recipe.groups, LayerDecay):
+            still = set()
         optimizer, schedule = row.optimizer or recipe.optimizer, row.schedule or recipe.schedule
         group = ParamGroup(
             name=row.name,
@@ -96,8 +104,9 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             watched_metric=schedule.watched_metric(recipe.metric),
             warmup_epochs=row.warmup_epochs,
             optimizer=optimizer,
-            decay={name: own[name] for name in own if name not in undecayed},
-            no_decay={name: own[name] for name in own if name in undecayed},
+            decay={name: own[name] for name in own if name not in undecayed | still},
+            no_decay={name: own[name] for name in own if name in undecayed - still},
+            fixed=tuple(name for name in own if name in still),
         )
         groups.append(with_switch(group, row, recipe.switch) if recipe.switch else group)
     return groups
@@ -112,18 +121,29 @@ def with_switch(group: ParamGroup, row: Group, switch: Switch) -> ParamGroup:
     return replace(group, switch_at=switch.at, after_switch=after)
 
 
+def fixed_parameters(net: nn.Module) -> set[str]:
+    """The parameters that the network itself made with requires_grad=False, as it was when this was first asked."""
+    own = vars(net)
+    if "made_fixed" not in own:  # later a stage may have frozen others
+        own["made_fixed"] = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    return own["made_fixed"]
+
+
 def no_weight_decay(net: nn.Module) -> set[str]:
     """The parameters without weight decay: biases, norms, layer scales, and what the model itself names.
 
-    The model names position embeddings and class tokens (`no_weight_decay`, by timm's convention). A tensor that is a vector
-    but for axes of length 1 is a scale or a token whatever its rank, unless it is a layer's `weight`.
+    The model names position embeddings and class tokens, or gives patterns as of files (`no_weight_decay`, timm's convention).
+    A tensor that is a vector but for axes of length 1 is a scale or a token whatever its rank, unless it is a layer's `weight`.
     """
-    named: set[str] = getattr(net, "no_weight_decay", set)()  # asked once: some walk the whole network for it
+    patterns: set[str] = getattr(net, "no_weight_decay", set)()  # asked once: some walk the whole network for it
 
     def is_vector(name: str, shape: torch.Size) -> bool:
         return len(shape) <= 1 or (sum(size > 1 for size in shape) <= 1 and name.rpartition(".")[2] != "weight")
 
-    return {name for name, parameter in net.named_parameters() if name in named or is_vector(name, parameter.shape)}
+    def is_named(name: str) -> bool:
+        return name in patterns or any(fnmatch(name, pattern) for pattern in patterns)
+
+    return {name for name, parameter in net.named_parameters() if is_named(name) or is_vector(name, parameter.shape)}
 
 
 def matched_rows(recipe: Recipe, groups: Sequence[Group], net: nn.Module) -> tuple[Sequence[Group], dict[str, str]]:
@@ -197,6 +217,8 @@ def describe_param_groups(groups: Sequence[ParamGroup], steps_per_epoch: int, ep
         after = [group.after_switch or group for group in groups]
         lrs = lrs_between(groups, switch_at, epochs, steps_per_epoch, epochs)
         text += f"\n\nfrom epoch {switch_at + 1}:\n{param_group_table(after, lrs, wide)}"
+    if fixed := [name for group in groups for name in group.fixed]:
+        text += "\n\n" + fill_lines(f"kept still by the network itself (requires_grad=False): {', '.join(fixed)}")
     return text
 
 

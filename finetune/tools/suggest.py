@@ -12,9 +12,9 @@ import numpy as np
 import timm
 import torchvision
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.models.backbone import head_parameters, meta_backbone
+from finetune.models.batch_norm import has_statistics
 from finetune.models.linear_probe import head_layer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Recipe
@@ -83,7 +83,7 @@ def suggest_recipe(
     epochs = min(30, max(8, math.ceil(12_000 / stats.train)))
     steps_per_epoch = math.ceil(stats.train / batch_size)
     why_batch_norm = "no effect: there is no batch norm in this network"
-    if any(isinstance(module, _NormBase) for module in net.modules()):
+    if any(map(has_statistics, net.modules())):
         why_batch_norm = "the pretrained statistics are better than those of small batches"
 
     linear_probe, imports, unfreeze_at = LINEAR_PROBE, ", LinearProbe", 0

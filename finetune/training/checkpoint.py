@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.models.saved import plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
+from finetune.optim.param_groups import fixed_parameters
 from finetune.training.logger import Logger
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
@@ -141,6 +142,11 @@ def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optim
     """Give an optimizer the state that a checkpoint has for each parameter."""
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
     kinds = optimizer_kinds(net, optimizer)
+    if fixed := moments.keys() & fixed_parameters(net) - kinds.keys():
+        raise RecipeError(
+            f"checkpoint {folder} is of a run that trained {min(fixed)}, which the network itself makes with "
+            f"requires_grad=False and which now stays still; to train it, give it a row of its own, and --resume-anyway"
+        )
     if not moments.keys() <= kinds.keys():
         raise RecipeError(f"checkpoint {folder} is of another network, or other groups, than this recipe's; {AFRESH}")
     before = state.get("optimizers", kinds)  # older checkpoints do not say

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import nn
 
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
-from finetune.models.batch_norm import set_train_mode
+from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.linear_probe import fit, head_layer, returns_features
 from finetune.models.saved import save_model
 from finetune.optim.freezing import describe_stage, start_stage, starts_stage
@@ -138,7 +138,9 @@ def backward(recipe: Recipe, model: nn.Module, criterion: Criterion, batch: Batc
             part = criterion.loss(logits.float(), targets) * plan.weight / plan.size
             if recipe.l2_sp and last:
                 part = part + criterion.l2_sp() / accelerator.num_processes
-            accelerator.backward(part * accelerator.num_processes)  # DDP takes the mean over processes
+            # Checkpointing computes layers again in the backward pass: their norms have moved already.
+            with keep_buffers(model) if recipe.gradient_checkpointing else nullcontext():
+                accelerator.backward(part * accelerator.num_processes)  # DDP takes the mean over processes
         loss += part.detach()
     return loss
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.models.backbone import memory_format
+from finetune.models.batch_norm import keep_buffers
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
@@ -76,16 +77,14 @@ def says_when_full(device: torch.device) -> bool:
 def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, size: int) -> None:
     """One forward and backward pass that leaves no trace but gradients, with room kept for what comes later."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     # An Adam's two moments and the buckets in which processes exchange gradients are not there yet at the first try.
     room = torch.empty(3 * sum(parameter.numel() for parameter in trained), device=accelerator.device)
     shape = (size, 3, recipe.data.image_size, recipe.data.image_size)
     images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=memory_format(recipe))
     try:
-        with accelerator.autocast():
-            logits = net(images)
-        logits.float().sum().backward()
+        with keep_buffers(net):
+            with accelerator.autocast():
+                logits = net(images)
+            logits.float().sum().backward()
     finally:
         del room
-        for name, buffer in net.named_buffers():
-            buffer.copy_(buffers[name])  # norm statistics that moved

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, EvoNorm2dB0, EvoNorm2dB1
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.models.batch_norm import convert_sync_batch_norm, hold_batch_norm, set_train_mode
 from finetune.optim.freezing import describe_stage, starts_stage, unfreeze
-from finetune.optim.param_groups import build_param_groups
+from finetune.optim.param_groups import build_param_groups, describe_param_groups
 from finetune.recipe import SGD, AdamW, Group
 from finetune.training import loop as train_loop
 from finetune.training.distributed import wrap
@@ -108,6 +109,91 @@ def test_statistics_move_in_layers_that_train_only(held_by, batch_norm, still):
     held_by(net.train(), batch_norm)
     net(torch.randn(4, 3, 2, 2))
     assert bool(net.a.num_batches_tracked) == (batch_norm != "frozen")
+
+
+class MovingMean(nn.Module):
+    """A norm of somebody's own: it takes off the mean, over images in training, else the one that it keeps."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_buffer("moving_mean", torch.zeros(channels))
+
+    def forward(self, images):
+        mean = images.detach().mean((0, 2, 3)) if self.training else self.moving_mean
+        if self.training:
+            self.moving_mean.lerp_(mean, 0.1)
+        return (images - mean[:, None, None]) * self.weight[:, None, None]
+
+
+class Counting(nn.Module):
+    """A layer that counts in training what it has seen, with dropout below it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.drop = nn.Conv2d(channels, channels, 1), nn.Dropout()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, images):
+        self.seen += len(images) * self.training
+        return self.drop(self.conv(images))
+
+
+NORMS = {
+    "EvoNorm": EvoNorm2dB0,
+    "EvoNorm of another kind": EvoNorm2dB1,
+    "timm's with activation": BatchNormAct2d,
+    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True),
+    "one's own": MovingMean,
+}
+OTHERS = {
+    "spectral norm": lambda channels: nn.utils.parametrizations.spectral_norm(nn.Conv2d(channels, channels, 1)),
+    "spectral norm by hook": lambda channels: nn.utils.spectral_norm(nn.Conv2d(channels, channels, 1)),
+    "counter": Counting,
+}
+
+
+@pytest.mark.parametrize("held_by", [set_train_mode, hold_batch_norm])
+@pytest.mark.parametrize("kind", [*NORMS, *OTHERS])
+def test_every_buffer_of_a_frozen_layer_stands_still(kind, held_by):
+    """Whatever moves in training: in a frozen layer nothing does, in one that trains only norms stand still, by "frozen"."""
+    make = {**NORMS, **OTHERS}[kind]
+    for batch_norm, trains, moves in (("train", False, False), ("train", True, True), ("frozen", True, kind in OTHERS)):
+        net = nn.Sequential(make(4), nn.Conv2d(4, 4, 1)).requires_grad_(trains)
+        net[1].requires_grad_(True)
+        for parameter in net.parameters():  # spectral norm starts with vectors that fit its weights
+            parameter.data.add_(torch.randn(parameter.shape))
+        before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        held_by(net, batch_norm)
+        net(torch.randn(8, 4, 3, 3) + 1)
+        assert before and all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers()) != moves
+        assert all(module.training for module in net.modules() if isinstance(module, nn.Dropout))
+
+
+class Positions(SmallNet):
+    """With a position embedding that the network itself does not train."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.linspace(-1, 1, 8 * 121).sin().view(1, 8, 11, 11), requires_grad=False)
+
+    def forward(self, images):
+        return self.fc(self.body((self.norm(self.stem(images)) + self.pos_embed).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_the_network_itself_fixed_stays_unless_a_row_names_it(tmp_path, named):
+    """A parameter made with requires_grad=False keeps every bit under a row that claims all, and trains by a row of its own."""
+    rows = (Group("positions", "pos_embed", lr=1e-2),) * named + (
+        Group("head", "fc", lr=1e-2),
+        Group("rest", ".", lr=1e-2, unfreeze_at=1),
+    )
+    recipe = small_recipe(backbone=Positions, groups=rows, epochs=2)
+    net, _ = run_here(recipe, tmp_path)
+    assert torch.equal(net.pos_embed, Positions().pos_embed) != named
+    again = build_param_groups(recipe, net)  # by any later look at it
+    assert ("pos_embed" in {name for group in again for name in group.params}) == named
+    assert ("kept still by the network itself (requires_grad=False): pos_embed" in describe_param_groups(again, 3, 2)) != named
 
 
 def test_a_norm_without_parameters_follows_what_surrounds_it():

@@ -10,7 +10,7 @@ import torch
 from finetune.data.transforms import training_transform
 from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
 from finetune.optim.optimizers import build_optimizer
-from finetune.optim.param_groups import build_param_groups, param_group_table, set_lrs
+from finetune.optim.param_groups import build_param_groups, no_weight_decay, param_group_table, set_lrs
 from finetune.recipe import SGD, AdamW, Constant, Data, Group, LayerDecay, Optimizer, Plateau
 from finetune.recipe.load import load_recipe
 from finetune.utils.errors import RecipeError
@@ -85,6 +85,23 @@ def test_what_decays_is_what_timm_decays(name):
     ours = {n for group in groups for n in group.decay}
     theirs = {n for n, p in net.named_parameters() if id(p) in decayed_there}
     assert ours == theirs and ours
+
+
+FAMILIES = {timm.models._registry._model_to_module[name]: name for name in sorted(timm.list_models(), key=len, reverse=True)}
+NAMING = ("xcit_nano_12_p8_224", "cait_xxs24_224", "crossvit_9_240", "levit_128", "tiny_vit_5m_224")  # more than a few names
+
+
+@pytest.mark.parametrize("name", [*NAMING, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES.values())])
+def test_what_a_network_names_never_decays(name):
+    """Whatever timm spares in a network of each of its families, by name or by pattern, is spared, and scales besides."""
+    with torch.device("meta"):
+        net = timm.create_model(name)
+    named = getattr(net, "no_weight_decay", set)()
+    theirs = timm.optim.param_groups_weight_decay(net, 0.05, no_weight_decay_list=named)
+    spared = {id(p) for row in theirs if not row["weight_decay"] for p in row["params"]}
+    ours = no_weight_decay(net)
+    assert {n for n, p in net.named_parameters() if id(p) in spared} <= ours
+    assert all(p.numel() == max(p.shape) for n, p in net.named_parameters() if n in ours and id(p) not in spared)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,18 @@ from finetune.recipe import SGD, Data, EarlyStop, Group
 from finetune.training import loop as train_loop
 from finetune.training.evaluate import compute_metrics, predict_logits
 from finetune.utils.errors import RecipeError
-from helpers import ALL, Coloured, assert_same_weights, bare_loop, mean_loss, plain, prepare, run_here, small_recipe
+from helpers import (
+    ALL,
+    Coloured,
+    assert_same_weights,
+    bare_loop,
+    mean_loss,
+    plain,
+    prepare,
+    run_here,
+    same_tensors,
+    small_recipe,
+)
 
 
 def test_several_labels_are_measured_as_scikit_learn_does(tmp_path):
@@ -132,6 +143,17 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(tmp_path, backbon
         nets.append(run_here(recipe, tmp_path / str(checkpointing))[0])
     assert kept[1] < 0.8 * kept[0]
     assert_same_weights(nets[1], nets[0].state_dict(), 1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradient_checkpointing_moves_statistics_once(tmp_path, backbone, accumulate):
+    """Batch norm that trains ends with the weights and the statistics of the same run without, to the bit."""
+    states = []
+    for checkpointing in (False, True):
+        recipe = plain(backbone=backbone, head=None, batch_norm="train", epochs=1, gradient_checkpointing=checkpointing)
+        states.append(run_here(recipe, tmp_path / str(checkpointing), accumulate=accumulate)[0].state_dict())
+    assert same_tensors(*states)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -89,8 +89,9 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     train.set_defaults(resume=None, resume_anyway=False)
     resume = add("resume", "last")
     add_run(resume, "resume", nargs="?", default="last", help="an unfinished run (default: the last)")
+    resume.add_argument("--epochs", metavar="N", help="train so many in all: for more than a finished run did")
     add_resume_anyway(resume)
-    resume.set_defaults(recipe=None, assignments=[], **{flag_name(flag): None for flag in FLAGS})
+    resume.set_defaults(recipe=None, assignments=[], **{flag_name(flag): None for flag in FLAGS if flag != "--epochs"})
     for sub in (train, resume):
         add_run_arguments(sub)
         sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")

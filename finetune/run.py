@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import math
 import os
 import shlex
 import sys
@@ -18,7 +19,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe  # noqa: E402
-from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, recipe_of_run  # noqa: E402
+from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, override, recipe_of_run  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
 from finetune.training.launch import STOPPED  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
@@ -140,7 +141,7 @@ def resolve(args: argparse.Namespace) -> Request:
     if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
         raise RecipeError("--accumulate starts at 1, --workers and --checkpoint-every at 0")
     if args.resume and args.resume != "auto":
-        args.resume = str(run_dir.find_run(args.resume, "unfinished"))
+        args.resume = str(run_dir.find_run(args.resume, "" if args.epochs else "unfinished"))
     recipe, file, name = resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
@@ -152,15 +153,17 @@ def resolve(args: argparse.Namespace) -> Request:
     if args.resume is None or args.resume == "auto" and not (args.output / "recipe.json").is_file():
         folder = Path("none") if args.dry_run else run_dir.new_run_dir(name, args.output)
         return Request(recipe, file, name, folder, resume=False)
-    folder = run_dir.unfinished_run_dir(name, Path(args.resume) if args.resume not in ("", "auto") else args.output)
-    if not args.resume_anyway:
-        run_dir.check_same_recipe(folder, recipe)
+    own = args.recipe is None  # the run's recipe, with no other change than of the epochs
+    folder = Path(args.resume) if args.resume not in ("", "auto") else args.output
+    folder = run_dir.unfinished_run_dir(name, folder, recipe.epochs if own or args.resume_anyway else 0)
+    if not own and not args.resume_anyway:
+        run_dir.check_same_recipe(folder, recipe, file)
     return Request(recipe, file, name, folder, resume=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Resolve the arguments, check the recipe on its network, then run."""
-    if args.resume == "auto" and (args.output / "result.json").is_file():
+    if args.resume == "auto" and (args.output / "result.json").is_file() and not args.resume_anyway:
         print(f"the run in {args.output} is finished")
         return 0
     request = resolve(args)
@@ -184,12 +187,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
-    """(recipe, file, name) of a run to go on with, which keeps all that it was started with."""
-    given = [flag for flag in FLAGS if getattr(args, flag_name(flag)) is not None] + ["--set"] * bool(args.assignments)
+    """(recipe, file, name) of a run to go on with, which keeps all that it was started with but the number of epochs."""
+    given = [flag for flag in FLAGS if flag != "--epochs" and getattr(args, flag_name(flag)) is not None]
+    given += ["--set"] * bool(args.assignments)
     if given:
         raise RecipeError(f"a resumed run keeps its recipe: leave out {', '.join(given)}, or name the --recipe as well")
-    recipe, file, _ = recipe_of_run(run_dir.unfinished_run_dir("", Path(args.resume)))
-    return recipe, file, run_dir.run_name(Path(args.resume))
+    folder = run_dir.unfinished_run_dir("", Path(args.resume), math.inf if args.epochs else 0)
+    recipe, file, _ = recipe_of_run(folder)
+    if not args.resume_anyway:
+        run_dir.check_same_recipe(folder, recipe, file)
+    return override(recipe, [f"epochs={args.epochs}"] if args.epochs else []), file, run_dir.run_name(folder)
 
 
 def fine_tune(args: argparse.Namespace, request: Request) -> int:
@@ -221,7 +228,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
 
     # Held until the run's end.
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
-    if accelerator.is_main_process and (not resume or args.resume_anyway):
+    if accelerator.is_main_process and (not resume or args.resume_anyway or (args.recipe is None and args.epochs)):
         run_dir.start_run_dir(folder, file, name, recipe, group_table, images)
         plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()

@@ -97,6 +97,7 @@ def test_resume_goes_on_and_refuses_another_recipe(image_folder, tmp_path, monke
         ([], None),
         ([".lock", "recipe.py", "run.json", "groups.txt", ".recipe.json"], None),
         (["notes.txt"], "files"),
+        (["recipe.py"], "files"),  # somebody's own: a run makes its lock first
         ([".lock", "recipe.py", "groups.txt", "recipe.json"], "a run"),
     ],
 )
@@ -131,23 +132,28 @@ def test_a_run_without_output_has_its_name_and_time(here):
     time.strptime(folder.name, "x-%Y%m%d-%H%M%S")
 
 
-def test_a_bare_resume_takes_the_recipes_newest_run(here):
-    """The one written to last, whatever it is called; a folder of another recipe or without a run in it is none."""
-    for name in ("x-1", "x-2", "x-3", "x-4", "xy-5"):
+def test_a_bare_resume_takes_the_recipes_newest_unfinished_run(here):
+    """The one started last; a finished one, a folder of another recipe or without a run in it is none."""
+    ours, other = [f"x-20260101-00000{i}" for i in range(5)], "x-y-20260101-000005"
+    for name in (*ours, other):
         (here / "runs" / name).mkdir(parents=True)
     with pytest.raises(RecipeError) as caught:
         unfinished_run_dir("x", None)
     assert str(caught.value) == "no run to resume in runs/; name its folder: --resume DIR"
-    for age, name in enumerate(("xy-5", "x-2", "x-1", "x-3")):
-        (here / "runs" / name / "recipe.json").touch()
-        os.utime(here / "runs" / name, (1e9, 1e9 - age))
-    assert unfinished_run_dir("x", None) == Path("runs/x-2")
-    assert unfinished_run_dir("x", here / "runs" / "xy-5") == here / "runs" / "xy-5"
-    with pytest.raises(RecipeError, match=f"^no run to resume in {here / 'runs' / 'x-4'}; name its folder: --resume DIR$"):
-        unfinished_run_dir("x", here / "runs" / "x-4")
-    (here / "runs" / "x-2" / "result.json").touch()
-    with pytest.raises(RecipeError, match="^the run in runs/x-2 is finished: nothing to resume$"):
-        unfinished_run_dir("x", Path("runs/x-2"))
+    for age, name in enumerate((other, ours[4], ours[2], ours[1], ours[3])):
+        file = here / "runs" / name / "recipe.json"
+        file.touch()
+        os.utime(file, (1e9, 1e9 - age))
+    (here / "runs" / ours[4] / "result.json").write_text('{"epochs": 2}')
+    assert unfinished_run_dir("x", None) == Path("runs") / ours[2]
+    (here / "runs" / ours[2] / "run.json").write_text('{"name": "x-20260101"}')
+    assert unfinished_run_dir("x", None) == Path("runs") / ours[1]
+    assert unfinished_run_dir("x-y", None) == Path("runs") / other
+    assert unfinished_run_dir("x", here / "runs" / other) == here / "runs" / other
+    with pytest.raises(RecipeError, match=f"^no run to resume in {here / 'runs' / ours[0]}; name its folder: --resume DIR$"):
+        unfinished_run_dir("x", here / "runs" / ours[0])
+    with pytest.raises(RecipeError, match=f"^the run in runs/{ours[4]} is finished: nothing to resume; for more than its 2 "):
+        unfinished_run_dir("x", Path("runs") / ours[4])
 
 
 @pytest.mark.parametrize("call", range(5))

@@ -15,9 +15,9 @@ from torch import nn
 from finetune.data.builtin import generated
 from finetune.data.sources import load_data
 from finetune.inference.model_card import model_card
-from finetune.models.saved import SavedModel, find_model, load_model, read_json
+from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import write_folder
+from finetune.utils.files import read_json, write_folder
 from finetune.utils.text import progress
 
 if TYPE_CHECKING:

@@ -8,13 +8,14 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from finetune.models.backbone import INPUTS
-from finetune.models.saved import read_json, read_recipe
+from finetune.models.saved import read_recipe
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, recipe_of_run
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import describe_baseline
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import read_json
 
 LICENCES = {
     "digits": "CC BY 4.0 (UCI)",

@@ -22,7 +22,7 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import METRICS, minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import write_folder
+from finetune.utils.files import read_json, write_folder
 
 HUB = ("hf-hub:", "https://huggingface.co/")
 FILES = ("config.json", "model.safetensors")
@@ -172,14 +172,6 @@ def with_functions(recipe: Recipe, run: Path) -> Recipe:
     same_source = to_dict(own.data.source) == to_dict(recipe.data.source)
     source = own.data.source if same_source else recipe.data.source
     return replace(recipe, backbone=own.backbone, data=replace(recipe.data, source=source))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"can't read {file}: {error}") from error
 
 
 def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
 import re
 import sys
 from ast import literal_eval
@@ -19,6 +18,7 @@ from finetune.recipe.recipe import Recipe
 from finetune.recipe.schedules import Schedule
 from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import read_json
 from finetune.utils.text import nearest
 
 HERE = Path(__file__).resolve().parent.parent
@@ -234,12 +234,13 @@ def recipe_of_run(run: Path) -> tuple[Recipe, Path, dict[str, Any]]:
     Raises:
         RecipeError: if the two together are not what was run: recipe.py was changed since.
     """
-    recipe = from_dict(json.loads((run / "recipe.json").read_text()))
+    recipe = from_dict(read_json(run / "recipe.json"))
     if not (run / "recipe.py").is_file():  # it was made in a program
         return recipe, run / "recipe.json", {}
     own, file = load_recipe(str(run / "recipe.py"))
     changed = {path: now for path, _, now in diff(own, recipe) if now != "-"}
-    changed = {path.replace(".options.", "."): value for path, value in changed.items()}  # of an optimizer
+    # An optimizer's options by their own names; another kind of schedule by its name, before its fields.
+    changed = {path.replace(".options.", ".").removesuffix(".type"): value for path, value in changed.items()}
     again = override(own, [f"{path}={value!r}" for path, value in changed.items()])
     if diff(again, recipe):
         raise RecipeError(f"{run / 'recipe.py'} was changed after the run")

@@ -12,7 +12,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.results.plots import draw_curves
-from finetune.training.run_dir import lock, newest_checkpoint, run_name
+from finetune.training.run_dir import lock, newest_checkpoint, run_name, started
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import WIDTH, align_columns
 
@@ -75,7 +75,7 @@ def describe_run(run: Path) -> dict[str, Any]:
     except (RecipeError, ValueError, TypeError, KeyError) as error:
         return row | {"state": f"unreadable: {error}"}
     source = str(to_dict(recipe.data.source))
-    row |= {"metric": recipe.metric, "data": Path(source).name or source, "epochs": recipe.epochs, "started": started(run)}
+    row |= {"metric": recipe.metric, "data": Path(source).name or source, "epochs": recipe.epochs, "started": start_time(run)}
     if (run / "result.json").is_file():
         result = json.loads((run / "result.json").read_text())
         value = result[recipe.metric]
@@ -97,10 +97,9 @@ def state(run: Path) -> str:
     return f"stopped after {int(checkpoint.name.split('-')[1])} steps" if checkpoint else "stopped"
 
 
-def started(run: Path) -> str:
+def start_time(run: Path) -> str:
     """When the run was started, if it was written down."""
-    file = run / "run.json"
-    return str(json.loads(file.read_text())["started"]) if file.is_file() else ""
+    return str(started(run).get("started", ""))
 
 
 def wilson(share: float, images: int) -> tuple[float, float]:

@@ -16,9 +16,9 @@ from finetune.models.saved import plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.optim.param_groups import fixed_parameters
 from finetune.training.logger import Logger
-from finetune.training.run_dir import newest_checkpoint
+from finetune.training.run_dir import CHECKPOINT, newest_checkpoint
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import write_folder
+from finetune.utils.files import flush, write_folder
 
 T = TypeVar("T")
 AFRESH = "to start again from the pretrained weights, name another --output"
@@ -49,6 +49,7 @@ def save_checkpoint(
     """
     logger.flush()
     if accelerator.is_main_process:
+        flush(logger.metrics_file)  # the checkpoint counts on it
         optimizers = optimizer_kinds(net, optimizer)
         names, saved = list(optimizers), optimizer.state_dict()
         moments = {names[i]: state for i, state in saved["state"].items()}
@@ -76,7 +77,8 @@ def save_checkpoint(
         folder = logger.folder / "checkpoints" / f"step-{step:08d}-epochs-{len(logger.history):05d}"
         write_folder(folder, write)
         for other in folder.parent.iterdir():
-            if other != folder:
+            name = other.name.removeprefix(".").removesuffix(".tmp").removesuffix(".old")  # of one that was being written
+            if other != folder and CHECKPOINT.fullmatch(name):
                 shutil.rmtree(other, ignore_errors=True)
     accelerator.wait_for_everyone()
 

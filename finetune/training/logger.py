@@ -66,16 +66,44 @@ class Logger:
         self.started = time.monotonic()
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state; lines written after it are cut off, for these steps are done again."""
+        """Go on from a checkpoint's state; lines written after it are cut off, for these steps are done again.
+
+        Raises:
+            RecipeError: if more epochs are done than the recipe has.
+        """
         self.history, self.linear_probe, self.clock = state["history"], state["linear_probe"], state["clock"]
         self.seconds, self.images, self.skipped = state["seconds"], state["images"], state["skipped"]
+        if len(self.history) > self.epochs:
+            raise RecipeError(f"{len(self.history)} epochs of the run in {self.folder} are done, and epochs={self.epochs}")
         if self.accelerator.is_main_process:
-            os.truncate(self.metrics_file, state["metrics_bytes"])
-            rows = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
-            self.losses = [row["loss"] for row in rows if "grad_norm" in row and row["epoch"] == len(self.history)]
+            rows = self.restored_rows(state["metrics_bytes"])
+            running = [row["loss"] for row in rows if "grad_norm" in row and row["epoch"] == len(self.history)]
+            self.losses = state.get("losses", running)  # older checkpoints leave them to the file
         self.started = time.monotonic()
         done = len(self.history)
         self.say(f"resuming after step {state['step']}, {done} epoch{'s' * (done != 1)} done")
+
+    def restored_rows(self, size: int) -> list[dict[str, Any]]:
+        """The lines of the metrics file up to a checkpoint, its first `size` bytes, to which it is cut.
+
+        Where some are missing, which a power failure can do, the metrics of epochs are written again.
+        """
+        content = self.metrics_file.read_bytes() if self.metrics_file.is_file() else b""
+        lines, rows = content[:size].splitlines(keepends=True), []
+        for line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        whole = b"".join(lines[: len(rows)])
+        if len(whole) == size:
+            os.truncate(self.metrics_file, size)
+            return rows
+        written = {row["epoch"] for row in rows if "grad_norm" not in row}
+        rows += [row for row in self.rows() if row["epoch"] not in written]
+        self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.say("metrics.jsonl had been cut: the epochs' metrics are whole again, lines of single steps are missing")
+        return rows
 
     def state(self) -> dict[str, Any]:
         """What `resume` needs; asked for after a flush, on the first process."""
@@ -83,6 +111,7 @@ class Logger:
             "history": self.history,
             "linear_probe": self.linear_probe,
             "clock": self.clock,
+            "losses": self.losses,
             "images": self.images,
             "skipped": self.skipped,
             "seconds": self.elapsed(),

@@ -1,5 +1,7 @@
 """Run folders: a new one, or one to go on with; the lock on it and its first files."""
 
+import ast
+import hashlib
 import json
 import os
 import re
@@ -7,16 +9,19 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from finetune.recipe import Recipe
-from finetune.recipe.serialize import diff, from_dict, to_dict
+from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import flush, read_json
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
 
-# All that a run which died before it started can have left.
+CHECKPOINT = re.compile(r"step-\d{8,}-epochs-\d{5,}")  # the name of one; whatever else lies beside it is not the run's
+
+# Beside its lock, all that a run which died before it started can have left.
 LEFTOVERS = {".lock", "recipe.py", "groups.txt", "run.json", ".recipe.json"}
 
 
@@ -27,30 +32,43 @@ def new_run_dir(name: str, output: Path | None) -> Path:
         RecipeError: if there is something in it.
     """
     folder = output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - LEFTOVERS):
-        what = "a run" if (folder / "recipe.json").exists() else "files"
-        raise RecipeError(
-            f"output folder {folder} already holds {what}; name another --output, or go on with the run in it: --resume"
-        )
+    if folder.exists():
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if there - (LEFTOVERS if ".lock" in there else set()):
+            what = "a run" if (folder / "recipe.json").exists() else "files"
+            raise RecipeError(
+                f"output folder {folder} already holds {what}; name another --output, or go on with the run in it: --resume"
+            )
     return folder
 
 
-def unfinished_run_dir(name: str, folder: Path | None) -> Path:
-    """The folder of a run to go on with: `folder`, or the recipe's newest in runs/.
+def unfinished_run_dir(name: str, folder: Path | None, epochs: float = 0) -> Path:
+    """The folder of a run to go on with: `folder`, or the recipe's newest unfinished one in runs/.
+
+    A run that finished is unfinished where `epochs` asks for more than it did.
 
     Raises:
         RecipeError: if there is none, or it is finished.
     """
-    folder = folder or max(
-        (path.parent for path in Path("runs").glob(f"{name}-*/recipe.json")),
-        default=None,
-        key=lambda path: path.stat().st_mtime,
-    )
+    if folder is None:
+        files = Path("runs").glob(f"{name}-*/recipe.json")
+        runs = [file.parent for file in files if run_name(file.parent) == name and not epochs_done(file.parent)]
+        folder = max(runs, default=None, key=lambda run: (run / "recipe.json").stat().st_mtime)
     if folder is None or not (folder / "recipe.json").is_file():
         raise RecipeError(f"no run to resume in {folder or 'runs/'}; name its folder: --resume DIR")
-    if (folder / "result.json").is_file():
-        raise RecipeError(f"the run in {folder} is finished: nothing to resume")
+    if done := epochs_done(folder):
+        if epochs <= done:
+            more = f"for more than its {done} epochs: finetune resume {folder} --epochs N"
+            raise RecipeError(f"the run in {folder} is finished: nothing to resume; {more}")
+        if newest_checkpoint(folder) is None:
+            raise RecipeError(f"the run in {folder} is finished, and has no checkpoint any more to go on from")
     return folder
+
+
+def epochs_done(folder: Path) -> int:
+    """The epochs of a finished run; 0 of one that is not."""
+    file = folder / "result.json"
+    return int(read_json(file).get("epochs", 1)) if file.is_file() else 0
 
 
 def find_run(name: str, state: str = "") -> Path:
@@ -75,7 +93,7 @@ def find_run(name: str, state: str = "") -> Path:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder."""
-    return max((run / "checkpoints").glob("step-*"), default=None)
+    return max((path for path in (run / "checkpoints").glob("step-*") if CHECKPOINT.fullmatch(path.name)), default=None)
 
 
 def lock(folder: Path) -> TextIO:
@@ -104,31 +122,59 @@ def start_run_dir(
 ) -> None:
     """Write a run's first files: how it was started and on which `images`, the recipe as given and resolved, and its groups.
 
-    recipe.json, written last, makes it a run. A recipe without a file, made in a program, has no recipe.py.
+    recipe.json, written last, makes it a run; it is not finished then. A recipe made in a program has no recipe.py.
     """
     if recipe_file and recipe_file.resolve() != (folder / "recipe.py").resolve():
         shutil.copyfile(recipe_file, folder / "recipe.py")
     command, now = [Path(sys.argv[0]).name, *sys.argv[1:]], time.strftime("%Y-%m-%d %H:%M:%S")
-    started = {"name": name, "command": command, "started": now, "images": images}
+    started = {"name": name, "command": command, "started": now, "images": images, "code": code_digest(recipe_file)}
     (folder / "run.json").write_text(json.dumps(started, indent=1) + "\n")
     (folder / "groups.txt").write_text(groups + "\n")
     aside = folder / ".recipe.json"
     aside.write_text(json.dumps(to_dict(recipe), indent=1) + "\n")
+    for file in (folder / "run.json", aside):
+        flush(file)
+    (folder / "result.json").unlink(missing_ok=True)
     aside.rename(folder / "recipe.json")
+
+
+def started(folder: Path) -> dict[str, Any]:
+    """How a run was started: {"name", "command", "started", "images", "code"}; an older run, or a cut file, lacks some."""
+    try:
+        return read_json(folder / "run.json")
+    except (OSError, RecipeError):
+        return {}
 
 
 def run_name(folder: Path) -> str:
     """The name of the recipe that a run was started with; of a run of version 0.1, what its folder's name says."""
-    file = folder / "run.json"
-    if file.is_file():
-        return str(json.loads(file.read_text())["name"])
-    return re.sub(r"-\d{8}-\d{6}$", "", folder.resolve().name)
+    return str(started(folder).get("name") or re.sub(r"-\d{8}-\d{6}$", "", folder.resolve().name))
 
 
-def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raise RecipeError, with the fields that differ, unless the run in `folder` was started with this recipe."""
-    before = from_dict(json.loads((folder / "recipe.json").read_text()))
+def code_digest(file: Path | None) -> str:
+    """A digest of a recipe file's code: all that its functions may be made of, but neither comments nor the recipe's fields."""
+    if file is None or file.suffix != ".py" or not file.is_file():
+        return ""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    targets = {id(node): [ast.unparse(target) for target in node.targets] for node in tree.body if isinstance(node, ast.Assign)}
+    code = [node for node in tree.body if targets.get(id(node)) != ["recipe"] and not is_text(node)]
+    lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+    return hashlib.blake2b("\n".join(map(ast.dump, [*code, *lambdas])).encode(), digest_size=8).hexdigest()
+
+
+def is_text(node: ast.stmt) -> bool:
+    """Whether a statement is a text alone, such as a docstring."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def check_same_recipe(folder: Path, recipe: Recipe, file: Path | None = None) -> None:
+    """Raise RecipeError, with what differs, unless the run in `folder` was started with this recipe, from this `file`."""
+    before = from_dict(read_json(folder / "recipe.json"))
     changed = [f"{path}: {was} before, {now} now" for path, was, now in diff(before, recipe)]
+    functions = [str(value) for value in flatten(to_dict(recipe)).values() if str(value).startswith("function ")]
+    code = started(folder).get("code") or code_digest(folder / "recipe.py")
+    if functions and code and code != code_digest(file):
+        changed.append(f"{file}: its code was changed, of which the recipe has {', '.join(functions)}")
     if changed:
         remedy = f"to go on as it was started: finetune resume {folder}; with this recipe all the same: --resume-anyway"
         raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed, remedy]))
@@ -136,9 +182,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
 
 def check_same_images(folder: Path, images: dict[str, str]) -> None:
     """Raise RecipeError unless the run in `folder` was started with these: the fingerprint of each part of them."""
-    file = folder / "run.json"
-    before = json.loads(file.read_text()).get("images", images) if file.is_file() else images  # older runs do not say
-    changed = []
+    before, changed = started(folder).get("images", images), []  # older runs do not say
     for part, now in images.items():
         counts = [text.partition(" ")[0] for text in (before[part], now)]
         others = "" if counts[0] != counts[1] else ": others, by their names, labels or classes"

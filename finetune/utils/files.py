@@ -1,9 +1,13 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written whole or not at all, and JSON files that may have been cut."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from finetune.utils.errors import RecipeError
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -38,3 +42,11 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises RecipeError if it holds none, such as one that was cut as the power failed."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"can't read {file}: {error}") from error

@@ -68,7 +68,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="cut each process's share of the batch in N, for less memory; the result stays",
+        help="cut each process's share of the batch in N, for less memory; the result stays, but for batch norm that trains",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, for each training process")
     parser.add_argument(

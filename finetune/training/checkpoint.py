@@ -11,10 +11,13 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from finetune.models.batch_norm import has_statistics
 from finetune.models.saved import plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.optim.param_groups import fixed_parameters
+from finetune.recipe import Recipe
 from finetune.training.logger import Logger
 from finetune.training.run_dir import CHECKPOINT, newest_checkpoint
 from finetune.utils.errors import RecipeError
@@ -93,6 +96,7 @@ def not_finite(net: nn.Module, moments: dict[str, dict[str, Any]]) -> str:
 
 
 def restore(
+    recipe: Recipe,
     logger: Logger,
     net: nn.Module,
     evaluated: nn.Module,
@@ -120,6 +124,10 @@ def restore(
     logger.resume(state)
     if state.get("version") == "0.1":
         logger.say(OLD_VERSION)
+    if "steps_per_epoch" not in state and (options := corrected(recipe, net)):
+        logger.say(
+            f"the run was started by an earlier version, whose {options} this one corrects: it does not go on to the bit"
+        )
     step, epoch, before = state["step"], len(logger.history), epoch_length(state, steps_per_epoch)
     if before != steps_per_epoch:
         done = min(step - epoch * before, before)
@@ -132,6 +140,23 @@ def restore(
     if step > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
         restore_optimizer(folder, state, net, optimizer)
     return step
+
+
+def corrected(recipe: Recipe, net: nn.Module) -> str:
+    """What version 0.2 computes otherwise than before it, of all that the recipe has; "" if there is nothing."""
+    norms = [module for module in net.modules() if has_statistics(module)]
+    buffers = {id(buffer) for buffer in net.buffers() if buffer.is_floating_point()}
+    buffers -= {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+    names = (len(list(net.named_parameters(remove_duplicate=unique))) for unique in (True, False))
+    smoothed = recipe.label_smoothing or recipe.augment.mixes
+    found = {
+        "class weights of smoothed or mixed targets": recipe.class_weights and smoothed,
+        "gradient checkpointing of norms that move": recipe.gradient_checkpointing and recipe.batch_norm != "frozen" and norms,
+        "norms, by others than torch,": not all(isinstance(norm, _NormBase) for norm in norms),
+        "average of tied weights or of buffers": recipe.ema_decay and (buffers or len(set(names)) > 1),
+        "weight decay": any("*" in name for name in getattr(net, "no_weight_decay", set)()),
+    }
+    return " and ".join(what for what, is_used in found.items() if is_used)
 
 
 def epoch_length(state: dict[str, Any], now: int) -> int:

@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.utils import ModelEmaV3, adaptive_clip_grad
+from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
+from finetune.models.average import MovingAverage
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.linear_probe import fit, head_layer, returns_features
 from finetune.models.saved import save_model
@@ -49,10 +50,10 @@ def train(
     groups = build_param_groups(recipe, net.to(accelerator.device))
     optimizer = accelerator.prepare(build_optimizer(groups))
     criterion = Criterion(recipe, net, train_images, accelerator.device)
-    ema = ModelEmaV3(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+    ema = MovingAverage(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     evaluated = ema.module if ema else net
     steps_per_epoch = recipe.data.steps_per_epoch(len(train_images))
-    step = restore(logger, net, evaluated, optimizer, accelerator, steps_per_epoch)
+    step = restore(recipe, logger, net, evaluated, optimizer, accelerator, steps_per_epoch)
     if recipe.linear_probe and step == 0:
         fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)
         if ema:

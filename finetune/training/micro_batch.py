@@ -1,6 +1,6 @@
 """Memory: kept from step to step on a CPU; smaller micro-batches where a GPU's runs out.
 
-The step is the same with any of it.
+The step is the same with any of it, but for norms whose statistics move, and the draws of dropout.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.models.backbone import memory_format
-from finetune.models.batch_norm import keep_buffers
+from finetune.models.batch_norm import has_statistics, keep_buffers
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
@@ -36,14 +36,22 @@ def find_micro_batches(
     """`accumulate`, doubled until forward and backward of one micro-batch fit into every process's memory.
 
     Tried before a stage is wrapped for several processes: in the middle of a step, one process that runs out of memory
-    would leave the others waiting. The step is the same with any accumulation, so only time changes.
-    Not tried on a CPU.
+    would leave the others waiting. Not tried on a CPU. Says so where norms see less than the step's images at once.
 
     Raises:
         RecipeError: if not even one image fits.
     """
-    if not says_when_full(accelerator.device):
-        return accumulate
+    if says_when_full(accelerator.device):
+        accumulate = fit_memory(recipe, net, accelerator, accumulate, say)
+    parts = accumulate * (1 if recipe.batch_norm == "sync" else accelerator.num_processes)
+    if parts > 1 and any(has_statistics(module) and module.training for module in net.modules()):
+        at_once, size = recipe.data.batch_size // parts, recipe.data.batch_size
+        say(f"batch norm that trains sees {at_once} of a step's {size} images at a time: another result than with all at once")
+    return accumulate
+
+
+def fit_memory(recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumulate: int, say: Callable[[str], None]) -> int:
+    """`accumulate`, doubled until a micro-batch fits into every process's memory."""
     share = recipe.data.batch_size // accelerator.num_processes
     while True:
         size = share // accumulate

@@ -32,7 +32,7 @@ from finetune.utils.seed import seed_all
 class RunOptions:
     """What suits the machine and leaves the result as it is."""
 
-    accumulate: int = 1  # micro-batches of each process's share of a batch; more if memory asks for it
+    accumulate: int = 1  # micro-batches of each process's share of a batch, which norms that train see; more if memory asks
     workers: int = 0  # processes that load images, for each training process
     checkpoint_every: int = 0  # steps; 0: once an epoch
     quiet: bool = False  # no progress bars

@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 
 import pytest
+import timm
 import timm.optim
 import torch
 from accelerate import Accelerator
@@ -37,10 +38,10 @@ def save(folder, net, optimizer, average=None, step=3, accelerator=None):
     return newest_checkpoint(folder)
 
 
-def go_on(logger, net, average=None, optimizer=None):
+def go_on(logger, net, average=None, optimizer=None, recipe=None):
     """restore(), of an optimizer without state if none is given."""
     optimizer = optimizer or torch.optim.SGD(net.parameters())
-    return restore(logger, net, average or net, optimizer, logger.accelerator, steps_per_epoch=100)
+    return restore(recipe or small_recipe(), logger, net, average or net, optimizer, logger.accelerator, steps_per_epoch=100)
 
 
 def go_on_optimizer(folder, net, optimizer):
@@ -202,6 +203,32 @@ def test_a_checkpoint_of_version_0_1_goes_on_and_says_what_differs(tmp_path, cap
     assert go_on(logger, net) == 3
     assert [row["top1"] for row in logger.rows()] == [0.4, 0.5]
     assert "started by version 0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes,spoken",
+    [
+        ({}, ""),
+        ({"label_smoothing": 0.1, "ema_decay": 0.9, "batch_norm": "train"}, ""),
+        ({"class_weights": "balanced"}, ""),
+        ({"class_weights": "balanced", "label_smoothing": 0.1}, "class weights of smoothed or mixed targets"),
+        ({"backbone": "test_resnet", "head": None, "gradient_checkpointing": True, "batch_norm": "train"}, "checkpointing of"),
+    ],
+)
+def test_a_run_of_an_earlier_version_says_what_is_no_longer_as_before(tmp_path, capsys, changes, spoken):
+    """Only where the recipe has something that was corrected: all others go on to the bit."""
+    recipe = small_recipe(**changes)
+    net = timm.create_model("test_resnet", num_classes=10) if recipe.backbone == "test_resnet" else DroppingNet()
+    folder = save(tmp_path, net, SGD(net.parameters()))
+    state = json.loads((folder / "state.json").read_text())
+    for now in (state, {key: state[key] for key in state if key != "steps_per_epoch"}):
+        (folder / "state.json").write_text(json.dumps(now))
+        capsys.readouterr()
+        go_on(Logger(tmp_path, Accelerator(cpu=True), recipe), net, recipe=recipe)
+        out = capsys.readouterr().out
+        assert ("was started by an earlier version" in out) == (bool(spoken) and now is not state) and (
+            now is state or spoken in out
+        )
 
 
 @pytest.mark.parametrize("before,now", [(False, False), (False, True), (True, False), (True, True)])

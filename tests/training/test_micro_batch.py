@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.recipe import SGD
+from finetune.recipe import SGD, Group
 from finetune.training import loop as train_loop
 from finetune.training import micro_batch
 from finetune.training.micro_batch import find_micro_batches
@@ -36,6 +36,17 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tmp_path, capsy
     assert out.count("now 2, 4 times a step") == 1
     other, _ = run_here(small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9)), tmp_path / "plenty")
     assert_same_weights(net, other.state_dict())
+
+
+@pytest.mark.parametrize("accumulate,batch_norm,said", [(1, "train", 0), (2, "train", 1), (2, "frozen", 0), (4, "sync", 1)])
+def test_a_run_says_where_norms_see_less_than_the_batch(tmp_path, capsys, accumulate, batch_norm, said):
+    """Only where statistics move, and from the first stage on in which they do."""
+    rows = (Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=1))
+    recipe = small_recipe(backbone=DroppingNet, batch_norm=batch_norm, groups=rows, epochs=2)
+    run_here(recipe, tmp_path, accumulate=accumulate)
+    before, stage, after = capsys.readouterr().out.partition("from epoch 2:")
+    words = f"sees {8 // accumulate} of a step's 8 images at a time: another result"
+    assert stage and (before.count(words), after.count(words)) == (0, said)
 
 
 def test_a_try_for_memory_leaves_no_trace(monkeypatch):

@@ -1,0 +1,37 @@
+"""The moving average of a network."""
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from finetune.models.batch_norm import has_statistics
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's exponential moving average, of each tensor once, and of no buffers but the running statistics of norms.
+
+    timm's own goes by the names in the state dict: a tied weight moves once for each of its names, and the mean of spectral
+    norm's unit vectors is no unit vector. Buffers that are no averages are copied.
+    """
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the average, `self.module`, by 1 - `decay` of the way to `model`."""
+        averaged, current = (averaged_tensors(net) for net in (self.module, model))
+        self._foreach_lerp_(averaged, current, weight=1.0 - decay)
+        done = set(averaged)
+        for own, other in zip(all_tensors(self.module), all_tensors(model), strict=True):
+            if own not in done:
+                own.copy_(other)
+
+
+def averaged_tensors(net: nn.Module) -> list[torch.Tensor]:
+    """Parameters, and the running statistics of norms, whose mean is of the same kind."""
+    tensors: list[torch.Tensor] = list(net.parameters())
+    for module in net.modules():
+        if has_statistics(module):
+            tensors += module.buffers(recurse=False)
+    return [tensor for tensor in dict.fromkeys(tensors) if tensor.is_floating_point() or tensor.is_complex()]
+
+
+def all_tensors(net: nn.Module) -> list[torch.Tensor]:
+    return [*net.parameters(), *net.buffers()]

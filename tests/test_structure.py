@@ -79,13 +79,13 @@ def test_each_thing_is_decided_in_one_place():
         "weight_decay": {"groups"},  # a recipe's optimizer; param_groups are made with it, and never changed
         "requires_grad_()": {"freezing"},
         "requires_grad": {"memory_estimate"},
-        "training": {"memory_estimate"},
+        "training": {"batch_norm", "memory_estimate"},
         "train()": {"batch_norm"},
     }
     for name, modules in places.items():
         assert {file.stem for file in MODULES if name in written(file)} == modules, name
     assert [file.stem for file in MODULES if '"weight_decay": decay' in file.read_text()] == ["optimizers"]
-    assert [file.stem for file in MODULES if "module.eval()" in file.read_text()] == ["batch_norm"]
+    assert [file.stem for file in MODULES if "module.training = False" in file.read_text()] == ["batch_norm"]
 
 
 @pytest.mark.parametrize("file", MODULES + TESTS, ids=lambda file: file.stem)

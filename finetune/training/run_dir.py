@@ -159,7 +159,7 @@ def code_digest(file: Path | None) -> str:
     targets = {id(node): [ast.unparse(target) for target in node.targets] for node in tree.body if isinstance(node, ast.Assign)}
     code = [node for node in tree.body if targets.get(id(node)) != ["recipe"] and not is_text(node)]
     lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
-    return hashlib.blake2b("\n".join(map(ast.dump, [*code, *lambdas])).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b("\n".join(map(ast.unparse, [*code, *lambdas])).encode(), digest_size=8).hexdigest()
 
 
 def is_text(node: ast.stmt) -> bool:
@@ -173,7 +173,7 @@ def check_same_recipe(folder: Path, recipe: Recipe, file: Path | None = None) ->
     changed = [f"{path}: {was} before, {now} now" for path, was, now in diff(before, recipe)]
     functions = [str(value) for value in flatten(to_dict(recipe)).values() if str(value).startswith("function ")]
     code = started(folder).get("code") or code_digest(folder / "recipe.py")
-    if functions and code and code != code_digest(file):
+    if file and functions and code and code != code_digest(file):
         changed.append(f"{file}: its code was changed, of which the recipe has {', '.join(functions)}")
     if changed:
         remedy = f"to go on as it was started: finetune resume {folder}; with this recipe all the same: --resume-anyway"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +36,17 @@ recipe = Recipe(backbone=Net, head="fc", data=Data("IMAGES", image_size=24, batc
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-QUIET = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+QUIET = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def several(count):
-    return [*ACCELERATE, "--multi_gpu", "--num_processes", str(count), *QUIET]
+    return [*ACCELERATE, "--multi_gpu", "--num_processes", str(count), *QUIET, "--main_process_port", free_port()]
 
 
 def command(folder, images, output, launcher, arguments=(), norm="GroupNorm(2, 8)"):

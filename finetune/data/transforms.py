@@ -107,8 +107,7 @@ def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
     augment = recipe.augment
     if not augment.mixes:
         return None
-    several = recipe.loss == "multi_label"
-    return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes, multi_label=several)
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=num_classes)
 
 
 def mix_neighbours(
@@ -124,7 +123,12 @@ def mix_neighbours(
     order = even + odd[::-1]  # timm mixes the first image with the last, the second with the last but one, ...
     seed_all("mix", *key)
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    images, targets = mixup(images[order], labels[order])
+    if labels.ndim == 1:
+        images, targets = mixup(images[order], labels[order])
+    else:  # timm mixes several labels an image from 1.0.31 on only: here it mixes their places, whose shares mix the labels
+        mixup.num_classes = len(order)
+        images, shares = mixup(images[order], torch.arange(len(order), device=labels.device))
+        targets = shares @ labels[order].float()
     if n % 2:  # the last image came twice
         images, targets = (torch.cat([part[: len(even)], part[len(even) + 1 :]]) for part in (images, targets))
     return images.contiguous(memory_format=layout), targets

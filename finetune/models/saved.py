@@ -25,6 +25,7 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.files import read_json, write_folder
 
 HUB = ("hf-hub:", "https://huggingface.co/")
+OF_SOURCE = ("label_offset", "test_input_size", "test_pool_size", "test_crop_pct")  # true of the pretrained weights alone
 FILES = ("config.json", "model.safetensors")
 CHECKPOINTS = {"last": "model", "best": "model-best"}  # of a run
 
@@ -184,9 +185,12 @@ def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], clas
     def write(aside: Path) -> None:
         config: dict[str, Any] = {"label_names": list(classes)}
         if hasattr(net, "pretrained_cfg"):
-            plain = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
+            plain: TimmModel = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
+            source = {key: value for key, value in plain.pretrained_cfg.items() if key not in OF_SOURCE}
+            plain.pretrained_cfg = source | preprocessing | {"custom_load": False}
+            options = {"img_size": preprocessing["input_size"][1]} if source.get("fixed_input_size") else None
             try:
-                timm.models.save_for_hf(plain, str(aside), config, safe_serialization=True, data_config=preprocessing)
+                timm.models.save_for_hf(plain, str(aside), config, options, safe_serialization=True)
             except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
                 raise OSError(errno.EIO, str(error)) from error
         else:

@@ -154,5 +154,6 @@ def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) 
     model = net
     if accelerator.num_processes > 1:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # torch 2.15 has a new name for the argument, and deprecates the old one
     return cast(nn.Module, torch.compile(model)) if torch_compile else model

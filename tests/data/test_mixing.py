@@ -8,6 +8,7 @@ import timm.data
 import timm.layers
 import timm.loss
 import torch
+from torch.nn.functional import one_hot
 
 from finetune.data.loader import Cut, ImageDataset, balanced_sample_weights, plan_epoch
 from finetune.data.transforms import mix_neighbours
@@ -33,6 +34,17 @@ def test_neighbours_are_mixed_as_timm_mixes(alphas):
                 assert torch.equal(mixed[at], theirs[i]) and torch.equal(targets[at], soft[i])
         torch.testing.assert_close(mixed[3], images[6])
         assert targets[3, labels[6]] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_several_labels_an_image_mix_as_one_does(count):
+    """Labels given as rows of 0 and 1 come out mixed as the same labels given as numbers, which timm mixes itself."""
+    of_one, of_several = (timm.data.Mixup(0.4, 1.0, label_smoothing=0.0, num_classes=10) for _ in range(2))
+    images, labels = torch.randn(count, 3, 16, 16), torch.randint(0, 10, (count,))
+    for key in range(4):
+        one, targets = mix_neighbours(of_one, images.clone(), labels, (0, key))
+        several, rows = mix_neighbours(of_several, images.clone(), one_hot(labels, 10), (0, key))
+        assert torch.equal(one, several) and torch.equal(targets, rows)
 
 
 @pytest.mark.parametrize("processes,accumulate", [(1, 2), (2, 1), (1, 3), (3, 2), (4, 1)])

@@ -217,8 +217,10 @@ def one_process_group(tmp_path):
 
 def test_each_process_wraps_for_its_own_gpu(monkeypatch):
     """DDP is told the process's GPU."""
-    monkeypatch.setattr("finetune.training.distributed.DistributedDataParallel", lambda net, device_ids, **_: device_ids)
-    assert wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1))) == [torch.device("cuda", 1)]
+    ddp = "finetune.training.distributed.DistributedDataParallel"
+    monkeypatch.setattr(ddp, lambda net, device_ids, **_: SimpleNamespace(devices=device_ids))
+    model = wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1)))
+    assert model.devices == [torch.device("cuda", 1)]
 
 
 def test_several_processes_average_what_trains_in_the_stage(one_process_group):
@@ -237,7 +239,7 @@ def test_several_processes_average_what_trains_in_the_stage(one_process_group):
 
     model.register_comm_hook(None, send)
     model(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert isinstance(model, DistributedDataParallel) and model.module is net and not model.forward_sync_buffers
+    assert isinstance(model, DistributedDataParallel) and model.module is net and not model.broadcast_buffers
     assert {id(parameter) for parameter in sent} == {id(parameter) for parameter in trained} and len(sent) == len(trained)
     compiled = wrap(net, one, torch_compile=True)
     assert wrap(net, one) is net and isinstance(compiled, nn.Module) and compiled is not net

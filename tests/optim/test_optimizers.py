@@ -121,6 +121,7 @@ def test_several_optimizers_in_one_run(tmp_path):
 
 def test_muon_for_matrices_and_adamw_for_the_rest():
     """In a ViT, Muon takes the matrices and AdamW all else; every parameter is in one of them and each steps as torch's own."""
+    pytest.importorskip("torch", minversion="2.9", reason="torch has Muon from 2.9 on")
     recipe = small_recipe(
         backbone="test_vit",
         head=None,

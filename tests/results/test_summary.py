@@ -202,6 +202,7 @@ def test_each_subgroup_of_images_has_its_metrics(tmp_path, monkeypatch, capsys):
 
 def test_the_solar_cells_have_their_subgroups():
     """ELPV's validation cells are mono- or polycrystalline, as its list says, a quarter of each."""
+    pytest.importorskip("elpv_dataset")
     data = builtin.elpv()
     kept, every = data.val.subgroups, data.val.subgroups + data.train.subgroups
     shares = {name: kept.count(name) / every.count(name) for name in ("mono", "poly")}

@@ -1,7 +1,6 @@
 """One process and two compute the same."""
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from helpers import ROOT
-from launching import ACCELERATE, command, contents, finish, several
+from launching import ACCELERATE, command, contents, finish, free_port, several
 
 
 def assert_same_run(a, b):
@@ -119,10 +118,7 @@ def test_processes_decide_from_one_metric(tmp_path, image_folder):
 
 def test_two_machines_finish_with_the_result_of_one(tmp_path, image_folder, alone):
     """Two launches that find each other on a loopback address are one run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    machines = []
+    port, machines = free_port(), []
     for rank in ("0", "1"):
         launcher = [
             *ACCELERATE,

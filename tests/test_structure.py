@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from packaging.version import Version
 
 from finetune.recipe.load import load_recipe
 from finetune.results.baseline import describe_baseline, describe_record
@@ -59,6 +60,14 @@ def test_ci_runs_the_readmes_commands():
     assert 'pip install -e ".[quickstart]" && accelerate launch finetune/run.py --recipe efficientnet_lite0_digits' in README
     assert 'pip install -e ".[test]" && pytest' in README
     assert "accelerate launch finetune/run.py --recipe efficientnet_lite0_digits --smoke" in ci and '".[test]" && pytest' in ci
+
+
+def test_the_lowest_versions_are_those_that_are_tried():
+    """Each dependency's bound in pyproject.toml is the version in constraints-lowest.txt."""
+    dependencies = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounds = dict(line.split(">=") for line in dependencies)
+    tried = dict(line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if "#" not in line)
+    assert bounds.keys() == tried.keys() and all(Version(tried[name]) == Version(bound) for name, bound in bounds.items())
 
 
 def written(file):

@@ -88,7 +88,7 @@ def show(args: argparse.Namespace) -> None:
     from finetune.recipe.serialize import to_dict
 
     recipe, file = load_recipe(args.recipe)
-    show_result(args, to_dict(recipe), lambda: file.read_text().rstrip("\n"))
+    show_result(args, to_dict(recipe), lambda: file.read_text(encoding="utf-8").rstrip("\n"))
 
 
 def cp(args: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def cp(args: argparse.Namespace) -> None:
     from finetune.tools.library import copy_recipe
 
     check_new(args.target)
-    args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments))
+    args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments), encoding="utf-8")
     show_result(args, {"file": str(args.target)}, lambda: f"{args.target}; to run it: finetune train {args.target}")
 
 
@@ -209,7 +209,7 @@ def suggest(args: argparse.Namespace) -> None:
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
     with tempfile.TemporaryDirectory() as folder:
         file = args.output or Path(folder) / "my_recipe.py"
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         recipe = to_dict(load_recipe(str(file))[0])
     said = f"{args.output}; to run it: finetune train {args.output}" if args.output else text.rstrip("\n")
     show_result(args, recipe, lambda: said)

@@ -116,7 +116,7 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     text = suggest_recipe(compute_image_stats(str(args.data)), args.backbone, args.weights, "recipe.py")
     with tempfile.TemporaryDirectory() as folder:
         args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
-        Path(args.recipe).write_text(text)
+        Path(args.recipe).write_text(text, encoding="utf-8")
         yield
 
 

@@ -147,7 +147,8 @@ def from_shards(root: Path) -> tuple[list[ImageList], Sequence[str]]:
         read = partial(read_image, load=partial(open_member, tars), where=partial(member_name, tars))
         parts.append(ImageList(members, members[:, 3], read))
     labels, file = np.concatenate([part.labels for part in parts]), root / "classes.txt"
-    classes = file.read_text().splitlines() if file.is_file() else [str(i) for i in range(labels.max(initial=-1) + 1)]
+    numbers = map(str, range(labels.max(initial=-1) + 1))
+    classes = file.read_text(encoding="utf-8").splitlines() if file.is_file() else list(numbers)
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise RecipeError(f"data: {root} has labels from {labels.min()} to {labels.max()}, and {len(classes)} classes, from 0")
     return parts, classes

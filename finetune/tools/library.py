@@ -56,7 +56,7 @@ def copy_recipe(name: str, target: Path, assignments: list[str]) -> str:
     """
     recipe, file = load_recipe(name)
     override(recipe, assignments)
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(text), clean=False)
     if docstring is None:
         rest, body = "", text

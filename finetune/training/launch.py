@@ -46,6 +46,8 @@ def launch(run: Run, args: argparse.Namespace, processes: int | None) -> int:
     workers = [context.Process(target=work, args=(run, args, faults, rank, processes, port)) for rank in range(processes)]
 
     def pass_on(number: int, frame: object) -> None:
+        if sys.platform == "win32" and number == signal.SIGINT:
+            return  # Windows sends Ctrl-C to every process itself, and os.kill would end them at once
         for worker in workers:
             with suppress(ProcessLookupError):
                 if worker.is_alive() and worker.pid:
@@ -124,4 +126,4 @@ def stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM) if sys.platform == "win32" else os.kill(os.getpid(), signal.SIGTERM)

@@ -11,6 +11,8 @@ import torch
 from helpers import ROOT
 from launching import ACCELERATE, command, contents, finish, free_port, several
 
+pytestmark = pytest.mark.launches
+
 
 def assert_same_run(a, b):
     """The same steps and learning rates exactly; losses and weights to float32 rounding."""

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import ROOT
 
+pytestmark = pytest.mark.launches
 RECIPE = """
 import os, time
 from torch import nn

@@ -15,6 +15,7 @@ import torch
 from helpers import ROOT
 from launching import ACCELERATE, command, contents, finish, several
 
+pytestmark = pytest.mark.launches
 LONGER = ["--set", "epochs=30", "--checkpoint-every", "1", "--resume", "auto"]
 
 

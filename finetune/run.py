@@ -271,6 +271,11 @@ def check_launcher(recipe: Recipe) -> None:
         )
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise RecipeError("gradient accumulation is asked for with --accumulate N, not by the launcher")
+    if environment.get("MASTER_PORT") == "0":
+        raise RecipeError(
+            "the launcher gave its processes port 0, where they can't meet (torch 2.6 does, asked for any free port): "
+            "name one with --main_process_port, or leave that out"
+        )
     if "MASTER_ADDR" in environment and "RANK" not in environment and "ACCELERATE_MIXED_PRECISION" in environment:
         raise RecipeError(
             "accelerate launch was asked for several processes, but without several GPUs it starts one; "

@@ -54,6 +54,7 @@ def test_what_is_wrong_ends_in_one_message(here, capsys, arguments, fault):
     [
         ("ACCELERATE_MIXED_PRECISION", "bf16", "precision belongs to the recipe"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asked for with --accumulate"),
+        ("MASTER_PORT", "0", "name one with --main_process_port"),
     ],
 )
 def test_the_launcher_may_not_change_the_recipe(here, capsys, monkeypatch, variable, value, fault):

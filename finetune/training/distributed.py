@@ -156,4 +156,7 @@ def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) 
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
         model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # torch 2.15 has a new name for the argument, and deprecates the old one
-    return cast(nn.Module, torch.compile(model)) if torch_compile else model
+    if not torch_compile:
+        return model
+    torch.compiler.reset()  # torch 2.6 would go on with the last stage's code, without gradients of what is unfrozen now
+    return cast(nn.Module, torch.compile(model))

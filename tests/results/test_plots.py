@@ -54,6 +54,7 @@ def test_the_runs_picture_is_the_plans(tmp_path, monkeypatch, changes):
 
 def test_titles_say_what_it_is(tmp_path, monkeypatch):
     """A run's pictures have its recipe, its images and its result in their titles, the plan's its name."""
+    pytest.importorskip("matplotlib", minversion="3.8", reason="get_suptitle")
     run = write_run(tmp_path)
     title = figure_of(monkeypatch, plots, lambda: plots.plot_curves(run, "top1")).get_suptitle()
     assert title == "resnet18_cifar on photos\ntop-1 70.00 % after epoch 4"

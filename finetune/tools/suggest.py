@@ -109,7 +109,7 @@ def suggest_recipe(
             "source": json.dumps(stats.source, ensure_ascii=False),
             "num_classes": len(stats.classes),
             "colours": "grey" if stats.grey else "in colour",
-            "target": target,
+            "target": Path(target).as_posix(),  # a docstring takes Windows's backslashes for escapes
             "imports": imports,
             "backbone": backbone,
             "why_backbone": why_backbone,

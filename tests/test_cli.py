@@ -176,9 +176,13 @@ def epochs(run):
     return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "train_loss" in row]
 
 
-def test_a_resumed_run_keeps_its_recipe(here, image_folder, capsys):
-    """A recipe's flag beside a run to go on with is refused by name; a changed recipe shows the fields and both ways out."""
+def test_a_resumed_run_keeps_its_recipe(here, capsys):
+    """A recipe's flag beside a run to go on with is refused by name, but for the number of epochs."""
     from finetune.run import main as run
 
-    assert run(["--resume", "last", "--epochs", "3"]) == 2
+    assert run(["--resume", "last", "--seed", "3"]) == 2
     assert "no unfinished run" in capsys.readouterr().err
+    (here / "runs" / "x").mkdir(parents=True)
+    (here / "runs" / "x" / "recipe.json").touch()
+    assert run(["--resume", "last", "--seed", "3", "--epochs", "3", "--set", "lr_scale=2"]) == 2
+    assert "a resumed run keeps its recipe: leave out --seed, --set, or name the --recipe as well" in capsys.readouterr().err

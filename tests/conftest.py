@@ -46,6 +46,8 @@ def fresh_accelerator():
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # a later test's fixtures come before this one
 
 
 @pytest.fixture

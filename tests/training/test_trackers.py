@@ -14,6 +14,7 @@ from helpers import Cut, cut_before, on_folder
 
 def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder):
     """TensorBoard's own reader finds each step's loss and lrs and each epoch's metrics once, though the run was cut."""
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     arguments = [*on_folder(image_folder, "out"), "--track", "tensorboard"]
@@ -38,6 +39,7 @@ def test_tensorboard_reads_back_what_was_logged(here, monkeypatch, image_folder)
 
 def test_wandb_is_told_offline(here, monkeypatch):
     """Weights & Biases, offline, writes a file whose records, by its own protocol, have the recipe and every step's loss."""
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert main(["--recipe", "resnet18_cifar", "--smoke", "--track", "wandb", "--output", "out"]) == 0

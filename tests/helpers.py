@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
 from finetune.data.sources import load_data
-from finetune.models.backbone import build_backbone, preprocessing
+from finetune.models.backbone import build_backbone
 from finetune.models.pretrained import pretrained_state
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Constant, Cosine, Data, Group, Recipe
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe):
     data = load_data(recipe)
     seed_all(recipe.seed)
     net = build_backbone(recipe, len(data.classes), pretrained_state(recipe))
-    return net, build_param_groups(recipe, net), build_datasets(recipe, data, preprocessing(recipe, net))
+    return net, build_param_groups(recipe, net), build_datasets(recipe, net, data)
 
 
 def run_here(recipe: Recipe, folder: Path, accelerator: Accelerator | None = None, **options):

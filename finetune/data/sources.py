@@ -12,6 +12,7 @@ from finetune.data.dataset import ImageData, from_lists, held_out
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision
 from finetune.data.folders import from_csv, from_folder
 from finetune.recipe import Recipe
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
@@ -94,12 +95,12 @@ def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
             )
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise RecipeError(
-            f"data: function {source.__name__} must return (train, validation), two data sets of (PIL "
+            f"data: {to_dict(source)} must return (train, validation), two data sets of (PIL "
             f"image, label) with a length, the first with a list `classes`: {error}"
         ) from error
     if not all(sizes) or len(classes) < 2:
         raise RecipeError(
-            f"data: function {source.__name__} gave {sizes[0]} training and {sizes[1]} validation images "
+            f"data: {to_dict(source)} gave {sizes[0]} training and {sizes[1]} validation images "
             f"of {len(classes)} classes; there must be some of each, and 2 classes"
         )
     return ImageData(train, val, classes)

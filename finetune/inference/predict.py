@@ -50,7 +50,7 @@ def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers
     net, classes, preprocessing, recipe = model
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
         recipe = replace(recipe, mixed_precision="no")
-    accelerator, layout = make_accelerator(recipe), memory_format(recipe)
+    accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
     net.to(accelerator.device).to(memory_format=layout)
     several = recipe.loss == "multi_label"
     dataset = ImageDataset(images, eval_transform(preprocessing), recipe.seed, classes, on_bad_image, several, layout)

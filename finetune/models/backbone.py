@@ -7,7 +7,9 @@ import torch
 import torchvision
 from timm.data import resolve_data_config
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from finetune.models.batch_norm import set_train_mode
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
@@ -28,11 +30,13 @@ def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tens
     if is_timm(recipe):
         net = timm_model(recipe, num_classes, state)
     else:
-        net = recipe.backbone() if callable(recipe.backbone) else torchvision_model(recipe.backbone.partition("/")[2])
+        own = callable(recipe.backbone)
+        net = function_model(recipe) if own else torchvision_model(str(recipe.backbone).partition("/")[2])
         if state is not None:
             load_weights(net, state, recipe.weights)
-        net = replace_head(net, head_name(recipe, net), num_classes)
-    return net.to(memory_format=memory_format(recipe))
+        if recipe.head or not own:
+            net = replace_head(net, head_name(recipe, net), num_classes)
+    return net.to(memory_format=memory_format(recipe, net))
 
 
 def is_timm(recipe: Recipe) -> bool:
@@ -40,31 +44,96 @@ def is_timm(recipe: Recipe) -> bool:
     return not callable(recipe.backbone) and not recipe.backbone.startswith("torchvision/")
 
 
-def memory_format(recipe: Recipe) -> torch.memory_format:
+def memory_format(recipe: Recipe, net: nn.Module) -> torch.memory_format:
     """The memory format of weights and images: channels last, with which convolutions are up to 3 times faster.
 
     The network of a recipe's function may call `view` on its input, which must be contiguous for that.
     """
-    return torch.contiguous_format if callable(recipe.backbone) else torch.channels_last
+    on_cpu = not torch.accelerator.is_available()
+    if callable(recipe.backbone) or on_cpu and any(map(overruns_channels_last, net.modules())):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
-def meta_backbone(recipe: Recipe, num_classes: int = 10) -> nn.Module:
-    """The network on torch's meta device, without weights or memory, tried on one image of the recipe's size."""
-    with torch.device("meta"):
+def overruns_channels_last(layer: nn.Module) -> bool:
+    """Whether torch's CPU kernel for the layer's weight gradient writes outside its memory if images are channels last.
+
+    So it does in torch 2.15, for 1 x 1 convolutions of stride 2 and 4 on 2 to 12 channels; the process then dies, at once or
+    later. Such are the first layers of repvgg, mobileone and fastvit.
+    """
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and layer.stride != (1, 1)
+        and layer.in_channels // layer.groups < 16
+    )
+
+
+def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
+    """The network on torch's meta device, without weights or memory, tried on images of the recipe's size.
+
+    One that needs the values of its tensors, to be built or in `forward`, is built on the CPU instead. While `num_classes` is
+    not known, a new head has 10 outputs.
+
+    Raises:
+        RecipeError: if it can't be built, does not take such images, or does not return a logit for each class.
+    """
+    name, size, fault = to_dict(recipe.backbone), recipe.data.image_size, ""
+    for device in ("meta", "cpu"):
+        text = f"{name} can't be built"
         try:
-            net = build_backbone(recipe, num_classes).eval()
-        except NotImplementedError as error:  # from a constructor that reads the values of its tensors
-            raise RecipeError(f"{to_dict(recipe.backbone)} can't be built on the meta device: {error}") from error
-        size = recipe.data.image_size
-        try:
-            logits = net(torch.empty(1, 3, size, size))
+            with torch.device(device):
+                net = build_backbone(recipe, num_classes or 10)
+                text = f"{name} does not take {size} x {size} images"
+                try_images(recipe, net, num_classes)
+            return net.eval()
+        except RecipeError:
+            raise
         except Exception as error:  # each network raises something else
-            raise RecipeError(f"{to_dict(recipe.backbone)} does not take {size} x {size} images: {error}") from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, num_classes):
-        shape = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+            fault = f"{text}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    raise RecipeError(fault)
+
+
+def try_images(recipe: Recipe, net: nn.Module, num_classes: int | None = None) -> None:
+    """Give the network two images in training, which may move its norms, and one in evaluation.
+
+    Raises:
+        RecipeError: if it does not return a logit for each class.
+    """
+    size = recipe.data.image_size
+    set_train_mode(net, recipe.batch_norm)
+    check_logits(recipe, net(torch.zeros(2, 3, size, size)), 2, num_classes)
+    with torch.no_grad():
+        check_logits(recipe, net.eval()(torch.zeros(1, 3, size, size)), 1, num_classes)
+
+
+def check_logits(recipe: Recipe, logits: object, images: int, num_classes: int | None) -> None:
+    """Raise RecipeError unless these are logits [images, num_classes]; a last layer of its own may have any size till that is
+    known."""
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
+    fixed = callable(recipe.backbone) and recipe.head is None
+    wanted = num_classes or (shape[-1:] or [1])[0] if fixed else num_classes or 10
+    if shape != (images, wanted):
+        remedy = "; head names the layer whose size is to be fitted" if fixed and len(shape) == 2 else ""
+        when = "2 images in training" if images == 2 else "one image"
         raise RecipeError(
-            f"{to_dict(recipe.backbone)} returns {shape} for one image, not one logit for each of {num_classes} classes"
+            f"{to_dict(recipe.backbone)} returns {shape or type(logits).__name__} for {when}, not one logit for each of "
+            f"{wanted} classes{remedy}"
         )
+
+
+def function_model(recipe: Recipe) -> nn.Module:
+    """What the recipe's function returns; lazy layers get their sizes from an image."""
+    assert callable(recipe.backbone)
+    if isinstance(recipe.backbone, nn.Module):
+        raise RecipeError("backbone: this is a network; give the class or the function that makes it, for each run a fresh one")
+    net = recipe.backbone()
+    if not isinstance(net, nn.Module):
+        raise RecipeError(f"{to_dict(recipe.backbone)} returns {type(net).__name__}, not a torch.nn.Module")
+    if any(map(is_lazy, [*net.parameters(), *net.buffers()])):
+        size = recipe.data.image_size
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, 3, size, size))
     return net
 
 
@@ -126,7 +195,7 @@ def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
     """The network with a new layer of `num_classes` outputs in place of `head`, a linear layer or a convolution."""
     layer = dict(net.named_modules()).get(head)
     if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
+        new: nn.Module = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None, dtype=layer.weight.dtype)
     elif isinstance(layer, nn.Conv2d):
         new = nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
     else:
@@ -135,6 +204,8 @@ def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
             f"head: no linear or convolution layer '{head}'.{nearest(head, names)} The last ones are: {', '.join(names[-4:])}"
         )
     net.set_submodule(head, new)
+    if hasattr(net, "num_classes"):  # as timm's have it, and say it in config.json
+        net.num_classes = num_classes  # type: ignore[assignment]
     return net
 
 

@@ -1,31 +1,30 @@
 """A trained network, loaded again: from a run, a folder or the Hugging Face hub, without running code found there."""
 
-import copy
 import errno
-import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.models.backbone import INPUTS, TimmModel, build_backbone, load_weights
+from finetune.models.backbone import INPUTS, TimmModel, build_backbone, check_logits, load_weights, memory_format
 from finetune.models.pretrained import fetch_from_hub, read_weights
+from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import METRICS, minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import read_json, write_folder
+from finetune.utils.files import read_json
+from finetune.utils.seed import keep_random_state, seed_all
 
 HUB = ("hf-hub:", "https://huggingface.co/")
-OF_SOURCE = ("label_offset", "test_input_size", "test_pool_size", "test_crop_pct")  # true of the pretrained weights alone
 FILES = ("config.json", "model.safetensors")
 CHECKPOINTS = {"last": "model", "best": "model-best"}  # of a run
 
@@ -53,10 +52,7 @@ def load_model(source: str | Path) -> SavedModel:
     folder, run = find_model(source)
     recipe, config = run and read_recipe(run), read_json(folder / "config.json")
     if "architecture" in config:
-        try:  # of what is in a folder, timm prefers model.safetensors
-            net: TimmModel = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        except Exception as error:  # a foreign or cut file, each said in its own way
-            raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
+        net: TimmModel = load_network(folder, config)
         inputs = resolve_model_data_config(net)
         preprocessing = {key: inputs[key] for key in INPUTS}
         recipe = recipe or minimal_recipe(config["architecture"], "(unknown)", inputs["input_size"][1], batch_size=32)
@@ -69,14 +65,26 @@ def load_model(source: str | Path) -> SavedModel:
     elif run and recipe and config.keys() >= {"label_names", "preprocessing"}:
         classes, preprocessing = tuple(config["label_names"]), config["preprocessing"]
         recipe = with_functions(recipe, run) if callable(recipe.backbone) else recipe
-        net = build_backbone(recipe, len(classes))
-        load_weights(net, read_weights(folder / "model.safetensors"), str(folder / "model.safetensors"))
+        net = load_network(folder, config, recipe)
     else:
         raise RecipeError(
             f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
             "of a function is loaded from the whole run folder"
         )
     return SavedModel(net.eval(), classes, preprocessing, recipe)
+
+
+def load_network(folder: Path, config: dict[str, Any], recipe: Recipe | None = None) -> nn.Module:
+    """The network in a folder: timm's, if config.json names its architecture, else the recipe's."""
+    if "architecture" in config:
+        try:  # of what is in a folder, timm prefers model.safetensors
+            return timm.create_model(f"local-dir:{folder}", pretrained=True)
+        except Exception as error:  # a foreign or cut file, each said in its own way
+            raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
+    assert recipe  # the caller's: without one there is nothing to make a network of
+    net, file = build_backbone(recipe, len(config["label_names"])), folder / "model.safetensors"
+    load_weights(net, decode_state(net, read_weights(file)), str(file))
+    return net
 
 
 def find_model(source: str | Path) -> tuple[Path, Path | None]:
@@ -175,31 +183,33 @@ def with_functions(recipe: Recipe, run: Path) -> Recipe:
     return replace(recipe, backbone=own.backbone, data=replace(recipe.data, source=source))
 
 
-def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
-    """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
+def try_saving(recipe: Recipe, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
+    """Save a fresh network and load it again, so that what can't be kept is found out before the training, not after it.
 
-    A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
-    model.safetensors (its state dict) and config.json (classes and preprocessing).
+    Raises:
+        RecipeError: if it can't be saved or loaded, or then returns other logits of an image.
     """
-
-    def write(aside: Path) -> None:
-        config: dict[str, Any] = {"label_names": list(classes)}
-        if hasattr(net, "pretrained_cfg"):
-            plain: TimmModel = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
-            source = {key: value for key, value in plain.pretrained_cfg.items() if key not in OF_SOURCE}
-            plain.pretrained_cfg = source | preprocessing | {"custom_load": False}
-            options = {"img_size": preprocessing["input_size"][1]} if source.get("fixed_input_size") else None
-            try:
-                timm.models.save_for_hf(plain, str(aside), config, options, safe_serialization=True)
-            except safetensors.SafetensorError as error:  # how safetensors says that a disk is full
-                raise OSError(errno.EIO, str(error)) from error
-        else:
-            (aside / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-            (aside / "config.json").write_text(json.dumps(config | {"preprocessing": preprocessing}, indent=1) + "\n")
-
-    write_folder(folder, write)
-
-
-def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers as safetensors takes them: on the CPU, contiguous."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    name, size = to_dict(recipe.backbone), recipe.data.image_size
+    with tempfile.TemporaryDirectory() as folder, keep_random_state(), torch.no_grad():
+        try:
+            write_model(Path(folder), net, preprocessing, classes)
+            seed_all("again")  # what a constructor draws anew, and no file has, comes out differently
+            again = load_network(Path(folder), read_json(Path(folder) / "config.json"), recipe)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return  # of the folder for temporary files, not of the run's
+            raise
+        except Exception as error:  # each network fails its own way
+            text = str(error).strip().partition(chr(10))[0].replace(folder, "its own file")
+            raise RecipeError(f"{name} can't be saved and loaded again: {type(error).__name__}: {text}") from error
+        image, logits = torch.rand(1, 3, size, size), []
+        for network in (net, again):
+            seed_all("image")
+            layout = memory_format(recipe, net)
+            logits.append(network.to(memory_format=layout).eval()(image.contiguous(memory_format=layout)))
+    check_logits(recipe, logits[0], 1, len(classes))
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise RecipeError(
+            f"{name}, saved and loaded again, returns other logits: it computes with values that are neither parameters nor "
+            "buffers kept in its state dict; give them to register_buffer"
+        )

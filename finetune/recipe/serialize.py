@@ -1,6 +1,7 @@
 """A recipe as plain data, and back; what differs between two."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,16 @@ def to_dict(part: Any) -> Any:
         return {key: to_dict(value) for key, value in part.items()}
     if isinstance(part, tuple | list):
         return [to_dict(item) for item in part]
-    return f"function {part.__name__}" if callable(part) else part
+    return f"function {function_name(part)}" if callable(part) else part
+
+
+def function_name(function: Any) -> str:
+    """A function's name; that of a partial with its arguments, of a callable object that of its class."""
+    if isinstance(function, functools.partial):
+        values = [("", value) for value in function.args] + [(f"{key}=", value) for key, value in function.keywords.items()]
+        words = [key + (function_name(value) if callable(value) else repr(value)) for key, value in values]
+        return f"{function_name(function.func)}({', '.join(words)})"
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

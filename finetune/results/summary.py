@@ -19,7 +19,8 @@ from torch import nn
 
 from finetune.data.loader import ImageDataset
 from finetune.models.backbone import is_timm
-from finetune.models.saved import beyond_chance, model_to_use, save_model
+from finetune.models.saved import beyond_chance, model_to_use
+from finetune.models.saving import save_model
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS

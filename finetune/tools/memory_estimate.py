@@ -149,7 +149,7 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
             name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
             for name, tensor in [*net.named_parameters(), *net.named_buffers()]
         }
-        batch = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=memory_format(recipe))
+        batch = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=memory_format(recipe, net))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits = torch.func.functional_call(net, own, batch)
         return num_bytes([*own.values(), batch, logits, *(tensor() for tensor in kept)]) - num_bytes(own.values())

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.models.batch_norm import has_statistics
-from finetune.models.saved import plain_state
+from finetune.models.saving import plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.optim.param_groups import fixed_parameters
 from finetune.recipe import Recipe

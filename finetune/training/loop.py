@@ -13,7 +13,7 @@ from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_b
 from finetune.models.average import MovingAverage
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.linear_probe import fit, head_layer, returns_features
-from finetune.models.saved import save_model
+from finetune.models.saving import save_model
 from finetune.optim.freezing import describe_stage, start_stage, starts_stage
 from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer, step_optimizer

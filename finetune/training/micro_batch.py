@@ -88,7 +88,7 @@ def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, si
     # An Adam's two moments and the buckets in which processes exchange gradients are not there yet at the first try.
     room = torch.empty(3 * sum(parameter.numel() for parameter in trained), device=accelerator.device)
     shape = (size, 3, recipe.data.image_size, recipe.data.image_size)
-    images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=memory_format(recipe))
+    images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=memory_format(recipe, net))
     try:
         with keep_buffers(net):
             with accelerator.autocast():

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +17,7 @@ from finetune.models.backbone import build_backbone, memory_format, meta_backbon
 from finetune.models.batch_norm import convert_sync_batch_norm
 from finetune.models.linear_probe import head_layer
 from finetune.models.pretrained import pretrained_state
+from finetune.models.saved import try_saving
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
@@ -76,17 +76,25 @@ def setup(recipe: Recipe, accelerator: Accelerator) -> tuple[nn.Module, tuple[Im
     data = data or main_process_first(accelerator, lambda: load_data(recipe))
     seed_all(recipe.seed)  # the new head's first values
     net = convert_sync_batch_norm(build_backbone(recipe, len(data.classes), state), recipe.batch_norm, accelerator)
-    return net, build_datasets(recipe, data, preprocessing(recipe, net))
+    datasets = build_datasets(recipe, net, data)
+
+    def try_once() -> None:
+        if callable(recipe.backbone) and accelerator.is_main_process:
+            try_saving(recipe, net, preprocessing(recipe, net), data.classes)
+
+    main_process_first(accelerator, try_once)
+    return net, datasets
 
 
-def build_datasets(recipe: Recipe, data: ImageData, preprocessing: dict[str, Any]) -> tuple[ImageDataset, ImageDataset]:
-    """The training images, augmented, and the validation images, preprocessed."""
+def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
+    """The training images, augmented, and the validation images, preprocessed, as the network takes them."""
+    inputs = preprocessing(recipe, net)
 
     def dataset(images: Images, transform: Transform) -> ImageDataset:
-        several, layout = recipe.loss == "multi_label", memory_format(recipe)
+        several, layout = recipe.loss == "multi_label", memory_format(recipe, net)
         return ImageDataset(images, transform, recipe.seed, data.classes, recipe.data.on_bad_image, several, layout)
 
-    return dataset(data.train, training_transform(recipe, preprocessing)), dataset(data.val, eval_transform(preprocessing))
+    return dataset(data.train, training_transform(recipe, inputs)), dataset(data.val, eval_transform(inputs))
 
 
 def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:

@@ -21,7 +21,8 @@ from finetune.cli import arguments
 from finetune.inference import export as exporting
 from finetune.inference.export import Examples, compare_logits, export
 from finetune.inference.model_card import describe_origin
-from finetune.models.saved import load_model, save_model
+from finetune.models.saved import load_model
+from finetune.models.saving import save_model
 from finetune.recipe.load import chosen_recipe, load_recipe, override
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict

@@ -17,7 +17,8 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from finetune.data.sources import load_data
 from finetune.inference.evaluate import evaluate, evaluation_as_text, load_labelled_images
 from finetune.inference.predict import find_images, predict, predictions_as_csv, predictions_as_table
-from finetune.models.saved import load_model, save_model
+from finetune.models.saved import load_model
+from finetune.models.saving import save_model
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError

@@ -147,7 +147,7 @@ def allocated(recipe, epoch, images):
     """Bytes that are there after a real forward pass and were not before, by torch.profiler, and the images'."""
     net, _ = real_network(recipe, epoch)
     size = recipe.data.image_size
-    batch = torch.rand(images, 3, size, size).contiguous(memory_format=memory_format(recipe))
+    batch = torch.rand(images, 3, size, size).contiguous(memory_format=memory_format(recipe, net))
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         logits = net(batch)

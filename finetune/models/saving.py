@@ -1,0 +1,97 @@
+"""A network and how to make it again, written to a folder."""
+
+import copy
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune.models.backbone import TimmModel
+from finetune.utils.files import write_folder
+
+OF_SOURCE = ("label_offset", "test_input_size", "test_pool_size", "test_crop_pct")  # true of the pretrained weights alone
+
+
+def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
+    """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
+
+    A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
+    model.safetensors (its state dict) and config.json (classes and preprocessing).
+    """
+    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes))
+
+
+def write_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
+    """Write model.safetensors and config.json into a folder."""
+    # Made in memory first: on a full disk safetensors' own writer fails in words of its own.
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+    if not write_timm_config(folder, net, preprocessing, classes):
+        config = {"label_names": list(classes), "preprocessing": preprocessing}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any], classes: Sequence[str]) -> bool:
+    """Write the config.json from which timm makes this network again; returns whether it does.
+
+    It does not for a network that hands on the pretrained_cfg of a timm model within it, or one that was changed by hand.
+    """
+    if not isinstance(getattr(net, "pretrained_cfg", None), dict):
+        return False
+    plain: TimmModel = copy.copy(net)  # another pretrained_cfg, the same tensors
+    source = {key: value for key, value in net.pretrained_cfg.items() if key not in OF_SOURCE}
+    plain.pretrained_cfg = source | preprocessing | {"custom_load": False}
+    options = {"img_size": preprocessing["input_size"][1]} if source.get("fixed_input_size") else None
+    try:
+        save_config_for_hf(plain, str(folder / "config.json"), {"label_names": list(classes)}, options)
+        with torch.device("meta"):
+            again = timm.create_model(f"local-dir:{folder}")
+    except OSError:
+        raise
+    except Exception:  # an argument that is not JSON's, an attribute that timm's networks have, a name unknown to timm
+        return False
+    return outline(again) == outline(net)
+
+
+def outline(net: nn.Module) -> list[tuple[object, ...]]:
+    """What a network computes with, but for its weights: kinds and options of its modules, names and shapes of its tensors."""
+    modules = [
+        (name, _BatchNorm if isinstance(module, _BatchNorm) else type(module), module.extra_repr())  # synchronised or not
+        for name, module in net.named_modules()
+        if not isinstance(module, nn.Identity) and "Drop" not in type(module).__name__  # config.json has no drop rates
+    ]
+    return [*modules, *((name, value.shape) for name, value in net.state_dict().items() if isinstance(value, torch.Tensor))]
+
+
+def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as safetensors takes it: on the CPU, contiguous, no memory shared, extra state as bytes."""
+    state, memory = {}, set()
+    for name, value in net.state_dict().items():
+        tensor = value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else encode(value)
+        if tensor.untyped_storage().data_ptr() in memory:
+            tensor = tensor.clone()
+        memory.add(tensor.untyped_storage().data_ptr())
+        state[name] = tensor
+    return state
+
+
+def encode(value: object) -> torch.Tensor:
+    """What a module's get_extra_state returns, as bytes in a tensor."""
+    torch.save(value, file := io.BytesIO())
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8).clone()
+
+
+def decode_state(net: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The state dict of `net` that `plain_state` made these tensors of; no code in it is run."""
+    encoded = {name for name, value in net.state_dict().items() if not isinstance(value, torch.Tensor)}
+    return {
+        name: torch.load(io.BytesIO(tensor.numpy().tobytes()), weights_only=True) if name in encoded else tensor
+        for name, tensor in state.items()
+    }

@@ -91,6 +91,8 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
             raise
         except Exception as error:  # each network raises something else
             fault = f"{text}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if "take" in fault and (others := {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}):
+        fault += f"; images come in float32, some of its weights are {others.pop()}: return net.float()"
     raise RecipeError(fault)
 
 
@@ -249,7 +251,8 @@ def weights_error(source: str, error: Exception) -> RecipeError:
 
 def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
     """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS."""
-    config = dict(getattr(net, "pretrained_cfg", {}))
+    config = getattr(net, "pretrained_cfg", None)
+    config = dict(config) if isinstance(config, dict) else {}
     if isinstance(recipe.backbone, str) and recipe.backbone.startswith("torchvision/"):
         preset = torchvision.models.get_model_weights(recipe.backbone.partition("/")[2]).DEFAULT.transforms()
         config = {

@@ -53,7 +53,7 @@ def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
             shapes.setdefault(names[module], " x ".join(map(str, shape)))
 
     with keep_state(net), torch.no_grad(), register_module_forward_hook(note):
-        net.eval()(torch.empty(1, 3, size, size, device="meta"))
+        net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
     return shapes
 
 
@@ -83,7 +83,7 @@ def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], w
         names, num_values = first_and_last(group.name for group in trained), sum(group.num_values for group in trained)
         stage = stage_memory(recipe, net, groups, epoch, images)
         cells = {name: f"{size / 2**20:,.1f}" for name, size in stage.items()}
-        total = "> " * ("optimizer" not in stage) + f"{sum(stage.values()) / 2**20:,.1f}"
+        total = "> " * (not stage.keys() >= {"optimizer", "activations"}) + f"{sum(stage.values()) / 2**20:,.1f}"
         rows.append((str(epoch + 1), names, f"{num_values:,}", *(cells.get(column, "unknown") for column in columns), total))
     note = (
         f"MiB, estimated for {images} images at once, in float32; bf16 about halves the\n"
@@ -104,15 +104,14 @@ def stage_memory(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], e
         set_train_mode(net, recipe.batch_norm)
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         stage = {"parameters": num_bytes([*net.parameters(), *net.buffers()]), "gradients": num_bytes(trained)}
-        try:
-            stage["activations"] = activation_bytes(recipe, net, images, "cpu")
-        except RuntimeError:  # a tensor that is no buffer stays on the meta device
-            stage["activations"] = activation_bytes(recipe, net, images, "meta")
+        for device in ("meta", "cpu"):  # the last that works: on the CPU a tensor that is no buffer stays on the meta device
+            with suppress(Exception):  # neither does where forward asks for values
+                stage["activations"] = activation_bytes(recipe, net, images, device)
         if recipe.ema_decay:
             stage["average"] = stage["parameters"]
         if not needs_closure(optimizer):
             for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)
             with suppress(RuntimeError):  # what Tensor.item() says on the meta device
                 optimizer.step()
                 stage["optimizer"] = num_bytes(value for state in optimizer.state.values() for value in state.values())
@@ -145,13 +144,20 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
         return tensor
 
     with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = {
+            tensor: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
+            for tensor in [*net.parameters(), *net.buffers()]
+        }
+        # Each place that has a tensor, once: a weight may be tied, and functional_call does not undo itself on shared modules.
         own = {
-            name: torch.empty_like(tensor, device=device, requires_grad=tensor.requires_grad)
-            for name, tensor in [*net.named_parameters(), *net.named_buffers()]
+            f"{path}.{name}".lstrip("."): fakes[tensor]
+            for path, module in net.named_modules()
+            for tensors in (module.named_parameters, module.named_buffers)
+            for name, tensor in tensors(recurse=False, remove_duplicate=False)
         }
         batch = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=memory_format(recipe, net))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = torch.func.functional_call(net, own, batch)
+            logits = torch.func.functional_call(net, own, batch, tie_weights=False)
         return num_bytes([*own.values(), batch, logits, *(tensor() for tensor in kept)]) - num_bytes(own.values())
 
 

@@ -215,7 +215,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
 
     join_after_restart()
     accelerator = make_accelerator(recipe, args.track, folder)
-    net, datasets = setup(recipe, accelerator)
+    net, datasets = setup(recipe, accelerator, args.accumulate)
     parts = zip(("training", "validation"), datasets, strict=True)
     images = {part: fingerprint(dataset.images, dataset.classes) for part, dataset in parts}
     if resume and not args.resume_anyway:

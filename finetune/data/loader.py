@@ -1,6 +1,5 @@
 """Batches: the order of the images in an epoch, the share of each process, and their loading."""
 
-import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ class Cut(NamedTuple):
     process: int = 0
     processes: int = 1
     micro_batches: int = 1
+    fewest: int = 1  # images in a micro-batch, if there are as many: batch norm takes no statistics of a single one
 
 
 WHOLE = Cut()
@@ -74,7 +74,8 @@ def plan_epoch(
     """The batches of an epoch: every image once, in an order that depends on seed and epoch alone.
 
     With `sample_weights` [num_images], which add up to 1, as many images are drawn with replacement. With `pairs`, images 0 and
-    1 of each batch, 2 and 3, and so on, stay together in one micro-batch.
+    1 of each batch, 2 and 3, and so on, stay together in one micro-batch. Where a micro-batch must have 2 images, a last batch
+    of one is given another by the batch before.
     """
     random = np.random.RandomState(keyed_seed(seed, epoch))
     if sample_weights is None:
@@ -82,23 +83,29 @@ def plan_epoch(
     else:
         order = random.choice(num_images, num_images, p=sample_weights).tolist()
     own = range(cut.process * cut.micro_batches, (cut.process + 1) * cut.micro_batches)
+    starts = [*range(0, num_images, batch_size), num_images]
+    if starts[-1] - starts[-2] < cut.fewest < batch_size and len(starts) > 2:
+        starts[-2] = num_images - cut.fewest
     plans = []
-    for step, start in enumerate(range(0, num_images, batch_size), epoch * math.ceil(num_images / batch_size)):
-        batch = order[start : start + batch_size]
-        parts = split_batch(batch, cut.processes * cut.micro_batches, pairs)
+    for step, (start, end) in enumerate(pairwise(starts), epoch * (len(starts) - 1)):
+        batch = order[start:end]
+        parts = split_batch(batch, cut.processes * cut.micro_batches, pairs, cut.fewest)
         positions = [i for i in own if parts[i]]
         if positions:
             plans.append(BatchPlan(step, batch, [parts[i] for i in positions], positions))
         else:
-            plans.append(BatchPlan(step, batch, [batch[:1]], [own[0]], weight=0.0))
+            plans.append(BatchPlan(step, batch, [batch[: cut.fewest]], [own[0]], weight=0.0))
     return plans
 
 
-def split_batch(batch: list[int], num_parts: int, pairs: bool) -> list[list[int]]:
-    """A batch in parts of nearly equal size, pair by pair if `pairs` stay together; of a short batch some are empty."""
+def split_batch(batch: list[int], num_parts: int, pairs: bool, fewest: int = 1) -> list[list[int]]:
+    """A batch in parts of nearly equal size, pair by pair if `pairs` stay together; of a short batch the last are empty, so
+    that none has fewer than `fewest` images, or an image without its neighbour."""
     unit = 2 if pairs else 1
-    sizes = [unit * len(units) for units in np.array_split(batch[::unit], num_parts)]
-    return [batch[start:end] for start, end in pairwise(np.cumsum([0, *sizes]))]
+    filled = min(num_parts, max(1, len(batch) // max(unit, fewest)))
+    sizes = [unit * len(units) for units in np.array_split(range(max(1, len(batch) // unit)), filled)]
+    ends = [*np.cumsum(sizes)[:-1], len(batch)]
+    return [batch[start:end] for start, end in pairwise([0, *ends])] + [[]] * (num_parts - filled)
 
 
 @dataclass(eq=False)
@@ -182,6 +189,8 @@ def balanced_sample_weights(labels: np.ndarray) -> np.ndarray:
 
 def epoch_batches(recipe: Recipe, images: ImageDataset, epoch: int, cut: Cut = WHOLE) -> list[BatchPlan]:
     """The batches of an epoch as the recipe samples them: see `plan_epoch`."""
+    if recipe.batch_norm != "frozen" and recipe.data.batch_size >= 2 * cut.processes * cut.micro_batches:
+        cut = cut._replace(fewest=2)
     weights = balanced_sample_weights(images.labels()) if recipe.data.sampling == "balanced" else None
     return plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, cut, weights, pairs=recipe.augment.mixes)
 

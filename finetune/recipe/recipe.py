@@ -85,7 +85,7 @@ class Recipe(Checked):
     metric: Literal["top1", "macro_f1", "mean_average_precision"] = "top1"  # chooses model-best
     early_stop: EarlyStop | None = None
     flip_test: bool = False  # average each image's logits with those of its mirror image
-    seed: Annotated[int, "[0, inf)"] = 0
+    seed: Annotated[int, "[0, 4294967296)"] = 0  # 32 bits: numpy takes no more
 
     def __post_init__(self) -> None:
         if faults := find_faults(self):

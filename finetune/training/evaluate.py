@@ -32,7 +32,8 @@ def predict_logits(
     of those of the image and of its mirror image.
     """
     net.eval()
-    mine = list(range(accelerator.process_index, len(images), accelerator.num_processes))
+    # With fewer images than processes, one without an image computes on the first all the same: all take part in gathering.
+    mine = list(range(accelerator.process_index, len(images), accelerator.num_processes)) or [0]
     size = recipe.data.batch_size // (accelerator.num_processes * options.accumulate)
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     outputs, targets = [], []

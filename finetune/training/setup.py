@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.data.dataset import ImageData, Images
-from finetune.data.loader import ImageDataset, Transform
+from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
 from finetune.models.backbone import build_backbone, memory_format, meta_backbone, preprocessing
-from finetune.models.batch_norm import convert_sync_batch_norm
+from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import head_layer
 from finetune.models.pretrained import pretrained_state
 from finetune.models.saved import try_saving
@@ -66,10 +66,13 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     return accelerator
 
 
-def setup(recipe: Recipe, accelerator: Accelerator) -> tuple[nn.Module, tuple[ImageDataset, ImageDataset]]:
+def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tuple[nn.Module, tuple[ImageDataset, ImageDataset]]:
     """(network, (training images, validation images)) as a run starts with them.
 
     What lies here is checked first, then come weights over the network, then data.
+
+    Raises:
+        RecipeError: if network, images and micro-batches do not go together.
     """
     data = None if is_downloaded(recipe.data.source) else main_process_first(accelerator, lambda: load_data(recipe))
     state = main_process_first(accelerator, lambda: pretrained_state(recipe))
@@ -77,6 +80,7 @@ def setup(recipe: Recipe, accelerator: Accelerator) -> tuple[nn.Module, tuple[Im
     seed_all(recipe.seed)  # the new head's first values
     net = convert_sync_batch_norm(build_backbone(recipe, len(data.classes), state), recipe.batch_norm, accelerator)
     datasets = build_datasets(recipe, net, data)
+    check_micro_batches(recipe, datasets[0], accelerator.num_processes, accumulate)
 
     def try_once() -> None:
         if callable(recipe.backbone) and accelerator.is_main_process:
@@ -109,6 +113,24 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
     if recipe.linear_probe:
         head_layer(recipe, net)
     return groups
+
+
+def check_micro_batches(recipe: Recipe, images: ImageDataset, processes: int, accumulate: int) -> None:
+    """Raise RecipeError if a micro-batch has one image, and batch norm can't take statistics of one."""
+    whole = epoch_batches(recipe, images, 0, Cut(micro_batches=processes * accumulate))
+    fewest = min(len(part) for plan in whole for part in plan.micro_batches)
+    if fewest > 1 or recipe.batch_norm == "frozen" or recipe.batch_norm == "sync" and processes > 1:
+        return
+    net, size = meta_backbone(recipe, len(images.classes)), recipe.data.image_size
+    set_train_mode(net, recipe.batch_norm)
+    try:
+        net(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+    except ValueError as error:  # which torch's norms raise
+        raise RecipeError(
+            f"batch_norm='{recipe.batch_norm}' needs 2 images or more at once; {len(images)} images in batches of "
+            f"{recipe.data.batch_size} over {processes} processes x {accumulate} micro-batches leave one alone: change "
+            "data.batch_size, or --set batch_norm=frozen"
+        ) from error
 
 
 def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:

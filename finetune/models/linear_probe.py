@@ -12,6 +12,8 @@ from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 
+INSTEAD = "Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
+
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     """The network's new head; raises RecipeError if it is anything but one linear layer with a bias."""
@@ -21,7 +23,24 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
         found = ", ".join(sorted(paths)) or "unknown"
         raise RecipeError(
             f"linear_probe needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
-            f"{found}. Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
+            f"{found}. {INSTEAD}"
+        )
+    return layer
+
+
+def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
+    """`head_layer`, once it is sure that a network in eval mode returns what this layer does, and nothing more."""
+    layer, size = head_layer(recipe, net), recipe.data.image_size
+    image = torch.zeros(1, 3, size, size, device=layer.weight.device)
+    try:
+        with torch.no_grad(), returns_features(layer):
+            shape = tuple(net.eval()(image).shape)
+    except Exception:  # from whatever is done with the logits
+        shape = ()
+    if shape != (1, layer.in_features):
+        raise RecipeError(
+            f"linear_probe needs a network whose logits are those of its head; {to_dict(recipe.backbone)} does more with them. "
+            f"{INSTEAD}"
         )
     return layer
 

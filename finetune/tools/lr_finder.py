@@ -1,13 +1,14 @@
-"""The learning-rate range test: all groups' learning rates rise by one factor, on a copy of the network."""
+"""The learning-rate range test: all groups' learning rates rise by one factor; the network is then given back as it was."""
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -19,6 +20,7 @@ from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Lambda, Recipe
 from finetune.results.plots import new_figure, save_figure
+from finetune.tools.memory_estimate import keep_state
 from finetune.training.loop import train_step
 from finetune.training.micro_batch import find_micro_batches
 from finetune.utils.errors import RecipeError
@@ -40,7 +42,7 @@ def range_test(
     """(factors, losses) of steps whose learning rates rise from `low` to `high` times each group's peak.
 
     The range test of Smith (arXiv 1506.01186) for many learning rates at once: their ratios stay. All groups that ever train
-    do so from the first step, on a copy of `net`; nothing else changes, not even the state of random generators. There is no
+    do so from the first step; `net` gets its tensors back in the end, and random generators their state. There is no
     linear probe first: from there the loss falls too little to show anything. `images` are the training images. Ends early once
     the smoothed loss is over 4 times its lowest, or a loss is not finite.
 
@@ -55,8 +57,7 @@ def range_test(
     accelerator = Accelerator(mixed_precision=accelerator.mixed_precision)
     rise = Lambda(function=lambda epoch: low * (high / low) ** (epoch * num_steps / (num_steps - 1)))
     device, factors, losses = accelerator.device, [], []
-    with keep_random_state():
-        net = copy.deepcopy(net).to(device)
+    with keep_random_state(), keep_tensors(net.to(device)), keep_state(net):
         criterion = Criterion(recipe, net, images, device)
         groups = [
             replace(group, schedule=rise, warmup_epochs=0.0, unfreeze_at=0 if group.ever_trains else math.inf)
@@ -77,6 +78,18 @@ def range_test(
             if (smoothed := smooth(losses))[-1] > 4 * min(smoothed):
                 break
     return factors, losses
+
+
+@contextmanager
+def keep_tensors(net: nn.Module) -> Iterator[None]:
+    """Give parameters and buffers their values back in the end; not every network can be copied instead."""
+    kept = {name: tensor.detach().clone() for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+                tensor.copy_(kept[name])
 
 
 def smooth(losses: Sequence[float], beta: float = 0.8) -> list[float]:

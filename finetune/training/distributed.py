@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -149,12 +150,13 @@ def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) 
 
     DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
     silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
-    forward pass; the loop does it once an epoch.
+    forward pass; the loop does it once an epoch. What a process's forward pass does not use, such as a branch taken at random,
+    has gradient 0 there, as on one process.
     """
     model = net
     if accelerator.num_processes > 1:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=True)
         model.broadcast_buffers = False  # torch 2.15 has a new name for the argument, and deprecates the old one
     if not torch_compile:
         return model

@@ -1,5 +1,6 @@
 """What a run starts with: accelerator, network and images of a recipe, and the checks before them."""
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,14 @@ from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
 from finetune.models.backbone import build_backbone, memory_format, meta_backbone, preprocessing
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
-from finetune.models.linear_probe import head_layer
+from finetune.models.linear_probe import check_probe
 from finetune.models.pretrained import pretrained_state
 from finetune.models.saved import try_saving
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
+from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
 from finetune.training.micro_batch import keep_freed_memory
 from finetune.utils.errors import RecipeError
@@ -111,7 +113,12 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
     build_optimizer(groups)
     training_transform(recipe, preprocessing(recipe, net))
     if recipe.linear_probe:
-        head_layer(recipe, net)
+        check_probe(recipe, net)
+    if recipe.ema_decay:
+        try:
+            copy.deepcopy(net)
+        except Exception as error:  # each object that can't be copied has its own
+            raise RecipeError(f"ema_decay: {to_dict(recipe.backbone)} can't be copied, as an average needs: {error}") from error
     return groups
 
 

@@ -14,6 +14,7 @@ from finetune.recipe.load import chosen_recipe
 from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import check_folder
 from finetune.utils.text import fill_lines, print_error
 
 
@@ -102,6 +103,7 @@ def cp(args: argparse.Namespace) -> None:
 
 def check_new(target: Path) -> None:
     """Raise RecipeError unless a recipe can be written there without overwriting anything."""
+    check_folder(target.parent)
     if target.suffix != ".py" or target.exists():
         raise RecipeError(f"{target} is {'there already' if target.exists() else 'no .py file'}: name another")
     if not target.parent.is_dir():
@@ -143,6 +145,8 @@ def diff(args: argparse.Namespace) -> None:
 
 def show_plan(args: argparse.Namespace) -> None:
     """Show groups, learning rates, stages, memory and layers, without weights or training."""
+    if args.output:
+        check_folder(args.output)
     recipe, _, name = chosen_recipe(args)
 
     from finetune.results.plots import plot_plan
@@ -158,7 +162,9 @@ def show_plan(args: argparse.Namespace) -> None:
 
 
 def find_lr(args: argparse.Namespace) -> None:
-    """Try learning rates from very low to very high on a copy of the network, and compare them with the recipe's."""
+    """Try learning rates from very low to very high on the network, and compare them with the recipe's."""
+    folder = args.output or Path()
+    check_folder(folder)
     recipe, _, name = chosen_recipe(args)
 
     from finetune.optim.param_groups import build_param_groups
@@ -170,7 +176,6 @@ def find_lr(args: argparse.Namespace) -> None:
     factors, losses = range_test(recipe, net, images, accelerator)
     suggested = suggest_factors(factors, losses)
     better, verdict = compare_factors(factors, losses, suggested)
-    folder = args.output or Path()
     folder.mkdir(parents=True, exist_ok=True)
     lrs = {group.name: group.lr for group in build_param_groups(recipe, net) if group.ever_trains}
     picture = plot_range_test(folder / f"{name}-lr.png", factors, losses, suggested | better, lrs)

@@ -20,6 +20,7 @@ from finetune.recipe.serialize import to_dict
 from finetune.results.plots import plot_confusion_matrix
 from finetune.training.evaluate import compute_metrics, confusion_matrix
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import check_folder
 from finetune.utils.text import align_columns
 
 
@@ -32,6 +33,8 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     Raises:
         RecipeError: if model, images or classes are not in order, or `output` has such a picture.
     """
+    if output:
+        check_folder(output)
     if output and (output / "confusion.png").exists():
         raise RecipeError(f"{output / 'confusion.png'} is there already; name another --output")
     return {"model": str(source), **evaluate_model(load_model(source), data, output, workers)}

@@ -17,7 +17,7 @@ from finetune.data.sources import load_data
 from finetune.inference.model_card import model_card
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import read_json, write_folder
+from finetune.utils.files import check_folder, read_json, write_folder
 from finetune.utils.text import progress
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def export(run: Path, to: str, output: Path | None = None) -> Path:
     if output is None and owner is None:
         raise RecipeError(f"{run} is no run folder to write into: name one with --output")
     folder = output or model.with_name(f"{model.name}-{to}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"output folder {folder} already holds files; name another --output")
     with progress(None, 3, f"export to {to}: load") as bar:  # 3 steps, named when they begin
         files = makers[to](run, bar)  # in memory: a folder that was started is finished

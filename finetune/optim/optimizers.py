@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.optim import get_optimizer_class, list_optimizers
+from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Optimizer
@@ -82,6 +82,8 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
             f"no optimizer '{name}'.{nearest(name, [*kinds, *timm_names])} torch.optim has "
             f"{', '.join(kinds)}; timm has {', '.join(timm_names)}"
         )
+    if get_optimizer_info(name).second_order:
+        raise RecipeError(f"optimizer {name} needs second derivatives, and a step here computes first ones only")
     return get_optimizer_class(name)
 
 

@@ -12,6 +12,7 @@ from finetune.recipe.load import HERE, load_recipe
 from finetune.recipe.recipe import METRICS
 from finetune.results.baseline import describe_baseline, describe_record, find_record, metric_of, p_value, prediction_interval
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import check_folder
 
 
 def reproduce(
@@ -36,6 +37,7 @@ def reproduce(
     recorded = {run["seed"]: run[metric] for run in record["runs"]}
     chosen = [*recorded, *(seed for seed in range(seeds + len(recorded)) if seed not in recorded)][:seeds]
     output = output or Path("runs") / f"{file.stem}-reproduce"
+    check_folder(output)
     progress, values = progress or sys.stdout, {}
     for seed in chosen:
         values[seed] = run_seed(file, seed, output / f"seed-{seed}", data, progress)[metric]

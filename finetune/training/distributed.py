@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -15,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
 T = TypeVar("T")
@@ -145,20 +145,21 @@ class StopRequest:
         return bool(before and before[1])
 
 
-def wrap(net: nn.Module, accelerator: Accelerator, torch_compile: bool = False) -> nn.Module:
+def wrap(recipe: Recipe, net: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The network as this stage trains it: itself on one process, a fresh DistributedDataParallel on several.
 
     DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
     silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
-    forward pass; the loop does it once an epoch. What a process's forward pass does not use, such as a branch taken at random,
-    has gradient 0 there, as on one process.
+    forward pass; the loop does it once an epoch. The network of a recipe's function may leave parameters unused, always or in
+    one process alone, which DDP then looks for in each step; none of timm's or torchvision's does.
     """
     model = net
     if accelerator.num_processes > 1:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=True)
+        skips = callable(recipe.backbone)
+        model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=skips)
         model.broadcast_buffers = False  # torch 2.15 has a new name for the argument, and deprecates the old one
-    if not torch_compile:
+    if not recipe.torch_compile:
         return model
     torch.compiler.reset()  # torch 2.6 would go on with the last stage's code, without gradients of what is unfrozen now
     return cast(nn.Module, torch.compile(model))

@@ -74,7 +74,7 @@ def train(
                 options = replace(
                     options, accumulate=find_micro_batches(recipe, net, accelerator, options.accumulate, logger.say)
                 )
-                model = wrap(net, accelerator, recipe.torch_compile)
+                model = wrap(recipe, net, accelerator)
             set_train_mode(net, recipe.batch_norm)
             cut = Cut(accelerator.process_index, accelerator.num_processes, options.accumulate)
             plans = epoch_batches(recipe, train_images, epoch, cut)[step - epoch * steps_per_epoch :]

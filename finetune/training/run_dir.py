@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import flush, read_json
+from finetune.utils.files import check_folder, flush, read_json
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
@@ -32,8 +32,9 @@ def new_run_dir(name: str, output: Path | None) -> Path:
         RecipeError: if there is something in it.
     """
     folder = output or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_folder(folder)
     if folder.exists():
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        there = {path.name for path in folder.iterdir()}
         if there - (LEFTOVERS if ".lock" in there else set()):
             what = "a run" if (folder / "recipe.json").exists() else "files"
             raise RecipeError(

@@ -10,6 +10,18 @@ from typing import Any
 from finetune.utils.errors import RecipeError
 
 
+def check_folder(folder: Path) -> None:
+    """Raise RecipeError unless files can be written into a folder, or it can be made."""
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise RecipeError(f"{folder}: {there} is a file, not a folder; name another")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RecipeError(f"{folder}: no right to write into {there}; name another folder")
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise RecipeError(f"{folder}: {error.strerror}; name another folder") from error
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process never leaves half of one.
 

@@ -219,7 +219,7 @@ def test_each_process_wraps_for_its_own_gpu(monkeypatch):
     """DDP is told the process's GPU."""
     ddp = "finetune.training.distributed.DistributedDataParallel"
     monkeypatch.setattr(ddp, lambda net, device_ids, **_: SimpleNamespace(devices=device_ids))
-    model = wrap(nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1)))
+    model = wrap(small_recipe(), nn.Linear(1, 1), SimpleNamespace(num_processes=2, device=torch.device("cuda", 1)))
     assert model.devices == [torch.device("cuda", 1)]
 
 
@@ -229,7 +229,7 @@ def test_several_processes_average_what_trains_in_the_stage(one_process_group):
     several, one = (SimpleNamespace(num_processes=n, device=torch.device("cpu")) for n in (2, 1))
     unfreeze(groups, 1)
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    model, sent = wrap(net, several), []
+    model, sent = wrap(small_recipe(), net, several), []
 
     def send(state, bucket):
         sent.extend(bucket.parameters())
@@ -241,8 +241,8 @@ def test_several_processes_average_what_trains_in_the_stage(one_process_group):
     model(torch.randn(4, 3, 32, 32)).sum().backward()
     assert isinstance(model, DistributedDataParallel) and model.module is net and not model.broadcast_buffers
     assert {id(parameter) for parameter in sent} == {id(parameter) for parameter in trained} and len(sent) == len(trained)
-    compiled = wrap(net, one, torch_compile=True)
-    assert wrap(net, one) is net and isinstance(compiled, nn.Module) and compiled is not net
+    compiled = wrap(small_recipe(torch_compile=True), net, one)
+    assert wrap(small_recipe(), net, one) is net and isinstance(compiled, nn.Module) and compiled is not net
 
 
 def test_synchronised_norms_keep_their_parameters(monkeypatch):

@@ -277,3 +277,12 @@ def test_columns_are_independent(tmp_path):
         assert not torch.equal(both[mine[0]], prepare(recipe)[0].state_dict()[mine[0]])
         lrs = [planned_lrs(build_param_groups(one, SmallNet()), range(9), 3, 3)[moves] for one in (recipe, alone)]
         assert lrs[0] == lrs[1] and len(set(lrs[0])) > 2
+
+
+def test_an_optimizer_that_needs_more_than_a_loss_is_refused():
+    """Every optimizer that timm marks as of second order is refused before the first step, as the recipe is checked."""
+    second_order = [name for name in list_optimizers() if get_optimizer_info(name).second_order]
+    assert "adahessian" in second_order
+    for name in second_order:
+        with pytest.raises(RecipeError, match=f"optimizer {name} needs second derivatives"):
+            build_optimizer(prepare(small_recipe(optimizer=Optimizer(name)))[1])

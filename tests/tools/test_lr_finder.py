@@ -1,8 +1,10 @@
 """The range test: what it computes is torch's, and it leaves no trace."""
 
+import copy
 import dataclasses
 import math
 import random
+import threading
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -64,6 +66,23 @@ def test_it_leaves_no_trace(recipe):
     assert len(range_test(recipe, net, images, accelerator, num_steps=10)[0]) == 10
     assert same_tensors(net.state_dict(), tensors) and state(net) == before
     assert accelerator._optimizers == [optimizer] and optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_network_that_can_not_be_copied_is_tested():
+    """Weight norm by hook and a lock, which Python can't copy, are no obstacle, and tensors come back."""
+
+    class Uncopied(SmallNet):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.lock = nn.utils.weight_norm(self.stem), threading.Lock()
+
+    recipe = small_recipe(backbone=Uncopied)
+    net, _, (images, _) = prepare(recipe)
+    with pytest.raises(TypeError):
+        copy.deepcopy(net)
+    tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert len(range_test(recipe, net, images, Accelerator(cpu=True), num_steps=10)[0]) == 10
+    assert same_tensors(net.state_dict(), tensors)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -59,8 +59,10 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
                 row = {"name": group.name, "params": list(params.values()), "lr": group.lr}
                 rows.append(row | ({"weight_decay": decay} if decays else {}))
     options = dict(wanted.options)
-    on_cpu = all(parameter.device.type == "cpu" for row in rows for parameter in row["params"])
-    if on_cpu and "fused" in accepted and not options.keys() & {"fused", "foreach", "differentiable"}:
+    fusable = all(
+        p.device.type == "cpu" and p.is_floating_point() for row in rows for p in row["params"]
+    )  # complex ones are not
+    if fusable and "fused" in accepted and not options.keys() & {"fused", "foreach", "differentiable"}:
         options["fused"] = True  # one pass over the memory of each tensor
     try:
         return kind(rows, lr=rows[0]["lr"], **options)

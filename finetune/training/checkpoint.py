@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.models.batch_norm import has_statistics
-from finetune.models.saving import plain_state
+from finetune.models.saving import decode_state, plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.optim.param_groups import fixed_parameters
 from finetune.recipe import Recipe
@@ -115,7 +115,7 @@ def restore(
         return 0
     state = read_state(folder)
     for network, name in ((net, "model"), (evaluated, "average"))[: 1 if evaluated is net else 2]:
-        weights = read(folder / f"{name}.safetensors", safetensors.torch.load_file)
+        weights = decode_state(network, read(folder / f"{name}.safetensors", safetensors.torch.load_file))
         if shapes(weights) != shapes(network.state_dict()):
             raise RecipeError(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
         network.load_state_dict(weights)
@@ -207,8 +207,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+def shapes(state: dict[str, Any]) -> dict[str, torch.Size | None]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}  # extra state has none
 
 
 def optimizer_kinds(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:

@@ -119,6 +119,8 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             copy.deepcopy(net)
         except Exception as error:  # each object that can't be copied has its own
             raise RecipeError(f"ema_decay: {to_dict(recipe.backbone)} can't be copied, as an average needs: {error}") from error
+        if others := [name for name, value in net.state_dict().items() if not isinstance(value, torch.Tensor)]:
+            raise RecipeError(f"ema_decay: of {to_dict(recipe.backbone)} {others[0]} is no tensor, and has no average")
     return groups
 
 

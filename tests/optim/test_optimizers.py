@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from timm.optim import get_optimizer_info, list_optimizers
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch

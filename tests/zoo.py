@@ -36,18 +36,6 @@ class TiedWeights(Base):
         return self.more(super().features(images)).relu()
 
 
-class TransposedWeight(Base):
-    """A linear layer computes with another's weight, transposed: as of an autoencoder."""
-
-    def __init__(self):
-        super().__init__()
-        self.down, self.bias = nn.Linear(8, 4), nn.Parameter(torch.zeros(8))
-
-    def forward(self, images):
-        hidden = self.down(self.features(images).mean((2, 3))).relu()
-        return self.fc(nn.functional.linear(hidden, self.down.weight.t(), self.bias))
-
-
 class SharedModule(Base):
     """One block under two names."""
 
@@ -105,19 +93,12 @@ class ManyBuffers(Base):
 
 
 class ReadsValues(Base):
-    """Drop rates read off a linspace in the constructor, as in much official code."""
+    """Drop rates read off a linspace in the constructor, as in much official code, in three ways."""
 
     def __init__(self):
         super().__init__()
-        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
-
-
-class ReadsList(Base):
-    """The same by tolist, and through numpy."""
-
-    def __init__(self):
-        super().__init__()
-        self.rates = [*torch.linspace(0, 0.1, 3).tolist(), *torch.linspace(0, 0.1, 3).numpy()]
+        rates = torch.linspace(0, 0.1, 3)
+        self.rates = [[rate.item() for rate in rates], rates.tolist(), list(rates.numpy())]
 
 
 class Guard(Base):
@@ -190,17 +171,6 @@ class ParameterLists(Base):
     def forward(self, images):
         x = self.features(images).mean((2, 3))
         return self.fc(self.gain * x * self.scales[0] * self.scales[1] + self.shifts["a"])
-
-
-class OwnFrozen(Base):
-    """A parameter that the network itself keeps frozen."""
-
-    def __init__(self):
-        super().__init__()
-        self.prior = nn.Parameter(torch.ones(8), requires_grad=False)
-
-    def forward(self, images):
-        return self.fc(self.features(images).mean((2, 3)) * self.prior)
 
 
 class HandedOn(nn.Module):
@@ -289,13 +259,11 @@ ZOO = {
     "plain": (Base, ""),
     "partial": (partial(Base, width=6), ""),
     "tied weights": (TiedWeights, ""),
-    "transposed weight": (TransposedWeight, ""),
     "shared module": (SharedModule, ""),
     "layer used twice": (LayerUsedTwice, ""),
     "extra state": (ExtraState, ""),
     "many buffers": (ManyBuffers, ""),
     "reads values": (ReadsValues, ""),
-    "reads a list": (ReadsList, ""),
     "guard in forward": (Guard, ""),
     "random branch": (RandomBranch, ""),
     "unused layer": (Unused, ""),
@@ -303,7 +271,6 @@ ZOO = {
     "computes in double": (OwnDouble, ""),
     "complex weight": (ComplexHead, ""),
     "parameter lists": (ParameterLists, ""),
-    "own frozen parameter": (OwnFrozen, ""),
     "many norms": (half_frozen_norm, ""),
     "lazy": (lazy, ""),
     "weight norm by hook": (partial(with_layer, weight_norm), ""),

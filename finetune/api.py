@@ -1,14 +1,12 @@
 """finetune.train: what the command line does, as a function."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.recipe import Recipe
 from finetune.run import arguments, run, suggested_recipe
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import nearest
+from finetune.utils.text import lasting_output, nearest
 
 if TYPE_CHECKING:
     from finetune.results.runs import Run
@@ -37,25 +35,6 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     from finetune.results.runs import Run
     from finetune.utils.seed import keep_random_state
 
-    with keep_random_state(), own_accelerator_state(), suggested_recipe(args):
+    with lasting_output(), keep_random_state(), suggested_recipe(args):
         run(args)
     return Run(args.folder)
-
-
-@contextmanager
-def own_accelerator_state() -> Iterator[None]:
-    """Within, Accelerate starts afresh, as another run may have had another precision; then its state is as before.
-
-    Accelerate keeps one state for all Accelerators of a process: a program's own one goes on with what it had.
-    """
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    kept = {kind: dict(kind._shared_state) for kind in (AcceleratorState, PartialState, GradientState)}
-    for kind in kept:
-        kind._shared_state.clear()
-    try:
-        yield
-    finally:
-        for kind, state in kept.items():
-            kind._shared_state.clear()
-            kind._shared_state.update(state)

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,9 @@ if not __package__:
 from finetune.recipe import Recipe  # noqa: E402
 from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, override, recipe_of_run  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
-from finetune.training.launch import STOPPED  # noqa: E402
+from finetune.training.launch import INTERRUPTED, REFUSED, STOPPED, TURN, check_launcher, stop_with_launcher  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
-from finetune.utils.text import print_error  # noqa: E402
+from finetune.utils.text import lasting_output, print_error  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,15 +85,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run; an error that a person can put right is one message and exit code 2, any other keeps its traceback."""
-    return start(arguments(argv))
+    try:
+        return start(arguments(argv))
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("finetune: stopped at once", file=sys.stderr)
+        return INTERRUPTED
 
 
+@lasting_output()
 def start(args: argparse.Namespace) -> int:
     """The run that the arguments ask for; the exit code."""
+    stop_with_launcher()
     try:
         return run(args)
     except RecipeError as error:
-        if error.one_process or int(os.environ.get("RANK", 0)) == 0:
+        if not error.one_process and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(TURN)  # if the first process has failed, too, it says so, and the launcher ends this one
+            print_error(f"process {os.environ.get('RANK')}: {error}")
+        else:
             print_error(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO):
@@ -101,7 +112,7 @@ def start(args: argparse.Namespace) -> int:
             f"{error.filename or 'the run folder'}: {error.strerror}. What was written before is whole: mend that, "
             "then go on with --resume"
         )
-    return 2
+    return REFUSED
 
 
 @contextmanager
@@ -143,13 +154,13 @@ def resolve(args: argparse.Namespace) -> Request:
     if args.resume and args.resume != "auto":
         args.resume = str(run_dir.find_run(args.resume, "" if args.epochs else "unfinished"))
     recipe, file, name = resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
+    check_launcher(recipe)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
         raise RecipeError(
             f"batch_size={recipe.data.batch_size}, the images of one step over all processes, can't be divided "
             f"by {parts // args.accumulate} processes x {args.accumulate} micro-batches"
         )
-    check_launcher(recipe)
     if args.resume is None or args.resume == "auto" and not (args.output / "recipe.json").is_file():
         folder = Path("none") if args.dry_run else run_dir.new_run_dir(name, args.output)
         return Request(recipe, file, name, folder, resume=False)
@@ -170,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
     recipe, args.folder = request.recipe, request.folder
 
     from finetune.models.backbone import meta_backbone  # from here on torch is needed, and seconds pass
-    from finetune.training.setup import check_recipe, smoke_recipe
+    from finetune.training.setup import check_recipe, own_accelerator_state, smoke_recipe
 
     if args.smoke:
         recipe = smoke_recipe(recipe, int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
@@ -183,7 +194,8 @@ def run(args: argparse.Namespace) -> int:
         lrs = epoch_lrs(plan.groups, steps, recipe.epochs)
         print(json.dumps(lrs, indent=1) if args.json else describe_plan(request.name, recipe, plan))
         return 0
-    return fine_tune(args, request._replace(recipe=recipe))
+    with own_accelerator_state():
+        return fine_tune(args, request._replace(recipe=recipe))
 
 
 def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
@@ -245,7 +257,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
-        words = f"stopped {stopped}, with a checkpoint; to go on:\nfinetune resume {shlex.quote(str(folder))}"
+        words = f"stopped {stopped}; to go on:\nfinetune resume {shlex.quote(str(folder))}"
         logger.say(words, even_if_quiet=not args.json)
         accelerator.end_training()
         return STOPPED
@@ -258,30 +270,6 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     if held:
         held.close()
     return 0
-
-
-def check_launcher(recipe: Recipe) -> None:
-    """Raise RecipeError for launcher settings that would be without effect, or change what the recipe computes."""
-    environment = os.environ
-    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", recipe.mixed_precision):
-        raise RecipeError(
-            f"the launcher asks for mixed precision {precision}, the recipe for {recipe.mixed_precision}; "
-            f"precision belongs to the recipe: --set mixed_precision={precision}"
-        )
-    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise RecipeError("gradient accumulation is asked for with --accumulate N, not by the launcher")
-    if environment.get("MASTER_PORT") == "0":
-        raise RecipeError(
-            "the launcher gave its processes port 0, where they can't meet (torch 2.6 does, asked for any free port): "
-            "name one with --main_process_port, or leave that out"
-        )
-    if "MASTER_ADDR" in environment and "RANK" not in environment and "ACCELERATE_MIXED_PRECISION" in environment:
-        raise RecipeError(
-            "accelerate launch was asked for several processes, but without several GPUs it starts one; "
-            "give it --multi_gpu as well (it then starts them on the CPU, too), or "
-            "--config_file accelerate_config.yaml, which says so"
-        )
 
 
 def default_workers(args: argparse.Namespace, device: str) -> int:

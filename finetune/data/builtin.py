@@ -39,13 +39,13 @@ def elpv() -> ImageData:
 
 def generated() -> ImageData:
     """Coloured patches for --smoke, to see that everything runs."""
-
-    def patch(number: int) -> Image.Image:
-        noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
-        return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
-
     train, val = (ImageList(numbers, [number % 10 for number in numbers], patch) for numbers in (range(22), range(22, 32)))
     return ImageData(train, val, tuple(f"patch {i}" for i in range(10)))
+
+
+def patch(number: int) -> Image.Image:
+    noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
+    return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
 
 
 def data_folder() -> Path:

@@ -12,7 +12,7 @@ LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded a
 class ImageCache:
     """Pixels [H, W, 3] of up to `num_images` images, in memory shared with the loader processes forked from this one.
 
-    No memory is used before an image is kept. Loader processes that are spawned, as on macOS and Windows, keep nothing.
+    No memory is used before an image is kept.
     """
 
     def __init__(self, num_images: int, limit: int | None = None):
@@ -21,9 +21,6 @@ class ImageCache:
         self.pixels = np.frombuffer(mmap.mmap(-1, max(self.limit, 1)), np.uint8)
         self.places = np.frombuffer(mmap.mmap(-1, max(24 * num_images, 1)), np.int64, 3 * num_images).reshape(num_images, 3)
         self.used = multiprocessing.Value("q", 0)
-
-    def __reduce__(self) -> tuple[type["ImageCache"], tuple[int, int]]:
-        return ImageCache, (len(self.places), 0)
 
     def get(self, index: int) -> np.ndarray | None:
         """The image, if it is kept."""
@@ -40,3 +37,11 @@ class ImageCache:
         self.pixels[end - pixels.size : end] = pixels.reshape(-1)
         self.places[index, 1:] = pixels.shape[:2]
         self.places[index, 0] = end  # last: from here on others may read it
+
+
+def image_cache(num_images: int) -> ImageCache | None:
+    """A cache for so many images, or none where a limit (ulimit -v, a full /dev/shm) leaves no room for it."""
+    try:
+        return ImageCache(num_images)
+    except OSError:
+        return None

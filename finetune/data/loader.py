@@ -1,7 +1,7 @@
 """Batches: the order of the images in an epoch, the share of each process, and their loading."""
 
+import errno
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.cache import ImageCache
+from finetune.data.cache import image_cache
 from finetune.data.dataset import ImageList, Images, labels_of
 from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
+from finetune.recipe.load import RecipeModules
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error
@@ -124,16 +125,18 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     memory_format: torch.memory_format = torch.channels_last  # of the batches
 
     def __post_init__(self) -> None:
-        self.cache = ImageCache(len(self.images)) if isinstance(self.images, ImageList) else None
+        self.cache = image_cache(len(self.images)) if isinstance(self.images, ImageList) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a loader process that is started afresh, as on macOS and Windows: it knows no recipe, and keeps no images."""
+        return unpickled, (RecipeModules(), self.__dict__ | {"cache": None})
 
     def __len__(self) -> int:
         return len(self.images)
 
     def transformed_as(self, other: "ImageDataset") -> "ImageDataset":
         """These images with the transform of another dataset."""
-        images = copy(self)
-        images.transform = other.transform
-        return images
+        return unpickled(None, self.__dict__ | {"transform": other.transform})
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
@@ -176,6 +179,13 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return labels_of(self.images)
 
 
+def unpickled(modules: None, fields: dict[str, Any]) -> ImageDataset:
+    """An ImageDataset of these fields, the cache included; `modules` is there to be unpickled first."""
+    images = object.__new__(ImageDataset)
+    images.__dict__.update(fields)
+    return images
+
+
 def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
     """Which labels, [n] or [n, classes], are those of images that could not be read: bool [n]."""
     return labels.reshape(len(labels), -1)[:, 0] == UNREADABLE
@@ -209,6 +219,14 @@ def load(
             yield images.transform.batch(batch).contiguous(memory_format=images.memory_format), labels
     except RecipeError as error:  # a worker's error arrives with its traceback in the text: keep the sentence
         raise RecipeError(str(error).rpartition("RecipeError: ")[2].strip(), one_process=True) from None
+    except (OSError, RuntimeError) as error:
+        if not (getattr(error, "errno", None) == errno.ENOSPC or "shared memory" in str(error)):
+            raise
+        raise RecipeError(
+            f"no room in /dev/shm, through which {workers} loader processes hand over images: fewer --workers (0 needs "
+            "none), or more shared memory (docker run --shm-size 8g)",
+            one_process=True,
+        ) from error
 
 
 def load_batches(

@@ -8,6 +8,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_type_hints
 
 import finetune
@@ -23,6 +24,8 @@ from finetune.utils.text import nearest
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = next(folder for folder in (HERE / "recipes", HERE.parent / "recipes") if folder.is_dir())  # installed; a clone
+
+LOADED: dict[str, Path] = {}  # the recipe files' modules, by name
 
 FLAGS = {  # a flag of its own for what is changed most: its field, its value, what it is
     "--data": ("data.source", "DIR", "your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV, ..."),
@@ -50,12 +53,8 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
             raise RecipeError(f"no recipe '{name_or_path}'.{nearest(name_or_path, names)} Recipes here: {', '.join(names)}")
     if not path.is_file():
         raise RecipeError(f"no recipe file {path}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec and spec.loader  # a .py file has both
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # so that a function in the file can be pickled to a loader's worker
     try:
-        spec.loader.exec_module(module)
+        module = load_module(path)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     except Exception as error:  # whatever a person's file raises is theirs to mend
@@ -64,6 +63,29 @@ def load_recipe(name_or_path: str) -> tuple[Recipe, Path]:
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{path} is no recipe: it needs a line 'recipe = Recipe(...)'")
     return recipe, path.resolve()
+
+
+def load_module(path: Path) -> ModuleType:
+    """The module of a recipe's file, under a name at which pickle finds what the file defines."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader  # a .py file has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__], LOADED[module.__name__] = module, path.resolve()
+    spec.loader.exec_module(module)
+    return module
+
+
+class RecipeModules:
+    """Unpickled in another process, it loads the recipe files of this one: what they define can then be unpickled, too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_modules, (dict(LOADED),)
+
+
+def load_modules(files: dict[str, Path]) -> None:
+    for name, path in files.items():
+        if name not in sys.modules:
+            load_module(path)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

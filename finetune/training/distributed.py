@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.recipe import Recipe
+from finetune.training.launch import stop_signals
 from finetune.utils.errors import RecipeError
 
 T = TypeVar("T")
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again to stop at once"
 
 
 def join_after_restart() -> None:
@@ -102,20 +105,22 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGTERM (a machine being taken away) or Ctrl-C, kept until the running step is finished; a second one stops at once.
+    """SIGTERM (a machine being taken away), SIGHUP or Ctrl-C, kept until the running step is finished.
 
-    Used as a context: the handlers from before come back afterwards. Outside the main thread Python allows no handlers.
+    Before the first step there is nothing to finish: Stopped comes at once. A second Ctrl-C, too, stops at once. Used as a
+    context: the handlers from before come back afterwards. Outside the main thread Python allows no handlers.
     """
 
     def __init__(self, accelerator: Accelerator, quiet: bool = False):
         self.says = accelerator.is_main_process and not quiet
+        self.stepping = False  # set by the loop
         self.asked_at: float | None = None
         self.pending: tuple[torch.distributed.Work, torch.Tensor] | None = None
         # On the CPU's own channel: asking after each step must not make a GPU wait.
         self.group: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "StopRequest":
-        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        numbers = stop_signals() if threading.current_thread() is threading.main_thread() else []
         self.before = {number: signal.signal(number, self.remember) for number in numbers}
         return self
 
@@ -124,12 +129,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def remember(self, number: int, frame: object) -> None:
+        if not self.stepping:
+            raise Stopped("before the first step")
         if self.asked_at is None:
             self.asked_at = time.monotonic()
             if self.says:  # by os.write: print can't be called from within print
                 over_the_bar = "\r\x1b[K" if sys.stderr.isatty() else ""
-                os.write(2, f"{over_the_bar}stopping after this step, with a checkpoint; again to stop at once\n".encode())
-        elif time.monotonic() - self.asked_at > 1:  # sooner, it is the launcher passing the same Ctrl-C on
+                with suppress(OSError):
+                    os.write(2, f"{over_the_bar}{STOPPING}\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self.asked_at > 1:  # sooner, a launcher passes the same one on
             raise KeyboardInterrupt
 
     def agreed(self) -> bool:

@@ -43,7 +43,7 @@ def train(
     average of it.
 
     Raises:
-        Stopped: after SIGTERM or Ctrl-C, with a checkpoint written.
+        Stopped: after SIGTERM, SIGHUP or Ctrl-C, with a checkpoint written.
         RecipeError: if the loss is no number, or an image can't be read.
     """
     train_images, val_images = datasets
@@ -54,16 +54,16 @@ def train(
     evaluated = ema.module if ema else net
     steps_per_epoch = recipe.data.steps_per_epoch(len(train_images))
     step = restore(recipe, logger, net, evaluated, optimizer, accelerator, steps_per_epoch)
-    if recipe.linear_probe and step == 0:
-        fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)
-        if ema:
-            ema.set(net)
-        logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
-        logger.log_linear_probe(compute_metrics(recipe, logits, labels))
-        save_if_best(recipe, evaluated, val_images, logger)
-    first_epoch = len(logger.history)
-
     with StopRequest(accelerator, options.quiet) as stop:
+        if recipe.linear_probe and step == 0:
+            fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)
+            if ema:
+                ema.set(net)
+            logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
+            logger.log_linear_probe(compute_metrics(recipe, logits, labels))
+            save_if_best(recipe, evaluated, val_images, logger)
+        first_epoch, stop.stepping = len(logger.history), True
+
         for epoch in range(first_epoch, recipe.epochs):
             if recipe.early_stop and recipe.early_stop.should_stop(logger.history, recipe.metric):
                 break
@@ -89,7 +89,7 @@ def train(
                 if (stopping := stop.agreed()) or (options.checkpoint_every and step % options.checkpoint_every == 0):
                     save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
                 if stopping:
-                    raise Stopped(f"after step {step}")
+                    raise Stopped(f"after step {step}, with a checkpoint")
             for network in dict.fromkeys((net, evaluated)):
                 broadcast(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
                 check_same_weights(network, accelerator)

@@ -1,6 +1,7 @@
 """Run folders: a new one, or one to go on with; the lock on it and its first files."""
 
 import ast
+import errno
 import hashlib
 import json
 import os
@@ -101,17 +102,24 @@ def lock(folder: Path) -> TextIO:
     """Keep other processes' runs out of a folder while the returned file is open, which ends with this process however it dies.
 
     Raises:
-        RecipeError: if a run that is alive has it.
+        RecipeError: if a run that is alive has it, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  (stays open as long as the lock is held)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115  (stays open as long as the lock is held)
+    except OSError as error:
+        raise RecipeError(f"can't write to {folder}: {error.strerror}; name another --output") from None
     try:
         if sys.platform != "win32":
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a loader's orphaned workers would go on holding it
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip()
-        raise RecipeError(f"process {holder} is alive and writes its run to {folder}; name another --output") from None
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            holder = file.read().strip()
+            raise RecipeError(f"process {holder} is alive and writes its run to {folder}; name another --output") from None
+        print(
+            f"finetune: {folder} can't be locked ({error.strerror}): see to it that no other run writes there", file=sys.stderr
+        )
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -2,15 +2,19 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import filter_trackers
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from finetune.data.dataset import ImageData, Images
+from finetune.data.dataset import ImageData, ImageList, Images
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
@@ -25,9 +29,11 @@ from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
 from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
+from finetune.training.launch import check_processes, chosen_threads
 from finetune.training.micro_batch import keep_freed_memory
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
+from finetune.utils.text import print_error
 
 
 @dataclass(frozen=True)
@@ -47,25 +53,45 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     """The Accelerator; on a machine without GPUs its processes use the CPU, with all cores if there is one process.
 
     Raises:
-        RecipeError: for fp16 on a CPU, which Accelerate would quietly compute in float32, and for a tracker that is not there.
+        RecipeError: for processes that are not those of a launch; for fp16 on a CPU, which Accelerate would quietly compute in
+            float32; for a tracker that is not there.
     """
-    cpu = not torch.accelerator.is_available()
+    check_processes()
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
-    if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and not chosen_threads():
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if cpu:
         keep_freed_memory()
     try:
-        accelerator = Accelerator(
-            cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
-        )
+        filter_trackers(list(trackers), folder)
     except ValueError as error:
         raise RecipeError(f"--track: {error}") from error
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
+    )
     missing = set(trackers) - {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
     if missing:
         raise RecipeError(f"--track {sorted(missing)[0]}: that package is not installed: pip install {sorted(missing)[0]}")
     return accelerator
+
+
+@contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """Within, Accelerate starts afresh, as another run may have had another precision; then its state is as before.
+
+    Accelerate keeps one state for all Accelerators of a process: a program's own one goes on with what it had.
+    """
+    kept = {kind: dict(kind._shared_state) for kind in (AcceleratorState, PartialState, GradientState)}
+    for kind in kept:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in kept.items():
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
 
 
 def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tuple[nn.Module, tuple[ImageDataset, ImageDataset]]:
@@ -89,6 +115,8 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
             try_saving(recipe, net, preprocessing(recipe, net), data.classes)
 
     main_process_first(accelerator, try_once)
+    if accelerator.is_main_process and any(isinstance(part.images, ImageList) and part.cache is None for part in datasets):
+        print_error("no memory can be had to keep images: they are decoded again in each epoch, which is slower")
     return net, datasets
 
 

@@ -1,5 +1,6 @@
 """Folders that are written whole or not at all, and JSON files that may have been cut."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.utils.errors import RecipeError
+
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by CIFS and FUSE, which say so of folders above all
 
 
 def check_folder(folder: Path) -> None:
@@ -48,10 +51,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
+    """Wait until a file's or folder's content is on the disk, where the file system knows how to."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(handle)
 

@@ -1,11 +1,12 @@
-"""Text for the terminal: the nearest name, lines and columns that fit, progress bars."""
+"""Text for the terminal: the nearest name, lines and columns that fit, progress bars, streams that last."""
 
 import difflib
 import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -102,3 +103,44 @@ def in_notebook() -> bool:
     """Whether this runs in a Jupyter kernel; a program that only imports one is none."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel")
+
+
+class LastingStream:
+    """A text stream whose reader may go: from then on, what is written goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError:
+            self.drop()
+        except UnicodeEncodeError:  # a terminal that knows no such letters
+            self.stream.write(text.encode(encoding := self.stream.encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        with suppress(OSError), open(os.devnull, "w") as nowhere:  # a notebook's stream has no file
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within, what is printed for a reader that has gone (`head`, a terminal that was closed), or to a closed stream, is lost,
+    and nothing else is."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file that is opened would be taken for a closed stream
+        pass
+    os.close(spare)
+    streams = [LastingStream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        yield

@@ -170,7 +170,7 @@ def test_the_cache_is_not_sent_to_spawned_processes(tmp_path):
     images, reader = counted(tmp_path)
     list(load(images, 0, [[0, 1]], 0))
     sent = pickle.loads(pickle.dumps(images))
-    assert [sent.cache.get(i) is None for i in range(6)] == [True] * 6 and images.cache.get(1).shape == (11, 20, 3)
+    assert sent.cache is None and images.cache.get(1).shape == (11, 20, 3)
     assert torch.equal(next(load(sent, 0, [[1]], 0))[0], next(load(images, 0, [[1]], 0))[0]) and reader.read() == [0, 1, 1]
 
 

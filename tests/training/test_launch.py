@@ -63,7 +63,7 @@ def test_ctrl_c_waits_for_the_checkpoint_and_says_so(tmp_path):
     assert code == 75, out
     told = out[out.index("stopping") :].replace("\r", "\n").replace("\x1b[K", "").split("\n")
     lines = [line for line in told if line.strip() and not line.startswith("epoch ")]  # without the bar
-    assert lines[0] == "stopping after this step, with a checkpoint; again to stop at once"
+    assert lines[0] == "stopping after this step, with a checkpoint; Ctrl-C again to stop at once"
     assert lines[1].startswith("stopped after step ") and lines[2:] == ["finetune resume out"]
     done = int(lines[1].split()[3].rstrip(","))
     assert [path.name[:13] for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{done:08d}"]

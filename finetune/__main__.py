@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv, VERBS)
         code = args.verb(args)
-        sys.stdout.flush()
+        if sys.stdout:  # none where it was closed
+            sys.stdout.flush()
     except RecipeError as error:
         print_error(error)
         return 2

@@ -147,6 +147,7 @@ def resolve(args: argparse.Namespace) -> Request:
     Raises:
         RecipeError: for a recipe, a folder or a launcher's setting that is not in order.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads, spinning, stall beside other programs
     if args.smoke and (args.data or args.weights or args.resume is not None):
         raise RecipeError("--smoke brings its own images and weights: leave out --data, --weights and --resume")
     if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:

@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.dataset import ImageData, ImageList, Values, from_lists
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import progress
+from finetune.utils.text import progress, readable
 
 COLUMNS = {  # of a table, by any of these names; the last two are optional
     "path": ("path", "file", "filename", "image"),
@@ -126,4 +126,4 @@ def class_folders(root: Path, check: bool) -> tuple[ImageList, tuple[str, ...]]:
             Image.open(path).close()  # reads the header only
         except OSError as error:
             raise RecipeError(f"can't read the image {path}: {str(error).partition(' <')[0]}") from error
-    return ImageList([path for path, _ in folder.samples], folder.targets, read_image), tuple(folder.classes)
+    return ImageList([path for path, _ in folder.samples], folder.targets, read_image), tuple(map(readable, folder.classes))

@@ -18,7 +18,7 @@ from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
 from finetune.training.evaluate import confusion_matrix
 from finetune.training.run_dir import run_name
-from finetune.utils.text import align_columns
+from finetune.utils.text import align_columns, readable
 
 NAMED_CLASSES = 20  # in a confusion matrix; of more, names and numbers would be too small to read
 LISTED = 10  # confusions
@@ -146,7 +146,7 @@ def run_title(run: Path, result: str = "") -> str:
     source = json.loads(file.read_text())["data"]["source"] if file.is_file() else ""
     name, images = run_name(run), Path(str(source)).name
     on = f" on {images}" if images not in ("", name) else ""  # a suggested recipe is called as its images
-    return "\n".join(filter(None, [shorten(f"{name}{on}", 80), result]))
+    return "\n".join(filter(None, [shorten(readable(f"{name}{on}"), 80), result]))
 
 
 def shorten(text: str, length: int) -> str:

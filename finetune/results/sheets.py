@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.results.plots import run_title, save_figure, shorten
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import readable
 
 NUMBER = 24  # images on a sheet
 AUGMENTED = 6  # images that are shown as augmented
@@ -135,7 +136,7 @@ def name_of_image(images: ImageDataset, index: int) -> str:
     """The name of an image's file, or its number in the data set."""
     items = getattr(images.images, "items", None)
     item = items[index] if isinstance(items, Sequence) else None
-    return Path(item).name if isinstance(item, str | Path) else f"image {index}"
+    return readable(Path(item).name) if isinstance(item, str | Path) else f"image {index}"
 
 
 def evenly_spaced(length: int, number: int) -> list[int]:

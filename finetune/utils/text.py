@@ -25,7 +25,7 @@ def colour(text: str, name: str, stream: TextIO | None = None) -> str:
     """
     stream = stream or sys.stdout
     known = os.name != "nt" or "WT_SESSION" in os.environ
-    if not stream.isatty() or not known or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if not stream or not stream.isatty() or not known or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{COLOURS[name]}m{text}\033[0m"
 
@@ -64,6 +64,11 @@ def fill_lines(text: str, width: float = WIDTH) -> str:
     return "\n".join(
         textwrap.fill(line, int(width), break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
     )
+
+
+def readable(name: str) -> str:
+    """The name of a file or folder whose bytes the locale does not know: as UTF-8, with a mark for what is not that either."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Folders that are whole or absent."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -54,3 +55,20 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     write_folder(tmp_path / "best", write("text"))
     assert events == [tmp_path / ".best.tmp" / "file", tmp_path / ".best.tmp", "rename", tmp_path]
     assert len(os.listdir("/proc/self/fd")) == handles
+
+
+@pytest.mark.parametrize("fault,kept", [(errno.EINVAL, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_flush_keeps_the_folder(tmp_path, monkeypatch, fault, kept):
+    """That it knows no fsync, as CIFS of folders, is let pass; that the disk fails is not."""
+
+    def fsync(handle):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if kept:
+        write_folder(tmp_path / "best", write("text"))
+        assert (tmp_path / "best" / "file").read_text() == "text"
+    else:
+        with pytest.raises(OSError):
+            write_folder(tmp_path / "best", write("text"))
+        assert not (tmp_path / "best").exists()

@@ -1,0 +1,160 @@
+"""What a machine may lack: locks, memory, readers of the output, letters, forked loader processes."""
+
+import errno
+import json
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune.data import loader
+from finetune.run import main
+from finetune.training import run_dir
+from finetune.utils.errors import RecipeError
+from helpers import ROOT, on_folder, run_here, small_recipe
+
+RUN = [sys.executable, str(ROOT / "finetune" / "run.py")]
+
+
+def arguments(images, output):
+    return on_folder(images, output, "backbone=test_resnet", "epochs=1")
+
+
+def fail(code):
+    def failing(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    return failing
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_used_with_a_word(tmp_path, monkeypatch, capsys, fault):
+    """Only a lock that another process holds keeps a run out."""
+    monkeypatch.setattr(run_dir.fcntl, "lockf", fail(fault))
+    run_dir.lock(tmp_path).close()
+    assert f"{tmp_path} can't be locked ({os.strerror(fault)})" in capsys.readouterr().err
+    monkeypatch.setattr(run_dir.fcntl, "lockf", fail(errno.EAGAIN))
+    with pytest.raises(RecipeError, match="is alive and writes its run"):
+        run_dir.lock(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_no_interrupted_run(tmp_path):
+    """Before anything was written there is nothing to go on with: another folder is the way."""
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="can't write to .*file/out: Not a directory; name another --output"):
+        run_dir.lock(tmp_path / "file" / "out")
+
+
+def test_images_need_not_be_kept(tmp_path, image_folder, monkeypatch, capsys):
+    """Without memory to keep images in, a run says so and ends with the same bits."""
+    assert main(arguments(image_folder, tmp_path / "kept")) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(mmap, "mmap", fail(errno.ENOMEM))
+        assert main(arguments(image_folder, tmp_path / "not")) == 0
+    assert capsys.readouterr().err.count("no memory can be had to keep images") == 1
+    first, second = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("kept", "not"))
+    assert first == second
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("out of shared memory")])
+def test_full_shared_memory_is_called_so(tmp_path, monkeypatch, fault):
+    """What loader processes find full is /dev/shm, not the run's folder; another error stays what it is."""
+
+    def full(*args, **options):
+        raise fault
+
+    monkeypatch.setattr(loader.DataLoader, "__iter__", full)
+    with pytest.raises(RecipeError, match="no room in /dev/shm, through which 2 loader processes"):
+        run_here(small_recipe(), tmp_path, workers=2)
+    monkeypatch.setattr(loader.DataLoader, "__iter__", fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        run_here(small_recipe(), tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
+def test_output_that_goes_nowhere_ends_no_run(tmp_path, image_folder, shell):
+    """A reader that has seen enough, closed streams and a full one do not matter: the run ends as with a terminal."""
+    words = " ".join([*RUN, *map(str, arguments(image_folder, tmp_path / "out"))])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} {shell}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    assert (tmp_path / "out" / "result.json").is_file() and (tmp_path / "out" / "curves.png").is_file()
+
+
+def test_names_in_letters_that_the_locale_does_not_know(tmp_path, image_folder):
+    """In an ASCII locale a run on folders with other letters ends, with its pictures, and writes the names as UTF-8."""
+    images = tmp_path / "B\u00e4ume"
+    for split in ("train", "val"):
+        for name in ("blue", "green", "red"):
+            (images / split).mkdir(parents=True, exist_ok=True)
+            (images / split / name.replace("green", "gr\u00fcn")).symlink_to(image_folder / split / name)
+    ascii_locale = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([*RUN, *arguments(images, tmp_path / "out")], capture_output=True, env={**os.environ, **ascii_locale})
+    assert done.returncode == 0, done.stderr
+    assert "gr\u00fcn" in json.loads((tmp_path / "out" / "result.json").read_text())["class_accuracy"]
+
+
+OWN = """
+from PIL import Image
+
+from finetune import AdamW, Cosine, Data, LayerDecay, Recipe
+
+
+class Squares:
+    classes = ["dark", "bright"]
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (32, 32), (90 + 100 * (i % 2),) * 3), i % 2
+
+
+def images():
+    return Squares(16), Squares(4)
+
+
+recipe = Recipe(backbone="test_resnet", weights="none", data=Data(images, image_size=32, batch_size=8),
+                groups=LayerDecay(head_lr=1e-2, stem_ratio=0.1), optimizer=AdamW(), schedule=Cosine(), epochs=1)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_loader_processes_that_are_started_afresh(tmp_path, method):
+    """As on macOS and Windows: they read a recipe's own images, and those of a smoke run, to the bits of no processes."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "start.py").write_text(
+        f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"if __name__ == '__main__':\n    multiprocessing.set_start_method({method!r})\n"
+        "    from finetune.run import main\n    codes = []\n"
+        "    for recipe, *flags in (['own.py'], ['resnet18_cifar', '--smoke']):\n        for workers in '02':\n"
+        "            words = ['--recipe', recipe, *flags, '--workers', workers, '--output', recipe[:3] + workers]\n"
+        "            codes.append(main(words))\n"
+        "    sys.exit(max(codes))\n"
+    )
+    done = subprocess.run([sys.executable, "start.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("own", "res"):
+        one, other = ((tmp_path / f"{name}{workers}" / "metrics.jsonl").read_text() for workers in "02")
+        assert one == other
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path, monkeypatch, capsys):
+    """While the head is fitted there is nothing to save: the run stops at once, and says how to go on."""
+    import signal
+
+    from finetune.training import loop
+
+    monkeypatch.setattr(loop, "fit", lambda *args: signal.raise_signal(signal.SIGINT))
+    assert main(["--recipe", "resnet18_cifar", "--smoke", "--output", str(tmp_path / "out")]) == 75
+    assert f"stopped before the first step; to go on: finetune resume {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_two_runs_of_one_program_may_differ_in_precision(tmp_path, image_folder):
+    """The command's function, called twice in one Python, is two runs."""
+    for precision in ("no", "bf16"):
+        assert main([*arguments(image_folder, tmp_path / precision), "--set", f"mixed_precision={precision}"]) == 0

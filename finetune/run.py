@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return start(arguments(argv))
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("finetune: stopped at once", file=sys.stderr)
+            print_error("stopped at once")
         return INTERRUPTED
 
 

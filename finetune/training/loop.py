@@ -62,8 +62,8 @@ def train(
             logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
             logger.log_linear_probe(compute_metrics(recipe, logits, labels))
             save_if_best(recipe, evaluated, val_images, logger)
-        first_epoch, stop.stepping = len(logger.history), True
-
+        first_epoch = len(logger.history)
+        stop.stepping = True
         for epoch in range(first_epoch, recipe.epochs):
             if recipe.early_stop and recipe.early_stop.should_stop(logger.history, recipe.metric):
                 break

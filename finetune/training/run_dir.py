@@ -16,6 +16,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder, flush, read_json
+from finetune.utils.text import print_error
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
     import fcntl
@@ -117,9 +118,7 @@ def lock(folder: Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip()
             raise RecipeError(f"process {holder} is alive and writes its run to {folder}; name another --output") from None
-        print(
-            f"finetune: {folder} can't be locked ({error.strerror}): see to it that no other run writes there", file=sys.stderr
-        )
+        print_error(f"{folder} can't be locked ({error.strerror}): see to it that no other run writes there")
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -17,7 +17,8 @@ class MovingAverage(ModelEmaV3):
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Move the average, `self.module`, by 1 - `decay` of the way to `model`."""
         averaged, current = (averaged_tensors(net) for net in (self.module, model))
-        self._foreach_lerp_(averaged, current, weight=1.0 - decay)
+        lerp = getattr(self, "_foreach_lerp_", torch._foreach_lerp_)  # newer timm's own rounds bfloat16 at random
+        lerp(averaged, current, weight=1.0 - decay)
         done = set(averaged)
         for own, other in zip(all_tensors(self.module), all_tensors(model), strict=True):
             if own not in done:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import load
 from finetune.models import linear_probe
 from finetune.models.backbone import build_backbone, meta_backbone
-from finetune.models.linear_probe import check_probe, fit
+from finetune.models.linear_probe import check_probe
 from finetune.recipe import Data, Group, LinearProbe
 from finetune.results.summary import describe_gain
 from finetune.training import loop as train_loop
@@ -176,23 +176,3 @@ def test_a_head_that_is_not_the_last_thing_done_is_refused():
         recipe = small_recipe(backbone=backbone, head=head, groups=ALL, data=Data("digits", size, 8))
         with pytest.raises(RecipeError, match="whose logits are those of its head; .* does more with them. Remove the option"):
             check_probe(replace(recipe, linear_probe=LinearProbe()), build_backbone(recipe, 10))
-
-
-@pytest.mark.parametrize(
-    "features,fault",
-    [
-        (torch.ones(20, 4), "do not differ from image to image"),
-        (torch.zeros(20, 4), "do not differ from image to image"),
-        (0.5 + 1e-9 * torch.randn(20, 4), "do not differ from image to image"),
-        (torch.full((20, 4), torch.nan), "are not all finite"),
-        (torch.randn(20, 4).index_fill(0, torch.tensor(3), torch.inf), "are not all finite"),
-    ],
-    ids=["ones", "zeros", "rounding", "NaN", "inf"],
-)
-def test_features_that_tell_nothing_apart_are_one_sentence(features, fault):
-    """Constant features, features that differ by rounding and ones that are no numbers leave the head as it is."""
-    layer = nn.Linear(4, 2)
-    before = layer.weight.detach().clone()
-    with pytest.raises(RecipeError, match=f"features of 20 images {fault}, so there is nothing to fit"):
-        fit(layer, features, torch.arange(20) % 2, lambda logits, labels: cross_entropy(logits, labels, reduction="sum"), 1.0)
-    assert layer.weight.equal(before)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import load
 from finetune.models import linear_probe
 from finetune.models.backbone import build_backbone, meta_backbone
-from finetune.models.linear_probe import check_probe
+from finetune.models.linear_probe import check_probe, fit
 from finetune.recipe import Data, Group, LinearProbe
 from finetune.results.summary import describe_gain
 from finetune.training import loop as train_loop
@@ -176,3 +176,13 @@ def test_a_head_that_is_not_the_last_thing_done_is_refused():
         recipe = small_recipe(backbone=backbone, head=head, groups=ALL, data=Data("digits", size, 8))
         with pytest.raises(RecipeError, match="whose logits are those of its head; .* does more with them. Remove the option"):
             check_probe(replace(recipe, linear_probe=LinearProbe()), build_backbone(recipe, 10))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf])
+def test_features_that_tell_nothing_apart_are_one_sentence(value):
+    """Constant features, ones that differ by rounding and ones that are no numbers are refused, and leave the head as it is."""
+    layer = nn.Linear(4, 2)
+    before, features = layer.weight.detach().clone(), value + 1e-9 * torch.randn(20, 4) * (value == 1)
+    with pytest.raises(RecipeError, match="linear_probe: .* features are not finite, or the same for every image"):
+        fit(layer, features, torch.arange(20) % 2, lambda logits, labels: cross_entropy(logits, labels, reduction="sum"), 1.0)
+    assert layer.weight.equal(before)

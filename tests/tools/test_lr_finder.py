@@ -114,27 +114,34 @@ def test_every_learning_rate_rises_by_the_same_progression(monkeypatch):
 
     def watched(recipe, model, criterion, optimizer, *rest):
         seen.append({row["name"]: row["lr"] for row in optimizer.param_groups})
-        networks.append(model)
-        return step(recipe, model, criterion, optimizer, *rest)
+        done = step(recipe, model, criterion, optimizer, *rest)
+        networks.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return done
 
     monkeypatch.setattr(lr_finder, "train_step", watched)
     factors, _ = range_test(recipe, net, images, Accelerator(cpu=True), 1e-2, 1e1, num_steps=12)
     assert factors == pytest.approx(np.geomspace(1e-2, 1e1, 12), rel=1e-12) and len(seen) == 12
     for row, factor in zip(seen, np.geomspace(1e-2, 1e1, 12), strict=True):
         assert row == pytest.approx({"head": 1e-2 * factor, "body": 3e-3 * factor})
-    moved = {n for n, t in networks[0].state_dict().items() if not torch.equal(t, net.state_dict()[n])}
+    moved = {n for n, t in networks[0].items() if not torch.equal(t, net.state_dict()[n])}
     assert moved == {"body.weight", "body.bias", "fc.weight", "fc.bias"}
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_norms_behave_as_in_the_run(monkeypatch, batch_norm):
-    """On the copy, statistics move in layers that ever train and in no others, and with batch_norm="frozen" nowhere."""
+    """In the test, statistics move in layers that ever train and in no others, and with batch_norm="frozen" nowhere."""
     recipe = dataclasses.replace(RECIPES["norms"], batch_norm=batch_norm)
     net, _, (images, _) = prepare(recipe)
     networks, step = [], lr_finder.train_step
-    monkeypatch.setattr(lr_finder, "train_step", lambda *all: networks.append(all[1]) or step(*all))
+
+    def watched(recipe, model, *rest):
+        done = step(recipe, model, *rest)
+        networks.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        return done
+
+    monkeypatch.setattr(lr_finder, "train_step", watched)
     range_test(recipe, net, images, Accelerator(cpu=True), num_steps=10)
-    moved = {n for n, t in networks[0].named_buffers() if not torch.equal(t, net.get_buffer(n))}
+    moved = {n for n, t in networks[0].items() if not torch.equal(t, net.get_buffer(n))}
     late = {n for n, _ in net.named_buffers() if n.startswith(("layer3", "layer4"))}
     assert moved == (late if batch_norm == "train" else set()) and late
 

@@ -15,11 +15,12 @@ from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
-from finetune.utils.text import fill_lines, print_error
+from finetune.utils.text import escape_output, fill_lines, print_error
 
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the verb says; an error that a person can put right is one message and exit code 2."""
+    escape_output()
     try:
         args = arguments(argv, VERBS)
         code = args.verb(args)
@@ -207,11 +208,13 @@ def suggest(args: argparse.Namespace) -> None:
     from finetune.recipe.load import load_recipe
     from finetune.recipe.serialize import to_dict
     from finetune.tools.image_stats import compute_image_stats
+    from finetune.tools.plan import describe_classes
     from finetune.tools.suggest import suggest_recipe
 
     if args.output:
         check_new(args.output)
     stats = compute_image_stats(args.data)
+    print(fill_lines(describe_classes(stats.classes)), file=sys.stderr)
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
     with tempfile.TemporaryDirectory() as folder:
         file = args.output or Path(folder) / "my_recipe.py"

@@ -24,7 +24,7 @@ from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, fla
 from finetune.training import run_dir  # noqa: E402
 from finetune.training.launch import INTERRUPTED, REFUSED, STOPPED, TURN, check_launcher, stop_with_launcher  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
-from finetune.utils.text import lasting_output, print_error  # noqa: E402
+from finetune.utils.text import escape_output, lasting_output, print_error  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,6 +85,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run; an error that a person can put right is one message and exit code 2, any other keeps its traceback."""
+    escape_output()
     try:
         return start(arguments(argv))
     except KeyboardInterrupt:
@@ -215,11 +216,11 @@ def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
 def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
-    from finetune.data.dataset import fingerprint
+    from finetune.data.dataset import fingerprint, record_files
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
-    from finetune.tools.plan import describe_run
+    from finetune.tools.plan import describe_classes, describe_run
     from finetune.training.distributed import Stopped, join_after_restart, main_process_first
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
@@ -243,6 +244,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway or (args.recipe is None and args.epochs)):
         run_dir.start_run_dir(folder, file, name, recipe, group_table, images)
+        record_files(folder / "images.csv", datasets[0].images, datasets[1].images, datasets[0].classes)
         plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
@@ -252,7 +254,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
         logger.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
     setting = f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}"
     run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; {setting}"
-    logger.say(f"{fill_lines(run)}\n\n{short_table}\n")
+    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(datasets[0].classes))}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, quiet)
     try:

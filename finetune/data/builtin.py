@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.dataset import ImageData, ImageList, split
-from finetune.data.folders import read_image
+from finetune.data.decode import read_image
 from finetune.utils.errors import RecipeError
 
 

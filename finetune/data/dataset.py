@@ -1,7 +1,9 @@
-"""Lists of images and labels, and their split into training and validation images."""
+"""Lists of images and labels, the check of their files, and their split into training and validation images."""
 
+import csv
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -11,10 +13,23 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from finetune.data.decode import WHITE, Colour, open_file, reason_of
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import note, progress
 
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
-Reader = Callable[[Any], Image.Image]  # reads an item as an RGB image
+Reader = Callable[..., Image.Image]  # reads an item as an RGB image: read_image with what its first argument is
+SAMPLE = 16384  # bytes at each end of a file that tell it from others of its size
+SPLITS = {  # what folders, tables, shards and sets call their parts, in any case
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 class Images(Protocol):
@@ -58,6 +73,12 @@ class ImageList:
 
         subgroups = self.subgroups and part_of(self.subgroups)
         return ImageList(part_of(self.items), part_of(self.labels), self.read, subgroups)
+
+    def on_background(self, background: Colour) -> "ImageList":
+        """The same images, read with another background of what is transparent."""
+        if background == WHITE:
+            return self
+        return ImageList(self.items, self.labels, partial(self.read, background=background), self.subgroups)
 
 
 def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -109,8 +130,9 @@ def held_out(data: ImageData, share: float) -> ImageData:
     labels = labels_of(data.train)
     if labels.ndim > 1:
         raise RecipeError("data: holdout needs one label an image")
-    subgroups = getattr(data.train, "subgroups", None)
-    images = ImageList(range(len(labels)), labels, partial(image_of, data.train), subgroups)
+    images = data.train
+    if not isinstance(images, ImageList):
+        images = ImageList(range(len(labels)), labels, partial(image_of, images))
     train, val = split(images, labels.tolist(), share)
     if set(val.labels) != set(labels):
         raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
@@ -146,3 +168,88 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     with suppress(RecipeError):  # a function's data set need not know its labels
         digest.update(labels_of(images).astype(np.int64).ravel().data)
     return f"{len(images)} {digest.hexdigest()}"
+
+
+def check_files(parts: Sequence[ImageList], classes: Sequence[str], on_bad_image: str) -> None:
+    """Read the header of every file.
+
+    Raises:
+        RecipeError: for files that are no images, the first ten by name; with on_bad_image="skip", for a class without others.
+    """
+    main = os.environ.get("RANK", "0") == "0"
+    paths, faults = [str(path) for part in parts for path in part.items], {}
+    for path in progress(paths, len(paths), "checking the images", main):
+        try:
+            open_file(path).close()
+        except Exception as error:
+            faults[path] = reason_of(error)
+    if faults and on_bad_image == "stop":
+        listed = [f"{path}: {why}" for path, why in faults.items()][:10]
+        if len(faults) == 1:
+            raise RecipeError(f"can't read the image {listed[0]}\n  to leave it out: --set data.on_bad_image=skip")
+        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+        remedy = "to leave them out: --set data.on_bad_image=skip"
+        raise RecipeError("\n  ".join([f"can't read {len(faults)} of {len(paths)} images:", *listed, *more, remedy]))
+    for part in parts if faults else ():
+        labels = np.asarray(part.labels)
+        readable = labels[[str(path) not in faults for path in part.items]]
+        if labels.ndim == 1 and (gone := sorted({*labels.tolist()} - {*readable.tolist()})):
+            raise RecipeError(
+                f"data: no image of class '{classes[gone[0]]}' in {Path(part.items[0]).parent.parent} can be read"
+            )
+
+
+def note_shared_files(data: ImageData) -> None:
+    """Say, on the first process, which validation files are training files as well."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    train, val = (getattr(part, "items", ()) for part in (data.train, data.val))
+    if same := shared_files(map(str, train), map(str, val)):
+        note(
+            f"data: {len(same)} of {len(val)} validation images are training images as well ({same[0]}): the metrics will be "
+            "better than on new images"
+        )
+
+
+def shared_files(train: Iterable[str], val: Iterable[str]) -> list[str]:
+    """The validation files with the content of a training file; only files of the same size are looked into."""
+    by_size: dict[int, list[str]] = {}
+    for path in filter(os.path.isfile, train):
+        by_size.setdefault(os.path.getsize(path), []).append(path)
+    alike = [path for path in filter(os.path.isfile, val) if os.path.getsize(path) in by_size]
+    digests = {file_digest(path) for size in {os.path.getsize(path) for path in alike} for path in by_size[size]}
+    return [path for path in alike if file_digest(path) in digests]
+
+
+def file_digest(path: str | Path) -> str:
+    """A digest of a file's size and of its two ends, which tell images apart; "" if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            ends = file.read(SAMPLE)
+            file.seek(max(SAMPLE, size - SAMPLE))
+            return hashlib.blake2b(ends + file.read(), key=str(size).encode(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
+
+
+def record_files(file: Path, train: Images, val: Images, classes: Sequence[str]) -> None:
+    """Write a table of the files that a run trains and validates on; nothing for sets that are no files of their own."""
+    if not all(isinstance(images, ImageList) and isinstance(images.items[0], str | Path) for images in (train, val)):
+        return
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        table = csv.writer(lines)
+        table.writerow(("split", "label", "digest", "file"))
+        for split, images in (("train", train), ("val", val)):
+            for path, label in zip(images.items, images.labels, strict=True):  # type: ignore[attr-defined]
+                named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
+                table.writerow((split, ";".join(named), file_digest(path), path))
+
+
+def recorded_digests(file: Path, split: str) -> list[str]:
+    """The digests of a run's files of a split; [] where no table of them was written."""
+    if not file.is_file():
+        return []
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        return [row["digest"] for row in csv.DictReader(lines) if row["split"] == split]

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torchvision
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.builtin import data_folder, require_package
-from finetune.data.dataset import ImageList
-from finetune.data.folders import read_image
+from finetune.data.dataset import SPLITS, ImageList
+from finetune.data.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
 from finetune.utils.net import reach
-from finetune.utils.text import nearest
+from finetune.utils.text import nearest, note
 
 TORCHVISION = {  # argument that names the split, its values for training and validation, training images, classes, place
     "CIFAR10": ("train", (True, False), 50_000, 10, "cifar-10-batches-py"),
@@ -88,10 +87,13 @@ def from_hub(name: str) -> tuple[list[ImageList], Sequence[str]]:
 
     found = load_hub(name)
     splits = found if isinstance(found, dict) else {"train": found}
-    val = [split for split in ("validation", "valid", "val", "test") if split in splits][:1]
-    if "train" not in splits:
+    known = {SPLITS.get(split.lower(), split): split for split in splits}
+    if "train" not in known:
         raise RecipeError(f"data: hf/{name} has no split 'train', but {', '.join(splits)}")
-    features = splits["train"].features
+    used = [known["train"], *[known[part] for part in ("val", "test") if part in known][:1]]
+    if others := [split for split in splits if split not in used]:
+        note(f"data: of hf/{name} the splits {', '.join(used)} are used, not {', '.join(others)}")
+    features = splits[used[0]].features
     images, labels = (
         [column for column, feature in features.items() if isinstance(feature, kind)]
         for kind in (datasets.Image, datasets.ClassLabel)
@@ -103,11 +105,15 @@ def from_hub(name: str) -> tuple[list[ImageList], Sequence[str]]:
             "remove_columns, save_to_disk(PATH), then Data('hf/PATH')"
         )
     parts = []
-    for split in ["train", *val]:
+    for split in used:
         rows = splits[split].with_format(None)
         numbers = [-1 if label is None else label for label in rows.select_columns(labels)[:][labels[0]]]
         if min(numbers, default=0) < 0:
-            raise RecipeError(f"data: hf/{name}: {sum(number < 0 for number in numbers)} images of '{split}' have no label")
+            unlabelled = sum(number < 0 for number in numbers)
+            raise RecipeError(
+                f"data: hf/{name}: {unlabelled} images of '{split}' have no label\n  with the package datasets: remove that "
+                "split, or filter() these rows out; save_to_disk(PATH), then Data('hf/PATH')"
+            )
         load, where = partial(hub_image, rows.select_columns(images)), partial("hf/{}, {} {}".format, name, split)
         parts.append(ImageList(np.arange(len(rows)), np.array(numbers), partial(read_image, load=load, where=where)))
     return parts, features[labels[0]].names
@@ -137,21 +143,53 @@ def hub_image(rows: Any, index: int) -> Image.Image:
     return next(iter(rows[int(index)].values())) or Image.open(io.BytesIO())  # a row without one
 
 
+def has_shards(root: Path) -> bool:
+    """Whether a folder has WebDataset's training shards."""
+    return "train" in list_shards(root)
+
+
+def list_shards(root: Path) -> dict[str, list[Path]]:
+    """The tars called train-*.tar, val-*.tar, validation-*.tar, ... by the part they belong to."""
+    parts: dict[str, list[Path]] = {}
+    for tar in sorted(root.glob("*-*.tar")):
+        if part := SPLITS.get(tar.name.partition("-")[0].lower()):
+            parts.setdefault(part, []).append(tar)
+    return parts
+
+
 def from_shards(root: Path) -> tuple[list[ImageList], Sequence[str]]:
     """The same of WebDataset's train-*.tar and val-*.tar (or test-*.tar), not unpacked; class names from classes.txt."""
-    val = [split for split in ("val", "test") if any(root.glob(f"{split}-*.tar"))][:1]
+    shards = list_shards(root)
+    val = [split for split in ("val", "test") if split in shards][:1]
     parts = []
     for split in ["train", *val]:
-        tars = sorted(root.glob(f"{split}-*.tar"))
+        tars = shards[split]
         members = np.concatenate([np.array(tar_members(tar, i), np.int64).reshape(-1, 4) for i, tar in enumerate(tars)])
         read = partial(read_image, load=partial(open_member, tars), where=partial(member_name, tars))
         parts.append(ImageList(members, members[:, 3], read))
-    labels, file = np.concatenate([part.labels for part in parts]), root / "classes.txt"
-    numbers = map(str, range(labels.max(initial=-1) + 1))
-    classes = file.read_text(encoding="utf-8").splitlines() if file.is_file() else list(numbers)
+    labels = np.concatenate([part.labels for part in parts])
+    classes = read_class_names(root / "classes.txt") or [str(i) for i in range(labels.max(initial=-1) + 1)]
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
         raise RecipeError(f"data: {root} has labels from {labels.min()} to {labels.max()}, and {len(classes)} classes, from 0")
+    for split, part in zip(["train", *val], parts, strict=True):
+        if gone := sorted({*range(len(classes))} - {*map(int, part.labels)}):
+            few = ", ".join(f"{label} ('{classes[label]}')" for label in gone[:10])
+            raise RecipeError(f"data: {root}: no image in {split} has the label {few}; labels count from 0")
     return parts, classes
+
+
+def read_class_names(file: Path) -> list[str]:
+    """The lines of classes.txt, without blank ones at its end; none if there is no such file."""
+    if not file.is_file():
+        return []
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"data: can't read {file}: {error}") from None
+    twice = sorted({name for name in names if names.count(name) > 1 or not name})
+    if twice:
+        raise RecipeError(f"data: {file} names a class twice, or none in a line: '{twice[0]}'")
+    return names
 
 
 def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
@@ -163,14 +201,22 @@ def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
             for member in file:
                 name = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", member.name)  # KEY and ending as WebDataset divides them
                 if member.isfile() and name:
-                    samples.setdefault(name[1], {})[name[2].lower()] = member
+                    if name[2].lower() in samples.setdefault(name[1], {}):
+                        raise ValueError(f"{member.name} is there twice")
+                    samples[name[1]][name[2].lower()] = member
             for key, members in samples.items():
-                images = [members[ending] for ending in members if f".{ending}" in IMG_EXTENSIONS]
+                images = [members[ending] for ending in members if f".{ending}" in ENDINGS]
                 if len(images) != 1 or "cls" not in members:
                     raise ValueError(f"{key} has {len(images)} images and {'a' if 'cls' in members else 'no'} .cls")
                 label = file.extractfile(members["cls"])
                 assert label is not None  # only files are among the members
-                found.append((number, images[0].offset_data, images[0].size, int(label.read())))
+                text = label.read().decode(errors="replace").strip()
+                if not re.fullmatch(r"-?[0-9]+", text):
+                    raise ValueError(f"{key}.cls is '{text[:20]}', not a number")
+                found.append((number, images[0].offset_data, images[0].size, int(text)))
+            file.fileobj.seek(file.offset)  # after the last member
+            if not file.fileobj.read(tarfile.BLOCKSIZE):
+                raise ValueError("it breaks off: the empty block at a tar's end is missing")
     except (OSError, ValueError, tarfile.TarError) as error:
         raise RecipeError(
             f"data: can't use {tar}: {error}. Wanted: a tar, not compressed, with KEY.jpg (or .png, ...) and "

@@ -1,129 +1,210 @@
-"""Folders of images and CSV tables."""
+"""Folders of images: which files are images, which folders are classes, which are splits."""
 
-import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import stat
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from finetune.data.dataset import ImageData, ImageList, Values, from_lists
+from finetune.data.dataset import SPLITS, ImageList
+from finetune.data.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import progress, readable
+from finetune.utils.text import note, readable
 
-COLUMNS = {  # of a table, by any of these names; the last two are optional
-    "path": ("path", "file", "filename", "image"),
-    "label": ("label", "class", "target"),
-    "split": ("split",),
-    "subgroup": ("subgroup",),
-}
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LINKED = "links to files that are there already"
+HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
 
 
-def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[str]]:
-    """([training images, validation images], or all in one list, classes) of a table; paths are relative to the file."""
-    columns, faults = read_columns(file)
-    paths = [file.parent / cell for cell in columns["path"]]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        more = ", ..." if len(missing) > 5 else ""
-        faults.append(f"{len(missing)} of {len(paths)} files are missing: {', '.join(missing[:5])}{more}")
-    names = [[name.strip() for name in re.split("[;|]", cell) if name.strip()] for cell in columns["label"]]
-    if not multi_label and (wrong := [row for row, found in enumerate(names, 2) if len(found) != 1]):
-        faults.append(f"{len(wrong)} rows have no label or several, first row {wrong[0]}: that needs loss='multi_label'")
-    cells = [cell.strip().lower() for cell in columns["split"]]
-    faults += [f"split '{cell}' is none of {', '.join(SPLITS)}" for cell in sorted(set(cells) - set(SPLITS))]
-    splits = [SPLITS.get(cell) for cell in cells]
-    parts = ["train", "val" if "val" in splits else "test"] if splits else []
-    seen = [{name for split, found in zip(splits, names, strict=False) if split == part for name in found} for part in parts]
-    if parts and seen[0] != seen[1]:
-        faults.append(f"the classes differ: {class_difference(seen[0], seen[1], parts[1])}")
-    if faults:
-        raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
-
-    classes = sorted({name for found in names for name in found})
-    labels: Values
-    if multi_label:
-        labels = np.array([[name in found for name in classes] for found in names], np.uint8)
-    else:
-        number = {name: i for i, name in enumerate(classes)}
-        labels = [number[found[0]] for found in names]
-    subgroups = [cell.strip() or "none" for cell in columns["subgroup"]]
-    images = ImageList(paths, labels, read_image, subgroups or None)
-    if not parts:
-        return [images], classes
-    return [images.part([i for i, split in enumerate(splits) if split == part]) for part in parts], classes
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is a program's own: .ipynb_checkpoints, __MACOSX, macOS's ._photo.jpg."""
+    return name.startswith(".") or name.lower() in HIDDEN
 
 
-def read_columns(file: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """(the cells of each of COLUMNS, an empty list for one that is not there, a sentence for each that is missing)."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            header, *rows = [row for row in csv.reader(lines) if row] or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"data: can't read {file}: {error}") from None
-    header, columns, faults = [cell.strip().lower() for cell in header], {}, []
-    for kind, accepted in COLUMNS.items():
-        at = next((header.index(name) for name in accepted if name in header), None)
-        columns[kind] = [] if at is None else [row[at] if at < len(row) else "" for row in rows]
-        if at is None and kind in ("path", "label"):
-            faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
-    return columns, faults
+class Finder:
+    """Finds the image files below folders, and keeps what it leaves out: paths, by the reason.
 
+    With `once`, a file to which several paths lead, by links, is found by the first; `found` has it by its device and number.
+    """
 
-def read_image(item: Any, load: Callable[[Any], Image.Image] = Image.open, where: Callable[[Any], str] = str) -> Image.Image:
-    """An image file, or what `load` makes of an item, as RGB; raises RecipeError with its path if it can't be read."""
-    try:
-        with load(item) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for a broken PNG
-        text = f"can't read the image {where(item)}: {str(error).partition(' <')[0]}"
-        raise RecipeError(text, one_process=True) from error
+    def __init__(self, once: bool = True):
+        self.once = once
+        self.found: dict[tuple[int, int], str] = {}
+        self.left_out: dict[str, list[str]] = {}
 
+    def find(self, root: str | Path) -> list[str]:
+        """The files below a folder, in torchvision's order: by their folder, then by their name.
 
-def from_folder(root: Path, seed: int, check: bool = True) -> ImageData:
-    """train/ and val/ (or test/) with a folder for each class; of class folders alone, a fifth is for validation."""
-    if not (root / "train").is_dir():
-        images, classes = class_folders(root, check)
-        return from_lists([images], classes, root, seed)
-    val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if val is None:
-        raise RecipeError(f"data: {root} has train/ but neither val/ nor test/ beside it")
-    (train, classes), (val_images, val_classes) = class_folders(root / "train", check), class_folders(val, check)
-    if classes != val_classes:
-        difference = class_difference(classes, val_classes, val.name)
-        raise RecipeError(f"data: the classes of {root / 'train'} and {val} differ: {difference}")
-    return ImageData(train, val_images, classes)
+        Raises:
+            RecipeError: for a folder that can't be listed.
+        """
+        files, folders_seen = [], set()
+        for folder, folders, names in os.walk(root, followlinks=True, onerror=can_not_list):
+            known = os.stat(folder)
+            if (known.st_dev, known.st_ino) in folders_seen:  # a loop of links, or the same folder by another name
+                self.leave_out("linked folders whose images are there already", folder)
+                folders.clear()
+                continue
+            folders_seen.add((known.st_dev, known.st_ino))
+            for name in filter(is_hidden, folders):
+                self.leave_out("hidden folders", os.path.join(folder, name))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            files += [(folder, name) for name in sorted(names) if self.wants(os.path.join(folder, name))]
+        return [os.path.join(folder, name) for folder, name in sorted(files)]
 
-
-def class_difference(train: Iterable[str], val: Iterable[str], val_name: str) -> str:
-    """Which classes are in one of the two parts alone, in words."""
-    only_train, only_val = (", ".join(sorted({*a} - {*b})) or "none" for a, b in ((train, val), (val, train)))
-    return f"only in train: {only_train}; only in {val_name}: {only_val}"
-
-
-def class_folders(root: Path, check: bool) -> tuple[ImageList, tuple[str, ...]]:
-    """(images, classes) of a folder of class folders, as torchvision reads it; `check` opens every image."""
-    try:
-        folder = ImageFolder(root, allow_empty=True)
-    except FileNotFoundError:
-        raise RecipeError(
-            f"data: {root} has no class folders. Wanted: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
-        ) from None
-    empty = [str(root / name) for label, name in enumerate(folder.classes) if label not in set(folder.targets)]
-    if empty:
-        found = f"class folder{'s' * (len(empty) > 1)} {', '.join(empty)}"
-        raise RecipeError(f"data: no images in {found} (looked for {', '.join(IMG_EXTENSIONS)})")
-    if len(folder.classes) < 2:
-        raise RecipeError(f"data: {root} has one class, '{folder.classes[0]}'; there must be at least 2")
-    checked = folder.samples if check else []
-    for path, _ in progress(checked, len(checked), f"checking the images of {root.name}", os.environ.get("RANK", "0") == "0"):
+    def wants(self, path: str) -> bool:
+        """Whether a file counts as an image, by its name; one that can't be read is to be named later, not left out here."""
+        name = os.path.basename(path)
+        ending = os.path.splitext(name)[1].lower()
+        if is_hidden(name):
+            if ending in ENDINGS:
+                self.leave_out("hidden files", path)
+            return False
+        if ending not in ENDINGS:
+            self.leave_out(f"files that end in {ending}" if ending else "files without an ending", path)
+            return False
         try:
-            Image.open(path).close()  # reads the header only
-        except OSError as error:
-            raise RecipeError(f"can't read the image {path}: {str(error).partition(' <')[0]}") from error
-    return ImageList([path for path, _ in folder.samples], folder.targets, read_image), tuple(map(readable, folder.classes))
+            known = os.stat(path)
+        except OSError:
+            return True
+        if not stat.S_ISREG(known.st_mode):
+            self.leave_out("pipes or devices", path)
+            return False
+        first = self.found.setdefault((known.st_dev, known.st_ino), path)
+        if self.once and first != path:
+            self.leave_out(LINKED, path)
+            return False
+        return True
+
+    def first(self, path: str) -> str:
+        """The path by which a file was found first."""
+        known = os.stat(path)
+        return self.found[known.st_dev, known.st_ino]
+
+    def leave_out(self, reason: str, path: str) -> None:
+        self.left_out.setdefault(reason, []).append(path)
+
+    def describe(self) -> str:
+        """What was left out, by reason, each with its number and an example; "" if nothing was."""
+        return ", ".join(f"{why}: {len(paths)} ({os.path.basename(paths[0])})" for why, paths in self.left_out.items())
+
+
+def can_not_list(error: OSError) -> None:
+    raise RecipeError(f"data: can't list the folder {error.filename}: {error.strerror}") from error
+
+
+def list_folders(root: Path) -> list[str]:
+    """The names of a folder's folders but for hidden ones, sorted."""
+    try:
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+    except OSError as error:
+        raise RecipeError(f"data: can't list the folder {root}: {error.strerror}") from error
+
+
+def from_folder(root: Path) -> tuple[list[ImageList], Sequence[str]]:
+    """([training images, validation images], or all in one list, classes) of a folder of class folders, or of splits."""
+    train, val = split_folders(root)
+    if train is None or val is None:
+        images, classes = class_folders(root)
+        return [images], classes
+    (images, classes), (val_images, val_classes) = class_folders(train), class_folders(val)
+    if classes != val_classes:
+        difference = class_difference(classes, val_classes, ("in train", f"in {val.name}"))
+        raise RecipeError(f"data: the classes of {train} and {val} differ: {difference}")
+    return [images, val_images], classes
+
+
+def split_folders(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of the training and the validation images, by their names in any case; (None, None) if all are classes.
+
+    Raises:
+        RecipeError: where the names leave it open.
+    """
+    names = list_folders(root)
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(SPLITS.get(name.lower(), "class"), []).append(name)
+    if "train" not in parts:
+        words = [{SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS} for name in names]
+        if names and all(words):
+            there = ", ".join(f"{name}/" for name in names)
+            raise RecipeError(
+                f"data: {root} has {there} and no class folders: call them train/ and val/ if that is what they are"
+            )
+        return None, None
+    part = next((part for part in ("val", "test") if part in parts), None)
+    if part is None:
+        raise RecipeError(f"data: {root} has {parts['train'][0]}/ but neither val/ nor test/ beside it")
+    for found in (parts["train"], parts[part]):
+        if len(found) > 1:
+            raise RecipeError(f"data: {root} has {' and '.join(f'{name}/' for name in found)}: leave one of them")
+    train, val = parts["train"][0], parts[part][0]
+    if others := [name for name in names if name not in (train, val)]:
+        note(f"data: of {root} only {train}/ and {val}/ are used, not {', '.join(f'{name}/' for name in others)}")
+    return root / train, root / val
+
+
+def evaluation_folder(root: Path) -> Path:
+    """The folder of the validation images, else of the test images, else the folder itself."""
+    parts = {SPLITS.get(name.lower()): root / name for name in reversed(list_folders(root))}
+    return parts.get("val") or parts.get("test") or root
+
+
+def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
+    """(images, classes) of a folder of class folders, in the order of torchvision's ImageFolder.
+
+    Raises:
+        RecipeError: for a class without images, for less than two classes, and for a file in two.
+    """
+    classes, finder = list_folders(root), Finder()
+    if not classes:
+        raise RecipeError(f"data: {root} has no class folders. {describe_kind(root)}")
+    paths: list[str] = []
+    labels: list[int] = []
+    empty = []
+    for label, name in enumerate(classes):
+        found = finder.find(root / name)
+        paths += found
+        labels += [label] * len(found)
+        if not found:
+            empty.append(str(root / name))
+    twice = [(finder.first(path), path) for path in finder.left_out.get(LINKED, [])]
+    if conflicts := [pair for pair in twice if len({Path(path).relative_to(root).parts[0] for path in pair}) > 1]:
+        raise RecipeError(f"data: {len(conflicts)} files are in two classes, by links: {' is '.join(conflicts[0])}")
+    left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
+    if empty:
+        raise RecipeError(f"data: no images in class folder{'s' * (len(empty) > 1)} {', '.join(empty)}{left_out}")
+    if len(classes) < 2:
+        inner = root / classes[0]
+        hint = f". Did you mean {inner}?" if list_folders(inner) else ""
+        raise RecipeError(f"data: {root} has one class, '{classes[0]}'; there must be at least 2{hint}")
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.is_dir() and is_hidden(entry.name):
+            finder.leave_out("hidden folders", entry.path)
+        elif entry.is_file() and Path(entry.name).suffix.lower() in ENDINGS and not is_hidden(entry.name):
+            finder.leave_out("images beside the class folders", entry.path)
+    if finder.left_out:
+        note(f"left out of {root}: {finder.describe()}")
+    return ImageList(paths, labels, read_image), tuple(map(readable, classes))
+
+
+def describe_kind(root: Path) -> str:
+    """What a folder without class folders may be instead, and what is wanted."""
+    names = sorted(path.name for path in root.iterdir())
+    if tars := [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]:
+        return f"Of WebDataset's shards, those called train-*.tar and val-*.tar are read, not compressed; there is {tars[0]}"
+    if "dataset_dict.json" in names or any(name.endswith((".parquet", ".arrow")) for name in names):
+        return f"A set of the package datasets is named hf/{root}"
+    return "Wanted: train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg"
+
+
+def class_difference(one: Iterable[str], other: Iterable[str], places: tuple[str, str]) -> str:
+    """Which classes are in one of two places alone, in words; names that only look alike are spelt out."""
+    alone = [sorted({*a} - {*b}) for a, b in ((one, other), (other, one))]
+    plain = [[unicodedata.normalize("NFC", name).strip() for name in names] for names in alone]
+    alike = {*plain[0]} & {*plain[1]}
+    shown = [
+        [ascii(name) if same in alike else name for name, same in zip(*both, strict=True)]
+        for both in zip(alone, plain, strict=True)
+    ]
+    return "; ".join(f"only {place}: {', '.join(names) or 'none'}" for place, names in zip(places, shown, strict=True))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.cache import image_cache
 from finetune.data.dataset import ImageList, Images, labels_of
+from finetune.data.decode import WHITE, Colour, read_image
 from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
@@ -123,6 +124,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     on_bad_image: str = "stop"
     multi_label: bool = False
     memory_format: torch.memory_format = torch.channels_last  # of the batches
+    background: Colour = WHITE  # behind what is transparent
 
     def __post_init__(self) -> None:
         self.cache = image_cache(len(self.images)) if isinstance(self.images, ImageList) else None
@@ -156,7 +158,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             assert isinstance(self.images, ImageList)  # only a list is kept in memory
             return pixels, self.images.labels[index]
         image, label = self.images[index]
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(read_image(image, lambda image: image, lambda _: str(index), self.background))
         if self.cache is not None:
             self.cache.keep(index, pixels)
         return pixels, label

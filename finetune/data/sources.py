@@ -1,6 +1,9 @@
 """The images of a recipe's source: a named data set, a folder, a table or a function of the recipe."""
 
-from collections.abc import Callable
+import csv
+import os
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from finetune.data.builtin import digits, elpv, generated
-from finetune.data.dataset import ImageData, from_lists, held_out
-from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision
-from finetune.data.folders import from_csv, from_folder
+from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_files, from_lists, held_out, note_shared_files
+from finetune.data.decode import read_image, to_rgb
+from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards
+from finetune.data.folders import class_difference, from_folder
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import nearest
+from finetune.utils.text import nearest, note
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -25,9 +29,17 @@ def load_data(recipe: Recipe) -> ImageData:
 
 def whole_data(recipe: Recipe) -> ImageData:
     """The training and validation images of the recipe's source."""
-    source, multi_label = recipe.data.source, recipe.loss == "multi_label"
+    source = recipe.data.source
     if callable(source):
-        return from_function(source, multi_label)
+        return from_function(source, recipe.loss == "multi_label")
+    data = read_source(source, recipe)
+    assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
+    train, val = (part.on_background(recipe.data.background) for part in (data.train, data.val))
+    return ImageData(train, val, data.classes)
+
+
+def read_source(source: str, recipe: Recipe) -> ImageData:
+    """The images that a source names."""
     if source in NAMED:
         return NAMED[source]()
     if source.startswith("torchvision/"):
@@ -35,15 +47,20 @@ def whole_data(recipe: Recipe) -> ImageData:
     if source.startswith("hf/"):
         return from_lists(*from_hub(source.removeprefix("hf/")), source, seed=0)
     if source.lower().endswith(".csv"):
-        return from_lists(*from_csv(Path(source), multi_label), source, recipe.seed)
-    if any(Path(source).glob("train-*.tar")):
+        parts, classes = from_csv(Path(source), recipe.loss == "multi_label")
+    elif Path(source).is_dir() and has_shards(Path(source)):
         return from_lists(*from_shards(Path(source)), source, recipe.seed)
-    if Path(source).is_dir():
-        return from_folder(Path(source), recipe.seed, check=recipe.data.on_bad_image == "stop")
-    raise RecipeError(
-        f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
-        f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
-    )
+    elif Path(source).is_dir():
+        parts, classes = from_folder(Path(source))
+    else:
+        raise RecipeError(
+            f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
+            f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
+        )
+    check_files(parts, classes, recipe.data.on_bad_image)
+    data = from_lists(parts, classes, source, recipe.seed)
+    note_shared_files(data)
+    return data
 
 
 def torchvision_data(name: str) -> ImageData:
@@ -87,7 +104,7 @@ def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
         train, val = source()
         classes, sizes = tuple(train.classes), (len(train), len(val))
         image, label = train[0]
-        image.convert, np.asarray(label, dtype=float)
+        to_rgb(image), np.asarray(label, dtype=float)
         if np.shape(label) not in (((), (len(classes),)) if multi_label else ((),)):
             raise ValueError(
                 f"a label has the shape {np.shape(label)}"
@@ -104,3 +121,100 @@ def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
             f"of {len(classes)} classes; there must be some of each, and 2 classes"
         )
     return ImageData(train, val, classes)
+
+
+COLUMNS = {  # of a table, by any of these names; the last two are optional
+    "path": ("path", "file", "filename", "image"),
+    "label": ("label", "class", "target"),
+    "split": ("split",),
+    "subgroup": ("subgroup",),
+}
+
+
+def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[str]]:
+    """([training images, validation images], or all in one list, classes) of a table; paths are relative to the file.
+
+    Raises:
+        RecipeError: with all that is not in order, in one go.
+    """
+    columns, rows = read_columns(file)
+    paths = [file.parent / cell.strip() for cell in columns["path"]]
+    names = [[name.strip() for name in re.split("[;|]", cell) if name.strip()] for cell in columns["label"]]
+    cells = [cell.strip().lower() for cell in columns["split"]]
+    faults = [f"split '{cell}' is none of {', '.join(SPLITS)}" for cell in sorted(set(cells) - set(SPLITS))]
+    splits = [SPLITS.get(cell, "") for cell in cells]
+    faults += find_faults(columns["path"], paths, names, rows, multi_label)
+    first: dict[str, int] = {}  # row of each file, whatever links lead to it
+    files = [os.path.realpath(path) for path in paths]
+    earlier = [(at, i) for i, at in enumerate(map(first.setdefault, files, range(len(files)))) if at != i]
+    if other := [pair for pair in earlier if sorted(names[pair[0]]) != sorted(names[pair[1]])]:
+        said = " and ".join(f"'{columns['label'][i]}' in row {rows[i]}" for i in other[0])
+        cell = columns["path"][other[0][0]]
+        faults.append(f"{len(other)} rows give a file another label, such as {cell}: {said}; several belong in one cell")
+    parts = ["train", "val" if "val" in splits else "test"] if splits else []
+    once = {(name, splits[i] if splits else ""): i for i, name in reversed([*enumerate(files)])}
+    used = sorted(i for (_, split), i in once.items() if not parts or split in parts)
+    seen = [{name for i in used if splits[i] == part for name in names[i]} for part in parts]
+    if parts and seen[0] != seen[1]:
+        faults.append(f"the classes differ: {class_difference(seen[0], seen[1], ('in train', f'in {parts[1]}'))}")
+    if faults:
+        raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
+
+    if repeated := len(files) - len(once):
+        note(f"left out of {file}: {repeated} rows that repeat a file and its label")
+    if unused := len(once) - len(used):
+        note(f"left out of {file}: {unused} rows of the split test, as there is one for validation")
+    classes = sorted({name for i in used for name in names[i]})
+    labels: Values
+    if multi_label:
+        labels = np.array([[name in found for name in classes] for found in names], np.uint8)
+    else:
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number.get(found[0], -1) for found in names]  # -1: in rows that are not used
+    subgroups = [cell.strip() or "none" for cell in columns["subgroup"]]
+    images = ImageList(paths, labels, read_image, subgroups or None)
+    if not parts:
+        return [images.part(used)], classes
+    return [images.part([i for i in used if splits[i] == part]) for part in parts], classes
+
+
+def find_faults(
+    cells: Sequence[str], paths: Sequence[Path], names: Sequence[Sequence[str]], rows: Sequence[int], multi_label: bool
+) -> list[str]:
+    """A sentence for each thing that is wrong with a table's paths or labels."""
+    faults = []
+    if urls := [row for row, cell in zip(rows, cells, strict=True) if re.match(r"\s*[a-z0-9]+://", cell, re.I)]:
+        faults.append(f"{len(urls)} rows have URLs, first row {urls[0]}: nothing is fetched, download the images first")
+    elif missing := [str(path) for path in paths if not path.is_file()]:
+        more = ", ..." if len(missing) > 5 else ""
+        faults.append(f"{len(missing)} of {len(paths)} files are missing: {', '.join(missing[:5])}{more}")
+    if not multi_label and (none := [row for row, found in zip(rows, names, strict=True) if not found]):
+        faults.append(f"{len(none)} rows have no label, first row {none[0]}")
+    if not multi_label and (several := [row for row, found in zip(rows, names, strict=True) if len(found) > 1]):
+        faults.append(f"{len(several)} rows have several labels, first row {several[0]}: that needs loss='multi_label'")
+    return faults
+
+
+def read_columns(file: Path) -> tuple[dict[str, list[str]], list[int]]:
+    """(the cells of each of COLUMNS, an empty list for one that is not there, the number of each row)."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            filled = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if any(cell.strip() for cell in row)]
+        if any("\0" in cell for _, row in filled for cell in row):
+            raise ValueError("there are NUL bytes in it")
+    except (OSError, ValueError, csv.Error) as error:
+        raise RecipeError(f"data: can't read {file}: {error}; wanted: a table in UTF-8, its cells divided by commas") from None
+    (_, header), *found = filled or [(1, [])]
+    columns: dict[str, list[str]] = {}
+    faults = []
+    header = [cell.strip().lower() for cell in header]
+    for kind, accepted in COLUMNS.items():
+        at = next((header.index(name) for name in accepted if name in header), None)
+        columns[kind] = [] if at is None else [row[at] if at < len(row) else "" for _, row in found]
+        if at is None and kind in ("path", "label"):
+            faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
+    if divider := next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None):
+        faults = [f"its cells are divided by {'tabs' if divider == chr(9) else divider}, not by commas: {header[0]}"]
+    if faults:
+        raise RecipeError("\n  ".join([f"data: {file} is not in order:", *faults]))
+    return columns, [number for number, _ in found]

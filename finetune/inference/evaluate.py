@@ -1,27 +1,32 @@
 """A trained model measured on labelled images."""
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from finetune.data.dataset import ImageList
-from finetune.data.folders import class_folders
+from finetune.data.dataset import ImageList, Values, check_files, file_digest, recorded_digests
+from finetune.data.external import has_shards
+from finetune.data.folders import class_difference, class_folders, evaluation_folder, from_folder
 from finetune.data.loader import is_unreadable
-from finetune.data.sources import NAMED, load_data
+from finetune.data.sources import NAMED, from_csv, load_data
 from finetune.inference.predict import compute_logits
-from finetune.models.saved import SavedModel, load_model
+from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Recipe
+from finetune.recipe.load import check_named_set
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
-from finetune.results.plots import plot_confusion_matrix
+from finetune.results.plots import plot_confusion_matrix, shorten
 from finetune.training.evaluate import compute_metrics, confusion_matrix
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
-from finetune.utils.text import align_columns
+from finetune.utils.text import align_columns, note
 
 
 def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
@@ -37,13 +42,16 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
         check_folder(output)
     if output and (output / "confusion.png").exists():
         raise RecipeError(f"{output / 'confusion.png'} is there already; name another --output")
-    return {"model": str(source), **evaluate_model(load_model(source), data, output, workers)}
+    model, (_, run) = load_model(source), find_model(source)
+    return {"model": str(source), **evaluate_model(model, data, output, workers, run)}
 
 
-def evaluate_model(model: SavedModel, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
-    """`evaluate` of a model that is loaded already."""
+def evaluate_model(
+    model: SavedModel, data: str | Path, output: Path | None = None, workers: int = 0, run: Path | None = None
+) -> dict[str, Any]:
+    """`evaluate` of a model that is loaded already, and of the run that it comes from, if it does."""
     recipe, classes = model.recipe, model.classes
-    images = load_labelled_images(str(data), recipe, classes)
+    images = load_labelled_images(str(data), recipe, classes, run)
     logits, labels = compute_logits(model, images, recipe.data.on_bad_image, workers)
     result = {
         "data": str(data),
@@ -56,31 +64,82 @@ def evaluate_model(model: SavedModel, data: str | Path, output: Path | None = No
         result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
-            plot_confusion_matrix(output, logits, labels, classes, f"{to_dict(recipe.backbone)} on {Path(data).name}")
+            plot_confusion_matrix(
+                output, logits, labels, classes, shorten(f"{to_dict(recipe.backbone)} on {Path(data).name}", 80)
+            )
     return result
 
 
-def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...]) -> ImageList:
-    """The val/ of a folder, else its test/, else its class folders, with labels in the order of `classes`.
+def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], run: Path | None = None) -> ImageList:
+    """The validation images of a source, else its test images, else all that it has, with labels in the order of `classes`.
 
-    Of a named set, and of the folder that the run was trained on, the validation images only.
+    Of the images that `run` was trained on, wherever they lie by now, only those that it kept for validation.
     """
-    own = recipe.data.source
-    if data in NAMED or (isinstance(own, str) and Path(data).is_dir() and Path(own).absolute() == Path(data).absolute()):
-        loaded = load_data(replace(recipe, data=replace(recipe.data, source=data)))
-        assert isinstance(loaded.val, ImageList)  # as of every source but a function
-        names, images = loaded.classes, loaded.val
-    elif Path(data).is_dir():
-        part = next((Path(data) / name for name in ("val", "test") if (Path(data) / name).is_dir()), Path(data))
-        images, names = class_folders(part, check=recipe.data.on_bad_image == "stop")
+    check_named_set(data)
+    own, record = recipe.data.source, run and run / "images.csv"
+    same = isinstance(own, str) and os.path.exists(data) and os.path.realpath(own) == os.path.realpath(data)
+    recorded = record is not None and record.is_file()
+    if not Path(data).exists() or (same and not recorded) or Path(data).is_dir() and has_shards(Path(data)):
+        images, names = load_named(data, recipe)
     else:
-        raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
+        images, names = load_files(Path(data), recipe, whole=same)
     if set(names) != set(classes):
-        only = [", ".join(sorted(set(a) - set(b))[:10]) or "none" for a, b in ((classes, names), (names, classes))]
-        raise RecipeError(
-            f"the classes of the model and of {data} differ: only the model has: {only[0]}; only {data} has: {only[1]}"
-        )
-    return ImageList(images.items, [classes.index(names[label]) for label in images.labels], images.read)
+        difference = class_difference(classes, names, ("the model has", f"{data} has"))
+        raise RecipeError(f"the classes of the model and of {data} differ: {difference}")
+    if record and recorded and isinstance(images.items[0], str | Path):
+        images = leave_out_trained(images, record, same)
+    if np.ndim(images.labels[0]):
+        labels: Values = np.asarray(images.labels)[:, [names.index(name) for name in classes]]
+    else:
+        labels = [classes.index(names[label]) for label in images.labels]
+    return ImageList(images.items, labels, images.read, images.subgroups).on_background(recipe.data.background)
+
+
+def load_named(data: str, recipe: Recipe) -> tuple[ImageList, Sequence[str]]:
+    """(validation images, classes) of a source as a run has them."""
+    if data not in NAMED and not data.startswith(("hf/", "torchvision/")) and not Path(data).exists():
+        raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
+    loaded = load_data(replace(recipe, data=replace(recipe.data, source=data)))
+    assert isinstance(loaded.val, ImageList)  # as of every source but a function
+    return loaded.val, loaded.classes
+
+
+def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequence[str]]:
+    """(images, classes) of a table or a folder: all of it if `whole`, else its validation or test part, if it has one."""
+    names: Sequence[str]
+    if data.suffix.lower() == ".csv":
+        parts, names = from_csv(data, recipe.loss == "multi_label")
+    elif not data.is_dir():
+        raise RecipeError(f"--data {data} is neither a folder nor a CSV")
+    elif whole:
+        parts, names = from_folder(data)
+    else:
+        images, names = class_folders(evaluation_folder(data))
+        parts = [images]
+    parts = parts if whole else parts[-1:]
+    check_files(parts, names, recipe.data.on_bad_image)
+    items, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
+    return ImageList(items, labels, parts[0].read), names
+
+
+def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
+    """Those of a run's own images that it kept for validation, told by their content; of other images, all."""
+    digests = [file_digest(path) for path in images.items]
+    trained, missing, kept = set(recorded_digests(record, "train")), Counter(recorded_digests(record, "val")), list[int]()
+    for i, digest in enumerate(digests):
+        if missing[digest] > 0:
+            missing[digest] -= 1
+            kept.append(i)
+    seen = sum(digests[i] in trained for i in {*range(len(digests))} - {*kept})
+    if kept and (seen or same):
+        if more := [f"{n} {what}" for n, what in ((seen, "trained on"), (len(images) - len(kept) - seen, "new")) if n]:
+            note(f"evaluated: the {len(kept)} images that the run kept for validation; left out: {', '.join(more)}")
+        if gone := missing.total():
+            note(f"{gone} of the images that the run kept for validation are not there any more")
+        return images.part(kept)
+    if seen:
+        note(f"{seen} of these {len(images)} images were trained on: the metrics will be better than on new ones")
+    return images
 
 
 def class_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:

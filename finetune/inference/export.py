@@ -13,6 +13,7 @@ from timm.data import create_transform
 from torch import nn
 
 from finetune.data.builtin import generated
+from finetune.data.decode import WHITE, to_rgb
 from finetune.data.sources import load_data
 from finetune.inference.model_card import model_card
 from finetune.models.saved import SavedModel, find_model, load_model
@@ -152,7 +153,7 @@ def example_images(model: SavedModel) -> Examples:
     except RecipeError:
         images, kind = generated().val, "8 generated images"
     transform = create_transform(**model.preprocessing)
-    chosen = [transform(images[i * len(images) // 8][0].convert("RGB")) for i in range(8)]
+    chosen = [transform(to_rgb(images[i * len(images) // 8][0], model.recipe.data.background)) for i in range(8)]
     return Examples(torch.stack(chosen), kind)
 
 
@@ -160,7 +161,11 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
     """All that a program needs beside the network to get from an image file to probabilities."""
     inputs, size = model.preprocessing, model.preprocessing["input_size"][1]
     resize = math.floor(size / inputs["crop_pct"])
+    background = "white" if model.recipe.data.background == WHITE else f"RGB {model.recipe.data.background}"
     steps = [
+        "upright, as the EXIF orientation says",
+        "8 bits: of 16 the higher 8; of floats from 0 to 1, 255 times as much, rounded",
+        f"what is transparent composited on {background}",
         f"RGB; resized by PIL, {inputs['interpolation']}: {RESIZE[inputs['crop_mode']].format(resize)}",
         f"the middle {size} x {size} pixels",
         "divided by 255, minus mean, divided by std, channel by channel",

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.inference.evaluate import evaluate_model
 from finetune.inference.export import export
 from finetune.inference.predict import predict_images
-from finetune.models.saved import SavedModel, choose_model, load_model
+from finetune.models.saved import SavedModel, choose_model, find_model, load_model
 from finetune.training.run_dir import find_run
 
 
@@ -33,7 +33,7 @@ class Model:
 
     def evaluate(self, data: str | Path, workers: int = 0) -> dict[str, Any]:
         """The metrics on labelled images: class folders, alone or under val/ or test/, or a named set."""
-        return evaluate_model(self.saved, data, workers=workers)
+        return evaluate_model(self.saved, data, workers=workers, run=find_model(self.source)[1])
 
     def export(self, to: str, output: str | Path | None = None) -> Path:
         """Write the model for "timm", "onnx" or "torch", and return the folder."""

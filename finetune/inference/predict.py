@@ -3,18 +3,20 @@
 import csv
 import glob
 import io
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from finetune.data.dataset import ImageList, Images
-from finetune.data.folders import read_image
+from finetune.data.decode import open_file, read_image
+from finetune.data.folders import Finder
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import memory_format
@@ -22,23 +24,31 @@ from finetune.models.saved import SavedModel, load_model
 from finetune.training.evaluate import predict_logits
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import align_columns, print_error
+from finetune.utils.text import align_columns, note
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are named, folders' images (by torchvision's list of suffixes) however deep, and globs; each file once.
+    """Files as they are named, folders' images (by their endings) however deep, and globs; each path once.
 
     Raises:
         RecipeError: for a path that leads to no image.
     """
-    found = []
+    found, finder = [], Finder(once=False)
     for path in map(str, paths):
-        matches = map(Path, [path] if Path(path).exists() else glob.glob(path, recursive=True))
-        files = {file for match in matches for file in (match.rglob("*") if match.is_dir() else [match])}
-        images = sorted(file for file in files if file.suffix.lower() in IMG_EXTENSIONS or file == Path(path))
+        if Path(path).is_dir():
+            images = list(map(Path, finder.find(path)))
+        elif Path(path).exists():
+            images = [Path(path)]
+        else:  # a bracket may be part of a name
+            matches = glob.glob(path, recursive=True) or glob.glob(path.replace("[", "[[]"), recursive=True)
+            inside = (finder.find(match) if os.path.isdir(match) else [match] * finder.wants(match) for match in matches)
+            images = [Path(file) for files in inside for file in files]
         if not images:
-            raise RecipeError(f"no images in {path} (looked for {', '.join(IMG_EXTENSIONS)})")
-        found += images
+            left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
+            raise RecipeError(f"no images in {path}{left_out}")
+        found += sorted(images)
+    if finder.left_out:
+        note(f"not looked at: {finder.describe()}")
     return list(dict.fromkeys(found))
 
 
@@ -53,7 +63,8 @@ def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
     net.to(accelerator.device).to(memory_format=layout)
     several = recipe.loss == "multi_label"
-    dataset = ImageDataset(images, eval_transform(preprocessing), recipe.seed, classes, on_bad_image, several, layout)
+    background, transform = recipe.data.background, eval_transform(preprocessing)
+    dataset = ImageDataset(images, transform, recipe.seed, classes, on_bad_image, several, layout, background)
     return predict_logits(recipe, net, dataset, accelerator, RunOptions(workers=workers))
 
 
@@ -82,12 +93,9 @@ def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, worke
         RecipeError: if no image could be read.
     """
     classes, loss = model.classes, model.recipe.loss
-    logits, labels = compute_logits(model, ImageList(images, [0] * len(images), read_any), "skip", workers)
+    read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
+    logits, labels = compute_logits(model, ImageList(images, [0] * len(images), read), "skip", workers)
     seen = ~is_unreadable(labels)
-    if not seen.all():
-        print_error(f"{int((~seen).sum())} of {len(images)} images could not be read and were left out")
-    if not seen.any():
-        raise RecipeError("no image could be read")
     probs = logits.double().softmax(1) if loss == "cross_entropy" else logits.double().sigmoid()
     rows = []
     for i in seen.nonzero()[:, 0].tolist():
@@ -101,11 +109,21 @@ def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, worke
     return rows
 
 
-def read_any(item: Any) -> Image.Image:
-    """A path, a PIL image, an array or a tensor as an RGB image."""
+def open_any(item: Any) -> Image.Image:
+    """Pillow's image of a path, a PIL image, an array or a tensor."""
     if isinstance(item, str | Path):
-        return read_image(item)
-    return (item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))).convert("RGB")
+        return open_file(item)
+    if isinstance(item, Image.Image):
+        return item
+    pixels = np.asarray(item)
+    if pixels.dtype not in (np.uint8, np.uint16, np.bool_):
+        raise ValueError(f"an array of {pixels.dtype}, not of uint8")
+    return Image.fromarray(pixels)
+
+
+def name_of(item: Any) -> str:
+    """A path as it is; of all else, what it is."""
+    return str(item) if isinstance(item, str | Path) else f"given as {type(item).__name__}"
 
 
 def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked
 
+NAMED_SETS = ("digits", "elpv", "cifar10", "cifar100")  # and "generated", for --smoke
 Share = Annotated[float, "(0, 1]", "a share of the area"]
+Byte = Annotated[int, "[0, 255]"]
 Positive = Annotated[float, "(0, inf)"]
 
 
@@ -17,7 +19,7 @@ class Data(Checked):
 
     `source` is one of
 
-    - "digits", "elpv", "cifar10", "cifar100";
+    - "digits", "elpv", "cifar10", "cifar100" (a folder of that name: "./digits");
     - "torchvision/NAME": Flowers102, DTD, Food101, ...;
     - "hf/OWNER/NAME", "hf/OWNER/NAME:CONFIG" or "hf/PATH", read by the package datasets;
     - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split and subgroup;
@@ -33,6 +35,7 @@ class Data(Checked):
     crop_pct: Annotated[float, "(0, 1]"] | None = None  # share of the resized image that evaluation crops; None: the model's
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every image once, or as many draws, each class as often as any
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: an image that can't be read is named, counted and left out
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # red, green, blue behind what is transparent: white
     holdout: Annotated[float, "[0, 1)"] = 0.0  # evaluate on this share of the training images instead: to choose options
 
     def steps_per_epoch(self, num_images: int) -> int:

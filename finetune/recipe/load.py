@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 import finetune
 from finetune.recipe.checks import alternatives
+from finetune.recipe.data import NAMED_SETS
 from finetune.recipe.groups import Group, Optimizer
 from finetune.recipe.legacy import new_names
 from finetune.recipe.recipe import Recipe
@@ -102,6 +103,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, metavar=metavar, help=words)
 
 
+def check_named_set(data: Any) -> None:
+    """Raise RecipeError for a named set that a folder here is called like: who asked for it may mean either."""
+    if isinstance(data, str) and data in NAMED_SETS and Path(data).exists():
+        raise RecipeError(
+            f"'{data}' is a named set, and a folder here: --data ./{data} is the folder, --set data.source={data} the set"
+        )
+
+
 def flag_name(flag: str) -> str:
     """What argparse calls a flag's value: batch_size for --batch-size."""
     return flag.lstrip("-").replace("-", "_")
@@ -110,6 +119,7 @@ def flag_name(flag: str) -> str:
 def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
     """(recipe, file, name) of the recipe named on the command line, changed as asked there; a Recipe itself has no file."""
     recipe, file = (args.recipe, None) if isinstance(args.recipe, Recipe) else load_recipe(str(args.recipe))
+    check_named_set(args.data)
     given = {field: getattr(args, flag_name(flag)) for flag, (field, *_) in FLAGS.items()}
     text = {"data.source", "weights", "backbone"}  # of any look: a folder may be called 2024
     flags = [

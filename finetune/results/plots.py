@@ -4,12 +4,17 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures stay as they are
+from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
 from torch.nn.functional import max_pool2d
 
@@ -83,7 +88,8 @@ def plot_plan(file: Path, groups: Sequence[ParamGroup], steps_per_epoch: int, ep
     figure, axes = new_figure()
     plot_lrs(axes, planned_lrs(groups, steps, steps_per_epoch, epochs), steps, steps_per_epoch)
     axes.set_xlim(0, epochs)
-    figure.suptitle(f"{file.stem.removesuffix('-plan')}: learning rates as planned", fontsize="medium")
+    title = f"{shorten(file.stem.removesuffix('-plan'), 60)}: learning rates as planned"
+    figure.suptitle(title, fontsize="medium", **style(title))
     return save_figure(figure, [axes], file)
 
 
@@ -136,7 +142,8 @@ def draw_curves(run: Path, metric: str) -> Figure:
     legend_above(validation)
     tidy(loss, validation, norm, lr)
     result = f"{METRICS[metric]} {100 * epochs[-1][metric]:.2f} % after epoch {ends[-1]}"
-    figure.suptitle(run_title(run, result), fontsize="medium", parse_math=False)
+    title = run_title(run, result)
+    figure.suptitle(title, fontsize="medium", **style(title))
     return figure
 
 
@@ -150,8 +157,46 @@ def run_title(run: Path, result: str = "") -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """The text with its middle left out where it is longer."""
+    """The text, as it can be drawn, with its middle left out where it is longer."""
+    text = drawable(text)
     return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
+
+
+def drawable(text: str) -> str:
+    """The text with an escape such as \\u732b for each character that is no print, or that no font here has."""
+    missing = missing_characters(text)
+    fonts = find_fonts(missing)
+    kept = (one if one.isprintable() and (one not in missing or one in fonts) else ascii(one)[1:-1] for one in text)
+    return "".join(kept)
+
+
+def style(text: str, family: str = "sans-serif") -> dict[str, Any]:
+    """Arguments with which matplotlib draws the text as it is: no formulas, and fonts that have its characters."""
+    return {"parse_math": False, "fontfamily": [family, *sorted(set(find_fonts(missing_characters(text)).values()))]}
+
+
+def missing_characters(text: str) -> frozenset[str]:
+    """The characters of a text that matplotlib's own font does not have."""
+    return frozenset(one for one in text if not one.isascii() and ord(one) not in usual_characters())
+
+
+@cache
+def usual_characters() -> frozenset[int]:
+    return frozenset(FT2Font(font_manager.findfont(FontProperties(family=["sans-serif"]))).get_charmap())
+
+
+@cache
+def find_fonts(characters: frozenset[str]) -> dict[str, str]:
+    """A font of this machine for each of the characters that one has."""
+    found: dict[str, str] = {}
+    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: entry.name) if characters else ():
+        if characters == found.keys():
+            break
+        with suppress(Exception):  # a font that matplotlib can't use
+            font = FT2Font(entry.fname)
+            there = font.get_charmap() if font.scalable and not entry.name.startswith("Last Resort") else {}  # boxes
+            found |= {one: entry.name for one in characters - found.keys() if ord(one) in there}
+    return found
 
 
 def plot_confusion_matrix(
@@ -171,7 +216,8 @@ def plot_confusion_matrix(
     cells = max_pool2d(shares[None], size, ceil_mode=True)[0].sqrt()  # the root: one image of fifty is seen, too
     axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(-0.5, (n := len(cells) * size) - 0.5, n - 0.5, -0.5))
     result = f"{right} of {int(counts.sum())} images predicted as they are labelled"
-    figure.suptitle("\n".join(filter(None, [title, result])), fontsize="medium", parse_math=False)
+    title = "\n".join(filter(None, [title, result]))
+    figure.suptitle(title, fontsize="medium", **style(title))
     axes.set(xlabel="predicted", ylabel="labelled")
     if few:
         write_cells(axes, counts, shares, [shorten(name, 24) for name in classes])
@@ -182,14 +228,15 @@ def plot_confusion_matrix(
             axes.plot(guess, label, "o", markersize=8, fillstyle="none", color="C3", markeredgewidth=0.8, clip_on=False)
         below[0].set_axis_off()
         text = describe_confusions(counts, confusions, classes)
-        below[0].text(0.5, 1, text, ha="center", va="top", ma="left", family="monospace", fontsize=8, parse_math=False)
+        below[0].text(0.5, 1, text, ha="center", va="top", ma="left", fontsize=8, **style(text, "monospace"))
     return save_figure(figure, [], run / "confusion.png")
 
 
 def write_cells(axes: Axes, counts: torch.Tensor, shares: torch.Tensor, names: Sequence[str]) -> None:
     """The names of the classes along both sides, and the number of images in each cell."""
-    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)
+    drawn = style("".join(names))
+    axes.set_xticks(range(len(names)), names, rotation=90, **drawn)
+    axes.set_yticks(range(len(names)), names, **drawn)
     size = min(14.0, 600 / len(names) / len(str(int(counts.max()))))  # a cell is about 400 points / classes wide
     for row, column in counts.nonzero().tolist():
         colour = "white" if shares[row, column] > 0.3 else "black"

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+from finetune.data.decode import to_rgb
 from finetune.data.loader import ImageDataset, is_unreadable
-from finetune.results.plots import run_title, save_figure, shorten
+from finetune.results.plots import run_title, save_figure, shorten, style
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import readable
 
@@ -40,8 +41,8 @@ def draw_sheet(tiles: Sequence[Tile], title: str, file: Path, columns: int = 4) 
         axes.imshow(tile.image)
         axes.set(xticks=[], yticks=[], anchor="S")
         axes.spines[:].set_visible(False)
-        axes.set_xlabel(tile.text, fontsize="small", color=tile.colour, parse_math=False)
-    figure.suptitle(title, fontsize="medium", parse_math=False)
+        axes.set_xlabel(tile.text, fontsize="small", color=tile.colour, **style(tile.text))
+    figure.suptitle(title, fontsize="medium", **style(title))
     return save_figure(figure, [], file)
 
 
@@ -129,7 +130,7 @@ def name_labels(images: ImageDataset, label: int | np.ndarray) -> str:
 
 def picture(images: ImageDataset, index: int) -> Image.Image:
     """An image as the data set has it."""
-    return images.images[index][0].convert("RGB")
+    return to_rgb(images.images[index][0], images.background)
 
 
 def name_of_image(images: ImageDataset, index: int) -> str:

@@ -5,7 +5,7 @@ import platform
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from finetune.results.sheets import plot_mistakes, plot_predictions
 from finetune.training.evaluate import best_row, compute_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
-from finetune.utils.text import WIDTH, colour
+from finetune.utils.text import WIDTH, colour, print_error
 
 VERDICTS = {"as expected": "green", "than expected": "yellow", "did not pay": "yellow"}
 ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then by the parameter's
@@ -40,20 +40,15 @@ ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then 
 def finish_run(
     recipe: Recipe, net: nn.Module, start: ParamsByGroup, images: ImageDataset, logger: Logger, smoke: bool
 ) -> dict[str, Any]:
-    """Write the finished run's last files and return its result; result.json, written last, makes it a finished run.
+    """Write the finished run's last files and return its result; result.json makes it a finished run, pictures come after it.
 
     `net` is the network whose metrics were logged, `start` its parameters from before the run, `images` are the validation
     images.
     """
     folder = logger.folder
     save_model(folder / "model", net, images.transform.preprocessing, images.classes)
-    plot_curves(folder, recipe.metric)
     predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
     logits, labels = predictions["logits"], predictions["labels"]
-    plot_predictions(folder, logits, labels, images)
-    if recipe.loss != "multi_label":
-        plot_confusion_matrix(folder, logits, labels, images.classes, run_title(folder))
-        plot_mistakes(folder, logits, labels, images)
     result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
@@ -63,7 +58,20 @@ def finish_run(
             for name in sorted(set(subgroups))
         }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    try_to(plot_curves, folder, recipe.metric)
+    try_to(plot_predictions, folder, logits, labels, images)
+    if recipe.loss != "multi_label":
+        try_to(plot_confusion_matrix, folder, logits, labels, images.classes, run_title(folder))
+        try_to(plot_mistakes, folder, logits, labels, images)
     return result
+
+
+def try_to(plot: Callable[..., Path | None], *arguments: Any) -> None:
+    """Draw a picture, or say why not: the result is there without it."""
+    try:
+        plot(*arguments)
+    except Exception as error:
+        print_error(f"no picture by {plot.__name__}: {type(error).__name__}: {error}")
 
 
 def run_result(recipe: Recipe, logger: Logger) -> dict[str, Any]:

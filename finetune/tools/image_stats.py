@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.dataset import ImageList
+from finetune.data.decode import open_file, orientation
 from finetune.data.sources import load_data
+from finetune.recipe.load import check_named_set
 from finetune.recipe.recipe import minimal_recipe
 
 
@@ -33,6 +35,7 @@ def compute_image_stats(source: str) -> ImageStats:
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
+    check_named_set(source)
     source = str(Path(source).resolve()) if Path(source).exists() else source
     data = load_data(minimal_recipe("resnet18", source, image_size=32))
     assert isinstance(data.train, ImageList)  # as of every source but a function
@@ -56,8 +59,8 @@ def image_size(images: ImageList, position: int) -> tuple[int, int]:
     """Width and height in pixels; of a file only the header is read."""
     item = images.items[position]
     if isinstance(item, str | Path):
-        with Image.open(item) as image:
-            return image.size
+        with open_file(item) as image:
+            return image.size[::-1] if (orientation(image) or 1) >= 5 else image.size
     return images[position][0].size
 
 

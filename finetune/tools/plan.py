@@ -45,6 +45,12 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     )
 
 
+def describe_classes(classes: Sequence[str]) -> str:
+    """The names of the classes, the first ten of many."""
+    more = f", ... ({len(classes)} in all)" if len(classes) > 10 else ""
+    return f"classes: {', '.join(classes[:10])}{more}"
+
+
 def describe_plan(name: str, recipe: Recipe, plan: Plan, wide: bool = False) -> str:
     """The plan: groups, learning rates, stages with their memory, layers; all of it if `wide`, else what 80 columns hold."""
     net, groups, size = plan

@@ -106,7 +106,7 @@ def suggest_recipe(
     return TEMPLATE.format(
         **dataclasses.asdict(stats)
         | {
-            "source": json.dumps(stats.source, ensure_ascii=False),
+            "source": json.dumps(stats.source, ensure_ascii=False) if stats.source.isprintable() else repr(stats.source),
             "num_classes": len(stats.classes),
             "colours": "grey" if stats.grey else "in colour",
             "target": Path(target).as_posix(),  # a docstring takes Windows's backslashes for escapes

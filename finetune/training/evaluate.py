@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -13,7 +14,8 @@ from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe
 from finetune.training.distributed import gather_strided
 from finetune.training.setup import DEFAULTS, RunOptions
-from finetune.utils.text import progress
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import print_error, progress
 
 
 @torch.no_grad()
@@ -44,7 +46,24 @@ def predict_logits(
         outputs.append(logits.float())
         targets.append(labels)
     total = len(images)
-    return gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()
+    logits, labels = gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()
+    if (missing := is_unreadable(labels)).any():
+        check_left_out(images, missing)
+        if accelerator.is_main_process:
+            which = "" if text == "images" else f" ({text})"
+            print_error(f"{int(missing.sum())} of {total} images could not be read and were left out{which}")
+    return logits, labels
+
+
+def check_left_out(images: ImageDataset, missing: torch.Tensor) -> None:
+    """Raise RecipeError if, without the `missing` images, bool [n], nothing is left of them all or of a class."""
+    if missing.all():
+        raise RecipeError("no image could be read")
+    labels = getattr(images.images, "labels", None)  # a function's data set need not know them
+    if labels is not None and np.ndim(labels) == 1:
+        gone = sorted({*np.asarray(labels).tolist()} - {*np.asarray(labels)[~missing.numpy()].tolist()})
+        if gone:
+            raise RecipeError(f"no image of class '{images.classes[gone[0]]}' could be read")
 
 
 def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
 
     def dataset(images: Images, transform: Transform) -> ImageDataset:
         several, layout = recipe.loss == "multi_label", memory_format(recipe, net)
-        return ImageDataset(images, transform, recipe.seed, data.classes, recipe.data.on_bad_image, several, layout)
+        bad, background = recipe.data.on_bad_image, recipe.data.background
+        return ImageDataset(images, transform, recipe.seed, data.classes, bad, several, layout, background)
 
     return dataset(data.train, training_transform(recipe, inputs)), dataset(data.val, eval_transform(inputs))
 

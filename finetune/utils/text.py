@@ -7,6 +7,8 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -30,9 +32,22 @@ def colour(text: str, name: str, stream: TextIO | None = None) -> str:
     return f"\033[{COLOURS[name]}m{text}\033[0m"
 
 
+def escape_output() -> None:
+    """Have stdout escape what it can't encode, such as a file name that is no UTF-8."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def print_error(text: object) -> None:
     """What a person can put right, on stderr."""
     print(f"{colour('finetune:', 'red', sys.stderr)} {text}", file=sys.stderr)
+
+
+@cache
+def note(text: str) -> None:
+    """What a person should know, on stderr: by the first process alone, and once."""
+    if os.environ.get("RANK", "0") == "0":
+        print_error(text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

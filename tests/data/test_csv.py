@@ -115,16 +115,17 @@ def test_a_run_on_a_csv_has_the_metrics_of_each_subgroup(image_folder, tmp_path,
 
 def test_a_csv_that_is_not_in_order(tmp_path):
     """Missing columns, missing files, labels, splits and classes that differ are all named at once."""
-    for i in range(3):
+    for i in range(6):
         put_image(tmp_path / f"{i}.png", i)
-    rows = ["0.png,a,train", "1.png,b,val", "2.png,a;b,train", "2.png,,trian", *(f"no{i}.png,c,train" for i in range(7))]
+    rows = ["0.png,a,train", "1.png,b,val", "2.png,a;b,train", "3.png,,trian", *(f"no{i}.png,c,train" for i in range(7))]
     with pytest.raises(RecipeError) as caught:
         load_data(source(write_csv(tmp_path, rows)))
     message = str(caught.value)
     for fault in (
         "7 of 11 files are missing: ",
         "no4.png, ...",
-        "2 rows have no label or several, first row 4",
+        "1 rows have several labels, first row 4",
+        "1 rows have no label, first row 5",
         "split 'trian' is none of",
         "only in train: a, c; only in val: none",
         str(tmp_path / "labels.csv"),
@@ -138,4 +139,59 @@ def test_a_csv_that_is_not_in_order(tmp_path):
     with pytest.raises(RecipeError, match="can't read .*none.csv"):
         load_data(source(tmp_path / "none.csv"))
     with pytest.raises(RecipeError, match="class 'b' in .* has too few images"):
-        load_data(source(write_csv(tmp_path, ["0.png,a"] * 5 + ["1.png,b"], "path,label")))
+        load_data(source(write_csv(tmp_path, [f"{i}.png,a" for i in range(5)] + ["5.png,b"], "path,label")))
+
+
+def rows_of(tmp_path, number=10):
+    return [f"{put_image(tmp_path / f'{i}.png', i).name},{'ab'[i % 2]}" for i in range(number)]
+
+
+def test_rows_that_repeat_a_file_count_once(tmp_path, capsys):
+    """A file is one image, however often and by whatever link a table names it: no copy of it validates."""
+    rows = rows_of(tmp_path)
+    (tmp_path / "link.png").symlink_to(tmp_path / "0.png")
+    data = load_data(source(write_csv(tmp_path, [*rows, *rows, "link.png,a"], "path,label")))
+    names = [path.name for path in (*data.train.items, *data.val.items)]
+    assert sorted(names) == sorted(f"{i}.png" for i in range(10))
+    assert "11 rows that repeat a file and its label" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["", ",train", ",val"])
+def test_a_file_with_two_labels_is_refused(tmp_path, split):
+    """One file under two labels, in one part of a split or across them, is named with its rows."""
+    rows = [f"{row}{split and ',train'}" for row in rows_of(tmp_path)] + ["0.png,b" + split, "", ",,"]
+    with pytest.raises(RecipeError, match="1 rows give a file another label, such as 0.png: 'a' in row 2 and 'b' in row 12"):
+        load_data(source(write_csv(tmp_path, rows, "path,label" + ",split" * bool(split))))
+
+
+def test_files_in_both_parts_are_said(tmp_path, capsys):
+    """A file in training and validation is counted; a class that only unused rows have is none of the model's."""
+    rows = rows_of(tmp_path, 12)
+    table = [f"{row},train" for row in rows[:8]] + [f"{row},dev" for row in rows[6:10]] + ["10.png,c,test", "11.png,c,test"]
+    data = load_data(source(write_csv(tmp_path, table)))
+    err = capsys.readouterr().err
+    assert data.classes == ("a", "b") and "2 of 4 validation images are training images as well" in err
+    assert "2 rows of the split test" in err
+
+
+@pytest.mark.parametrize(
+    "header,row,fault",
+    [
+        ("path;label", "0.png;a", "its cells are divided by ;, not by commas"),
+        ("path\tlabel", "0.png\ta", "its cells are divided by tabs, not by commas"),
+        ("path,label", "https://example.com/0.png,a", "1 rows have URLs, first row 2: nothing is fetched"),
+        ("path,label", "0.png,", "1 rows have no label, first row 2"),
+        ("path,label", "0.png\0,a", "there are NUL bytes in it"),
+    ],
+)
+def test_what_other_programs_write_is_told(tmp_path, header, row, fault):
+    """Another separator, URLs, a row without a label and bytes that are no text are each named."""
+    put_image(tmp_path / "0.png", 0)
+    with pytest.raises(RecipeError, match=fault):
+        load_data(source(write_csv(tmp_path, [row], header)))
+
+
+def test_empty_rows_are_no_images(tmp_path):
+    """Rows without a cell, as a spreadsheet leaves them at the end, are left out."""
+    data = load_data(source(write_csv(tmp_path, [*rows_of(tmp_path), ",", " , ", ""], "path,label")))
+    assert len(data.train) + len(data.val) == 10

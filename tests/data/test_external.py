@@ -179,7 +179,7 @@ def spoil_shard(file, **changes):
         (lambda file: file.write_bytes(file.read_bytes()[:4000]), "unexpected end of data"),
         (lambda file: spoil_shard(file, cls=b""), "0 has 1 images and no .cls"),
         (lambda file: spoil_shard(file, jpg=b"x"), "0 has 2 images and a .cls"),
-        (lambda file: spoil_shard(file, cls=b"ant"), "invalid literal for int()"),
+        (lambda file: spoil_shard(file, cls=b"ant"), "0.cls is 'ant', not a number"),
         (lambda file: spoil_shard(file, cls=b"2"), "has labels from 0 to 2, and 2 classes"),
         (lambda file: spoil_shard(file, cls=b"-1"), "has labels from -1 to 1, and 2 classes"),
     ],

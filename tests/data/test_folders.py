@@ -1,0 +1,187 @@
+"""Folders of images as people have them: what is a class, a split, an image, and what is left out."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from finetune.data.folders import class_folders
+from finetune.data.sources import load_data
+from finetune.inference.predict import find_images
+from finetune.recipe.load import chosen_recipe
+from finetune.run import arguments
+from finetune.tools.image_stats import compute_image_stats
+from finetune.utils.errors import RecipeError
+from helpers import Data, small_recipe
+from image_files import png, put, put_image, source
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Makes a folder of images, a number of them for each path."""
+
+    def make(**numbers):
+        count = 0
+        for name, number in numbers.items():
+            for i in range(number):
+                count += 1
+                pixels = np.random.RandomState(count).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+                path = tmp_path / "images" / name.replace("__", "/") / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+        return tmp_path / "images"
+
+    return make
+
+
+def test_the_order_is_torchvisions(tree):
+    """Files in class folders however deep come in the order of torchvision's ImageFolder, with its classes and labels."""
+    root = tree(b=3, a=12, a__z=2, a__B=1, **{"a__z__y": 1, "a__z-1": 1, "c d": 2})
+    theirs = ImageFolder(root)
+    ours, classes = class_folders(root)
+    assert ours.items == [path for path, _ in theirs.samples] and ours.labels == theirs.targets
+    assert list(classes) == theirs.classes
+
+
+@pytest.mark.parametrize(
+    "train,val", [("Train", "Test"), ("training", "validation"), ("TRAIN", "Valid"), ("train", "dev"), ("Training", "Testing")]
+)
+def test_splits_are_known_in_any_case(tree, train, val):
+    """The usual names of splits, in any case, are the splits, and no class."""
+    data = load_data(source(tree(**{f"{train}__cat": 4, f"{train}__dog": 4, f"{val}__cat": 2, f"{val}__dog": 2})))
+    assert (len(data.train), len(data.val), data.classes) == (8, 4, ("cat", "dog"))
+    assert {Path(path).parts[-3] for path in data.val.items} == {val}
+
+
+@pytest.mark.parametrize(
+    "names,fault",
+    [
+        (("val__a", "val__b", "test__a", "test__b"), "has test/, val/ and no class folders"),
+        (("train_set__a", "train_set__b", "test_set__a", "test_set__b"), "call them train/ and val/ if"),
+        (("train2017__a", "val2017__a"), "call them train/ and val/ if"),
+        (("train__a", "train__b", "val__a", "val__b", "Valid__a"), "has Valid/ and val/: leave one"),
+        (("data__train__a", "data__train__b"), "has one class, 'data'.*Did you mean .*data?"),
+    ],
+)
+def test_names_that_leave_it_open_are_asked_about(tree, names, fault):
+    """Folders that may be splits under another name are refused, not trained as classes."""
+    with pytest.raises(RecipeError, match=fault):
+        load_data(source(tree(**dict.fromkeys(names, 3))))
+
+
+def test_programs_own_files_are_left_aside(tree, capsys):
+    """Hidden files and folders, also those of macOS, are no images and no classes; other classes may be named after splits."""
+    root = tree(cat=5, dog=5, test_tube=5, cat__sub=1, **{".ipynb_checkpoints": 2, "cat__.ipynb_checkpoints": 2, "__MACOSX": 1})
+    put(root / "cat" / "._0.png", b"no image")
+    put(root / "cat" / ".DS_Store", b"")
+    data = load_data(source(root))
+    assert data.classes == ("cat", "dog", "test_tube") and len(data.train) + len(data.val) == 16
+    assert "hidden files: 1 (._0.png)" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_counted_by_reason(tree, capsys):
+    """Endings that are not read, images beside the classes, pipes: one line has a count and an example of each."""
+    root = tree(train__cat=4, train__dog=4, val__cat=2, val__dog=2)
+    for i in range(3):
+        put(root / "train" / "dog" / f"{i}.HEIC", b"")
+        put_image(root / "train" / f"{i}.png", i)
+    put(root / "train" / "cat" / "notes", b"")
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    (root / "extra").mkdir()
+    load_data(source(root))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and f"of {root} only train/ and val/ are used, not extra/" in lines[0]
+    for part in ("files that end in .heic: 3 (0.HEIC)", "images beside the class folders: 3 (0.png)", "pipes or devices: 1"):
+        assert part in lines[1]
+    assert "files without an ending: 1 (notes)" in lines[1]
+
+
+def test_every_format_that_pillow_reads_is_read(tree):
+    """GIF, JFIF and TGA files count as images, in training and for predict."""
+    root = tree(train__a=2, train__b=2, val__a=1, val__b=1)
+    for i, ending in enumerate(("gif", "jfif", "tga", "jp2")):
+        put_image(root / "train" / "a" / f"x.{ending}", i) if ending != "jfif" else put(root / "train/a/x.jfif", png(i))
+    assert len(load_data(source(root)).train) == 8 and len(find_images([root / "train" / "a"])) == 6
+
+
+def test_links_are_followed_once(tree, tmp_path):
+    """Linked class folders count; a loop of links ends; a file linked twice into its class is one image, into two a fault."""
+    real = tree(a=4, b=4)
+    (tmp_path / "linked").mkdir()
+    for name in "ab":
+        (tmp_path / "linked" / name).symlink_to(real / name)
+    (real / "a" / "loop").symlink_to(real / "a")
+    (real / "a" / "again.png").symlink_to(real / "a" / "0.png")
+    assert len(class_folders(tmp_path / "linked")[0]) == 8
+    assert len(find_images([tmp_path / "linked"])) == 9  # every path is answered for
+    (real / "b" / "other.png").symlink_to(real / "a" / "0.png")
+    with pytest.raises(RecipeError, match="1 files are in two classes, by links: .*a/0.png is .*b/other.png"):
+        class_folders(real)
+
+
+def test_a_folder_that_can_not_be_listed_is_named(tree, monkeypatch):
+    """No permission for a class or a folder in it is an error, not an absence of images."""
+    root = tree(a__sub=3, a=3, b=3)
+    real = os.scandir
+
+    def locked(path="."):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(RecipeError, match="can't list the folder .*a/sub: Permission denied"):
+        class_folders(root)
+
+
+def test_all_bad_files_are_named_at_once(tree):
+    """The first ten files that are no images, by name, and a count; with on_bad_image="skip" a class without others stops."""
+    root = tree(train__a=14, train__b=4, val__a=3, val__b=3)
+    for i in range(12):
+        put(root / "train" / "a" / f"{i}.png", b"no image")
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(root))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "can't read 12 of 24 images:" and len(lines) == 13 and "and 2 more" in lines[11]
+    assert lines[1].startswith(f"  {root}/train/a/0.png: cannot identify") and "on_bad_image=skip" in lines[12]
+    skipping = small_recipe(data=Data(str(root), 24, 8, on_bad_image="skip"))
+    assert len(load_data(skipping).train) == 18
+    for path in (root / "val" / "b").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(RecipeError, match="no image of class 'b' in .*val can be read"):
+        load_data(skipping)
+
+
+def test_names_that_look_alike_are_spelt_out(tree):
+    """Where classes differ in what can't be seen, the message shows it."""
+    root = tree(**{"train__café": 2, "train__b": 2, "val__cafe\u0301": 2, "val__b ": 2})
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(root))
+    assert "only in train: 'b', 'caf\\xe9'; only in val: 'b ', 'cafe\\u0301'" in str(caught.value)
+
+
+def test_copies_in_validation_are_said(tree, capsys):
+    """Validation images with the content of training images are counted, copied or linked; others are not."""
+    root = tree(train__a=4, train__b=4, val__a=2, val__b=2)
+    shutil.copy(root / "train" / "a" / "1.png", root / "val" / "a" / "copy.png")
+    (root / "val" / "b" / "link.png").symlink_to(root / "train" / "b" / "2.png")
+    load_data(source(root))
+    assert "2 of 6 validation images are training images as well" in capsys.readouterr().err
+
+
+def test_a_folder_called_like_a_named_set_is_asked_about(tree, monkeypatch):
+    """--data digits, where a folder has that name, is refused with both ways out; each of them works."""
+    root = tree(even=4, odd=4)
+    monkeypatch.chdir(root.parent)
+    root.rename("digits")
+    asked = arguments(["--recipe", "efficientnet_lite0_digits", "--data", "digits"])
+    for call in (lambda: chosen_recipe(asked), lambda: compute_image_stats("digits")):
+        with pytest.raises(RecipeError, match="--data ./digits is the folder, --set data.source=digits the set"):
+            call()
+    folder = arguments(["--recipe", "efficientnet_lite0_digits", "--data", "./digits"])
+    named = arguments(["--recipe", "efficientnet_lite0_digits", "--set", "data.source=digits"])
+    assert [load_data(chosen_recipe(one)[0]).classes[0] for one in (folder, named)] == ["even", "0"]

@@ -71,8 +71,9 @@ def load_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec and spec.loader  # a .py file has both
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__], LOADED[module.__name__] = module, path.resolve()
+    sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
+    LOADED[module.__name__] = path.resolve()
     return module
 
 

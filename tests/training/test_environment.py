@@ -76,6 +76,7 @@ def test_full_shared_memory_is_called_so(tmp_path, monkeypatch, fault):
         run_here(small_recipe(), tmp_path, workers=2)
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("shell", ["| head -1", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
 def test_output_that_goes_nowhere_ends_no_run(tmp_path, image_folder, shell):
     """A reader that has seen enough, closed streams and a full one do not matter: the run ends as with a terminal."""
@@ -85,6 +86,7 @@ def test_output_that_goes_nowhere_ends_no_run(tmp_path, image_folder, shell):
     assert (tmp_path / "out" / "result.json").is_file() and (tmp_path / "out" / "curves.png").is_file()
 
 
+@pytest.mark.launches
 def test_names_in_letters_that_the_locale_does_not_know(tmp_path, image_folder):
     """In an ASCII locale a run on folders with other letters ends, with its pictures, and writes the names as UTF-8."""
     images = tmp_path / "B\u00e4ume"
@@ -128,6 +130,7 @@ recipe = Recipe(backbone="test_resnet", weights="none", data=Data(images, image_
 """
 
 
+@pytest.mark.launches
 def test_loader_processes_that_are_started_afresh(tmp_path):
     """As on macOS and Windows, they read the images of a recipe's own class: the run has the bits of one without them."""
     (tmp_path / "own.py").write_text(OWN)

@@ -16,6 +16,8 @@ from finetune.utils.errors import RecipeError
 from helpers import ROOT, on_folder
 from launching import ACCELERATE, QUIET, command, contents, several
 
+pytestmark = pytest.mark.launches
+
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 

@@ -121,7 +121,7 @@ def test_a_folder_with_something_in_it_is_not_used(tmp_path, there, refused):
 def test_a_file_is_no_folder(tmp_path):
     """A file where the output should go is refused, and kept."""
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(RecipeError, match="already holds files"):
+    with pytest.raises(RecipeError, match="out is a file, not a folder"):
         new_run_dir("x", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

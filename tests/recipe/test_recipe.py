@@ -88,7 +88,7 @@ def test_a_value_of_a_wrong_type_is_named(changes, sentence):
 
 RANGES = [
     (LAYERS, "epochs", "1 or more", [1], [0]),
-    (LAYERS, "seed", "0 or more", [0], [-1]),
+    (LAYERS, "seed", "at least 0 and below 4294967296", [0, 2**32 - 1], [-1, 2**32]),
     (ROWS, "label_smoothing", "at least 0 and below 1", [0.0, 0.99], [-0.01, 1.0]),
     (ROWS, "dropout", "at least 0 and below 1", [0, 0.99], [-0.01, 1.0]),
     (ROWS, "drop_path", "at least 0 and below 1", [0, 0.99], [-0.01, 1.0]),

@@ -156,6 +156,8 @@ def resolve(args: argparse.Namespace) -> Request:
     if args.resume and args.resume != "auto":
         args.resume = str(run_dir.find_run(args.resume, "" if args.epochs else "unfinished"))
     recipe, file, name = resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
+    if callable(recipe.backbone):  # DDP looks for unused parameters in it, and torch warns where it finds none
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     check_launcher(recipe)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:

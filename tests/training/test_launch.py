@@ -25,7 +25,7 @@ class Net(nn.Module):
         self.calls += self.training
         if self.calls == 7 and self.training and os.environ.get("RANK") == "1":
             FAULT
-        time.sleep(SECONDS * self.training)
+        time.sleep(SECONDS * (self.training and not images.is_meta))
         return self.fc(self.conv(images).relu().mean((2, 3)))
 
 recipe = Recipe(backbone=Net, head="fc", weights="none", data=Data("generated", image_size=24, batch_size=8),

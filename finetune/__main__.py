@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cli import Verb, arguments
-from finetune.recipe.load import chosen_recipe
+from finetune.recipe.load import check_source, chosen_recipe
 from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
@@ -211,6 +211,7 @@ def suggest(args: argparse.Namespace) -> None:
     from finetune.tools.plan import describe_classes
     from finetune.tools.suggest import suggest_recipe
 
+    check_source(args.data)
     if args.output:
         check_new(args.output)
     stats = compute_image_stats(args.data)
@@ -240,9 +241,11 @@ def find_model_run(args: argparse.Namespace) -> str:
 
 def export(args: argparse.Namespace) -> None:
     """Write a finished run's network for timm, ONNX or torch.export, checked against the original."""
+    model = find_model_run(args)  # before the seconds that torch takes
+
     from finetune.inference.export import export
 
-    folder = str(export(Path(find_model_run(args)), args.to, args.output))
+    folder = str(export(Path(model), args.to, args.output))
     show_result(args, {"folder": folder, "format": args.to}, lambda: folder)
 
 
@@ -251,17 +254,24 @@ def predict(args: argparse.Namespace) -> None:
     if args.json and args.csv:
         raise RecipeError("--json or --csv, not both")
 
+    from finetune.data.folders import find_images
+
+    files, model = find_images(args.paths), find_model_run(args)  # before the seconds that torch takes
+
     from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
 
-    rows = predict(find_model_run(args), args.paths, args.top)
+    rows = predict(model, files, args.top)
     show_result(args, rows, lambda: predictions_as_csv(rows).rstrip("\n") if args.csv else predictions_as_table(rows))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a network on labelled images: totals, a table of the classes, the confusion matrix."""
+    check_source(args.data)
+    model = find_model_run(args)  # before the seconds that torch takes
+
     from finetune.inference.evaluate import evaluate, evaluation_as_text
 
-    result = evaluate(find_model_run(args), args.data, args.output)
+    result = evaluate(model, args.data, args.output)
     show_result(args, result, lambda: evaluation_as_text(result))
 
 

@@ -20,7 +20,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe  # noqa: E402
-from finetune.recipe.load import FLAGS, add_recipe_arguments, chosen_recipe, flag_name, override, recipe_of_run  # noqa: E402
+from finetune.recipe.load import FLAGS, add_recipe_arguments, check_source, chosen_recipe, flag_name, override, recipe_of_run  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
 from finetune.training.launch import INTERRUPTED, REFUSED, STOPPED, TURN, check_launcher, stop_with_launcher  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
@@ -122,6 +122,8 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     if args.recipe is not None or args.resume is not None:
         yield
         return
+    check_source(args.data)
+
     from finetune.tools.image_stats import compute_image_stats
     from finetune.tools.suggest import suggest_recipe
 

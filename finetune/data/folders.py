@@ -1,5 +1,6 @@
 """Folders of images: which files are images, which folders are classes, which are splits."""
 
+import glob
 import os
 import re
 import stat
@@ -208,3 +209,28 @@ def class_difference(one: Iterable[str], other: Iterable[str], places: tuple[str
         for both in zip(alone, plain, strict=True)
     ]
     return "; ".join(f"only {place}: {', '.join(names) or 'none'}" for place, names in zip(places, shown, strict=True))
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as they are named, folders' images (by their endings) however deep, and globs; each path once.
+
+    Raises:
+        RecipeError: for a path that leads to no image.
+    """
+    found, finder = [], Finder(once=False)
+    for path in map(str, paths):
+        if Path(path).is_dir():
+            images = list(map(Path, finder.find(path)))
+        elif Path(path).exists():
+            images = [Path(path)]
+        else:  # a bracket may be part of a name
+            matches = glob.glob(path, recursive=True) or glob.glob(path.replace("[", "[[]"), recursive=True)
+            inside = (finder.find(match) if os.path.isdir(match) else [match] * finder.wants(match) for match in matches)
+            images = [Path(file) for files in inside for file in files]
+        if not images:
+            left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
+            raise RecipeError(f"no images in {path}{left_out}")
+        found += sorted(images)
+    if finder.left_out:
+        note(f"not looked at: {finder.describe()}")
+    return list(dict.fromkeys(found))

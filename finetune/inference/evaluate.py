@@ -15,11 +15,11 @@ from finetune.data.dataset import ImageList, Values, check_files, file_digest, r
 from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders, evaluation_folder, from_folder
 from finetune.data.loader import is_unreadable
-from finetune.data.sources import NAMED, from_csv, load_data
+from finetune.data.sources import from_csv, load_data
 from finetune.inference.predict import compute_logits
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Recipe
-from finetune.recipe.load import check_named_set
+from finetune.recipe.load import check_source
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results.plots import plot_confusion_matrix, shorten
@@ -75,7 +75,7 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
 
     Of the images that `run` was trained on, wherever they lie by now, only those that it kept for validation.
     """
-    check_named_set(data)
+    check_source(data)
     own, record = recipe.data.source, run and run / "images.csv"
     same = isinstance(own, str) and os.path.exists(data) and os.path.realpath(own) == os.path.realpath(data)
     recorded = record is not None and record.is_file()
@@ -97,8 +97,6 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
 
 def load_named(data: str, recipe: Recipe) -> tuple[ImageList, Sequence[str]]:
     """(validation images, classes) of a source as a run has them."""
-    if data not in NAMED and not data.startswith(("hf/", "torchvision/")) and not Path(data).exists():
-        raise RecipeError(f"--data {data}: no such folder. Wanted: val/CLASS/*.jpg, test/CLASS/*.jpg or CLASS/*.jpg in it")
     loaded = load_data(replace(recipe, data=replace(recipe.data, source=data)))
     assert isinstance(loaded.val, ImageList)  # as of every source but a function
     return loaded.val, loaded.classes

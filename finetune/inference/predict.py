@@ -1,9 +1,7 @@
 """The classes that a trained model predicts for images."""
 
 import csv
-import glob
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +14,7 @@ from PIL import Image
 
 from finetune.data.dataset import ImageList, Images
 from finetune.data.decode import open_file, read_image
-from finetune.data.folders import Finder
+from finetune.data.folders import find_images
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import memory_format
@@ -24,32 +22,7 @@ from finetune.models.saved import SavedModel, load_model
 from finetune.training.evaluate import predict_logits
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import align_columns, note
-
-
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are named, folders' images (by their endings) however deep, and globs; each path once.
-
-    Raises:
-        RecipeError: for a path that leads to no image.
-    """
-    found, finder = [], Finder(once=False)
-    for path in map(str, paths):
-        if Path(path).is_dir():
-            images = list(map(Path, finder.find(path)))
-        elif Path(path).exists():
-            images = [Path(path)]
-        else:  # a bracket may be part of a name
-            matches = glob.glob(path, recursive=True) or glob.glob(path.replace("[", "[[]"), recursive=True)
-            inside = (finder.find(match) if os.path.isdir(match) else [match] * finder.wants(match) for match in matches)
-            images = [Path(file) for files in inside for file in files]
-        if not images:
-            left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
-            raise RecipeError(f"no images in {path}{left_out}")
-        found += sorted(images)
-    if finder.left_out:
-        note(f"not looked at: {finder.describe()}")
-    return list(dict.fromkeys(found))
+from finetune.utils.text import align_columns
 
 
 def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:

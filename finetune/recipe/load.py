@@ -104,11 +104,19 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, metavar=metavar, help=words)
 
 
-def check_named_set(data: Any) -> None:
-    """Raise RecipeError for a named set that a folder here is called like: who asked for it may mean either."""
-    if isinstance(data, str) and data in NAMED_SETS and Path(data).exists():
+def check_source(data: Any) -> None:
+    """Raise RecipeError for images that are not there, and for a named set that a folder here is called like."""
+    if not isinstance(data, str | Path):
+        return
+    name, there = str(data), Path(data).exists()
+    if name in NAMED_SETS and there:
         raise RecipeError(
-            f"'{data}' is a named set, and a folder here: --data ./{data} is the folder, --set data.source={data} the set"
+            f"'{name}' is a named set, and a folder here: --data ./{name} is the folder, --set data.source={name} the set"
+        )
+    if not there and name not in (*NAMED_SETS, "generated") and not name.startswith(("torchvision/", "hf/")):
+        raise RecipeError(
+            f"no data set or folder '{name}'.{nearest(name, NAMED_SETS)} Wanted: a folder with CLASS/*.jpg, or with "
+            f"train/CLASS/*.jpg and val/CLASS/*.jpg; a .csv; {', '.join(NAMED_SETS)}, torchvision/NAME, hf/NAME"
         )
 
 
@@ -120,7 +128,7 @@ def flag_name(flag: str) -> str:
 def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
     """(recipe, file, name) of the recipe named on the command line, changed as asked there; a Recipe itself has no file."""
     recipe, file = (args.recipe, None) if isinstance(args.recipe, Recipe) else load_recipe(str(args.recipe))
-    check_named_set(args.data)
+    check_source(args.data)
     given = {field: getattr(args, flag_name(flag)) for flag, (field, *_) in FLAGS.items()}
     text = {"data.source", "weights", "backbone"}  # of any look: a folder may be called 2024
     flags = [

@@ -10,7 +10,7 @@ from PIL import Image
 from finetune.data.dataset import ImageList
 from finetune.data.decode import open_file, orientation
 from finetune.data.sources import load_data
-from finetune.recipe.load import check_named_set
+from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe
 
 
@@ -35,7 +35,7 @@ def compute_image_stats(source: str) -> ImageStats:
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
-    check_named_set(source)
+    check_source(source)
     source = str(Path(source).resolve()) if Path(source).exists() else source
     data = load_data(minimal_recipe("resnet18", source, image_size=32))
     assert isinstance(data.train, ImageList)  # as of every source but a function

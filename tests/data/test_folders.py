@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from finetune.data.folders import class_folders
+from finetune.data.folders import class_folders, find_images
 from finetune.data.sources import load_data
-from finetune.inference.predict import find_images
 from finetune.recipe.load import chosen_recipe
 from finetune.run import arguments
 from finetune.tools.image_stats import compute_image_stats

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from finetune.__main__ import main as command
+from finetune.data.folders import find_images
 from finetune.inference.evaluate import evaluate, load_labelled_images
-from finetune.inference.predict import find_images, predict, predict_images
+from finetune.inference.predict import predict, predict_images
 from finetune.models.saved import load_model
 from finetune.run import main
 from helpers import on_folder

@@ -14,9 +14,10 @@ from PIL import Image
 from sklearn.metrics import classification_report
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
+from finetune.data.folders import find_images
 from finetune.data.sources import load_data
 from finetune.inference.evaluate import evaluate, evaluation_as_text, load_labelled_images
-from finetune.inference.predict import find_images, predict, predictions_as_csv, predictions_as_table
+from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
 from finetune.models.saved import load_model
 from finetune.models.saving import save_model
 from finetune.recipe.recipe import minimal_recipe
@@ -158,7 +159,7 @@ def test_what_is_wrong_is_named(run_folder, image_folder, tmp_path):
         shutil.copytree(image_folder / "val" / "red", tmp_path / "data" / name)
     for call, fault in (
         (lambda: evaluate(run_folder, tmp_path / "data"), "differ: only the model has: red; only .*data has: violet"),
-        (lambda: evaluate(run_folder, tmp_path / "nowhere"), "nowhere: no such folder"),
+        (lambda: evaluate(run_folder, tmp_path / "nowhere"), "no data set or folder '.*nowhere'"),
         (lambda: predict(run_folder, [image_folder], top=0), "--top starts at 1"),
         (lambda: load_model(run_folder.parent), "Wanted: the folder of a finished run"),
     ):

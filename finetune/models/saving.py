@@ -49,8 +49,9 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
     source = {key: value for key, value in net.pretrained_cfg.items() if key not in OF_SOURCE}
     plain.pretrained_cfg = source | preprocessing | {"custom_load": False}
     options = {"img_size": preprocessing["input_size"][1]} if source.get("fixed_input_size") else None
+    file: Any = folder / "config.json"  # said to be a str, but timm 1.0.26 takes a Path alone
     try:
-        save_config_for_hf(plain, str(folder / "config.json"), {"label_names": list(classes)}, options)
+        save_config_for_hf(plain, file, {"label_names": list(classes)}, options)
         with torch.device("meta"):
             again = timm.create_model(f"local-dir:{folder}")
     except OSError:

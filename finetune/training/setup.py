@@ -68,6 +68,8 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         filter_trackers(list(trackers), folder)
     except ValueError as error:
         raise RecipeError(f"--track: {error}") from error
+    except RuntimeError:
+        pass  # before there is an Accelerator, accelerate 1.3 can't log that a package is missing; that is said below
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
     )

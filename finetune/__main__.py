@@ -205,13 +205,14 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def suggest(args: argparse.Namespace) -> None:
     """Look at your images and write a complete recipe for them, each choice with its reason."""
+    check_source(args.data)
+
     from finetune.recipe.load import load_recipe
     from finetune.recipe.serialize import to_dict
     from finetune.tools.image_stats import compute_image_stats
     from finetune.tools.plan import describe_classes
     from finetune.tools.suggest import suggest_recipe
 
-    check_source(args.data)
     if args.output:
         check_new(args.output)
     stats = compute_image_stats(args.data)

@@ -4,8 +4,10 @@ import random
 from collections import OrderedDict
 from functools import partial
 
+import safetensors
 import timm
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
@@ -254,6 +256,9 @@ def half_frozen_norm():
     return net
 
 
+# safetensors has complex numbers from 0.7 on.
+COMPLEX = "" if Version(safetensors.__version__) >= Version("0.7") else "can't be saved and loaded again"
+
 # By name: what makes it, and the words of the refusal, before the first step, if it can't be trained.
 ZOO = {
     "plain": (Base, ""),
@@ -262,14 +267,14 @@ ZOO = {
     "shared module": (SharedModule, ""),
     "layer used twice": (LayerUsedTwice, ""),
     "extra state": (ExtraState, ""),
-    "many buffers": (ManyBuffers, ""),
+    "many buffers": (ManyBuffers, COMPLEX),
     "reads values": (ReadsValues, ""),
     "guard in forward": (Guard, ""),
     "random branch": (RandomBranch, ""),
     "unused layer": (Unused, ""),
     "dropout and batch norm": (Dropout, ""),
     "computes in double": (OwnDouble, ""),
-    "complex weight": (ComplexHead, ""),
+    "complex weight": (ComplexHead, COMPLEX),
     "parameter lists": (ParameterLists, ""),
     "many norms": (half_frozen_norm, ""),
     "lazy": (lazy, ""),

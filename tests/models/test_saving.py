@@ -34,8 +34,6 @@ def logits_of(net):
 @pytest.mark.parametrize("name", ZOO)
 def test_each_comes_back_or_is_refused(tmp_path, name):
     """Each network of the zoo gives the same logits, bit for bit, once saved and loaded, or is refused in one sentence."""
-    if name in ("many buffers", "complex weight"):
-        pytest.importorskip("safetensors", minversion="0.7", reason="safetensors has complex numbers from 0.7 on")
     backbone, refusal = ZOO[name]
     recipe = recipe_of(backbone)
     if refusal:

@@ -51,7 +51,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk, where the file system knows how to."""
+    """Wait until a file's or folder's content is on the disk, where the system and the file system know how to."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -108,13 +108,14 @@ def path_to_here():
         (["--set", "groups.head.optimizer=SGD"], "groups.head.optimizer.name", "SGD"),
     ],
 )
-def test_flags_and_plain_words_reach_their_fields(typed, field, value):
+def test_flags_and_plain_words_reach_their_fields(here, typed, field, value):
     """A flag of its own sets its field, and a plain word stands for None, an optimizer or a schedule."""
     from finetune.__main__ import VERBS
     from finetune.cli import arguments
     from finetune.recipe.load import chosen_recipe
     from finetune.recipe.serialize import flatten, to_dict
 
+    Path("2024").mkdir()
     recipe, _, _ = chosen_recipe(arguments(["train", "resnet18_cifar", *typed], VERBS))
     assert flatten(to_dict(recipe))[field] == value
 

@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 @lasting_output()
 def start(args: argparse.Namespace) -> int:
     """The run that the arguments ask for; the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads, spinning, stall beside other programs
+    if "RANK" in os.environ:  # before torch, which a recipe may import: DDP warns where it finds no unused parameter
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     stop_with_launcher()
     try:
         return run(args)
@@ -150,7 +153,6 @@ def resolve(args: argparse.Namespace) -> Request:
     Raises:
         RecipeError: for a recipe, a folder or a launcher's setting that is not in order.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads, spinning, stall beside other programs
     if args.smoke and (args.data or args.weights or args.resume is not None):
         raise RecipeError("--smoke brings its own images and weights: leave out --data, --weights and --resume")
     if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
@@ -158,8 +160,6 @@ def resolve(args: argparse.Namespace) -> Request:
     if args.resume and args.resume != "auto":
         args.resume = str(run_dir.find_run(args.resume, "" if args.epochs else "unfinished"))
     recipe, file, name = resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
-    if callable(recipe.backbone):  # DDP looks for unused parameters in it, and torch warns where it finds none
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     check_launcher(recipe)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:

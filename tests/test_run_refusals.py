@@ -49,21 +49,6 @@ def test_what_is_wrong_ends_in_one_message(here, capsys, arguments, fault):
     assert sorted(path.name for path in here.rglob("*")) == ["notes.txt", "used"]
 
 
-@pytest.mark.parametrize(
-    "variable,value,fault",
-    [
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "precision belongs to the recipe"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asked for with --accumulate"),
-        ("MASTER_PORT", "0", "name one with --main_process_port"),
-    ],
-)
-def test_the_launcher_may_not_change_the_recipe(here, capsys, monkeypatch, variable, value, fault):
-    """What Accelerate's flags would change, or would seem to, is refused."""
-    monkeypatch.setenv(variable, value)
-    assert main(["--recipe", "efficientnet_lite0_digits"]) == 2
-    assert fault in capsys.readouterr().err
-
-
 def test_a_finished_run_is_not_overwritten_or_resumed(finished, capsys):
     """A folder that holds a run is refused; a finished one can't be resumed."""
     folder, _, _ = finished

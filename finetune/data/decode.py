@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -56,7 +56,7 @@ def read_image(
 
 def reason_of(error: Exception) -> str:
     """What an error says, in one line and without an object's address."""
-    return str(error).partition(" <")[0].partition("\n")[0] or type(error).__name__
+    return first_line(error).partition(" <")[0]
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:

@@ -17,7 +17,7 @@ from finetune.data.decode import WHITE, to_rgb
 from finetune.data.sources import load_data
 from finetune.inference.model_card import model_card
 from finetune.models.saved import SavedModel, find_model, load_model
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import check_folder, read_json, write_folder
 from finetune.utils.text import progress
 
@@ -196,11 +196,6 @@ def compare_logits(net: nn.Module, exported: Callable[[torch.Tensor], torch.Tens
             f"{TOLERANCE:g}: nothing was written"
         )
     return {"on": examples.kind, "largest_difference": worst, "torch": torch.__version__}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def to_json(content: dict[str, Any]) -> bytes:

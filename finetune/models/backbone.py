@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from finetune.models.batch_norm import set_train_mode
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import nearest
 
 INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of preprocessing, by timm's names
@@ -85,7 +85,7 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
         except RecipeError:
             raise
         except Exception as error:  # each network raises something else
-            fault = f"{text}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            fault = f"{text}: {type(error).__name__}: {first_line(error)}"
     if "take" in fault and (others := {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}):
         fault += f"; images come in float32, some of its weights are {others.pop()}: return net.float()"
     raise RecipeError(fault)

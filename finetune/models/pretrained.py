@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from finetune.recipe import Recipe
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.net import reach
 
 
@@ -93,7 +93,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign, cut or malicious file
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise RecipeError(f"{path} is no file of weights that can be read safely: {reason}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

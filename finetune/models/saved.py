@@ -20,7 +20,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import METRICS, minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import read_json
 from finetune.utils.seed import keep_random_state, seed_all
 
@@ -80,7 +80,7 @@ def load_network(folder: Path, config: dict[str, Any], recipe: Recipe | None = N
         try:  # of what is in a folder, timm prefers model.safetensors
             return timm.create_model(f"local-dir:{folder}", pretrained=True)
         except Exception as error:  # a foreign or cut file, each said in its own way
-            raise RecipeError(f"timm can't load {folder}: {str(error).strip().partition(chr(10))[0][:300]}") from error
+            raise RecipeError(f"timm can't load {folder}: {first_line(error)[:300]}") from error
     assert recipe  # the caller's: without one there is nothing to make a network of
     net, file = build_backbone(recipe, len(config["label_names"])), folder / "model.safetensors"
     load_weights(net, decode_state(net, read_weights(file)), str(file))
@@ -159,7 +159,7 @@ def fetch_model(source: str) -> Path:
         return fetch_from_hub("/".join(name.split("/")[:2]), FILES, revision or None)[0].parent
     except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
         raise RecipeError(
-            f"can't fetch {' and '.join(FILES)} of {source}: {str(error).strip().partition(chr(10))[0]}\n"
+            f"can't fetch {' and '.join(FILES)} of {source}: {first_line(error)}\n"
             "  a copy you have: give the folder with these files"
         ) from error
 
@@ -200,7 +200,7 @@ def try_saving(recipe: Recipe, net: nn.Module, preprocessing: dict[str, Any], cl
                 return  # of the folder for temporary files, not of the run's
             raise
         except Exception as error:  # each network fails its own way
-            text = str(error).strip().partition(chr(10))[0].replace(folder, "its own file")
+            text = first_line(error).replace(folder, "its own file")
             raise RecipeError(f"{name} can't be saved and loaded again: {type(error).__name__}: {text}") from error
         image, logits = torch.rand(1, 3, size, size), []
         for network in (net, again):

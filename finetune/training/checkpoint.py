@@ -20,7 +20,7 @@ from finetune.optim.param_groups import fixed_parameters
 from finetune.recipe import Recipe
 from finetune.training.logger import Logger
 from finetune.training.run_dir import CHECKPOINT, newest_checkpoint
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import flush, write_folder
 
 T = TypeVar("T")
@@ -193,9 +193,7 @@ def read(file: Path, reader: Callable[[Path], T]) -> T:
     try:
         return reader(file)
     except Exception as error:
-        raise RecipeError(
-            f"checkpoint {file.parent} can't be read: {file.name}: {str(error).partition(chr(10))[0]}; {AFRESH}"
-        ) from error
+        raise RecipeError(f"checkpoint {file.parent} can't be read: {file.name}: {first_line(error)}; {AFRESH}") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:

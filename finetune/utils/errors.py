@@ -1,4 +1,4 @@
-"""The one exception for what a person can put right."""
+"""The one exception for what a person can put right, and what other errors say in a line."""
 
 
 class RecipeError(ValueError):
@@ -10,3 +10,8 @@ class RecipeError(ValueError):
     def __init__(self, text: str, one_process: bool = False):
         super().__init__(text)
         self.one_process = one_process
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

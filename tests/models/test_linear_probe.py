@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +23,10 @@ from finetune.training.evaluate import predict_logits
 from finetune.training.setup import DEFAULTS, check_recipe
 from finetune.utils.errors import RecipeError
 from helpers import ALL, SmallNet, prepare, run_here, small_recipe
+
+
+def summed(logits, labels):
+    return cross_entropy(logits, labels, reduction="sum")
 
 
 def probed(**changes):
@@ -47,7 +52,7 @@ def test_the_head_is_scikit_learns():
         layer,
         torch.cat([features, features[:1]]),
         unread,
-        lambda logits, targets: cross_entropy(logits, targets, reduction="sum"),
+        summed,
         l2=0.05,
     )
     scaled = features.double() - features.double().mean(0)
@@ -57,27 +62,52 @@ def test_the_head_is_scikit_learns():
     torch.testing.assert_close(logits.double(), reference, rtol=0, atol=1e-5)  # float32 weights, features up to 40
 
 
-@pytest.mark.parametrize(
-    "features",
-    [torch.full((6, 3), 7.0), torch.zeros(6, 3), torch.full((6, 3), float("nan")), 7 + 1e-6 * torch.rand(6, 3)],
-    ids=["one value", "zeros", "nan", "rounding"],
-)
-def test_features_that_tell_nothing_apart_are_refused(features):
-    """One sentence, and the head stays as it was."""
-    layer, labels = nn.Linear(3, 2), torch.arange(6) % 2
-    before = layer.weight.clone()
-    with pytest.raises(
-        RecipeError, match="^linear_probe: the frozen backbone's features are not finite, or the same for every"
-    ):
-        linear_probe.fit(layer, features, labels, lambda logits, targets: cross_entropy(logits, targets, reduction="sum"), 0.1)
-    assert torch.equal(layer.weight, before)
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # about names of scikit-learn's next version
+@pytest.mark.parametrize("noise", [0.3, 3.0, 30.0])
+def test_the_penalty_is_scikit_learns_choice(noise):
+    """Without an l2, it is the one that LogisticRegressionCV chooses by log loss, with the same folds, of the same nine."""
+    torch.manual_seed(0)
+    labels = torch.arange(180) % 3
+    features = torch.randn(3, 20)[labels] + noise * torch.randn(180, 20)
+    features = (features - features.mean(0)) / features.std(correction=0)
+    folds = linear_probe.make_folds(labels, torch.arange(180)).numpy()
+    splits = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(3)]
+    theirs = LogisticRegressionCV(
+        Cs=[1 / (penalty * 120) for penalty in linear_probe.PENALTIES],
+        cv=splits,
+        scoring="neg_log_loss",
+        tol=1e-8,
+        max_iter=10_000,
+    ).fit(features.numpy(), labels.numpy())
+    l2 = linear_probe.choose_l2(features, labels, torch.arange(180), summed, 3)
+    assert l2 == pytest.approx(1 / (120 * np.ravel(theirs.C_)[0]))
+
+
+def test_folds_keep_views_together_and_classes_apart():
+    """All views of an image are in one fold, and each fold has its share of each class, of two at least one."""
+    labels = torch.tensor([0] * 31 + [1] * 14 + [2] * 3)
+    folds = linear_probe.make_folds(labels.repeat(2), torch.arange(48).repeat(2)).view(2, 48)
+    assert torch.equal(*folds)
+    counts = [folds[0][labels == label].bincount(minlength=3).tolist() for label in range(3)]
+    assert all(max(row) - min(row) <= 1 for row in counts)
+    several = linear_probe.make_folds(torch.eye(9), torch.arange(9))
+    assert several.bincount().tolist() == [3, 3, 3]
+
+
+def test_a_run_keeps_the_penalty_it_chose(tmp_path):
+    """The l2 is in the metrics, and gives the same head when it is asked for."""
+    recipe = probed(linear_probe=LinearProbe(views=2), epochs=1, data=Data("digits", 24, 256))
+    _, (row, *_) = run_here(recipe, tmp_path / "chosen")
+    assert row["linear_probe_l2"] in linear_probe.PENALTIES
+    asked = replace(recipe, linear_probe=LinearProbe(views=2, l2=row["linear_probe_l2"]))
+    assert run_here(asked, tmp_path / "asked")[1][0] == row
 
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_features_are_the_inputs_of_the_head(tmp_path, monkeypatch, views):
     """The head is fitted to its own inputs: of each image preprocessed for evaluation, then augmented anew for each view."""
     seen = []
-    monkeypatch.setattr(train_loop, "fit", lambda layer, features, labels, loss, l2: seen.append((features, labels)))
+    monkeypatch.setattr(train_loop, "fit", lambda layer, features, labels, *_: seen.append((features, labels)) or 1.0)
     recipe = probed(linear_probe=LinearProbe(views=views), epochs=1)
     net, _, (train_images, val_images) = prepare(recipe)
     inputs = []
@@ -161,7 +191,7 @@ def test_values_out_of_range_are_refused():
     """No views, or no penalty, are faults of the recipe; both are named."""
     with pytest.raises(RecipeError) as caught:
         small_recipe(linear_probe=LinearProbe(views=0, l2=0.0))
-    for fault in ("linear_probe.views must be 1 or more, not 0", "linear_probe.l2 must be above 0, not 0.0"):
+    for fault in ("linear_probe.views must be 1 or more, not 0", "linear_probe.l2 must be above 0, or None, not 0.0"):
         assert fault in str(caught.value)
 
 
@@ -184,5 +214,5 @@ def test_features_that_tell_nothing_apart_are_one_sentence(value):
     layer = nn.Linear(4, 2)
     before, features = layer.weight.detach().clone(), value + 1e-9 * torch.randn(20, 4) * (value == 1)
     with pytest.raises(RecipeError, match="linear_probe: .* features are not finite, or the same for every image"):
-        fit(layer, features, torch.arange(20) % 2, lambda logits, labels: cross_entropy(logits, labels, reduction="sum"), 1.0)
+        fit(layer, features, torch.arange(20) % 2, summed, 1.0)
     assert layer.weight.equal(before)

@@ -198,6 +198,13 @@ def killed() -> str:
     return f"{sum(row['bitwise_equal'] for row in rows)} of {sum(row['kills'] for row in rows)}"
 
 
+def powercuts(rows: list[dict] | None = None) -> str:
+    """Runs whose power was cut, or whose disk was full, and that went on."""
+    rows = rows or read("powercuts.json")
+    lines = [(row["what"], row["trials"], row["as unbroken"], row["trials"] - row["as unbroken"]) for row in rows]
+    return table("what happens | trials | bitwise equal in the end | lost", lines)
+
+
 def performance() -> str:
     """The benchmarks, what was required of them, and whether it holds."""
     kept = read("benchmarks.json")
@@ -270,6 +277,7 @@ BLOCKS = {
         find_lr,
         kills,
         killed,
+        powercuts,
         performance,
     )
 }

@@ -16,6 +16,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,8 +54,8 @@ recipe = Recipe(backbone=Net, head="fc", data=Data("generated", image_size=24, b
 """
 
 
-def start(folder: Path, count: int, workers: int, fatal_flush: int = 0) -> list[int]:
-    """Fork the `count` processes of a run; returns their numbers. `fatal_flush`: the first kills itself at that fsync."""
+def start(folder: Path, count: int, workers: int, before: Callable[[], None] | None = None) -> list[int]:
+    """Fork the `count` processes of a run; returns their numbers. `before` is called in the first of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,8 +75,8 @@ def start(folder: Path, count: int, workers: int, fatal_flush: int = 0) -> list[
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-            if fatal_flush and rank == 0:
-                die_at_flush(fatal_flush)
+            if before and rank == 0:
+                before()
             torch.set_num_threads(1)
             code = 1
             try:
@@ -143,7 +145,7 @@ def same(a: tuple[dict, str], b: tuple[dict, str]) -> bool:
 def trial(folder: Path, count: int, way: str, seconds: float, rng: random.Random) -> bool:
     """Start a run and kill it; False if it was done before the blow fell."""
     if way == WAYS[2]:
-        children = start(folder, count, rng.choice((0, 2)), fatal_flush=rng.randint(1, 120))
+        children = start(folder, count, rng.choice((0, 2)), partial(die_at_flush, rng.randint(1, 120)))
     else:
         children = start(folder, count, rng.choice((0, 2)))
         time.sleep(rng.uniform(0.1, 1.0) * seconds)

@@ -225,13 +225,13 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
     from finetune.tools.plan import describe_classes, describe_run
-    from finetune.training.distributed import Stopped, join_after_restart, main_process_first
+    from finetune.training.distributed import Stopped, join_processes, main_process_first
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
     from finetune.training.setup import RunOptions, make_accelerator, setup
     from finetune.utils.text import fill_lines
 
-    join_after_restart()
+    join_processes()
     accelerator = make_accelerator(recipe, args.track, folder)
     net, datasets = setup(recipe, accelerator, args.accumulate)
     parts = zip(("training", "validation"), datasets, strict=True)
@@ -247,8 +247,8 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     # Held until the run's end.
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
     if accelerator.is_main_process and (not resume or args.resume_anyway or (args.recipe is None and args.epochs)):
-        run_dir.start_run_dir(folder, file, name, recipe, group_table, images)
         record_files(folder / "images.csv", datasets[0].images, datasets[1].images, datasets[0].classes)
+        run_dir.start_run_dir(folder, file, name, recipe, group_table, images)
         plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)

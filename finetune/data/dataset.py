@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from PIL import Image
 
 from finetune.data.decode import WHITE, Colour, open_file, reason_of
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import write_file
 from finetune.utils.text import note, progress
 
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
@@ -238,13 +240,13 @@ def record_files(file: Path, train: Images, val: Images, classes: Sequence[str])
     """Write a table of the files that a run trains and validates on; nothing for sets that are no files of their own."""
     if not all(isinstance(images, ImageList) and isinstance(images.items[0], str | Path) for images in (train, val)):
         return
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as lines:
-        table = csv.writer(lines)
-        table.writerow(("split", "label", "digest", "file"))
-        for split, images in (("train", train), ("val", val)):
-            for path, label in zip(images.items, images.labels, strict=True):  # type: ignore[attr-defined]
-                named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
-                table.writerow((split, ";".join(named), file_digest(path), path))
+    table = csv.writer(lines := io.StringIO(newline=""))
+    table.writerow(("split", "label", "digest", "file"))
+    for split, images in (("train", train), ("val", val)):
+        for path, label in zip(images.items, images.labels, strict=True):  # type: ignore[attr-defined]
+            named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
+            table.writerow((split, ";".join(named), file_digest(path), path))
+    write_file(file, lines.getvalue())
 
 
 def recorded_digests(file: Path, split: str) -> list[str]:

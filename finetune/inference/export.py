@@ -113,7 +113,10 @@ def onnx_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     if importlib.util.find_spec("onnxruntime"):
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of an operator that it does not have, such as a convolution in double precision
+            raise RecipeError(f"onnxruntime can't run this network: {first_line(error)}") from error
         about["checked"] = compare_logits(
             net, lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0]), examples
         )

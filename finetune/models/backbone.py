@@ -182,8 +182,8 @@ def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], opt
 
 def torchvision_model(name: str) -> nn.Module:
     """A torchvision classifier with random weights and its own head."""
-    names = torchvision.models.list_models(torchvision.models)
-    if name not in names or name in ("googlenet", "inception_v3"):  # these two return auxiliary outputs as well
+    names = set(torchvision.models.list_models(torchvision.models)) - {"googlenet", "inception_v3"}
+    if name not in names:  # these two return auxiliary outputs as well
         raise RecipeError(f"no torchvision classifier '{name}' that can be fine-tuned here.{nearest(name, names)}")
     return torchvision.models.get_model(name, weights=None)
 

@@ -31,6 +31,7 @@ from finetune.results.sheets import plot_mistakes, plot_predictions
 from finetune.training.evaluate import best_row, compute_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
+from finetune.utils.files import write_file
 from finetune.utils.text import WIDTH, colour, print_error
 
 VERDICTS = {"as expected": "green", "than expected": "yellow", "did not pay": "yellow"}
@@ -47,7 +48,7 @@ def finish_run(
     """
     folder = logger.folder
     save_model(folder / "model", net, images.transform.preprocessing, images.classes)
-    predictions = safetensors.torch.load_file(folder / "predictions.safetensors")
+    predictions = safetensors.torch.load_file(logger.predictions_file)
     logits, labels = predictions["logits"], predictions["labels"]
     result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
@@ -57,7 +58,7 @@ def finish_run(
             name: compute_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
             for name in sorted(set(subgroups))
         }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
     try_to(plot_predictions, folder, logits, labels, images)
     if recipe.loss != "multi_label":

@@ -52,7 +52,9 @@ def save_checkpoint(
     """
     logger.flush()
     if accelerator.is_main_process:
-        flush(logger.metrics_file)  # the checkpoint counts on it
+        for path in (logger.metrics_file, logger.predictions_file, logger.folder):  # the checkpoint counts on them
+            if path.exists():
+                flush(path)
         optimizers = optimizer_kinds(net, optimizer)
         names, saved = list(optimizers), optimizer.state_dict()
         moments = {names[i]: state for i, state in saved["state"].items()}

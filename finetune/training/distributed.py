@@ -1,5 +1,6 @@
 """Several processes as one run: who goes first, whether their weights agree, when all stop."""
 
+import itertools
 import os
 import signal
 import sys
@@ -20,23 +21,25 @@ from finetune.training.launch import stop_signals
 from finetune.utils.errors import RecipeError
 
 T = TypeVar("T")
+RUNS = itertools.count()  # of this program
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again to stop at once"
 
 
-def join_after_restart() -> None:
-    """After the launcher has started all processes again (--max_restarts), join them under keys of this attempt's own.
+def join_processes() -> None:
+    """Join the processes of a launch under keys of this run's own, where the launcher's store may have others'.
 
-    torch 2.15 leaves the addresses of the processes that died in the launcher's store, and new ones that read those wait
-    for ever: 4 of 6 launches of a ten-line script did not recover within 40 seconds.
+    torch 2.15 leaves there the addresses of the processes of an earlier run in the same program, or of those that died before
+    the launcher started all again (--max_restarts), and new ones that read those wait for ever: 4 of 6 launches of a ten-line
+    script did not recover within 40 seconds.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt != "0":
+    run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(RUNS)}"
+    if run != "0-0" and "TORCHELASTIC_RUN_ID" in os.environ and not torch.distributed.is_initialized():
         from torch.distributed import PrefixStore, TCPStore
 
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
-            store=PrefixStore(f"attempt{attempt}", store),
+            store=PrefixStore(f"run{run}", store),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )

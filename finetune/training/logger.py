@@ -59,6 +59,10 @@ class Logger:
     def metrics_file(self) -> Path:
         return self.folder / "metrics.jsonl"
 
+    @property
+    def predictions_file(self) -> Path:
+        return self.folder / "predictions.safetensors"
+
     def start(self) -> None:
         """Start the metrics file, and the clock."""
         if self.accelerator.is_main_process:
@@ -204,7 +208,7 @@ class Logger:
         self.clock.append(self.elapsed())
         self.write([row])
         if self.accelerator.is_main_process:
-            (self.folder / "predictions.safetensors").write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
+            self.predictions_file.write_bytes(safetensors.torch.save({"logits": logits, "labels": labels}))
         started = self.clock[0] if self.linear_probe else 0.0
         left = (self.clock[-1] - started) / len(self.history) * (self.epochs - len(self.history))
         self.say_row(f"epoch {epoch + 1} of {self.epochs}", f"{row['train_loss']:.4f}", row, duration(left))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TextIO
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder, flush, read_json
+from finetune.utils.files import check_folder, read_json, write_file
 from finetune.utils.text import print_error
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
@@ -24,7 +23,8 @@ if sys.platform != "win32":  # on Windows two runs in one folder are not told ap
 CHECKPOINT = re.compile(r"step-\d{8,}-epochs-\d{5,}")  # the name of one; whatever else lies beside it is not the run's
 
 # Beside its lock, all that a run which died before it started can have left.
-LEFTOVERS = {".lock", "recipe.py", "groups.txt", "run.json", ".recipe.json"}
+FIRST_FILES = ("images.csv", "recipe.py", "run.json", "groups.txt", "recipe.json")
+LEFTOVERS = {".lock", ".recipe.json", *FIRST_FILES[:-1], *(f".{name}.tmp" for name in FIRST_FILES)}
 
 
 def new_run_dir(name: str, output: Path | None) -> Path:
@@ -133,17 +133,13 @@ def start_run_dir(
     recipe.json, written last, makes it a run; it is not finished then. A recipe made in a program has no recipe.py.
     """
     if recipe_file and recipe_file.resolve() != (folder / "recipe.py").resolve():
-        shutil.copyfile(recipe_file, folder / "recipe.py")
+        write_file(folder / "recipe.py", recipe_file.read_bytes())
     command, now = [Path(sys.argv[0]).name, *sys.argv[1:]], time.strftime("%Y-%m-%d %H:%M:%S")
     started = {"name": name, "command": command, "started": now, "images": images, "code": code_digest(recipe_file)}
-    (folder / "run.json").write_text(json.dumps(started, indent=1) + "\n")
-    (folder / "groups.txt").write_text(groups + "\n")
-    aside = folder / ".recipe.json"
-    aside.write_text(json.dumps(to_dict(recipe), indent=1) + "\n")
-    for file in (folder / "run.json", aside):
-        flush(file)
+    write_file(folder / "run.json", json.dumps(started, indent=1) + "\n")
+    write_file(folder / "groups.txt", groups + "\n")
     (folder / "result.json").unlink(missing_ok=True)
-    aside.rename(folder / "recipe.json")
+    write_file(folder / "recipe.json", json.dumps(to_dict(recipe), indent=1) + "\n")
 
 
 def started(folder: Path) -> dict[str, Any]:

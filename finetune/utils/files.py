@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and JSON files that may have been cut."""
+"""Files and folders that are written whole or not at all, and JSON files that may have been cut."""
 
 import errno
 import json
@@ -25,6 +25,15 @@ def check_folder(folder: Path) -> None:
         raise RecipeError(f"{folder}: {error.strerror}; name another folder") from error
 
 
+def write_file(file: Path, content: bytes | str) -> None:
+    """Write a file aside, flush it to the disk and rename it: after a power cut, too, there is the old one or the new one."""
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+    flush(aside)
+    aside.replace(file)
+    flush(file.parent)
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process never leaves half of one.
 
@@ -32,7 +41,10 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if not folder.parent.is_dir():
+        folder.parent.mkdir(parents=True)
+        flush(folder.parent.parent)
+    aside.mkdir()
     try:
         write(aside)
     except OSError as error:

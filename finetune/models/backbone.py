@@ -1,5 +1,6 @@
 """A backbone with a new head: a timm model, a torchvision model, or what a function of the recipe returns."""
 
+import copy
 from typing import Any
 
 import timm
@@ -9,7 +10,7 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from finetune.models.batch_norm import set_train_mode
+from finetune.models.batch_norm import has_statistics, set_train_mode
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError, first_line
@@ -214,6 +215,16 @@ def head_parameters(recipe: Recipe, net: nn.Module) -> set[str]:
         return set()
     head = head_name(recipe, net)
     return {f"{head}.{name}" for name, _ in net.get_submodule(head).named_parameters()}
+
+
+def fresh_norms(recipe: Recipe, net: TimmModel) -> list[str]:
+    """The norms with running statistics that come with a timm model's new head, by name: theirs are no pretrained ones."""
+    if not is_timm(recipe):
+        return []
+    again: TimmModel = copy.deepcopy(net)
+    kept = [*again.modules()]
+    again.reset_classifier(again.num_classes)
+    return [name for name, module in again.named_modules() if has_statistics(module) and module not in kept]
 
 
 def classifier_parameters(net: TimmModel) -> set[str]:

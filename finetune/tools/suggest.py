@@ -13,7 +13,7 @@ import timm
 import torchvision
 from torch import nn
 
-from finetune.models.backbone import head_parameters, meta_backbone
+from finetune.models.backbone import fresh_norms, head_parameters, meta_backbone
 from finetune.models.batch_norm import has_statistics
 from finetune.models.linear_probe import head_layer
 from finetune.optim.param_groups import build_param_groups
@@ -47,7 +47,7 @@ recipe = Recipe(
 
 {linear_probe}{groups}    optimizer=AdamW(weight_decay=0.05),  # no weight decay on biases and norms
     schedule=Cosine(warmup_epochs=0.5),  # does not depend on a metric, which is noisy on few validation images
-    batch_norm="frozen",  # {why_batch_norm}
+    batch_norm="{batch_norm}",  # {why_batch_norm}
 
     epochs={epochs},  # {steps:,} steps; 12,000 images in all, but at least 8 epochs and at most 30
     label_smoothing=0.1,  # against overconfidence on training images seen many times
@@ -82,8 +82,10 @@ def suggest_recipe(
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
     epochs = min(30, max(8, math.ceil(12_000 / stats.train)))
     steps_per_epoch = math.ceil(stats.train / batch_size)
-    why_batch_norm = "no effect: there is no batch norm in this network"
-    if any(map(has_statistics, net.modules())):
+    batch_norm, why_batch_norm = "frozen", "no effect: there is no batch norm in this network"
+    if fresh_norms(recipe, net):
+        batch_norm, why_batch_norm = "train", "the new head has a batch norm of its own, without statistics to keep"
+    elif any(map(has_statistics, net.modules())):
         why_batch_norm = "the pretrained statistics are better than those of small batches"
 
     linear_probe, imports, unfreeze_at = LINEAR_PROBE, ", LinearProbe", 0
@@ -120,6 +122,7 @@ def suggest_recipe(
             "augment": augment_lines(stats),
             "linear_probe": linear_probe,
             "groups": groups,
+            "batch_norm": batch_norm,
             "why_batch_norm": why_batch_norm,
             "epochs": epochs,
             "steps": epochs * steps_per_epoch,

@@ -18,6 +18,7 @@ from finetune.models.saving import decode_state, plain_state
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.optim.param_groups import fixed_parameters
 from finetune.recipe import Recipe
+from finetune.recipe.checks import parts
 from finetune.training.logger import Logger
 from finetune.training.run_dir import CHECKPOINT, newest_checkpoint
 from finetune.utils.errors import RecipeError, first_line
@@ -104,7 +105,7 @@ def restore(
     evaluated: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-    steps_per_epoch: int,
+    num_images: int,
 ) -> int:
     """Put everything back as the run's newest checkpoint has it; returns the steps done, 0 without a checkpoint.
 
@@ -115,7 +116,7 @@ def restore(
     if folder is None:
         logger.start()
         return 0
-    state = read_state(folder)
+    state, steps_per_epoch = read_state(folder), recipe.data.steps_per_epoch(num_images)
     for network, name in ((net, "model"), (evaluated, "average"))[: 1 if evaluated is net else 2]:
         weights = decode_state(network, read(folder / f"{name}.safetensors", safetensors.torch.load_file))
         if shapes(weights) != shapes(network.state_dict()):
@@ -126,7 +127,7 @@ def restore(
     logger.resume(state)
     if state.get("version") == "0.1":
         logger.say(OLD_VERSION)
-    if "steps_per_epoch" not in state and (options := corrected(recipe, net)):
+    if "steps_per_epoch" not in state and (options := corrected(recipe, net, num_images % recipe.data.batch_size)):
         logger.say(
             f"the run was started by an earlier version, whose {options} this one corrects: it does not go on to the bit"
         )
@@ -144,8 +145,13 @@ def restore(
     return step
 
 
-def corrected(recipe: Recipe, net: nn.Module) -> str:
-    """What version 0.2 computes otherwise than before it, of all that the recipe has; "" if there is nothing."""
+def corrected(recipe: Recipe, net: nn.Module, last_batch: int) -> str:
+    """What version 0.2 computes otherwise than before it, of all that the recipe has; "" if there is nothing.
+
+    `last_batch` is the number of images that are left for an epoch's last batch.
+    """
+    frozen = any(getattr(part, "unfreeze_at", 0) or getattr(part, "lr", 1) == 0 for _, part in parts(recipe))
+    spectral = any(name.endswith("_u") for name, _ in net.named_buffers())
     norms = [module for module in net.modules() if has_statistics(module)]
     buffers = {id(buffer) for buffer in net.buffers() if buffer.is_floating_point()}
     buffers -= {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
@@ -156,6 +162,8 @@ def corrected(recipe: Recipe, net: nn.Module) -> str:
         "gradient checkpointing of norms that move": recipe.gradient_checkpointing and recipe.batch_norm != "frozen" and norms,
         "norms, by others than torch,": not all(isinstance(norm, _NormBase) for norm in norms),
         "average of tied weights or of buffers": recipe.ema_decay and (buffers or len(set(names)) > 1),
+        "spectral norm of frozen layers": spectral and frozen,
+        "last batch of one image": last_batch == 1 and recipe.batch_norm != "frozen" and norms,
         "weight decay": any("*" in name for name in getattr(net, "no_weight_decay", set)()),
     }
     return " and ".join(what for what, is_used in found.items() if is_used)

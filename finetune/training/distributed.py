@@ -86,7 +86,7 @@ def check_same_weights(net: nn.Module, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    state = net.state_dict()
+    state = {name: value for name, value in net.state_dict().items() if isinstance(value, torch.Tensor)}  # not extra state
     sums = torch.stack([bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
     others = accelerator.gather(sums[None])
     differing = (others != others[0]).any(0).nonzero().flatten().tolist()

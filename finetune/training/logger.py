@@ -52,6 +52,7 @@ class Logger:
         self.clock: list[float] = []  # seconds at which each of these was reached
         self.losses: list[float] = []  # of the running epoch's steps
         self.skipped = 0  # images that could not be read in the running epoch
+        self.overflowed = 0  # steps of the running epoch that the scaler of fp16 left out
         self.pending: list[PendingStep] = []
         self.seconds, self.images = 0.0, 0
 
@@ -77,6 +78,7 @@ class Logger:
         """
         self.history, self.linear_probe, self.clock = state["history"], state["linear_probe"], state["clock"]
         self.seconds, self.images, self.skipped = state["seconds"], state["images"], state["skipped"]
+        self.overflowed = state.get("overflowed", 0)
         if len(self.history) > self.epochs:
             raise RecipeError(f"{len(self.history)} epochs of the run in {self.folder} are done, and epochs={self.epochs}")
         if self.accelerator.is_main_process:
@@ -118,6 +120,7 @@ class Logger:
             "losses": self.losses,
             "images": self.images,
             "skipped": self.skipped,
+            "overflowed": self.overflowed,
             "seconds": self.elapsed(),
             "metrics_bytes": self.metrics_file.stat().st_size,
         }
@@ -173,6 +176,7 @@ class Logger:
                 )
         self.losses += losses
         self.skipped += int(sums[:, 1].sum())
+        self.overflowed += sum(not math.isfinite(norm) for norm in norms)
         self.write(rows)
         images_per_second = self.epoch_images / (time.monotonic() - self.epoch_started)
         self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {images_per_second:.0f} images/s", refresh=False)
@@ -203,7 +207,11 @@ class Logger:
         if self.skipped:
             row["skipped_images"] = self.skipped
             self.say(f"epoch {epoch + 1}: {self.skipped} training images could not be read and were skipped")
-        self.losses, self.skipped = [], 0
+        if self.overflowed:
+            row["skipped_steps"] = self.overflowed
+            which = f"{self.overflowed} of {len(self.losses)} steps were left out: in fp16 their gradients are not finite"
+            self.say(f"epoch {epoch + 1}: {which}")
+        self.losses, self.skipped, self.overflowed = [], 0, 0
         self.history.append(row)
         self.clock.append(self.elapsed())
         self.write([row])

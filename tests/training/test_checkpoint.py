@@ -14,15 +14,24 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from finetune.optim.optimizers import SeveralOptimizers
+from finetune.recipe import Data
 from finetune.training.checkpoint import read_state, restore, restore_optimizer, save_checkpoint
 from finetune.training.logger import Logger
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
-from helpers import Cut, DroppingNet, SmallNet, cut_at, same_tensors, scaling_accelerator, small_recipe
+from helpers import ALL, Cut, DroppingNet, SmallNet, cut_at, same_tensors, scaling_accelerator, small_recipe
 
 AFRESH = "to start again from the pretrained weights, name another --output"
 IMAGES = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
 SGD, AdamW = partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW
+
+
+class Spectral(DroppingNet):
+    """With a buffer that moves in training, and is no statistic of a norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.nn.utils.spectral_norm(self.stem)
 
 
 def logger_in(folder, accelerator=None):
@@ -41,7 +50,7 @@ def save(folder, net, optimizer, average=None, step=3, accelerator=None):
 def go_on(logger, net, average=None, optimizer=None, recipe=None):
     """restore(), of an optimizer without state if none is given."""
     optimizer = optimizer or torch.optim.SGD(net.parameters())
-    return restore(recipe or small_recipe(), logger, net, average or net, optimizer, logger.accelerator, steps_per_epoch=100)
+    return restore(recipe or small_recipe(), logger, net, average or net, optimizer, logger.accelerator, num_images=800)
 
 
 def go_on_optimizer(folder, net, optimizer):
@@ -213,12 +222,15 @@ def test_a_checkpoint_of_version_0_1_goes_on_and_says_what_differs(tmp_path, cap
         ({"class_weights": "balanced"}, ""),
         ({"class_weights": "balanced", "label_smoothing": 0.1}, "class weights of smoothed or mixed targets"),
         ({"backbone": "test_resnet", "head": None, "gradient_checkpointing": True, "batch_norm": "train"}, "checkpointing of"),
+        ({"batch_norm": "train", "data": Data("generated", 24, batch_size=17)}, "last batch of one image"),  # 1 of 800
+        ({"backbone": Spectral}, "spectral norm of frozen layers"),
+        ({"backbone": Spectral, "groups": ALL}, ""),
     ],
 )
 def test_a_run_of_an_earlier_version_says_what_is_no_longer_as_before(tmp_path, capsys, changes, spoken):
     """Only where the recipe has something that was corrected: all others go on to the bit."""
-    recipe = small_recipe(**changes)
-    net = timm.create_model("test_resnet", num_classes=10) if recipe.backbone == "test_resnet" else DroppingNet()
+    recipe = small_recipe(**{"backbone": DroppingNet, **changes})
+    net = timm.create_model("test_resnet", num_classes=10) if recipe.backbone == "test_resnet" else recipe.backbone()
     folder = save(tmp_path, net, SGD(net.parameters()))
     state = json.loads((folder / "state.json").read_text())
     for now in (state, {key: state[key] for key in state if key != "steps_per_epoch"}):

@@ -1,6 +1,7 @@
 """Few images: in a micro-batch, in the last batch, for validation."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import safetensors.torch
 from PIL import Image
 
 from finetune.data.loader import Cut, plan_epoch
-from finetune.recipe import Data
+from finetune.recipe import Augment, Data, LinearProbe
 from finetune.training.setup import check_micro_batches
 from finetune.utils.errors import RecipeError
-from helpers import ALL, ROOT, DroppingNet, prepare, small_recipe
+from helpers import ALL, ROOT, Coloured, DroppingNet, prepare, run_here, small_recipe
 from launching import finish, several
 
 RECIPE = """
@@ -94,3 +95,23 @@ def test_branches_unused_layers_and_idle_processes_change_nothing(tmp_path):
     assert found[0][1]["val_images"] == found[1][1]["val_images"] == 2
     for name, tensor in found[0][0].items():
         assert (tensor - found[1][0][name]).abs().max() < 1e-6, name
+
+
+FEW = Coloured([0, 5, 7, 39, 3], [f"class {i}" for i in range(40)]), Coloured([1, 5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"linear_probe": LinearProbe()},
+        {"data": Data(lambda: FEW, 24, batch_size=4, sampling="balanced"), "batch_norm": "train"},
+        {"data": Data(lambda: FEW, 24, batch_size=64), "label_smoothing": 0.1, "augment": Augment(mixup=0.2)},
+    ],
+    ids=["probe", "balanced", "mixed"],
+)
+def test_there_may_be_more_classes_than_images(tmp_path, changes):
+    """Most classes without an image, and a batch without most: it trains, and every metric is a finite number."""
+    recipe = small_recipe(**{"backbone": DroppingNet, "data": Data(lambda: FEW, 24, batch_size=2), **changes})
+    _, rows = run_here(recipe, tmp_path)
+    assert len(rows) >= recipe.epochs and all(math.isfinite(row["loss"]) for row in rows)
+    assert all(len(row["class_accuracy"]) == 40 for row in rows if "class_accuracy" in row)

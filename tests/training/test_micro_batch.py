@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from finetune.models.batch_norm import set_train_mode
 from finetune.recipe import SGD, Group
 from finetune.training import loop as train_loop
 from finetune.training import micro_batch
@@ -36,6 +39,30 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tmp_path, capsy
     assert out.count("now 2, 4 times a step") == 1
     other, _ = run_here(small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9)), tmp_path / "plenty")
     assert_same_weights(net, other.state_dict())
+
+
+class HungryNorm(SmallNet):
+    """Runs out of memory with 2 images; its norm, of single features, can't take statistics of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Sequential(nn.BatchNorm1d(16), self.fc)
+
+    def forward(self, images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("batch_norm,refused", [("train", True), ("frozen", False)])
+def test_a_micro_batch_of_one_image_is_refused_where_norms_move(monkeypatch, batch_norm, refused):
+    """Memory that only holds one image is no memory for a norm that takes statistics of several."""
+    monkeypatch.setattr(micro_batch, "says_when_full", lambda device: True)  # as if this were a GPU
+    recipe = small_recipe(backbone=HungryNorm, head="fc.1", batch_norm=batch_norm)
+    net, _, _ = prepare(recipe)
+    set_train_mode(net, batch_norm)
+    with pytest.raises(RecipeError, match="can't do with one") if refused else nullcontext():
+        assert find_micro_batches(recipe, net, Accelerator(cpu=True), 1, print) == 8
 
 
 @pytest.mark.parametrize("accumulate,batch_norm,said", [(1, "train", 0), (2, "train", 1), (2, "frozen", 0), (4, "sync", 1)])

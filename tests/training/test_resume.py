@@ -137,8 +137,8 @@ def test_every_option_survives_a_cut(tmp_path, monkeypatch, option, call):
     assert len(whole[1]) > 1 and any(name.startswith("average") for name in whole[0]) == (option == "average")
 
 
-def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch):
-    """Steps that overflow change no weight and no learning rate; the scaler's state survives a resume, to the bit."""
+def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch, capsys):
+    """Steps that overflow change no weight and no learning rate, and are counted; a resumed scaler goes on to the bit."""
     recipe = small_recipe(groups=ALL)
     plain = [row["lr"] for row in run_here(recipe, tmp_path / "plain")[1] if "lr" in row]
     net, rows = run_here(recipe, tmp_path / "scaled", accelerator=scaling_accelerator())
@@ -146,6 +146,8 @@ def test_a_skipped_fp16_step_costs_no_step_of_the_schedule(tmp_path, monkeypatch
     assert [row["lr"] for row in steps] == plain
     skipped = [row["step"] for row in steps if not math.isfinite(row["grad_norm"])]
     assert skipped and len(skipped) < len(steps) and all(math.isfinite(row["loss"]) for row in steps)
+    counted = [row["skipped_steps"] for row in rows if "skipped_steps" in row]
+    assert sum(counted) == len(skipped) and f"epoch 1: {counted[0]} of 3 steps were left out" in capsys.readouterr().out
     with monkeypatch.context() as patched:
         cut_before(patched, "set_lrs", 6)
         with pytest.raises(Cut):

@@ -7,6 +7,7 @@ NAME is a function of `BLOCKS` and its arguments. A table becomes a block of its
 """
 
 import argparse
+import html
 import json
 import re
 import sys
@@ -205,6 +206,17 @@ def powercuts(rows: list[dict] | None = None) -> str:
     return table("what happens | trials | bitwise equal in the end | lost", lines)
 
 
+def zoo() -> str:
+    """The verdicts on each network."""
+    columns = ("one process", "two processes", "onnx", "timm")
+
+    def said(verdict: str) -> str:
+        return "-" if "is not one of timm's" in verdict else html.escape(verdict.replace("|", "/"), quote=False)
+
+    rows = [(f"`{row['network']}`", *(said(row.get(column, "-")) for column in columns)) for row in read("zoo.json")]
+    return table("network | one process | two processes | ONNX | timm's folder", rows)
+
+
 def performance() -> str:
     """The benchmarks, what was required of them, and whether it holds."""
     kept = read("benchmarks.json")
@@ -278,6 +290,7 @@ BLOCKS = {
         kills,
         killed,
         powercuts,
+        zoo,
         performance,
     )
 }

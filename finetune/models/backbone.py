@@ -125,7 +125,8 @@ def function_model(recipe: Recipe) -> nn.Module:
     assert callable(recipe.backbone)
     if isinstance(recipe.backbone, nn.Module):
         raise RecipeError("backbone: this is a network; give the class or the function that makes it, for each run a fresh one")
-    net = recipe.backbone()
+    with torch.no_grad():  # a weight that weight_norm's hook computes could not be copied
+        net = recipe.backbone()
     if not isinstance(net, nn.Module):
         raise RecipeError(f"{to_dict(recipe.backbone)} returns {type(net).__name__}, not a torch.nn.Module")
     if any(map(is_lazy, [*net.parameters(), *net.buffers()])):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from benchmarks.networks import ODD, Base
 from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
 from finetune.models.saved import load_network, read_json, try_saving
 from finetune.models.saving import save_model
@@ -15,7 +16,6 @@ from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
 from helpers import ALL, PREPROCESSING, small_recipe
-from zoo import ZOO, Base
 
 CLASSES = tuple("abcde")
 
@@ -31,10 +31,10 @@ def logits_of(net):
         return net.eval()(torch.randn(2, 3, 32, 32))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ODD)
 def test_each_comes_back_or_is_refused(tmp_path, name):
     """Each network of the zoo gives the same logits, bit for bit, once saved and loaded, or is refused in one sentence."""
-    backbone, refusal = ZOO[name]
+    backbone, refusal = ODD[name]
     recipe = recipe_of(backbone)
     if refusal:
         with pytest.raises(RecipeError, match=refusal) as caught:
@@ -67,7 +67,7 @@ def test_a_functions_timm_model_is_loaded_by_timm(tmp_path, head, outputs):
 @pytest.mark.parametrize("name", ["timm, changed", "timm, handed on"])
 def test_timm_is_not_said_to_make_what_it_does_not(tmp_path, name):
     """A network that timm would make with other activations, or not at all, is kept as the recipe's own."""
-    recipe = recipe_of(ZOO[name][0])
+    recipe = recipe_of(ODD[name][0])
     save_model(tmp_path / "model", build_backbone(recipe, 5), PREPROCESSING, CLASSES)
     assert json.loads((tmp_path / "model" / "config.json").read_text()).keys() == {"label_names", "preprocessing"}
 

@@ -1,4 +1,4 @@
-"""Small odd networks: what people bring, one of each kind, for three classes of images."""
+"""Networks of every kind: small odd ones, one of each kind that people bring, and those of timm and torchvision."""
 
 import random
 from collections import OrderedDict
@@ -260,7 +260,7 @@ def half_frozen_norm():
 COMPLEX = "" if Version(safetensors.__version__) >= Version("0.7") else "can't be saved and loaded again"
 
 # By name: what makes it, and the words of the refusal, before the first step, if it can't be trained.
-ZOO = {
+ODD = {
     "plain": (Base, ""),
     "partial": (partial(Base, width=6), ""),
     "tied weights": (TiedWeights, ""),
@@ -296,3 +296,14 @@ ZOO = {
     "no network": (lambda: None, "returns NoneType, not a torch.nn.Module"),
     "raises": (lambda: 1 / 0, "can't be built: ZeroDivisionError"),
 }
+
+# Of timm its test models and the smallest of many families, of torchvision one of each, all with random weights: the smallest
+# image size that they take.
+FAMILIES = (
+    "resnet10t", "resnetv2_18", "vit_tiny_patch16_224", "convnext_atto", "convnextv2_atto", "tf_efficientnet_lite0",
+    "mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "levit_128s", "repvgg_a0",
+)  # fmt: skip
+TORCHVISION = (
+    "regnet_x_400mf", "resnet18",
+)  # fmt: skip
+LIBRARIES = dict.fromkeys([*timm.list_models("test_*"), *FAMILIES, *(f"torchvision/{name}" for name in TORCHVISION)], 32)

@@ -1,10 +1,12 @@
 """Kill real runs in every way a machine can, resume them, and count those that do not end with the bits of an unbroken run.
 
     python -m benchmarks.kills --kills 100
+    python -m benchmarks.kills --kills 20 --fsdp
 
-Each trial starts the command (one process or two), sends SIGKILL to one process or to all at a random moment, or from inside
-a checkpoint's writing, then gives the same command again until it finishes, and compares model, optimizer state and metrics
-file with those of a run that nothing happened to. Runs are forked from this process, which has torch loaded already.
+Each trial starts the command (one process or two; with --fsdp two that share the network), sends SIGKILL to one process or
+to all at a random moment, or from inside a checkpoint's writing, then gives the same command again until it finishes, and
+compares model, optimizer state and metrics file with those of a run that nothing happened to. Runs are forked from this
+process, which has torch loaded already.
 """
 
 import argparse
@@ -50,6 +52,14 @@ class Net(nn.Module):
 recipe = Recipe(backbone=Net, head="fc", data=Data("generated", image_size=24, batch_size=4),
                 groups=(Group("head", "fc", lr=1e-2), Group("body", "body", lr=3e-3, unfreeze_at=2),
                         Group("stem", "stem|norm", lr=1e-3, unfreeze_at=4)),
+                optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), batch_norm="train", epochs=8)
+"""
+FSDP_RECIPE = """
+from finetune import AdamW, Cosine, Data, Group, Recipe
+
+recipe = Recipe(backbone="test_resnet", weights="none", dropout=0.3, data=Data("generated", image_size=32, batch_size=4),
+                groups=(Group("head", "fc", lr=1e-2), Group("body", r"layer[34]", lr=3e-3, unfreeze_at=2),
+                        Group("stem", ".", lr=1e-3, unfreeze_at=4)),
                 optimizer=AdamW(weight_decay=0.05), schedule=Cosine(warmup_epochs=0.5), batch_norm="train", epochs=8)
 """
 
@@ -114,7 +124,7 @@ def die_at_flush(number: int) -> None:
     files.flush = fatal
 
 
-def wait(children: list[int], seconds: float = 60) -> list[int]:
+def wait(children: list[int], seconds: float = 600) -> list[int]:
     """Exit codes; once one process is dead of a signal the others are killed, as the launcher does."""
     codes, deadline = {}, time.monotonic() + seconds
     while len(codes) < len(children):
@@ -155,14 +165,31 @@ def trial(folder: Path, count: int, way: str, seconds: float, rng: random.Random
     return -signal.SIGKILL in codes and not (folder / "result.json").exists()
 
 
-def benchmark(kills: int, seed: int) -> int:
-    """Run the trials, print the table, return the number lost."""
-    rng, counts = random.Random(seed), {(way, count): [0, 0, 0] for way in WAYS for count in (1, 2)}
+def results(counts: dict[tuple[str, int], list[int]], fsdp: bool) -> list[dict]:
+    """The trials so far, as benchmarks/results/kills.json has them."""
+    return [
+        {
+            "killed": way,
+            "processes": f"{count}, FSDP2" if fsdp else count,
+            "kills": kills,
+            "resumed": resumed,
+            "bitwise_equal": same,
+        }
+        for (way, count), (kills, resumed, same) in counts.items()
+    ]
+
+
+def benchmark(kills: int, seed: int, fsdp: bool) -> int:
+    """Run the trials, print the rows so far after each and the table in the end, return the number lost."""
+    processes = (2,) if fsdp else (1, 2)
+    rng, counts = random.Random(seed), {(way, count): [0, 0, 0] for way in WAYS for count in processes}
+    if fsdp:
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        (root / "recipe.py").write_text(RECIPE)
+        (root / "recipe.py").write_text(FSDP_RECIPE if fsdp else RECIPE)
         whole, seconds = {}, {}
-        for count in (1, 2):
+        for count in processes:
             began = time.monotonic()
             assert wait(start(root / f"unbroken{count}", count, 0)) == [0] * count, (root / f"unbroken{count}.log").read_text()
             seconds[count], whole[count] = time.monotonic() - began, contents(root / f"unbroken{count}")
@@ -179,12 +206,9 @@ def benchmark(kills: int, seed: int) -> int:
                 counts[way, count][i] += happened
             if not equal:
                 print(f"LOST: {way}, {count} processes\n{(root / f'{folder.name}.log').read_text()[-3000:]}", flush=True)
-    rows = [
-        {"killed": way, "processes": count, "kills": killed, "resumed": resumed, "bitwise_equal": equal}
-        for (way, count), (killed, resumed, equal) in counts.items()
-    ]
+            print(json.dumps(results(counts, fsdp)), flush=True)
+    rows = results(counts, fsdp)
     print(table(rows))
-    print(json.dumps(rows))
     return sum(row["kills"] - row["bitwise_equal"] for row in rows)
 
 
@@ -192,5 +216,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fsdp", action="store_true", help="two processes that share the network, as accelerate launch asks")
     arguments = parser.parse_args()
-    sys.exit(benchmark(arguments.kills, arguments.seed) > 0)
+    sys.exit(benchmark(arguments.kills, arguments.seed, arguments.fsdp) > 0)

@@ -221,6 +221,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
     from finetune.data.dataset import fingerprint, record_files
+    from finetune.models.sharding import blocks, is_sharded
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
@@ -256,10 +257,12 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     logger = Logger(folder, accelerator, recipe, quiet)
     if args.smoke:
         logger.say("SMOKE RUN: random weights, generated images. It shows that the recipe runs, and is no result.")
-    setting = f"{accelerator.num_processes} x {accelerator.device.type}, precision {recipe.mixed_precision}"
+    sharded = is_sharded(net)
+    fsdp = f", FSDP2 in {len(blocks(net))} blocks" if sharded else ""
+    setting = f"{accelerator.num_processes} x {accelerator.device.type}{fsdp}, precision {recipe.mixed_precision}"
     run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; {setting}"
     logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(datasets[0].classes))}\n\n{short_table}\n")
-    start = copy_params(groups) if accelerator.is_main_process else {}  # the first process alone reports
+    start = copy_params(groups) if accelerator.is_main_process or sharded else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, quiet)
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)

@@ -8,6 +8,7 @@ from torch import nn
 
 from finetune.data.loader import is_unreadable
 from finetune.models.backbone import head_parameters
+from finetune.models.sharding import laid_out_like
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
@@ -87,8 +88,8 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
     minimise(head, features, labels, loss, l2, tolerance=1e-8)
     with torch.no_grad():
         weight, bias = head
-        layer.weight.copy_(weight / scale)
-        layer.bias.copy_(bias - weight @ mean / scale)
+        layer.weight.copy_(laid_out_like(layer.weight, weight / scale))
+        layer.bias.copy_(laid_out_like(layer.bias, bias - weight @ mean / scale))
     return l2
 
 

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
 
+from finetune.models.sharding import is_shard
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Optimizer
 from finetune.utils.errors import RecipeError
@@ -59,9 +60,8 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
                 row = {"name": group.name, "params": list(params.values()), "lr": group.lr}
                 rows.append(row | ({"weight_decay": decay} if decays else {}))
     options = dict(wanted.options)
-    fusable = all(
-        p.device.type == "cpu" and p.is_floating_point() for row in rows for p in row["params"]
-    )  # complex ones are not
+    # Of complex ones, and of most in shards, torch has no fused steps.
+    fusable = all(p.device.type == "cpu" and p.is_floating_point() and not is_shard(p) for row in rows for p in row["params"])
     if fusable and "fused" in accepted and not options.keys() & {"fused", "foreach", "differentiable"}:
         options["fused"] = True  # one pass over the memory of each tensor
     try:

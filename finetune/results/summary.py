@@ -21,6 +21,7 @@ from finetune.data.loader import ImageDataset
 from finetune.models.backbone import is_timm
 from finetune.models.saved import beyond_chance, model_to_use
 from finetune.models.saving import save_model
+from finetune.models.sharding import gather_state
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
@@ -160,8 +161,13 @@ def describe_gain(metric: str, result: dict[str, Any]) -> str:
 
 
 def copy_params(groups: Sequence[ParamGroup]) -> ParamsByGroup:
-    """The parameters as they are now, on the CPU."""
-    return {group.name: {name: param.detach().cpu().clone() for name, param in group.params.items()} for group in groups}
+    """The parameters as they are now, on the CPU; those in shards on the first process."""
+
+    def copies(group: ParamGroup) -> dict[str, torch.Tensor]:
+        params = gather_state({name: param.detach() for name, param in group.params.items()})
+        return {name: param.cpu().clone() for name, param in params.items()}
+
+    return {group.name: copies(group) for group in groups}
 
 
 def drift(net: nn.Module, start: ParamsByGroup) -> dict[str, float]:

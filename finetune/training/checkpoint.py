@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.models.batch_norm import has_statistics
 from finetune.models.saving import decode_state, plain_state
+from finetune.models.sharding import gather_state, laid_out_like, whole
 from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
 from finetune.optim.param_groups import fixed_parameters
 from finetune.recipe import Recipe
@@ -52,24 +53,24 @@ def save_checkpoint(
         RecipeError: if a number in it is not finite; nothing is written then.
     """
     logger.flush()
+    network, optimizers, saved = whole(net), optimizer_kinds(net, optimizer), optimizer.state_dict()
+    names = list(optimizers)
+    moments = {names[i]: gather_state(state) for i, state in saved["state"].items()}
     if accelerator.is_main_process:
         for path in (logger.metrics_file, logger.predictions_file, logger.folder):  # the checkpoint counts on them
             if path.exists():
                 flush(path)
-        optimizers = optimizer_kinds(net, optimizer)
-        names, saved = list(optimizers), optimizer.state_dict()
-        moments = {names[i]: state for i, state in saved["state"].items()}
         for row in saved["param_groups"]:
             if "step" in row:
                 moments |= {names[i]: moments.get(names[i], {}) | {ROW_STEP: row["step"]} for i in row["params"]}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        if fault := not_finite(net, moments):
+        if fault := not_finite(network, moments):
             what = f"after step {step} {fault} is not finite: lower the learning rates, or clip_norm. {logger.kept()}"
             raise RecipeError(what, one_process=True)
 
         def write(folder: Path) -> None:
             # Made in memory first: on a full disk the writers of torch and safetensors fail each in their own words.
-            (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+            (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(network)))
             if evaluated is not net:
                 (folder / "average.safetensors").write_bytes(safetensors.torch.save(plain_state(evaluated)))
             torch.save(moments, optimizer_file := io.BytesIO())
@@ -119,9 +120,10 @@ def restore(
     state, steps_per_epoch = read_state(folder), recipe.data.steps_per_epoch(num_images)
     for network, name in ((net, "model"), (evaluated, "average"))[: 1 if evaluated is net else 2]:
         weights = decode_state(network, read(folder / f"{name}.safetensors", safetensors.torch.load_file))
-        if shapes(weights) != shapes(network.state_dict()):
+        own = network.state_dict()
+        if shapes(weights) != shapes(own):
             raise RecipeError(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
-        network.load_state_dict(weights)
+        network.load_state_dict({name: laid_out_like(own[name], value) for name, value in weights.items()})
     if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one starts afresh
         accelerator.scaler.load_state_dict(state["scaler"])
     logger.resume(state)
@@ -190,12 +192,15 @@ def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optim
     for name in moments:
         if before[name] != kinds[name]:  # torch would take it, and leave it lie or miss its own in mid-run
             raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
-    names, rows = list(kinds), optimizer.state_dict()["param_groups"]
+    names, rows, params = list(kinds), optimizer.state_dict()["param_groups"], dict(net.named_parameters())
     for row in rows:
         for i in row["params"]:
             if ROW_STEP in moments.get(names[i], {}):
                 row["step"] = moments[names[i]].pop(ROW_STEP)
-    optimizer.load_state_dict({"state": {names.index(name): moments[name] for name in moments}, "param_groups": rows})
+    state_dict = {
+        names.index(name): {key: laid_out_like(params[name], value) for key, value in moments[name].items()} for name in moments
+    }
+    optimizer.load_state_dict({"state": state_dict, "param_groups": rows})
 
 
 def read(file: Path, reader: Callable[[Path], T]) -> T:

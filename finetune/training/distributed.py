@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from finetune.models.sharding import is_shard, is_sharded
 from finetune.recipe import Recipe
 from finetune.training.launch import stop_signals
 from finetune.utils.errors import RecipeError
@@ -62,31 +63,35 @@ def main_process_first(accelerator: Accelerator, make: Callable[[], T]) -> T:
 
 
 def gather_strided(parts: list[torch.Tensor], total: int, accelerator: Accelerator) -> torch.Tensor:
-    """`total` rows, of which process p of N has p, p + N, p + 2N, ... in `parts`, as one tensor in order, on every process."""
-    count = accelerator.num_processes
-    if count == 1:
-        return torch.cat(parts)
-    rows = -(-total // count)
-    mine = torch.cat(parts)
-    mine = torch.cat([mine, mine.new_zeros(rows - len(mine), *mine.shape[1:])])
-    return accelerator.gather(mine).unflatten(0, (count, rows)).transpose(0, 1).flatten(0, 1)[:total]
+    """`total` rows, of which process p of N has p, p + N, p + 2N, ... in `parts`, as one tensor in order, on every process.
+
+    All processes bring as many; those past the end are left out.
+    """
+    rows = torch.cat(parts)
+    if accelerator.num_processes == 1:
+        return rows[:total]
+    return accelerator.gather(rows).unflatten(0, (-1, len(rows))).transpose(0, 1).flatten(0, 1)[:total]
 
 
 def broadcast(tensors: Iterable[torch.Tensor], accelerator: Accelerator) -> None:
-    """Give every process the first one's values."""
+    """Give every process the first one's values; shards keep their own."""
     if accelerator.num_processes > 1:
         for tensor in tensors:
-            torch.distributed.broadcast(tensor, 0)
+            if not is_shard(tensor):
+                torch.distributed.broadcast(tensor, 0)
 
 
 def check_same_weights(net: nn.Module, accelerator: Accelerator) -> None:
     """Raise RuntimeError, with the first tensor that differs, unless all processes hold the same bits.
 
-    Compared are sums of each tensor's bits read as whole numbers: one number a tensor, whatever its size.
+    Compared are sums of each tensor's bits read as whole numbers: one number a tensor, whatever its size. Shards are no copies.
     """
     if accelerator.num_processes == 1:
         return
-    state = {name: value for name, value in net.state_dict().items() if isinstance(value, torch.Tensor)}  # not extra state
+    tensors = {name: value for name, value in net.state_dict().items() if isinstance(value, torch.Tensor)}  # not extra state
+    state = {name: value for name, value in tensors.items() if not is_shard(value)}
+    if not state:
+        return
     sums = torch.stack([bits(tensor).sum(dtype=torch.int64) for tensor in state.values()])
     others = accelerator.gather(sums[None])
     differing = (others != others[0]).any(0).nonzero().flatten().tolist()
@@ -157,7 +162,7 @@ class StopRequest:
 
 
 def wrap(recipe: Recipe, net: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The network as this stage trains it: itself on one process, a fresh DistributedDataParallel on several.
+    """The network as this stage trains it: itself on one process or in shards, a fresh DistributedDataParallel on several.
 
     DDP fixes at wrapping which parameters it averages, so each stage is wrapped anew (a parameter unfrozen later would
     silently drift apart between processes), and nothing is sent for frozen layers. Norm statistics are not sent before each
@@ -165,7 +170,7 @@ def wrap(recipe: Recipe, net: nn.Module, accelerator: Accelerator) -> nn.Module:
     one process alone, which DDP then looks for in each step; none of timm's or torchvision's does.
     """
     model = net
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not is_sharded(net):
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
         skips = callable(recipe.backbone)
         model = DistributedDataParallel(net, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=skips)

@@ -34,9 +34,10 @@ def predict_logits(
     of those of the image and of its mirror image.
     """
     net.eval()
-    # With fewer images than processes, one without an image computes on the first all the same: all take part in gathering.
-    mine = list(range(accelerator.process_index, len(images), accelerator.num_processes)) or [0]
-    size = recipe.data.batch_size // (accelerator.num_processes * options.accumulate)
+    # Every process computes on as many, the last image again where there is none: all take part in gathering.
+    processes, total = accelerator.num_processes, len(images)
+    mine = [min(i, total - 1) for i in range(accelerator.process_index, -(-total // processes) * processes, processes)]
+    size = recipe.data.batch_size // (processes * options.accumulate)
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     outputs, targets = [], []
     loaded = load(images, epoch, batches, options.workers, accelerator.device)
@@ -45,7 +46,6 @@ def predict_logits(
             logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
         outputs.append(logits.float())
         targets.append(labels)
-    total = len(images)
     logits, labels = gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()
     if (missing := is_unreadable(labels)).any():
         check_left_out(images, missing)

@@ -19,7 +19,8 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import Recipe
+from finetune.recipe import Optimizer, Recipe
+from finetune.recipe.checks import parts
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error
 
@@ -40,11 +41,13 @@ STARTED = {  # by programs that say it in their own words
     "MV2_COMM_WORLD_SIZE": "mpirun",
 }
 UNKNOWN = {  # ways to train that Accelerate has and a run here has not
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
+# Tried in shards; their steps go number by number. Others look at a tensor's norm, its rows or its columns.
+OPTIMIZERS_IN_SHARDS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "SGD", "ASGD")
 
 
 def check_launcher(recipe: Recipe) -> None:
@@ -57,6 +60,8 @@ def check_launcher(recipe: Recipe) -> None:
                 f"the launcher asks for {name} ({variable}=true), which a run does not do; without it: finetune train NAME "
                 "--processes N, or accelerate launch --multi_gpu --num_processes N ..., which overrules your default config"
             )
+    if asks_for_fsdp():
+        check_fsdp(recipe)
     if importlib.util.find_spec("torch_xla") and environment.get("USE_TORCH_XLA", "1").lower() not in ("0", "false", "no"):
         raise RecipeError("Accelerate would use torch_xla, with which a run was never tried; without it: USE_TORCH_XLA=0")
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -84,6 +89,43 @@ def check_launcher(recipe: Recipe) -> None:
             "accelerate launch was asked for several processes, but without several GPUs it starts one; "
             "give it --multi_gpu as well (it then starts them on the CPU, too), or "
             "--config_file accelerate_config.yaml, which says so"
+        )
+
+
+def asks_for_fsdp() -> bool:
+    """Whether the launcher asks for the network in shards, over more than one process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def check_fsdp(recipe: Recipe) -> None:
+    """Raise RecipeError for what does not go with FSDP, or was never tried with it."""
+    asked = {name: value.lower() for name, value in os.environ.items() if name.startswith("FSDP_")}
+    if asked.get("FSDP_VERSION", "1") != "2":
+        raise RecipeError(
+            "the launcher asks for FSDP version 1, which a run does not do; it does version 2: --fsdp_version 2, from "
+            "Accelerate 1.6 on"
+        )
+    used = [part for _, part in parts(recipe) if isinstance(part, Optimizer)]
+    optimizers = {part.name for part in used} - {*OPTIMIZERS_IN_SHARDS}
+    settings = {
+        "fsdp_offload_params": asked.get("FSDP_OFFLOAD_PARAMS") == "true",
+        "fsdp_ignored_modules": asked.get("FSDP_IGNORED_MODULES", "none") != "none",
+        "fsdp_activation_checkpointing (a recipe has gradient_checkpointing=True)": (
+            asked.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+        ),
+        "a function as backbone (one process may leave out a layer, for which the others wait)": callable(recipe.backbone),
+        "ema_decay": recipe.ema_decay,
+        "l2_sp": recipe.l2_sp,
+        "clip_adaptive": recipe.clip_adaptive,
+        "torch_compile": recipe.torch_compile,
+        "mixed_precision=fp16": recipe.mixed_precision == "fp16",
+        "batch_norm=sync": recipe.batch_norm == "sync",
+        f"optimizer {', '.join(sorted(optimizers))}": optimizers,
+        "an optimizer's option fused": any("fused" in part.options for part in used),
+    }
+    if found := [name for name, is_there in settings.items() if is_there]:
+        raise RecipeError(
+            f"the launcher asks for FSDP, which does not go with {', '.join(found)}; leave that out, or launch with --multi_gpu"
         )
 
 

@@ -14,6 +14,7 @@ from finetune.models.average import MovingAverage
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.linear_probe import fit, head_layer, returns_features
 from finetune.models.saving import save_model
+from finetune.models.sharding import gather, whole
 from finetune.optim.freezing import describe_stage, start_stage, starts_stage
 from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer, step_optimizer
@@ -97,7 +98,7 @@ def train(
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
-    return evaluated
+    return whole(evaluated)
 
 
 def train_step(
@@ -161,11 +162,11 @@ def clip_gradients(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.Te
 
 def gradient_norm(gradients: list[torch.Tensor], kind: float) -> torch.Tensor:
     """The norm of all gradients together; not finite only if one of them is not, or the norm itself is too large a number."""
-    norm = nn.utils.get_total_norm(gradients, kind)
+    norm = gather(nn.utils.get_total_norm(gradients, kind))
     if not norm.isfinite():
-        largest = nn.utils.get_total_norm(gradients, float("inf"))
+        largest = gather(nn.utils.get_total_norm(gradients, float("inf")))
         if largest.isfinite():  # the powers overflowed alone: take out the scale
-            norm = largest * nn.utils.get_total_norm([gradient / largest for gradient in gradients], kind)
+            norm = largest * gather(nn.utils.get_total_norm([gradient / largest for gradient in gradients], kind))
     return norm
 
 
@@ -206,5 +207,7 @@ def fit_linear_probe(
 def save_if_best(recipe: Recipe, net: nn.Module, images: ImageDataset, logger: Logger) -> None:
     """Write model-best/ if the metrics logged last are the best so far."""
     rows = logger.rows()
-    if best_row(rows, recipe.metric) is rows[-1] and logger.accelerator.is_main_process:
-        save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes)
+    if best_row(rows, recipe.metric) is rows[-1]:
+        net = whole(net)
+        if logger.accelerator.is_main_process:
+            save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes)

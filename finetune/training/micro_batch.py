@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.models.backbone import memory_format
 from finetune.models.batch_norm import has_statistics, keep_buffers
+from finetune.models.sharding import is_sharded
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
 
@@ -36,12 +37,13 @@ def find_micro_batches(
     """`accumulate`, doubled until forward and backward of one micro-batch fit into every process's memory.
 
     Tried before a stage is wrapped for several processes: in the middle of a step, one process that runs out of memory
-    would leave the others waiting. Not tried on a CPU. Says so where norms see less than the step's images at once.
+    would leave the others waiting. Not tried on a CPU, nor in shards, where each layer needs all processes. Says so where
+    norms see less than the step's images at once.
 
     Raises:
         RecipeError: if not even one image fits.
     """
-    if says_when_full(accelerator.device):
+    if says_when_full(accelerator.device) and not is_sharded(net):
         accumulate = fit_memory(recipe, net, accelerator, accumulate, say)
     parts = accumulate * (1 if recipe.batch_norm == "sync" else accelerator.num_processes)
     if parts > 1 and any(has_statistics(module) and module.training for module in net.modules()):

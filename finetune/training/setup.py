@@ -23,15 +23,16 @@ from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import check_probe
 from finetune.models.pretrained import pretrained_state
 from finetune.models.saved import try_saving
+from finetune.models.sharding import shard
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
 from finetune.recipe.load import override
 from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
-from finetune.training.launch import check_processes, chosen_threads
+from finetune.training.launch import asks_for_fsdp, check_processes, chosen_threads
 from finetune.training.micro_batch import keep_freed_memory
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.seed import seed_all
 from finetune.utils.text import print_error
 
@@ -70,13 +71,25 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         raise RecipeError(f"--track: {error}") from error
     except RuntimeError:
         pass  # before there is an Accelerator, accelerate 1.3 can't log that a package is missing; that is said below
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
-    )
+    with no_fsdp_of_its_own():
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=recipe.mixed_precision, log_with=list(trackers) or None, project_dir=folder
+        )
     missing = set(trackers) - {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
     if missing:
         raise RecipeError(f"--track {sorted(missing)[0]}: that package is not installed: pip install {sorted(missing)[0]}")
     return accelerator
+
+
+@contextmanager
+def no_fsdp_of_its_own() -> Iterator[None]:
+    """Within, an Accelerator is one of plain processes: the network is sharded here, see `shard`."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = asked
 
 
 @contextmanager
@@ -119,7 +132,25 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
     main_process_first(accelerator, try_once)
     if accelerator.is_main_process and any(isinstance(part.images, ImageList) and part.cache is None for part in datasets):
         print_error("no memory can be had to keep images: they are decoded again in each epoch, which is slower")
+    if asks_for_fsdp():
+        shard_and_try(recipe, net, accelerator.device)
     return net, datasets
+
+
+def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
+    """Shard the network over the processes, and try it on an image; raises RecipeError if it can't be."""
+    names = [{name for name, _ in net.named_parameters(remove_duplicate=unique)} for unique in (True, False)]
+    size, fault = recipe.data.image_size, "it ties weights" if names[0] != names[1] else ""
+    try:
+        if not fault:
+            shard(net, device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD") != "false")
+            with torch.no_grad():
+                net.eval()(torch.zeros(1, 3, size, size, device=device))
+    except Exception as error:  # whatever this torch says of this network on this device
+        fault = first_line(error)
+    if fault:
+        what = f"FSDP: torch {torch.__version__} can't shard {to_dict(recipe.backbone)} on this {device.type}"
+        raise RecipeError(f"{what}: {fault}; launch with --multi_gpu instead")
 
 
 def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
@@ -161,8 +192,13 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
 
 
 def check_micro_batches(recipe: Recipe, images: ImageDataset, processes: int, accumulate: int) -> None:
-    """Raise RecipeError if a micro-batch has one image, and batch norm can't take statistics of one."""
+    """Raise RecipeError if a micro-batch has one image, and batch norm can't take statistics of one; or with FSDP has none."""
     whole = epoch_batches(recipe, images, 0, Cut(micro_batches=processes * accumulate))
+    if asks_for_fsdp() and accumulate > 1 and any(len(plan.micro_batches) < processes * accumulate for plan in whole):
+        raise RecipeError(
+            f"FSDP: {len(images)} images in batches of {recipe.data.batch_size} over {processes} processes x {accumulate} "
+            "micro-batches leave some process without one, and all must take part in each: leave out --accumulate"
+        )
     fewest = min(len(part) for plan in whole for part in plan.micro_batches)
     if fewest > 1 or recipe.batch_norm == "frozen" or recipe.batch_norm == "sync" and processes > 1:
         return

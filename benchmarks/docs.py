@@ -211,7 +211,11 @@ def zoo() -> str:
     columns = ("one process", "two processes", "onnx", "timm")
 
     def said(verdict: str) -> str:
-        return "-" if "is not one of timm's" in verdict else html.escape(verdict.replace("|", "/"), quote=False)
+        return (
+            "-"
+            if "is not one of timm's" in verdict
+            else html.escape(verdict.replace("|", "/").replace("](", "] ("), quote=False)
+        )
 
     rows = [(f"`{row['network']}`", *(said(row.get(column, "-")) for column in columns)) for row in read("zoo.json")]
     return table("network | one process | two processes | ONNX | timm's folder", rows)

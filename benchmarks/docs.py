@@ -7,6 +7,7 @@ NAME is a function of `BLOCKS` and its arguments. A table becomes a block of its
 """
 
 import argparse
+import ast
 import html
 import json
 import re
@@ -278,6 +279,18 @@ def performance() -> str:
     return table("benchmark | what | required | before | now | holds", rows)
 
 
+def elsewhere() -> str:
+    """What each script of benchmarks/elsewhere asks, and what came of it."""
+    rows = []
+    for name, found in read("elsewhere.json").items():
+        question, how = ast.get_docstring(ast.parse((ROOT / "benchmarks" / "elsewhere" / f"{name}.py").read_text())).split(
+            "\n\n"
+        )
+        theirs = how.replace("\n", " ").removeprefix("Theirs: ").split(" Ours: ")[0].rstrip(".")
+        rows.append((question, f"{found['versions']}: {theirs}", found["theirs"], found["ours"]))
+    return table("question | elsewhere | what comes of it | here", rows)
+
+
 BLOCKS = {
     made.__name__: made
     for made in (
@@ -296,6 +309,7 @@ BLOCKS = {
         powercuts,
         zoo,
         performance,
+        elsewhere,
     )
 }
 

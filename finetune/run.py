@@ -225,7 +225,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
-    from finetune.tools.plan import describe_classes, describe_run
+    from finetune.tools.plan import describe_classes, describe_run, describe_validation
     from finetune.training.distributed import Stopped, join_processes, main_process_first
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
@@ -239,7 +239,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     images = {part: fingerprint(dataset.images, dataset.classes) for part, dataset in parts}
     if resume and not args.resume_anyway:
         run_dir.check_same_images(folder, images)
-    num_train, num_val, num_classes = len(datasets[0]), len(datasets[1]), len(datasets[0].classes)
+    num_train, num_classes = len(datasets[0]), len(datasets[0].classes)
     groups = build_param_groups(recipe, net)
     group_table, short_table = (
         describe_param_groups(groups, recipe.data.steps_per_epoch(num_train), recipe.epochs, wide) for wide in (True, False)
@@ -260,7 +260,8 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     sharded = is_sharded(net)
     fsdp = f", FSDP2 in {len(blocks(net))} blocks" if sharded else ""
     setting = f"{accelerator.num_processes} x {accelerator.device.type}{fsdp}, precision {recipe.mixed_precision}"
-    run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {num_val} validation images; {setting}"
+    validation = describe_validation(recipe, datasets[1].images)
+    run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {validation}; {setting}"
     logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(datasets[0].classes))}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process or sharded else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, quiet)

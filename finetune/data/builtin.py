@@ -2,13 +2,15 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from finetune.data.dataset import ImageData, ImageList, split
+from finetune.data.dataset import ImageData, ImageList
 from finetune.data.decode import read_image
 from finetune.utils.errors import RecipeError
 
@@ -35,6 +37,21 @@ def elpv() -> ImageData:
     cell_types = [cell_type for _, _, cell_type in rows]
     train, val = split(ImageList(paths, labels, read_image, cell_types), list(zip(labels, cell_types, strict=True)), 0.25)
     return ImageData(train, val, ("functional", "defective"))
+
+
+def split(images: ImageList, strata: Sequence[Any], val_share: float) -> tuple[ImageList, ImageList]:
+    """(training, validation) images with the same share of every stratum; this split never changes, as results stand on it."""
+    random = np.random.RandomState(0)  # numpy promises that this old generator's numbers never change
+    members_of: dict[Any, list[int]] = {}
+    for i, stratum in enumerate(strata):
+        members_of.setdefault(stratum, []).append(i)
+    train, val = list[int](), list[int]()
+    for stratum in sorted(members_of):
+        members = random.permutation(members_of[stratum]).tolist()
+        cut = round(len(members) * val_share)
+        val += members[:cut]
+        train += members[cut:]
+    return images.part(sorted(train)), images.part(sorted(val))
 
 
 def generated() -> ImageData:

@@ -1,4 +1,4 @@
-"""Lists of images and labels, the check of their files, and their split into training and validation images."""
+"""Lists of images and labels, the check of their files, and the record of them."""
 
 import csv
 import hashlib
@@ -54,11 +54,19 @@ class ImageData:
 class ImageList:
     """A map-style set of items that `read` makes RGB images of, when they are asked for.
 
-    `subgroups` names the subgroup of each image; a run's result then has the metrics of each subgroup, too.
+    `subgroups` names the subgroup of each image; a run's result then has the metrics of each subgroup, too. `groups` names the
+    group of each, which no split divides.
     """
 
-    def __init__(self, items: Values, labels: Values, read: Reader, subgroups: Sequence[str] | None = None):
-        self.items, self.labels, self.read, self.subgroups = items, labels, read, subgroups
+    def __init__(
+        self,
+        items: Values,
+        labels: Values,
+        read: Reader,
+        subgroups: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+    ):
+        self.items, self.labels, self.read, self.subgroups, self.groups = items, labels, read, subgroups, groups
 
     def __len__(self) -> int:
         return len(self.items)
@@ -73,76 +81,14 @@ class ImageList:
         def part_of(values: Any) -> Any:
             return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
 
-        subgroups = self.subgroups and part_of(self.subgroups)
-        return ImageList(part_of(self.items), part_of(self.labels), self.read, subgroups)
+        names = (values and part_of(values) for values in (self.subgroups, self.groups))
+        return ImageList(part_of(self.items), part_of(self.labels), self.read, *names)
 
     def on_background(self, background: Colour) -> "ImageList":
         """The same images, read with another background of what is transparent."""
         if background == WHITE:
             return self
-        return ImageList(self.items, self.labels, partial(self.read, background=background), self.subgroups)
-
-
-def stratified_split(strata: Sequence[Any], val_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training, validation) indices with the same share of every stratum; a seed's split never changes."""
-    random = np.random.RandomState(seed)  # numpy promises that this old generator's numbers never change
-    members_of: dict[Any, list[int]] = {}
-    for i, stratum in enumerate(strata):
-        members_of.setdefault(stratum, []).append(i)
-    train, val = [], []
-    for stratum in sorted(members_of):
-        members = random.permutation(members_of[stratum]).tolist()
-        cut = round(len(members) * val_share)
-        val += members[:cut]
-        train += members[cut:]
-    return sorted(train), sorted(val)
-
-
-def split(images: ImageList, strata: Sequence[Any], val_share: float, seed: int = 0) -> tuple[ImageList, ImageList]:
-    """(training images, validation images), split by strata."""
-    train, val = (images.part(indices) for indices in stratified_split(strata, val_share, seed))
-    return train, val
-
-
-def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, seed: int) -> ImageData:
-    """The lists of the training and the validation images; of one list alone, a fifth of each class is for validation."""
-    if len(parts) == 1:
-        labels = np.asarray(parts[0].labels)
-        # of several labels the rarest counts, so that each class can have its share
-        strata = labels if labels.ndim == 1 else np.where(labels, labels.sum(0, dtype=int), len(labels) + 1).argmin(1)
-        parts = [*split(parts[0], strata.tolist(), 0.2, seed)]
-        val_labels = np.asarray(parts[1].labels)
-        present = np.isin(np.arange(len(classes)), val_labels) if labels.ndim == 1 else val_labels.any(0)
-        if not present.all():
-            raise RecipeError(
-                f"data: class '{classes[int(present.argmin())]}' in {where} has too few images to keep a fifth for "
-                "validation (3 are enough); add some, or split them yourself"
-            )
-    sizes = [len(part) for part in parts]
-    if not all(sizes) or len(classes) < 2:
-        raise RecipeError(f"data: {where} has {sizes[0]} training and {sizes[1]} validation images of {len(classes)} classes")
-    return ImageData(parts[0], parts[1], tuple(classes))
-
-
-def held_out(data: ImageData, share: float) -> ImageData:
-    """The training images alone, of which that share of each class takes the place of the validation images.
-
-    For choosing options: a metric must not be reported on images that played a part in a choice. All seeds have the same split.
-    """
-    labels = labels_of(data.train)
-    if labels.ndim > 1:
-        raise RecipeError("data: holdout needs one label an image")
-    images = data.train
-    if not isinstance(images, ImageList):
-        images = ImageList(range(len(labels)), labels, partial(image_of, images))
-    train, val = split(images, labels.tolist(), share)
-    if set(val.labels) != set(labels):
-        raise RecipeError(f"data: holdout={share} leaves nothing of a class with {np.bincount(labels).min()} training images")
-    return ImageData(train, val, data.classes)
-
-
-def image_of(images: Images, index: int) -> Image.Image:
-    return images[index][0]
+        return ImageList(self.items, self.labels, partial(self.read, background=background), self.subgroups, self.groups)
 
 
 def labels_of(images: Images) -> np.ndarray:
@@ -241,11 +187,13 @@ def record_files(file: Path, train: Images, val: Images, classes: Sequence[str])
     if not all(isinstance(images, ImageList) and isinstance(images.items[0], str | Path) for images in (train, val)):
         return
     table = csv.writer(lines := io.StringIO(newline=""))
-    table.writerow(("split", "label", "digest", "file"))
+    table.writerow(("split", "label", "digest", "file", "group"))
     for split, images in (("train", train), ("val", val)):
-        for path, label in zip(images.items, images.labels, strict=True):  # type: ignore[attr-defined]
+        assert isinstance(images, ImageList)  # as was asked
+        groups = images.groups or [""] * len(images)
+        for path, label, group in zip(images.items, images.labels, groups, strict=True):
             named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
-            table.writerow((split, ";".join(named), file_digest(path), path))
+            table.writerow((split, ";".join(named), file_digest(path), path, group))
     write_file(file, lines.getvalue())
 
 

@@ -25,7 +25,7 @@ TORCHVISION = {  # argument that names the split, its values for training and va
     "CIFAR10": ("train", (True, False), 50_000, 10, "cifar-10-batches-py"),
     "CIFAR100": ("train", (True, False), 50_000, 100, "cifar-100-python"),
     "DTD": ("split", ("train", "val"), 1880, 47, "dtd/dtd"),
-    "EuroSAT": (None, (None,), 21_600, 10, "eurosat/2750"),  # has no split
+    "EuroSAT": (None, (None,), 21_532, 10, "eurosat/2750"),  # has no split: by its files' names
     "FashionMNIST": ("train", (True, False), 60_000, 10, "FashionMNIST/raw"),
     "FGVCAircraft": ("split", ("train", "val"), 3334, 100, "fgvc-aircraft-2013b"),
     "Flowers102": ("split", ("train", "val"), 1020, 102, "flowers-102"),

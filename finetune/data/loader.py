@@ -1,6 +1,9 @@
-"""Batches: the order of the images in an epoch, the share of each process, and their loading."""
+"""Batches: the order of the images in an epoch, the share of each process, their loading, and what is kept in memory."""
 
 import errno
+import mmap
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.cache import image_cache
 from finetune.data.dataset import ImageList, Images, labels_of
 from finetune.data.decode import WHITE, Colour, read_image
 from finetune.data.transforms import Pixels, Timm
@@ -20,6 +22,7 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error
 
+CACHE_LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded again each time
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
 Transform = Pixels | Timm  # images one by one when loaded, then as a batch on the device
@@ -108,6 +111,44 @@ def split_batch(batch: list[int], num_parts: int, pairs: bool, fewest: int = 1) 
     sizes = [unit * len(units) for units in np.array_split(range(max(1, len(batch) // unit)), filled)]
     ends = [*np.cumsum(sizes)[:-1], len(batch)]
     return [batch[start:end] for start, end in pairwise([0, *ends])] + [[]] * (num_parts - filled)
+
+
+class ImageCache:
+    """Pixels [H, W, 3] of up to `num_images` images, in memory shared with the loader processes forked from this one.
+
+    No memory is used before an image is kept.
+    """
+
+    def __init__(self, num_images: int, limit: int | None = None):
+        """`limit` in bytes; by default 1 GiB divided by the training processes of this machine."""
+        self.limit = CACHE_LIMIT // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if limit is None else limit
+        self.pixels = np.frombuffer(mmap.mmap(-1, max(self.limit, 1)), np.uint8)
+        self.places = np.frombuffer(mmap.mmap(-1, max(24 * num_images, 1)), np.int64, 3 * num_images).reshape(num_images, 3)
+        self.used = multiprocessing.Value("q", 0)
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The image, if it is kept."""
+        end, height, width = self.places[index]
+        return self.pixels[end - 3 * height * width : end].reshape(height, width, 3) if end else None
+
+    def keep(self, index: int, pixels: np.ndarray) -> None:
+        """Keep the image, if there is room."""
+        with self.used.get_lock():
+            if self.used.value + pixels.size > self.limit:
+                return
+            self.used.value += pixels.size
+            end = self.used.value
+        self.pixels[end - pixels.size : end] = pixels.reshape(-1)
+        self.places[index, 1:] = pixels.shape[:2]
+        self.places[index, 0] = end  # last: from here on others may read it
+
+
+def image_cache(num_images: int) -> ImageCache | None:
+    """A cache for so many images, or none where a limit (ulimit -v, a full /dev/shm) leaves no room for it."""
+    try:
+        return ImageCache(num_images)
+    except OSError:
+        return None
 
 
 @dataclass(eq=False)

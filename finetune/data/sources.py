@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from finetune.data.builtin import digits, elpv, generated
-from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_files, from_lists, held_out, note_shared_files
+from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_files, note_shared_files
 from finetune.data.decode import read_image, to_rgb
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards
 from finetune.data.folders import class_difference, from_folder
-from finetune.recipe import Recipe
+from finetune.data.split import from_lists, held_out, refuse_groups, refuse_split
+from finetune.recipe import Data, Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest, note
@@ -23,13 +24,16 @@ from finetune.utils.text import nearest, note
 
 def load_data(recipe: Recipe) -> ImageData:
     """The recipe's images, downloaded if need be; with a holdout, training images alone."""
-    data = whole_data(recipe)
-    return held_out(data, recipe.data.holdout) if recipe.data.holdout else data
+    data, source = whole_data(recipe), recipe.data.source
+    return held_out(data, recipe.data.holdout, str(to_dict(source))) if recipe.data.holdout else data
 
 
 def whole_data(recipe: Recipe) -> ImageData:
     """The training and validation images of the recipe's source."""
     source = recipe.data.source
+    if callable(source) or source in NAMED:
+        for refuse in (refuse_split, refuse_groups):
+            refuse(recipe.data, str(to_dict(source)))
     if callable(source):
         return from_function(source, recipe.loss == "multi_label")
     data = read_source(source, recipe)
@@ -43,13 +47,13 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
     if source in NAMED:
         return NAMED[source]()
     if source.startswith("torchvision/"):
-        return torchvision_data(source.removeprefix("torchvision/"))
+        return from_lists(*from_torchvision(source.removeprefix("torchvision/")), source, recipe.data)
     if source.startswith("hf/"):
-        return from_lists(*from_hub(source.removeprefix("hf/")), source, seed=0)
+        return from_lists(*from_hub(source.removeprefix("hf/")), source, recipe.data)
     if source.lower().endswith(".csv"):
         parts, classes = from_csv(Path(source), recipe.loss == "multi_label")
     elif Path(source).is_dir() and has_shards(Path(source)):
-        return from_lists(*from_shards(Path(source)), source, recipe.seed)
+        return from_lists(*from_shards(Path(source)), source, recipe.data)
     elif Path(source).is_dir():
         parts, classes = from_folder(Path(source))
     else:
@@ -58,14 +62,14 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
             f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
         )
     check_files(parts, classes, recipe.data.on_bad_image)
-    data = from_lists(parts, classes, source, recipe.seed)
+    data = from_lists(parts, classes, source, recipe.data)
     note_shared_files(data)
     return data
 
 
-def torchvision_data(name: str) -> ImageData:
-    """A data set that torchvision reads; if it comes in one part, the same split for every seed."""
-    return from_lists(*from_torchvision(name), f"torchvision/{name}", seed=0)
+def cifar(name: str) -> ImageData:
+    """CIFAR by its short name, as torchvision reads it."""
+    return from_lists(*from_torchvision(name), f"torchvision/{name}", Data(name, image_size=32, batch_size=1))
 
 
 def known_size(recipe: Recipe) -> tuple[int, int] | None:
@@ -77,7 +81,8 @@ def known_size(recipe: Recipe) -> tuple[int, int] | None:
 
 def data_size(recipe: Recipe) -> tuple[int, int]:
     """Training images and classes, without having a named set that is still to be downloaded."""
-    if (known := known_size(recipe)) and not recipe.data.holdout:
+    options = recipe.data
+    if (known := known_size(recipe)) and not (options.holdout or options.val_share or options.folds):
         return known
     data = load_data(recipe)
     return len(data.train), len(data.classes)
@@ -86,8 +91,8 @@ def data_size(recipe: Recipe) -> tuple[int, int]:
 NAMED: dict[str, Callable[[], ImageData]] = {
     "digits": digits,
     "elpv": elpv,
-    "cifar10": partial(torchvision_data, "CIFAR10"),
-    "cifar100": partial(torchvision_data, "CIFAR100"),
+    "cifar10": partial(cifar, "CIFAR10"),
+    "cifar100": partial(cifar, "CIFAR100"),
     "generated": generated,
 }
 DOWNLOADED = ("cifar10", "cifar100", *(f"torchvision/{name}" for name in TORCHVISION))  # the others come with packages
@@ -123,11 +128,12 @@ def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
     return ImageData(train, val, classes)
 
 
-COLUMNS = {  # of a table, by any of these names; the last two are optional
+COLUMNS = {  # of a table, by any of these names; all but the first two are optional
     "path": ("path", "file", "filename", "image"),
     "label": ("label", "class", "target"),
     "split": ("split",),
     "subgroup": ("subgroup",),
+    "group": ("group",),
 }
 
 
@@ -144,6 +150,8 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
     faults = [f"split '{cell}' is none of {', '.join(SPLITS)}" for cell in sorted(set(cells) - set(SPLITS))]
     splits = [SPLITS.get(cell, "") for cell in cells]
     faults += find_faults(columns["path"], paths, names, rows, multi_label)
+    if alone := [row for row, cell in zip(rows, columns["group"], strict=False) if not cell.strip()]:
+        faults.append(f"{len(alone)} rows have no group, first row {alone[0]}")
     first: dict[str, int] = {}  # row of each file, whatever links lead to it
     files = [os.path.realpath(path) for path in paths]
     earlier = [(at, i) for i, at in enumerate(map(first.setdefault, files, range(len(files)))) if at != i]
@@ -172,7 +180,8 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
         number = {name: i for i, name in enumerate(classes)}
         labels = [number.get(found[0], -1) for found in names]  # -1: in rows that are not used
     subgroups = [cell.strip() or "none" for cell in columns["subgroup"]]
-    images = ImageList(paths, labels, read_image, subgroups or None)
+    groups = [cell.strip() for cell in columns["group"]]
+    images = ImageList(paths, labels, read_image, subgroups or None, groups or None)
     if not parts:
         return [images.part(used)], classes
     return [images.part([i for i in used if splits[i] == part]) for part in parts], classes

@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from finetune.data.dataset import ImageList, Values, check_files, file_digest, recorded_digests
+from finetune.data.dataset import ImageList, Values, check_files, file_digest, fingerprint, recorded_digests
 from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders, evaluation_folder, from_folder
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.inference.predict import compute_logits
 from finetune.models.saved import SavedModel, find_model, load_model
-from finetune.recipe import Recipe
+from finetune.recipe import Data, Recipe
+from finetune.recipe.data import NAMED_SETS
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results.plots import plot_confusion_matrix, shorten
 from finetune.training.evaluate import compute_metrics, confusion_matrix
+from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
 from finetune.utils.text import align_columns, note
@@ -80,7 +82,7 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
     same = isinstance(own, str) and os.path.exists(data) and os.path.realpath(own) == os.path.realpath(data)
     recorded = record is not None and record.is_file()
     if not Path(data).exists() or (same and not recorded) or Path(data).is_dir() and has_shards(Path(data)):
-        images, names = load_named(data, recipe)
+        images, names = load_named(data, recipe, run if same or data == own else None)
     else:
         images, names = load_files(Path(data), recipe, whole=same)
     if set(names) != set(classes):
@@ -95,10 +97,17 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
     return ImageList(images.items, labels, images.read, images.subgroups).on_background(recipe.data.background)
 
 
-def load_named(data: str, recipe: Recipe) -> tuple[ImageList, Sequence[str]]:
-    """(validation images, classes) of a source as a run has them."""
-    loaded = load_data(replace(recipe, data=replace(recipe.data, source=data)))
+def load_named(data: str, recipe: Recipe, run: Path | None) -> tuple[ImageList, Sequence[str]]:
+    """(validation images, classes) of a source as a run has them; of the `run` whose images these are, as it had them."""
+    options = replace(recipe.data, source=data)
+    if run is None:  # the fields that split the run's images are not for others
+        options = Data(data, options.image_size, options.batch_size, on_bad_image=options.on_bad_image)
+    loaded = load_data(replace(recipe, data=options))
     assert isinstance(loaded.val, ImageList)  # as of every source but a function
+    kept = started(run).get("images", {}).get("validation") if run else None
+    if run and (kept or data not in NAMED_SETS) and kept != fingerprint(loaded.val, loaded.classes):
+        why = "were others" if kept else "are not known: it is of an earlier version"
+        note(f"the images that the run kept for validation {why}: it may have trained on some of these")
     return loaded.val, loaded.classes
 
 

@@ -1,6 +1,7 @@
 """Images of a recipe: where they come from, and how they are augmented."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -22,7 +23,8 @@ class Data(Checked):
     - "digits", "elpv", "cifar10", "cifar100" (a folder of that name: "./digits");
     - "torchvision/NAME": Flowers102, DTD, Food101, ...;
     - "hf/OWNER/NAME", "hf/OWNER/NAME:CONFIG" or "hf/PATH", read by the package datasets;
-    - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split and subgroup;
+    - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split, subgroup and
+      group;
     - a folder of images: train/CLASS/* and val/CLASS/*, or CLASS/*;
     - a folder of WebDataset's train-*.tar and val-*.tar (KEY.jpg, KEY.cls; class names in classes.txt);
     - a function without arguments that returns (train, validation), two map-style sets of (PIL image, label), the first
@@ -36,7 +38,21 @@ class Data(Checked):
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every image once, or as many draws, each class as often as any
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: an image that can't be read is named, counted and left out
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # red, green, blue behind what is transparent: white
+    val_share: Annotated[float, "(0, 1)"] | None = None  # of images without a split of their own; None: a fifth
+    folds: Annotated[int, "[2, inf)"] | None = None  # or so many parts, for cross-validation
+    fold: Annotated[int, "[0, inf)"] = 0  # which of them validates, counted from 0
+    group_pattern: str | None = None  # a regular expression on paths: images for which it finds the same are on one side
     holdout: Annotated[float, "[0, 1)"] = 0.0  # evaluate on this share of the training images instead: to choose options
+
+    def conflicts(self) -> Iterator[str]:
+        if self.folds and self.val_share:
+            yield "folds and val_share exclude each other: of 5 folds each is a fifth"
+        if self.fold and self.fold >= (self.folds or 1):
+            yield f"fold={self.fold} is not among folds={self.folds}, which are counted from 0"
+        try:
+            re.compile(self.group_pattern or "")
+        except re.error as error:
+            yield f"group_pattern is no regular expression: {error}"
 
     def steps_per_epoch(self, num_images: int) -> int:
         """The steps of an epoch of so many images; the last may have fewer images than the batch."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from finetune.data.dataset import Images
 from finetune.data.sources import data_size
 from finetune.models.backbone import meta_backbone
 from finetune.optim.param_groups import ParamGroup, describe_param_groups, planned_lrs
@@ -43,6 +44,14 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
         f"{to_dict(recipe.backbone)} on {to_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
         f"{recipe.data.image_size} px; {first}{recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images"
     )
+
+
+def describe_validation(recipe: Recipe, images: Images) -> str:
+    """How many images validate, of which groups, and in which fold."""
+    groups, folds = getattr(images, "groups", None), recipe.data.folds
+    of_groups = f" of {len(set(groups))} groups" if groups else ""
+    fold = f" (fold {recipe.data.fold} of 0 to {folds - 1})" if folds else ""
+    return f"{len(images)} validation images{of_groups}{fold}"
 
 
 def describe_classes(classes: Sequence[str]) -> str:

@@ -11,9 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from finetune.data.builtin import elpv
-from finetune.data.cache import ImageCache
 from finetune.data.dataset import ImageList
-from finetune.data.loader import ImageDataset, load
+from finetune.data.loader import ImageCache, ImageDataset, load
 from finetune.data.transforms import Pixels, Timm, eval_transform, training_transform
 from finetune.recipe import Augment, Data
 from finetune.utils.seed import keyed_seed, seed_cpu

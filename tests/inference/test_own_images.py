@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from finetune.__main__ import main as command
+from finetune.data.dataset import fingerprint
 from finetune.data.folders import find_images
+from finetune.data.sources import load_data
 from finetune.inference.evaluate import evaluate, load_labelled_images
 from finetune.inference.predict import predict, predict_images
 from finetune.models.saved import load_model
@@ -45,10 +48,12 @@ def test_a_run_is_evaluated_on_the_images_it_kept(grown, tmp_path, capsys, place
         path.rename(path.with_name(f"x{path.name}"))
     result = json.loads((grown / "run" / "result.json").read_text())
     found = evaluate(grown / "run" / "model", data)
-    assert (found["val_images"], found["top1"]) == (6, result["top1"])
+    assert (found["val_images"], found["top1"]) == (result["val_images"], result["top1"])
     assert found["loss"] == pytest.approx(result["loss"], rel=1e-5)
     if place == "there":
-        assert "the 6 images that the run kept for validation; left out: 24 trained on, 15 new" in capsys.readouterr().err
+        number = result["val_images"]
+        said = f"the {number} images that the run kept for validation; left out: {30 - number} trained on, 15 new"
+        assert said in capsys.readouterr().err
 
 
 def test_trained_images_are_said(grown, tmp_path, capsys):
@@ -58,12 +63,14 @@ def test_trained_images_are_said(grown, tmp_path, capsys):
     validated = {path.rpartition("images/")[2] for path in images.items}
     for name in validated:
         (tmp_path / "rest" / name).unlink()
-    assert len(kept(grown, tmp_path / "rest")) == 39
-    assert "24 of these 39 images were trained on" in capsys.readouterr().err
+    trained = 30 - len(validated)
+    assert len(kept(grown, tmp_path / "rest")) == trained + 15
+    assert f"{trained} of these {trained + 15} images were trained on" in capsys.readouterr().err
     one = sorted(validated)[0]
     shutil.copy(grown / "images" / one, tmp_path / "rest" / one)
     assert len(kept(grown, tmp_path / "rest")) == 1
-    assert "5 of the images that the run kept for validation are not there any more" in capsys.readouterr().err
+    gone = len(validated) - 1
+    assert f"{gone} of the images that the run kept for validation are not there any more" in capsys.readouterr().err
 
 
 def test_a_table_is_evaluated_on_its_validation_rows(run_folder, image_folder, tmp_path):
@@ -114,3 +121,18 @@ def test_a_name_that_is_no_utf8_is_printed(run_folder, image_folder, tmp_path, c
     assert [row["file"] for row in predict(run_folder / "model", [tmp_path])] == [str(tmp_path / name)]
     assert command(["predict", str(run_folder), str(tmp_path)]) == 0
     assert "caf\\udce9.png" in capsys.readouterr().out
+
+
+def test_another_split_than_the_runs_is_said(run_folder, tmp_path, capsys):
+    """Of a named set, images that are not those which the run kept are said, not the run's own, nor those of another set."""
+    recipe, classes = load_model(run_folder).recipe, tuple("0123456789")
+    recipe = replace(recipe, data=replace(recipe.data, source="digits", holdout=0.3))
+    images = load_data(recipe)
+    for seen, said in ((images.train, True), (images.val, False)):
+        start = {"images": {"validation": fingerprint(seen, classes)}}
+        (tmp_path / "run.json").write_text(json.dumps(start))
+        assert len(load_labelled_images("digits", recipe, classes, tmp_path)) == len(images.val)
+        assert ("the run kept for validation were others" in capsys.readouterr().err) == said
+    other = replace(recipe, data=replace(recipe.data, source="generated"))
+    assert len(load_labelled_images("digits", other, classes, tmp_path)) == 359  # without that run's holdout
+    assert not capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Which images validate: drawn by their names, or by those of the groups that stay together, so that added images move none."""
+
+import hashlib
+import os
+import re
+import unicodedata
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetune.data.builtin import data_folder
+from finetune.data.dataset import ImageData, ImageList, Images, labels_of
+from finetune.recipe import Data
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import note
+
+
+def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, data: Data) -> ImageData:
+    """The lists of the training and the validation images; one list alone is split as `data` says.
+
+    Raises:
+        RecipeError: for a list or a class without images, and for fields of `data` that do not fit these images.
+    """
+    grouped = [with_groups(part, where, data) for part in parts]
+    if len(grouped) == 1 and len(grouped[0]):
+        shares = [1 / data.folds] * data.folds if data.folds else [data.val_share or 0.2, 1 - (data.val_share or 0.2)]
+        grouped = divide(grouped[0], classes, where, shares, data.fold)
+    else:
+        refuse_split(data, where)
+    sizes = [len(part) for part in grouped]
+    if not all(sizes) or len(sizes) < 2 or len(classes) < 2:
+        raise RecipeError(
+            f"data: {where} has {sizes[0]} training and {sum(sizes[1:])} validation images of {len(classes)} classes"
+        )
+    note_shared_groups(grouped[0], grouped[1], where)
+    note_missing_classes(grouped[0], grouped[1], classes, where)
+    return ImageData(grouped[0], grouped[1], tuple(classes))
+
+
+def refuse_split(data: Data, where: str | Path) -> None:
+    """Raise RecipeError where `data` asks for a split, and the source has one."""
+    if asked := next((name for name in ("val_share", "folds") if getattr(data, name)), None):
+        raise RecipeError(f"data: {asked} has no effect on {where}, which has a split of its own; to choose options: holdout")
+
+
+def refuse_groups(data: Data, where: str | Path) -> None:
+    """Raise RecipeError where `data` asks for groups by file names, and there are no files."""
+    if data.group_pattern:
+        raise RecipeError(f"data: group_pattern needs files of class folders or of a CSV, which {where} are not")
+
+
+def with_groups(images: ImageList, where: str | Path, data: Data) -> ImageList:
+    """The images with their groups: the first ( ) of `group_pattern` in each path, or all that it matches."""
+    if not data.group_pattern:
+        return images
+    if images.groups:
+        raise RecipeError(f"data: {where} has a column group, and the recipe a group_pattern: leave one of them")
+    if not has_files(images):
+        refuse_groups(data, where)
+    names = names_of(images, where)
+    found = [re.search(data.group_pattern, name) for name in names]
+    if other := [name for name, match in zip(names, found, strict=True) if not match or match[match.re.groups and 1] is None]:
+        raise RecipeError(f"data: group_pattern finds nothing in {len(other)} of {len(names)} paths, such as {other[0]}")
+    groups = [match[match.re.groups and 1] for match in found if match]
+    return ImageList(images.items, images.labels, images.read, images.subgroups, groups)
+
+
+def has_files(images: ImageList) -> bool:
+    return len(images) > 0 and isinstance(images.items[0], str | Path)
+
+
+def names_of(images: ImageList, where: str | Path) -> list[str]:
+    """What tells an image from the others: its path in the folder or beside the table of its source, else its position."""
+    if not has_files(images):
+        return list(map(str, range(len(images))))
+    source = Path(where)
+    root = source if source.is_dir() else source.parent if source.is_file() else data_folder()
+    return [Path(os.path.relpath(path, root)).as_posix() for path in images.items]
+
+
+def divide(
+    images: ImageList, classes: Sequence[str], where: str | Path, shares: Sequence[float], chosen: int = 0, salt: str = ""
+) -> list[ImageList]:
+    """[training images, validation images]: the part `chosen` of these shares validates."""
+    try:
+        parts = deal(images.groups or names_of(images, where), np.asarray(images.labels), classes, shares, salt)
+    except RecipeError as error:
+        what = "groups" if images.groups else "images"
+        raise RecipeError(
+            f"data: {where} can't be split by its {what}: {error}; add some, or split them yourself, by train/ and val/ or a "
+            "column split"
+        ) from None
+    return [images.part(np.flatnonzero(here).tolist()) for here in (parts != chosen, parts == chosen)]
+
+
+def deal(
+    groups: Sequence[str], labels: np.ndarray, classes: Sequence[str], shares: Sequence[float], salt: str = ""
+) -> np.ndarray:
+    """The part [n], 0, 1, ... of these shares, that each image is in, given its group and its labels, [n] or [n, classes].
+
+    A group's part is drawn by its name, whatever others there are (as in TensorFlow's retrain.py), so each class has about its
+    share of each part. Only where a part would have none of a class, a group of it that can be spared is moved there.
+
+    Raises:
+        RecipeError: for a class with too few groups.
+    """
+    images, of_images = np.nonzero(labels) if labels.ndim == 2 else (np.arange(len(labels)), labels)
+    classes_of, groups_of = defaultdict[str, set[int]](set), defaultdict[int, set[str]](set)
+    for image, label in zip(images.tolist(), of_images.tolist(), strict=True):
+        classes_of[groups[image]].add(label)
+        groups_of[label].add(groups[image])
+    ends, places = np.cumsum(shares)[:-1].tolist(), {name: place(name, salt) for name in dict.fromkeys(groups)}
+    part_of = {name: bisect(ends, at) for name, at in places.items()}
+    counts = np.zeros((len(classes), len(shares)), int)  # of groups
+    for name, found in classes_of.items():
+        counts[list(found), part_of[name]] += 1
+    for label in sorted(groups_of, key=lambda label: (len(groups_of[label]), label)):
+        for part in np.flatnonzero(counts[label] == 0).tolist():
+            if counts[label, part]:  # by now
+                continue
+            spare = [name for name in groups_of[label] if all(counts[i, part_of[name]] > 1 for i in classes_of[name])]
+            if not spare:
+                few = len(groups_of[label]) < len(shares)
+                why = f"and each of {len(shares)} parts needs one" if few else "none of which other classes can spare"
+                raise RecipeError(f"class '{classes[label]}' has {len(groups_of[label])}, {why}")
+            name = min(spare, key=lambda name: (-counts[label, part_of[name]], places[name]))
+            counts[list(classes_of[name]), part_of[name]] -= 1
+            counts[list(classes_of[name]), part] += 1
+            part_of[name] = part
+    return np.array([part_of[name] for name in groups])
+
+
+def place(name: str, salt: str = "") -> float:
+    """A number from 0 to 1, drawn by a name, in whichever form of Unicode a file system keeps it."""
+    text = unicodedata.normalize("NFC", salt + name).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") / 2**48
+
+
+def note_shared_groups(train: ImageList, val: ImageList, where: str | Path) -> None:
+    """Say which groups a split that is given has on both sides."""
+    if shared := sorted({*(train.groups or ())} & {*(val.groups or ())}):
+        note(
+            f"data: {len(shared)} groups of {where} are in training and in validation ({shared[0]}): the metrics will be "
+            "better than on new groups"
+        )
+
+
+def note_missing_classes(train: ImageList, val: ImageList, classes: Sequence[str], where: str | Path) -> None:
+    """Say which classes one of the parts has no image of."""
+    for part, images in (("training", train), ("validation", val)):
+        labels = np.asarray(images.labels)
+        there = {*labels.tolist()} if labels.ndim == 1 else {*np.flatnonzero(labels.any(0)).tolist()}
+        if gone := [name for i, name in enumerate(classes) if i not in there]:
+            more = f" and of {len(gone) - 1} other classes" if len(gone) > 1 else ""
+            note(f"data: {where} has no {part} image of class '{gone[0]}'{more}: no metric tells how well it is recognised")
+
+
+def held_out(data: ImageData, share: float, where: str | Path) -> ImageData:
+    """The training images alone, of which about that share of each class takes the place of the validation images.
+
+    For choosing options: a metric must not be reported on images that played a part in a choice.
+    """
+    images = data.train
+    if not isinstance(images, ImageList):
+        images = ImageList(range(len(images)), labels_of(images), partial(image_of, images))
+    train, val = divide(images, data.classes, where, [share, 1 - share], salt="holdout ")
+    return ImageData(train, val, data.classes)
+
+
+def image_of(images: Images, index: int) -> Image.Image:
+    return images[index][0]

@@ -14,7 +14,7 @@ from finetune.recipe.load import check_source, chosen_recipe
 from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder
+from finetune.utils.files import check_folder, check_new
 from finetune.utils.text import escape_output, fill_lines, print_error
 
 
@@ -98,18 +98,9 @@ def cp(args: argparse.Namespace) -> None:
     """Copy a recipe to a file of your own, changed as you ask; it runs from any folder."""
     from finetune.tools.library import copy_recipe
 
-    check_new(args.target)
+    check_new(args.target, ".py")
     args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments), encoding="utf-8")
     show_result(args, {"file": str(args.target)}, lambda: f"{args.target}; to run it: finetune train {args.target}")
-
-
-def check_new(target: Path) -> None:
-    """Raise RecipeError unless a recipe can be written there without overwriting anything."""
-    check_folder(target.parent)
-    if target.suffix != ".py" or target.exists():
-        raise RecipeError(f"{target} is {'there already' if target.exists() else 'no .py file'}: name another")
-    if not target.parent.is_dir():
-        raise RecipeError(f"no folder {target.parent}: make it first, or name another")
 
 
 def validate(args: argparse.Namespace) -> None:
@@ -214,7 +205,7 @@ def suggest(args: argparse.Namespace) -> None:
     from finetune.tools.suggest import suggest_recipe
 
     if args.output:
-        check_new(args.output)
+        check_new(args.output, ".py")
     stats = compute_image_stats(args.data)
     print(fill_lines(describe_classes(stats.classes)), file=sys.stderr)
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
@@ -224,6 +215,16 @@ def suggest(args: argparse.Namespace) -> None:
         recipe = to_dict(load_recipe(str(file))[0])
     said = f"{args.output}; to run it: finetune train {args.output}" if args.output else text.rstrip("\n")
     show_result(args, recipe, lambda: said)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Look at your images: duplicates, leaks between training and validation, likely wrong labels, odd ones."""
+    check_source(args.data)
+    check_folder(args.output)
+    from finetune.tools.check import report
+
+    result, text = report(args.data, args.backbone, args.weights, args.output, args.fix)
+    show_result(args, result, lambda: text)
 
 
 def find_model_run(args: argparse.Namespace) -> str:
@@ -283,6 +284,7 @@ VERBS: dict[str, Verb] = {
     "export": export,
     "runs": runs,
     "suggest": suggest,
+    "check": check,
     "ls": ls,
     "show": show,
     "cp": cp,

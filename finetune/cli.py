@@ -134,6 +134,16 @@ def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     )
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
+    sub = add("check", "--data DIR --fix good.csv")
+    sub.add_argument(
+        "--data", required=True, metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV"
+    )
+    sub.add_argument("--backbone", metavar="NAME", help="a network to look with (default: one whose weights are installed)")
+    sub.add_argument("--weights", metavar="FILE|none", help="its weights, or none: look without a network")
+    sub.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="where to draw the picture (default: here)")
+    sub.add_argument(
+        "--fix", type=Path, metavar="FILE.csv", help="write a table of the images without what is wrong; no file is touched"
+    )
     sub = add("ls", "--wide")
     sub.add_argument("--wide", action="store_true", help="all columns, whole: also backbone, data and hardware")
     add_recipe(add("show", "resnet18_cifar"))

@@ -4,10 +4,12 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,26 +149,35 @@ def check_files(parts: Sequence[ImageList], classes: Sequence[str], on_bad_image
             )
 
 
-def note_shared_files(data: ImageData) -> None:
-    """Say, on the first process, which validation files are training files as well."""
+def note_same_files(data: ImageData, source: str) -> None:
+    """Say, on the first process, which files have the same content: in both parts of the split, or under two labels."""
     if os.environ.get("RANK", "0") != "0":
         return
-    train, val = (getattr(part, "items", ()) for part in (data.train, data.val))
-    if same := shared_files(map(str, train), map(str, val)):
-        note(
-            f"data: {len(same)} of {len(val)} validation images are training images as well ({same[0]}): the metrics will be "
-            "better than on new images"
+    parts = [part for part in (data.train, data.val) if isinstance(part, ImageList)]
+    paths, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
+    first_val, found = len(data.train), list[str]()
+    groups = same_files(list(map(str, paths)))
+    if shared := [i for group in groups if group[0] < first_val for i in group if i >= first_val]:
+        found.append(
+            f"{len(shared)} of {len(data.val)} validation images are training images as well ({paths[shared[0]]}): the metrics "
+            "will be better than on new images"
         )
+    if other := [pair for group in groups for pair in pairwise(group) if not np.array_equal(*(labels[i] for i in pair))]:
+        found.append(f"{len(other)} files are there under another label as well ({paths[other[0][1]]} is {paths[other[0][0]]})")
+    if found:
+        note(f"data: {'; '.join(found)}; all that is there twice: finetune check --data {source}")
 
 
-def shared_files(train: Iterable[str], val: Iterable[str]) -> list[str]:
-    """The validation files with the content of a training file; only files of the same size are looked into."""
-    by_size: dict[int, list[str]] = {}
-    for path in filter(os.path.isfile, train):
-        by_size.setdefault(os.path.getsize(path), []).append(path)
-    alike = [path for path in filter(os.path.isfile, val) if os.path.getsize(path) in by_size]
-    digests = {file_digest(path) for size in {os.path.getsize(path) for path in alike} for path in by_size[size]}
-    return [path for path in alike if file_digest(path) in digests]
+def same_files(paths: Sequence[str]) -> list[list[int]]:
+    """Groups of paths, by their positions, whose files have the same content; only files of the same size are looked into."""
+    by_size, groups = defaultdict[int, list[int]](list), defaultdict[str, list[int]](list)
+    for i, path in enumerate(paths):
+        with suppress(OSError):
+            by_size[os.path.getsize(path)].append(i)
+    for alike in by_size.values():
+        for i in alike if len(alike) > 1 else ():
+            groups[file_digest(paths[i])].append(i)
+    return [group for digest, group in groups.items() if digest and len(group) > 1]
 
 
 def file_digest(path: str | Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.builtin import digits, elpv, generated
-from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_files, note_shared_files
+from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_files, note_same_files
 from finetune.data.decode import read_image, to_rgb
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards
 from finetune.data.folders import class_difference, from_folder
@@ -63,7 +63,7 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
         )
     check_files(parts, classes, recipe.data.on_bad_image)
     data = from_lists(parts, classes, source, recipe.data)
-    note_shared_files(data)
+    note_same_files(data, source)
     return data
 
 

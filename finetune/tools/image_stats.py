@@ -1,17 +1,25 @@
-"""Statistics of a set of images: how many, how large, in colour or grey, how many a class."""
+"""Statistics of a set of images: how many, how large, in colour or grey, how many a class; what the pixels of one say."""
 
+import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from finetune.data.dataset import ImageList
+from finetune.data.dataset import ImageData, ImageList
 from finetune.data.decode import open_file, orientation
 from finetune.data.sources import load_data
+from finetune.data.split import has_files, names_of
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe
+from finetune.tools.similar import thumbnail
+from finetune.utils.text import readable
+
+SHARP_SIDE = 256  # pixels of the longer side at which sharpness is measured
 
 
 @dataclass(frozen=True)
@@ -67,3 +75,100 @@ def image_size(images: ImageList, position: int) -> tuple[int, int]:
 def is_grey(image: Image.Image) -> bool:
     """Whether an RGB image has no colours; scanners and JPEG leave a trace of some."""
     return float(np.ptp(np.asarray(image, dtype=np.int16), axis=2).mean()) < 3
+
+
+class Look(NamedTuple):
+    """What one image's pixels say."""
+
+    digest: bytes
+    thumb: np.ndarray
+    size: tuple[int, int]
+    sharpness: float  # variance of the Laplacian, of that of the grey levels
+
+
+def look_at(image: Image.Image) -> Look:
+    """What an image's pixels say."""
+    pixels = np.asarray(image)
+    digest = hashlib.blake2b(pixels.tobytes(), key=str(pixels.shape).encode(), digest_size=16).digest()
+    small = image.convert("L")
+    small.thumbnail((SHARP_SIDE, SHARP_SIDE), Image.Resampling.BOX)
+    grey = np.pad(np.asarray(small, np.float32), 1, mode="edge")
+    laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
+    return Look(digest, thumbnail(image), image.size, float(laplacian.var() / max(grey.var(), 1e-6)))
+
+
+@dataclass
+class Collection:
+    """The training and then the validation images of a source, as one map-style set; `indices` leaves out the others."""
+
+    data: ImageData
+    source: str
+
+    def __post_init__(self) -> None:
+        self.parts: list[ImageList] = [self.data.train, self.data.val]  # type: ignore[list-item]  # as of every source
+        self.labels: list[Any] = [label for part in self.parts for label in part.labels]
+        self.split = ["train"] * len(self.parts[0]) + ["val"] * len(self.parts[1])
+        files = has_files(self.parts[0])
+        self.names = [
+            readable(name) if files else f"{split} {name}"
+            for split, part in zip(("train", "val"), self.parts, strict=True)
+            for name in names_of(part, self.source)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        first = len(self.parts[0])
+        return self.parts[0][index] if index < first else self.parts[1][index - first]
+
+    def label(self, index: int) -> str:
+        """The name of an image's class, or of its classes."""
+        label = self.labels[index]
+        numbers = [int(label)] if np.ndim(label) == 0 else np.flatnonzero(label).tolist()
+        return ";".join(self.data.classes[number] for number in numbers)
+
+
+class Some(NamedTuple):
+    """Those of a map-style set at these indices."""
+
+    images: Collection
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:  # type: ignore[override]
+        return self.images[self.indices[index]]
+
+
+def count_classes(images: Collection, looks: dict[int, Look]) -> list[dict[str, Any]]:
+    """Images, training and validation images, and the range of the shorter sides, of each class."""
+    members: list[list[int]] = [[] for _ in images.data.classes]
+    for i, label in enumerate(images.labels):
+        for number in np.flatnonzero(label).tolist() if np.ndim(label) else [int(label)]:
+            members[number].append(i)
+    rows = []
+    for name, own in zip(images.data.classes, members, strict=True):
+        counts, sides = Counter(images.split[i] for i in own), [min(looks[i].size) for i in own if i in looks]
+        numbers = {"images": len(own), "train": counts["train"], "val": counts["val"]}
+        rows.append({"class": name, **numbers, "side": [min(sides), max(sides)] if sides else None})
+    return rows
+
+
+def stats_of(images: Collection, looks: dict[int, Look]) -> ImageStats:
+    """Statistics of images that were all looked at."""
+    counts = [row["train"] for row in count_classes(images, looks)]
+    sides = np.array([sorted(look.size) for look in looks.values()], float)
+    return ImageStats(
+        images.source,
+        len(images.parts[0]),
+        len(images.parts[1]),
+        images.data.classes,
+        min(counts),
+        max(counts),
+        side=int(np.median(sides[:, 0])),
+        least=int(sides.min()),
+        aspect=round(float(np.median(sides[:, 1] / sides[:, 0])), 2),
+        grey=all(float(np.ptp(look.thumb.astype(np.int16), axis=2).mean()) < 3 for look in looks.values()),
+    )

@@ -34,6 +34,15 @@ def write_file(file: Path, content: bytes | str) -> None:
     flush(file.parent)
 
 
+def check_new(target: Path, ending: str) -> None:
+    """Raise RecipeError unless a file of that ending can be written there without overwriting anything."""
+    check_folder(target.parent)
+    if target.suffix.lower() != ending or target.exists():
+        raise RecipeError(f"{target} is {'there already' if target.exists() else f'no {ending} file'}: name another")
+    if not target.parent.is_dir():
+        raise RecipeError(f"no folder {target.parent}: make it first, or name another")
+
+
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a folder aside, flush it to the disk and rename it: a killed process never leaves half of one.
 

@@ -169,7 +169,13 @@ def test_copies_in_validation_are_said(tree, capsys):
     shutil.copy(root / "train" / "a" / "1.png", root / "val" / "a" / "copy.png")
     (root / "val" / "b" / "link.png").symlink_to(root / "train" / "b" / "2.png")
     load_data(source(root))
-    assert "2 of 6 validation images are training images as well" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "2 of 6 validation images are training images as well" in err
+    assert "another label" not in err
+    shutil.copy(root / "train" / "a" / "3.png", root / "val" / "b" / "copy.png")
+    load_data(source(root))
+    assert "3 of 7" in (err := capsys.readouterr().err)
+    assert f"1 files are there under another label as well ({root}/val/b/copy.png is {root}/train/a/3.png)" in err
 
 
 def test_a_folder_called_like_a_named_set_is_asked_about(tree, monkeypatch):

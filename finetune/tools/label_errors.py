@@ -1,0 +1,104 @@
+"""Likely wrong labels and outliers, by the features of a frozen network."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from finetune.data.dataset import Images
+from finetune.data.loader import ImageDataset
+from finetune.data.split import place
+from finetune.data.transforms import eval_transform
+from finetune.models.backbone import build_backbone, memory_format, preprocessing
+from finetune.models.linear_probe import check_probe, fit, returns_features
+from finetune.models.pretrained import pretrained_state
+from finetune.recipe import Recipe
+from finetune.training.evaluate import predict_logits
+from finetune.training.setup import make_accelerator
+
+FOLDS = 5
+PENALTIES = (1.0, 0.1, 0.01)  # the best differs between sets of images
+NEIGHBOURS = 10
+FAR = 5.0  # robust standard deviations above the median distance to the neighbours
+
+
+def compute_features(recipe: Recipe, images: Images, classes: Sequence[str]) -> torch.Tensor:
+    """Features [n, d] of the recipe's network, without its head, of a map-style set of (PIL image, label).
+
+    Raises:
+        RecipeError: if there are no such weights, or the head is no linear layer.
+    """
+    net = build_backbone(recipe, len(classes), pretrained_state(recipe))
+    accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
+    layer = check_probe(recipe, net)
+    net.to(accelerator.device).to(memory_format=layout)
+    dataset = ImageDataset(images, eval_transform(preprocessing(recipe, net)), 0, classes, "stop", False, layout)
+    with returns_features(layer):
+        return predict_logits(recipe, net, dataset, accelerator, text="features")[0]
+
+
+def out_of_fold_probs(features: torch.Tensor, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Probabilities [n, classes] of each image, by linear heads that were fitted to the other folds' images.
+
+    Each class is spread evenly over the folds, in the order of hashes of the names. The penalty is the one of least loss on the
+    first fold.
+    """
+    order = np.lexsort((np.array([place(name) for name in names]), labels))
+    folds = np.empty(len(labels), int)
+    folds[order] = np.arange(len(labels)) % FOLDS
+    targets, num_classes = torch.from_numpy(labels), int(labels.max()) + 1
+
+    def predict(fold: int, penalty: float) -> torch.Tensor:
+        inside = torch.from_numpy(folds == fold)
+        head = nn.Linear(features.shape[1], num_classes)
+        fit(
+            head,
+            features[~inside],
+            targets[~inside],
+            lambda logits, wanted: cross_entropy(logits, wanted, reduction="sum"),
+            penalty,
+        )
+        with torch.no_grad():
+            return head(features[inside])
+
+    first = {penalty: predict(0, penalty) for penalty in PENALTIES}
+    best = min(first, key=lambda penalty: float(cross_entropy(first[penalty], targets[torch.from_numpy(folds == 0)])))
+    logits = torch.empty(len(labels), num_classes)
+    for fold in range(FOLDS):
+        logits[torch.from_numpy(folds == fold)] = first[best] if fold == 0 else predict(fold, best)
+    return logits.double().softmax(1).numpy()
+
+
+def find_label_errors(probs: np.ndarray, labels: np.ndarray) -> list[tuple[int, int, float]]:
+    """(image, likely label, probability of the given label) of each likely wrong label, the least probable first.
+
+    Confident learning (arXiv 1911.00068), as cleanlab's find_label_issues(filter_by="confident_learning"): a class counts as
+    confident where its probability reaches the mean of those of the images that are labelled so.
+    """
+    rows = np.arange(len(labels))
+    thresholds = np.array([probs[labels == k, k].mean() if (labels == k).any() else np.inf for k in range(probs.shape[1])])
+    confident = probs >= thresholds - 1e-6
+    guesses = np.where(confident.sum(1) > 1, probs.argmax(1), confident.argmax(1))
+    given = probs[rows, labels]
+    wrong = confident.any(1) & (guesses != labels) & (probs.max(1) > given + 1e-6)
+    found = [(int(i), int(guesses[i]), float(given[i])) for i in np.flatnonzero(wrong)]
+    return sorted(found, key=lambda row: row[2])
+
+
+def find_outliers(features: torch.Tensor) -> list[tuple[int, float]]:
+    """(image, distance) of images that are far from their nearest neighbours, by the cosine of features, the farthest first.
+
+    The distance is a mean over 10 neighbours, in robust standard deviations above the median of all images.
+    """
+    units = nn.functional.normalize(features.float() - features.float().mean(0))
+    most = min(NEIGHBOURS, len(units) - 1)
+    if most < 1:
+        return []
+    parts = [(part @ units.T).topk(most + 1).values[:, 1:].mean(1) for part in units.split(1000)]  # the first is itself
+    distances = 1 - torch.cat(parts).numpy()
+    middle = np.median(distances)
+    spread = 1.4826 * np.median(np.abs(distances - middle))
+    scores = (distances - middle) / max(spread, 1e-9)
+    return sorted(((int(i), float(scores[i])) for i in np.flatnonzero(scores > FAR)), key=lambda row: -row[1])

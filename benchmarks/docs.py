@@ -291,6 +291,39 @@ def elsewhere() -> str:
     return table("question | elsewhere | what comes of it | here", rows)
 
 
+def copies() -> str:
+    """Copies of images that were planted, and found."""
+    rows = []
+    for one in read("check.json")["rows"]:
+        found, number = sum(one["found"].values()), sum(one["copies"].values())
+        rates = [f"{one['found'][kind] / one['copies'][kind]:.0%}" for kind in one["found"]]
+        rows.append((one["images"], one["number"], number, *rates, f"{found / one['pairs']:.0%}"))
+    kinds = " | ".join(read("check.json")["rows"][0]["copies"])
+    return table(f"images | number | copies | {kinds} | planted, of all found", rows)
+
+
+def wrong_labels() -> str:
+    """Wrong labels that were planted, and found."""
+    rows = [
+        (
+            one["images"],
+            one["wrong"],
+            f"{one['agreed']:.0%}",
+            f"{one['flagged_wrong'] / one['wrong']:.0%}",
+            f"{one['flagged_wrong'] / one['flagged']:.0%}",
+            f"{one['first_wrong'] / one['wrong']:.0%}",
+        )
+        for one in read("check.json")["rows"]
+    ]
+    return table("images | wrong labels | the head agrees with | found | planted, of all found | of the first as many", rows)
+
+
+def fuzz(what: str) -> str:
+    """Damaged files: how many, or how many had an outcome."""
+    kept = read("fuzz.json")
+    return f"{kept['files'] if what == 'files' else sum(row[what] for row in kept['rows']):,}"
+
+
 BLOCKS = {
     made.__name__: made
     for made in (
@@ -310,6 +343,9 @@ BLOCKS = {
         zoo,
         performance,
         elsewhere,
+        copies,
+        wrong_labels,
+        fuzz,
     )
 }
 

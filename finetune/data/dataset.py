@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -120,12 +121,14 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     return f"{len(images)} {digest.hexdigest()}"
 
 
-def check_files(parts: Sequence[ImageList], classes: Sequence[str], on_bad_image: str) -> None:
+def check_files(parts: Sequence[ImageList], on_bad_image: str) -> None:
     """Read the header of every file.
 
     Raises:
-        RecipeError: for files that are no images, the first ten by name; with on_bad_image="skip", for a class without others.
+        RecipeError: for files that are no images, the first ten by name, unless on_bad_image="skip".
     """
+    if on_bad_image == "skip":
+        return
     main = os.environ.get("RANK", "0") == "0"
     paths, faults = [str(path) for part in parts for path in part.items], {}
     for path in progress(paths, len(paths), "checking the images", main):
@@ -133,20 +136,50 @@ def check_files(parts: Sequence[ImageList], classes: Sequence[str], on_bad_image
             open_file(path).close()
         except Exception as error:
             faults[path] = reason_of(error)
-    if faults and on_bad_image == "stop":
-        listed = [f"{path}: {why}" for path, why in faults.items()][:10]
-        if len(faults) == 1:
-            raise RecipeError(f"can't read the image {listed[0]}\n  to leave it out: --set data.on_bad_image=skip")
-        more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-        remedy = "to leave them out: --set data.on_bad_image=skip"
-        raise RecipeError("\n  ".join([f"can't read {len(faults)} of {len(paths)} images:", *listed, *more, remedy]))
-    for part in parts if faults else ():
-        labels = np.asarray(part.labels)
-        readable = labels[[str(path) not in faults for path in part.items]]
-        if labels.ndim == 1 and (gone := sorted({*labels.tolist()} - {*readable.tolist()})):
-            raise RecipeError(
-                f"data: no image of class '{classes[gone[0]]}' in {Path(part.items[0]).parent.parent} can be read"
-            )
+    if faults:
+        raise RecipeError(name_faults(faults, len(paths)))
+
+
+def name_faults(faults: dict[str, str], total: int) -> str:
+    """Which of so many images can't be read, the first ten with the reason, and how to go on without them."""
+    listed = [f"{path}: {why}" for path, why in faults.items()][:10]
+    if len(faults) == 1:
+        return f"can't read the image {listed[0]}\n  to leave it out: --set data.on_bad_image=skip"
+    more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
+    remedy = "to leave them out: --set data.on_bad_image=skip"
+    return "\n  ".join([f"can't read {len(faults)} of {total} images:", *listed, *more, remedy])
+
+
+def name_others(error: RecipeError, images: Images, seconds: float = 60) -> RecipeError:
+    """The error of an image that can't be read, with the others of its set that can't, as far as that time goes."""
+    unreadable = "can't read the image "
+    if not str(error).startswith(unreadable) or not isinstance(images, ImageList):
+        return error
+    faults, looked, end = dict[str, str](), 0, time.monotonic() + seconds
+    for i in progress(range(len(images)), len(images), "looking for others that can't be read"):
+        if time.monotonic() > end:
+            break
+        looked += 1
+        try:
+            images[i]
+        except RecipeError as fault:
+            path, _, why = str(fault).removeprefix(unreadable).rpartition(": ")
+            faults[path] = why
+    return RecipeError(name_faults(faults, looked), one_process=True) if faults else error
+
+
+def check_classes(part: ImageList, classes: Sequence[str], where: str) -> None:
+    """Raise RecipeError if no image of a class can be read; of most classes the first can, and no other is tried."""
+    labels = np.asarray(part.labels)
+    for label in np.unique(labels) if labels.ndim == 1 else ():
+        for i in np.flatnonzero(labels == label).tolist():
+            try:
+                part[i]
+                break
+            except RecipeError as error:
+                fault = error
+        else:
+            raise RecipeError(f"data: no image of class '{classes[label]}' in {where} can be read, such as: {fault}")
 
 
 def note_same_files(data: ImageData, source: str) -> None:

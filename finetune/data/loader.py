@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.data.dataset import ImageList, Images, labels_of
+from finetune.data.dataset import ImageList, Images, labels_of, name_others
 from finetune.data.decode import WHITE, Colour, read_image
 from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
@@ -261,7 +261,8 @@ def load(
             batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))
             yield images.transform.batch(batch).contiguous(memory_format=images.memory_format), labels
     except RecipeError as error:  # a worker's error arrives with its traceback in the text: keep the sentence
-        raise RecipeError(str(error).rpartition("RecipeError: ")[2].strip(), one_process=True) from None
+        sentence = RecipeError(str(error).rpartition("RecipeError: ")[2].strip(), one_process=True)
+        raise name_others(sentence, images.images) from None
     except (OSError, RuntimeError) as error:
         if not (getattr(error, "errno", None) == errno.ENOSPC or "shared memory" in str(error)):
             raise

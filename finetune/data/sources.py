@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.builtin import digits, elpv, generated
-from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_files, note_same_files
+from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_classes, check_files, note_same_files
 from finetune.data.decode import read_image, to_rgb
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards
 from finetune.data.folders import class_difference, from_folder
@@ -39,6 +39,9 @@ def whole_data(recipe: Recipe) -> ImageData:
     data = read_source(source, recipe)
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
     train, val = (part.on_background(recipe.data.background) for part in (data.train, data.val))
+    if recipe.data.on_bad_image == "skip":
+        check_classes(train, data.classes, f"the training images of {source}")
+        check_classes(val, data.classes, f"the validation images of {source}")
     return ImageData(train, val, data.classes)
 
 
@@ -61,7 +64,7 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
             f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
             f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
         )
-    check_files(parts, classes, recipe.data.on_bad_image)
+    check_files(parts, recipe.data.on_bad_image)
     data = from_lists(parts, classes, source, recipe.data)
     note_same_files(data, source)
     return data

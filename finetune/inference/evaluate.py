@@ -124,7 +124,7 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
         images, names = class_folders(evaluation_folder(data))
         parts = [images]
     parts = parts if whole else parts[-1:]
-    check_files(parts, names, recipe.data.on_bad_image)
+    check_files(parts, recipe.data.on_bad_image)
     items, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
     return ImageList(items, labels, parts[0].read), names
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+from finetune.data.dataset import name_others
 from finetune.data.decode import to_rgb
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.results.plots import run_title, save_figure, shorten, style
@@ -57,7 +58,11 @@ def plot_augmented(run: Path, images: ImageDataset, epochs: int) -> Path | None:
     for i in evenly_spaced(len(images), AUGMENTED):
         try:
             pixels, label = images.read(i)
-        except (OSError, RecipeError):
+        except RecipeError as error:
+            if images.on_bad_image == "stop":
+                raise name_others(error, images.images) from None
+            continue
+        except OSError:
             if images.on_bad_image == "stop":
                 raise
             continue

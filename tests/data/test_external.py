@@ -64,6 +64,15 @@ def test_a_saved_set_without_a_split_is_split_once_for_all(tmp_path):
     assert all(np.array_equal(first.val[i][0], PIXELS[row % 12]) for i, row in enumerate(first.val.items))
 
 
+def test_a_class_that_validation_misses_is_said(tmp_path, capsys):
+    """A hub set whose validation images lack a class is said to, as no metric tells of it; one that has all is not."""
+    datasets = pytest.importorskip("datasets")
+    for name, numbers in (("some", [0, 2, 4]), ("all", [0, 1, 2])):
+        datasets.DatasetDict({"train": hub_set(range(8)), "validation": hub_set(numbers)}).save_to_disk(tmp_path / name)
+        load_data(source(f"hf/{tmp_path / name}"))
+        assert ("has no validation image of class 'bee': no metric tells" in capsys.readouterr().err) == (name == "some")
+
+
 def test_parquet_and_image_folders_are_what_datasets_reads(tmp_path, image_folder, hub_cache):
     """A folder of parquet files and one of class folders have the images and labels that load_dataset gives."""
     datasets = pytest.importorskip("datasets")

@@ -151,7 +151,7 @@ def test_all_bad_files_are_named_at_once(tree):
     assert len(load_data(skipping).train) == 18
     for path in (root / "val" / "b").iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(RecipeError, match="no image of class 'b' in .*val can be read"):
+    with pytest.raises(RecipeError, match="no image of class 'b' in the validation images of .* can be read"):
         load_data(skipping)
 
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -198,7 +199,7 @@ def note_same_files(data: ImageData, source: str) -> None:
     if other := [pair for group in groups for pair in pairwise(group) if not np.array_equal(*(labels[i] for i in pair))]:
         found.append(f"{len(other)} files are there under another label as well ({paths[other[0][1]]} is {paths[other[0][0]]})")
     if found:
-        note(f"data: {'; '.join(found)}; all that is there twice: finetune check --data {source}")
+        note(f"data: {'; '.join(found)}; all that is there twice: finetune check --data {shlex.quote(source)}")
 
 
 def same_files(paths: Sequence[str]) -> list[list[int]]:

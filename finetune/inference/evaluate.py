@@ -24,7 +24,7 @@ from finetune.recipe.load import check_source
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results.plots import plot_confusion_matrix, shorten
-from finetune.training.evaluate import compute_metrics, confusion_matrix
+from finetune.training.evaluate import compute_metrics, confusion_matrix, subgroup_metrics
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
@@ -34,8 +34,9 @@ from finetune.utils.text import align_columns, note
 def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
     """Measure a model on labelled images, which are chosen as `load_labelled_images` says.
 
-    Returns what compute_metrics does, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0) and, of one
-    label an image, "confusion" (images by label and by predicted class), drawn as confusion.png in `output`.
+    Returns what compute_metrics does, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0), of a table
+    with that column "by_subgroup" and, of one label an image, "confusion" (images by label and by predicted class), drawn as
+    confusion.png in `output`.
 
     Raises:
         RecipeError: if model, images or classes are not in order, or `output` has such a picture.
@@ -61,6 +62,8 @@ def evaluate_model(
         "classes": class_metrics(logits, labels, classes),
     }
     result.pop("class_accuracy", None)  # recall
+    if images.subgroups:
+        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, images.subgroups)
     if labels.ndim == 1:
         seen = ~is_unreadable(labels)
         result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
@@ -125,8 +128,9 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
         parts = [images]
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image)
-    items, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
-    return ImageList(items, labels, parts[0].read), names
+    columns = ([value for part in parts for value in getattr(part, name) or ()] for name in ("items", "labels", "subgroups"))
+    items, labels, subgroups = columns
+    return ImageList(items, labels, parts[0].read, subgroups or None), names
 
 
 def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
@@ -177,6 +181,14 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
         for row in result["classes"]
     ]
     text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{align_columns(rows, numbers=True)}"
+    if parts := result.get("by_subgroup"):
+        words = [word for word in REPORTED_METRICS if word in result]
+        rows = [("subgroup", "images", *(REPORTED_METRICS[word] for word in words))]
+        rows += [
+            (name, str(part["val_images"]), *(f"{part[word]:.2%}" if word in part else "-" for word in words))
+            for name, part in parts.items()
+        ]
+        text += f"\n\n{align_columns(rows, numbers=True)}"
     names = [row["class"] for row in result["classes"]]
     if "confusion" in result and len(names) <= 20:
         counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]

@@ -29,7 +29,7 @@ from finetune.results.baseline import describe_verdict
 from finetune.results.plots import plot_confusion_matrix, plot_curves, run_title
 from finetune.results.runs import wilson
 from finetune.results.sheets import plot_mistakes, plot_predictions
-from finetune.training.evaluate import best_row, compute_metrics
+from finetune.training.evaluate import best_row, subgroup_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
 from finetune.utils.files import write_file
@@ -55,10 +55,7 @@ def finish_run(
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
-        result["by_subgroup"] = {
-            name: compute_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
-            for name in sorted(set(subgroups))
-        }
+        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups)
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
     try_to(plot_predictions, folder, logits, labels, images)

@@ -92,8 +92,7 @@ def check(
     if not looks:
         raise RecipeError(f"no image of {source} can be read")
     findings += [*find_duplicates(images, looks), *find_odd_ones(looks)]
-    not_done = [f"near duplicates: more than {MOST:,} images"] if len(looks) > MOST else []
-    agreed = None
+    not_done, agreed = list[str](), None
     try:
         by_features, agreed = find_by_features(images, looks, backbone, weights)
         findings += by_features
@@ -101,6 +100,8 @@ def check(
         if backbone or weights not in (None, "none"):
             raise
         not_done.append(f"wrong labels and outliers: {error}")
+    if len(looks) > MOST:
+        not_done.append(f"near duplicates: there are more than {MOST:,} images")
     findings.sort(key=lambda finding: list(KINDS).index(finding.kind))
     notes = [line.removeprefix("finetune: ") for line in said.getvalue().splitlines() if "finetune check" not in line]
     facts = {"said": notes, "not_done": not_done, "classes": count_classes(images, looks), "agreed": agreed}
@@ -150,6 +151,8 @@ def find_by_features(
     Raises:
         RecipeError: if there is no network, or it does not fit.
     """
+    if len(looks) > MOST:
+        raise RecipeError(f"there are more than {MOST:,} images")
     named, stats = backbone, stats_of(images, looks)
     backbone, weights, _ = choose_backbone(stats, backbone, weights)
     if weights == "none" or named is None and weights == "hub":

@@ -70,8 +70,8 @@ def candidate_pairs(thumbs: np.ndarray) -> list[tuple[int, int]]:
     """Pairs that may be nearly the same: of each thumbnail, the nearest, mirrored or not."""
     whole, mirrored = (describe(each, 8)[:, 0] for each in (thumbs, thumbs[:, :, ::-1]))
     pairs, most = set(), min(NEIGHBOURS, len(thumbs) - 1)
-    for start in range(0, len(whole), 1000):
-        alike = np.maximum(whole[start : start + 1000] @ whole.T, mirrored[start : start + 1000] @ whole.T)
+    for start in range(0, len(whole), 500):
+        alike = np.maximum(whole[start : start + 500] @ whole.T, mirrored[start : start + 500] @ whole.T)
         rows = np.arange(len(alike))
         alike[rows, start + rows] = -1
         nearest = np.argpartition(-alike, most - 1)[:, :most]

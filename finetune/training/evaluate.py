@@ -83,6 +83,16 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
     return {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
 
 
+def subgroup_metrics(
+    recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, subgroups: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The metrics of the images of each subgroup; `subgroups` names that of each image."""
+    return {
+        name: compute_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
+        for name in sorted(set(subgroups))
+    }
+
+
 def single_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
     """Of one label an image, from the confusion matrix."""
     matrix = confusion_matrix(logits, labels).double()

@@ -1,6 +1,7 @@
 """Tables of images and labels."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torchvision
 from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from finetune.__main__ import main as command
 from finetune.data.loader import load
 from finetune.data.sources import load_data
 from finetune.run import main
@@ -112,6 +114,10 @@ def test_a_run_on_a_csv_has_the_metrics_of_each_subgroup(image_folder, tmp_path,
         accuracy = accuracy_score(kept["labels"][rows], kept["logits"][rows].argmax(1))
         assert metrics["top1"] == pytest.approx(accuracy) and metrics["val_images"] == len(rows)
         assert f"{name}: top-1 {100 * accuracy:.2f} % of {len(rows)} images" in out
+    assert command(["evaluate", str(tmp_path / "run"), "--data", str(file), "--checkpoint", "last"]) == 0
+    out = capsys.readouterr().out
+    for name, metrics in result.items():
+        assert re.search(rf"^{name} +{metrics['val_images']} +{metrics['top1']:.2%}", out, re.M)
 
 
 def test_a_csv_that_is_not_in_order(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -237,3 +238,13 @@ def test_names_that_a_table_can_not_hold_are_refused(photos, name):
     with pytest.raises(RecipeError, match="a table can't hold this name"):
         write_table(images, findings, photos / "good.csv")
     assert not (photos / "good.csv").exists()
+
+
+def test_suggest_and_a_run_say_what_is_there_twice(photos, tmp_path, capsys):
+    """The start of a run, and suggest, say in one line how many files are there twice where they must not be."""
+    shutil.copy(photos / "train" / "a" / "1.png", photos / "val" / "a" / "leak.png")
+    shutil.copy(photos / "train" / "a" / "2.png", photos / "train" / "b" / "other.png")
+    assert main(["suggest", "--data", str(photos), "--weights", "none", "--backbone", "resnet18"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: data:")]
+    assert "1 of 17 validation images are training images as well" in line
+    assert "1 files are there under another label as well" in line and line.endswith(f"finetune check --data {photos}")

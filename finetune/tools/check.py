@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import Subset
 
 from finetune.data.sources import load_data, read_columns
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe
 from finetune.results.plots import shorten
 from finetune.results.sheets import NUMBER, WIDTH, Tile, draw_sheet
-from finetune.tools.image_stats import Collection, Look, Some, count_classes, look_at, stats_of
+from finetune.tools.image_stats import Collection, Look, count_classes, look_at, stats_of
 from finetune.tools.label_errors import compute_features, find_label_errors, find_outliers, out_of_fold_probs
 from finetune.tools.similar import FLAT, MOST, near_pairs, same_pairs, without
 from finetune.tools.suggest import LITE0, choose_backbone, choose_image_size
@@ -32,8 +33,8 @@ KINDS = {  # in the order in which they are reported: what does most harm first
     "near, other label": "nearly the same, other label",
     "same, across": "same pixels, training and validation",
     "near, across": "nearly the same, training and validation",
-    "same, twice": "same pixels",
-    "near, twice": "nearly the same",
+    "same, twice": "same pixels, within training or validation",
+    "near, twice": "nearly the same, within training or validation",
     "label": "likely wrong label",
     "outlier": "unlike the others",
     "blank": "blank",
@@ -160,7 +161,7 @@ def find_by_features(
     recipe, _, _ = choose_image_size(stats, backbone)
     recipe = replace(recipe, weights=weights, data=replace(recipe.data, batch_size=64))
     seen = sorted(looks)
-    features = compute_features(recipe, Some(images, seen), images.data.classes)
+    features = compute_features(recipe, Subset(images, seen), images.data.classes)
     found = [Finding("outlier", (seen[i],), f"{score:.0f} deviations", score) for i, score in find_outliers(features)]
     labels = np.array([images.labels[i] for i in seen])
     if labels.ndim > 1:
@@ -187,7 +188,7 @@ def describe(images: Collection, findings: list[Finding], facts: dict[str, Any])
     for kind, words in KINDS.items():
         if found := [finding for finding in findings if finding.kind == kind]:
             agreed = f", where a linear head agrees with {100 * facts['agreed']:.0f} % of the labels" if kind == "label" else ""
-            lines += ["", f"{words}: {len(found)}{agreed}", *(f"  {name_finding(images, one)}" for one in found[:EXAMPLES])]
+            lines += ["", f"{words}: {len(found)}{agreed}", *(name_finding(images, one) for one in found[:EXAMPLES])]
     if not findings:
         lines += ["", "nothing found"]
     return "\n".join([*lines, *(fill_lines(f"\nnot looked for: {text}") for text in facts["not_done"])])
@@ -213,7 +214,7 @@ def name_finding(images: Collection, finding: Finding) -> str:
     width = (COLUMNS - 24) // len(labels)
     shown = finding.kind == "label" or len(set(labels)) > 1
     names = [shorten(images.names[i], width) + f" ({label})" * shown for i, label in zip(finding.images, labels, strict=True)]
-    return ", ".join([" = ".join(names), *([finding.text] if finding.text else [])])
+    return "  " + shorten(", ".join([" = ".join(names), *([finding.text] if finding.text else [])]), COLUMNS - 2)
 
 
 def draw(images: Collection, findings: list[Finding], file: Path) -> Path | None:
@@ -227,7 +228,8 @@ def draw(images: Collection, findings: list[Finding], file: Path) -> Path | None
     tiles = []
     for one in picked:
         for i in one.images:
-            lines = (images.names[i], f"{images.split[i]}: {images.label(i)}", one.text or KINDS[one.kind])
+            found = one.text if one.kind == "label" else ", ".join(filter(None, (one.kind, one.text)))
+            lines = (images.names[i], f"{images.split[i]}: {images.label(i)}", found)
             text = "\n".join(shorten(line, WIDTH // 4) for line in lines)
             tiles.append(Tile(images[i][0], text, "C3" if "label" in one.kind else "black"))
     title = f"{shorten(Path(images.source).name, 40)}: {len(findings)} findings in {len(images)} images"

@@ -2,13 +2,13 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Dataset
 
 from finetune.data.dataset import ImageData, ImageList
 from finetune.data.decode import open_file, orientation
@@ -98,8 +98,8 @@ def look_at(image: Image.Image) -> Look:
 
 
 @dataclass
-class Collection:
-    """The training and then the validation images of a source, as one map-style set; `indices` leaves out the others."""
+class Collection(Dataset[tuple[Image.Image, Any]]):
+    """The training and then the validation images of a source, as one map-style set."""
 
     data: ImageData
     source: str
@@ -127,19 +127,6 @@ class Collection:
         label = self.labels[index]
         numbers = [int(label)] if np.ndim(label) == 0 else np.flatnonzero(label).tolist()
         return ";".join(self.data.classes[number] for number in numbers)
-
-
-class Some(NamedTuple):
-    """Those of a map-style set at these indices."""
-
-    images: Collection
-    indices: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:  # type: ignore[override]
-        return self.images[self.indices[index]]
 
 
 def count_classes(images: Collection, looks: dict[int, Look]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Likely wrong labels and outliers, by the features of a frozen network."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from finetune.training.evaluate import predict_logits
 from finetune.training.setup import make_accelerator
 
 FOLDS = 5
-PENALTIES = (1.0, 0.1, 0.01)  # the best differs between sets of images
 NEIGHBOURS = 10
 FAR = 5.0  # robust standard deviations above the median distance to the neighbours
 
@@ -40,34 +40,20 @@ def compute_features(recipe: Recipe, images: Images, classes: Sequence[str]) -> 
 
 
 def out_of_fold_probs(features: torch.Tensor, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Probabilities [n, classes] of each image, by linear heads that were fitted to the other folds' images.
+    """Probabilities [n, classes] of each image, by linear probes that were fitted to the other folds' images.
 
-    Each class is spread evenly over the folds, in the order of hashes of the names. The penalty is the one of least loss on the
-    first fold.
+    Each class is spread evenly over the folds, in the order of hashes of the names. The first probe chooses the penalty of all.
     """
     order = np.lexsort((np.array([place(name) for name in names]), labels))
-    folds = np.empty(len(labels), int)
-    folds[order] = np.arange(len(labels)) % FOLDS
-    targets, num_classes = torch.from_numpy(labels), int(labels.max()) + 1
-
-    def predict(fold: int, penalty: float) -> torch.Tensor:
-        inside = torch.from_numpy(folds == fold)
-        head = nn.Linear(features.shape[1], num_classes)
-        fit(
-            head,
-            features[~inside],
-            targets[~inside],
-            lambda logits, wanted: cross_entropy(logits, wanted, reduction="sum"),
-            penalty,
-        )
-        with torch.no_grad():
-            return head(features[inside])
-
-    first = {penalty: predict(0, penalty) for penalty in PENALTIES}
-    best = min(first, key=lambda penalty: float(cross_entropy(first[penalty], targets[torch.from_numpy(folds == 0)])))
-    logits = torch.empty(len(labels), num_classes)
+    folds = torch.empty(len(labels), dtype=torch.int64)
+    folds[order] = torch.arange(len(labels)) % FOLDS
+    targets, loss, l2 = torch.from_numpy(labels), partial(cross_entropy, reduction="sum"), None
+    logits = torch.empty(len(labels), int(labels.max()) + 1)
     for fold in range(FOLDS):
-        logits[torch.from_numpy(folds == fold)] = first[best] if fold == 0 else predict(fold, best)
+        inside, head = folds == fold, nn.Linear(features.shape[1], logits.shape[1])
+        l2 = fit(head, features[~inside], targets[~inside], loss, l2)
+        with torch.no_grad():
+            logits[inside] = head(features[inside])
     return logits.double().softmax(1).numpy()
 
 

@@ -35,16 +35,19 @@ def photographs(root, a=40, b=20):
     return root
 
 
-def names(images):
-    return {str(path).rpartition("/")[2] for path in images.items}
+def below(root, images):
+    return {str(path).removeprefix(str(root)) for path in images.items}
 
 
 def test_added_images_move_none_across(tmp_path):
     """Images that are added, and a folder that is moved, leave each image on the side where it was."""
-    before = load(photographs(tmp_path / "few", 30, 30))
-    after = load(photographs(tmp_path / "many", 90, 60))
-    assert names(before.train) <= names(after.train) and names(before.val) <= names(after.val)
-    assert 10 <= len(after.val) <= 50  # of 150: a fifth, and four times the binomial standard deviation
+    train, val = set(), set()
+    for number in (10, 20, 40, 80, 160):
+        root = photographs(tmp_path / f"{number}", number, number)
+        data = load(root)
+        assert train <= below(root, data.train) and val <= below(root, data.val)
+        train, val = below(root, data.train), below(root, data.val)
+    assert 35 <= len(val) <= 93  # of 320: a fifth, and four times the binomial standard deviation
 
 
 def test_names_count_in_any_form_of_unicode():

@@ -88,14 +88,14 @@ def planted_copies(source: Path, draw: random.Random) -> dict:
             target = root / draw.choice(list(members)) / f"planted{i}.{ending}"
             image.save(target)
             planted[path, target] = kind
-        start = time.perf_counter()
+        start = time.process_time()
         images, findings, _ = check(str(root), weights="none")
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         pairs = {tuple(str(root / images.names[i]) for i in one.images) for one in findings if len(one.images) == 2}
         data = load_data(minimal_recipe("resnet18", str(root), 32))
-        start = time.perf_counter()
+        start = time.process_time()
         note_same_files(data, "")
-        short = time.perf_counter() - start
+        short = time.process_time() - start
     hit = {pair: {str(path) for path in pair} in [set(found) for found in pairs] for pair in planted}
     rates = {kind: sum(hit[pair] for pair in planted if planted[pair] == kind) for kind in KINDS}
     number = {kind: sum(one == kind for one in planted.values()) for kind in KINDS}
@@ -104,8 +104,8 @@ def planted_copies(source: Path, draw: random.Random) -> dict:
         "copies": number,
         "found": rates,
         "pairs": len(pairs),
-        "seconds": round(seconds, 1),
-        "start_seconds": round(short, 3),
+        "cpu_seconds": round(seconds, 1),
+        "start_cpu_seconds": round(short, 3),
     }
 
 

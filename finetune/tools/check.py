@@ -104,7 +104,8 @@ def check(
     if len(looks) > MOST:
         not_done.append(f"near duplicates: there are more than {MOST:,} images")
     findings.sort(key=lambda finding: list(KINDS).index(finding.kind))
-    notes = [line.removeprefix("finetune: ") for line in said.getvalue().splitlines() if "finetune check" not in line]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("finetune: ") and "finetune check" not in line]
+    notes = [line.removeprefix("finetune: ") for line in lines]
     facts = {"said": notes, "not_done": not_done, "classes": count_classes(images, looks), "agreed": agreed}
     return images, findings, facts
 

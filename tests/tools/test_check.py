@@ -5,10 +5,13 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
@@ -16,9 +19,12 @@ from sklearn.neighbors import NearestNeighbors
 
 from finetune.__main__ import main
 from finetune.data.sources import load_data
+from finetune.data.transforms import eval_transform
+from finetune.models.backbone import preprocessing
+from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.check import Finding, check, find_odd_ones, left_out, write_table
 from finetune.tools.image_stats import Collection, look_at
-from finetune.tools.label_errors import NEIGHBOURS, find_label_errors, find_outliers, out_of_fold_probs
+from finetune.tools.label_errors import NEIGHBOURS, compute_features, find_label_errors, find_outliers, out_of_fold_probs
 from finetune.tools.similar import near_pairs, thumbnail
 from finetune.utils.errors import RecipeError
 from image_files import source
@@ -256,3 +262,20 @@ def test_suggest_and_a_run_say_what_is_there_twice(photos, tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: data:")]
     assert "1 of 17 validation images are training images as well" in line
     assert "1 files are there under another label as well" in line and line.endswith(f"finetune check --data {photos}")
+
+
+def test_images_are_judged_by_the_named_networks_features(photos, tmp_path):
+    """With --backbone and --weights the features are those of timm's own network before its head, and labels are judged."""
+    net, file = timm.create_model("test_resnet", num_classes=5).eval(), tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(net.state_dict(), file)
+    images, _, facts = check(str(photos), "test_resnet", str(file))
+    recipe = replace(minimal_recipe("test_resnet", str(photos), 64, batch_size=8), weights=str(file))
+    features = compute_features(recipe, images, images.data.classes)
+    transform = eval_transform(preprocessing(recipe, net))
+    batch = transform.batch(torch.stack([transform.image(np.array(images[i][0])) for i in range(len(images))]))
+    with torch.no_grad():
+        theirs = net.forward_head(net.forward_features(batch), pre_logits=True)
+    torch.testing.assert_close(features, theirs, rtol=1e-4, atol=1e-5)
+    assert 0 < facts["agreed"] <= 1 and facts["not_done"] == []
+    with pytest.raises(RecipeError, match="none.safetensors"):
+        check(str(photos), "test_resnet", str(tmp_path / "none.safetensors"))

@@ -30,7 +30,7 @@ class ImageStats:
     train: int  # training images
     val: int
     classes: tuple[str, ...]
-    smallest: int  # training images of the smallest class
+    smallest: int  # images of the smallest class, of both parts: a split leaves more or fewer to train on by chance
     largest: int
     side: int  # median of the shorter sides, in pixels
     least: int  # the shortest side
@@ -46,9 +46,9 @@ def compute_image_stats(source: str) -> ImageStats:
     check_source(source)
     source = str(Path(source).resolve()) if Path(source).exists() else source
     data = load_data(minimal_recipe("resnet18", source, image_size=32))
-    assert isinstance(data.train, ImageList)  # as of every source but a function
+    assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
     sizes = np.array([image_size(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
-    counts = Counter(map(int, data.train.labels))
+    counts = Counter(map(int, [*data.train.labels, *data.val.labels]))
     return ImageStats(
         source,
         len(data.train),
@@ -145,7 +145,7 @@ def count_classes(images: Collection, looks: dict[int, Look]) -> list[dict[str, 
 
 def stats_of(images: Collection, looks: dict[int, Look]) -> ImageStats:
     """Statistics of images that were all looked at."""
-    counts = [row["train"] for row in count_classes(images, looks)]
+    counts = [row["images"] for row in count_classes(images, looks)]
     sides = np.array([sorted(look.size) for look in looks.values()], float)
     return ImageStats(
         images.source,

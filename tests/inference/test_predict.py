@@ -72,11 +72,11 @@ def test_evaluate_agrees_with_scikit_learn(run_folder, mixed):
 
 
 def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
-    """Of class folders that a run trained on, only the fifth that it kept counts; of any other folder, every image."""
+    """Of class folders that a run trained on, only what it kept counts; of any other folder, every image."""
     data = image_folder / "train"
     recipe = minimal_recipe("resnet18", str(data), 32)
     kept = load_data(recipe).val.items
-    assert load_labelled_images(str(data), recipe, ("red", "green", "blue")).items == kept and len(kept) == 6
+    assert load_labelled_images(str(data), recipe, ("red", "green", "blue")).items == kept and 0 < len(kept) < 15
     recipe = minimal_recipe("resnet18", "elsewhere", 32)
     whole = load_labelled_images(str(data), recipe, ("red", "green", "blue"))
     pairs = {(Path(item).parent.name, label) for item, label in zip(whole.items, whole.labels, strict=True)}

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 from PIL import Image
 
 from finetune.__main__ import main as verb
-from finetune.data.sources import data_size
+from finetune.data.sources import data_size, load_data
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import minimal_recipe
 from finetune.run import main
 from finetune.tools.image_stats import ImageStats, compute_image_stats
 from finetune.tools.suggest import suggest_recipe
@@ -169,9 +171,18 @@ def test_the_stats_are_those_of_what_was_drawn(tmp_path):
     images(tmp_path / "val" / "a", 1, (9, 9))
     images(tmp_path / "val" / "b", 1, (9, 9))
     assert compute_image_stats(os.path.relpath(tmp_path)) == ImageStats(
-        str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=2, largest=6, side=20, least=20, aspect=2.0, grey=False
+        str(tmp_path), train=8, val=2, classes=("a", "b"), smallest=3, largest=7, side=20, least=20, aspect=2.0, grey=False
     )
-    assert compute_image_stats("digits") == ImageStats("digits", 1438, 359, tuple("0123456789"), 139, 146, 8, 8, 1.0, grey=True)
+    assert compute_image_stats("digits") == ImageStats("digits", 1438, 359, tuple("0123456789"), 174, 183, 8, 8, 1.0, grey=True)
+
+
+def test_a_split_by_chance_makes_no_class_rare(tmp_path):
+    """Classes of as many images are not called uneven, however few of one are left to train on."""
+    for name in "abc":
+        images(tmp_path / name, 10, (16, 16))
+    stats = compute_image_stats(str(tmp_path))
+    trained = Counter(load_data(minimal_recipe("resnet18", str(tmp_path), 32)).train.labels)
+    assert max(trained.values()) > min(trained.values()) and (stats.smallest, stats.largest) == (10, 10)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])

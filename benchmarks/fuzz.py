@@ -28,6 +28,8 @@ from finetune.data.decode import read_image
 from finetune.utils.errors import RecipeError
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "TIFF": "tif", "BMP": "bmp", "WEBP": "webp", "AVIF": "avif", "PPM": "ppm"}
+Image.init()
+FORMATS = {kind: ending for kind, ending in FORMATS.items() if kind in Image.SAVE}  # older Pillow writes no AVIF
 MODES = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "P", "I;16"), "TIFF": ("RGB", "L", "I;16", "F"), "GIF": ("P",)}
 DAMAGES = ("cut off", "bytes flipped", "block zeroed", "header of another", "ending of another")
 OUTCOMES = ("read", "refused", "traceback", "hang", "crash", "changed")

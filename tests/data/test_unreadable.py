@@ -79,7 +79,7 @@ def test_a_class_without_a_readable_image_stops_before_the_first_step(image_fold
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="worker processes are forked")
 def test_damaged_files_are_read_or_refused():
-    """Of damaged files of eight formats each is read as Pillow reads it or refused in a line, in its time."""
+    """Of damaged files of every format each is read as Pillow reads it or refused in a line, in its time."""
     found = Counter(outcome for _, outcome, _ in fuzz.outcomes(320, seed=1, workers=1, seconds=20))
     assert found.keys() == {"read", "refused"} and min(found.values()) > 60
 

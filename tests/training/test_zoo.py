@@ -45,6 +45,8 @@ def test_two_processes_train_it_as_one(tmp_path, names):
 )
 def test_it_is_exported_or_says_why_not(tmp_path, name):
     """What the table in docs/backbones.md says can be exported can be, and nothing else."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     kept = {row["network"]: row for row in json.loads(zoo.RESULT.read_text())}[name]
     zoo.train(zoo.write_recipe(name, tmp_path / "runs", "train"), tmp_path / "run", accumulate=1)
     for to in ("onnx", "timm"):
@@ -52,10 +54,15 @@ def test_it_is_exported_or_says_why_not(tmp_path, name):
 
 
 def test_the_table_is_of_this_zoo():
-    """The kept verdicts are on all of these networks, and refuse what the tests expect to be refused."""
+    """The kept verdicts are on all of these networks, and refuse what the tests expect to be refused.
+
+    But for timm's small test networks, of which each version has others.
+    """
     kept = {row["network"]: row["one process"] for row in json.loads(zoo.RESULT.read_text())}
-    assert list(kept) == list(zoo.NAMES)
-    assert all(kept[name] == zoo.WORKS for name in [*TRAINED, *LIBRARIES] if name not in ("many buffers", "complex weight"))
+    assert {name for name in zoo.NAMES if not name.startswith("test_")} == {
+        name for name in kept if not name.startswith("test_")
+    }
+    assert all(verdict == zoo.WORKS for name, verdict in kept.items() if name in TRAINED or name not in ODD)
     assert all(ODD[name][1] in kept[name] for name in ODD if name not in TRAINED)
 
 

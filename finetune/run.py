@@ -97,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
 @lasting_output()
 def start(args: argparse.Namespace) -> int:
     """The run that the arguments ask for; the exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its threads, spinning, stall beside other programs
+    if "OMP_WAIT_POLICY" not in os.environ:  # before torch: its threads, spinning for long, stall beside other programs
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if "RANK" in os.environ:  # before torch, which a recipe may import: DDP warns where it finds no unused parameter
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     stop_with_launcher()

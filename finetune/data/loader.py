@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -166,6 +166,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     multi_label: bool = False
     memory_format: torch.memory_format = torch.channels_last  # of the batches
     background: Colour = WHITE  # behind what is transparent
+    in_background: ClassVar[bool] = True  # worth the processes that load in the background
 
     def __post_init__(self) -> None:
         self.cache = image_cache(len(self.images)) if isinstance(self.images, ImageList) else None
@@ -253,6 +254,7 @@ def load(
 ) -> Iterator[Loaded]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
     keys = ([(epoch, index) for index in batch] for batch in batches)
+    workers = workers if images.in_background else 0
     loader = DataLoader(
         images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
     )

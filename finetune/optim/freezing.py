@@ -23,6 +23,12 @@ def starts_stage(groups: Sequence[ParamGroup], epoch: int) -> bool:
     return any(group.unfreeze_at == epoch for group in groups)
 
 
+def stage_epochs(groups: Sequence[ParamGroup], epoch: int, epochs: int) -> int:
+    """How many epochs the stage of an epoch has, of a run of `epochs`."""
+    starts = [0, *(group.unfreeze_at for group in groups), epochs]
+    return int(min(start for start in starts if start > epoch) - max(start for start in starts if start <= epoch))
+
+
 def start_stage(groups: Sequence[ParamGroup], optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """Let the epoch's groups train, and no others, by the epoch's optimizer."""
     unfreeze(groups, epoch)

@@ -75,6 +75,9 @@ class Augment(Checked):
     erasing: Annotated[float, "[0, 1]", "a probability"] = 0.0  # that a random rectangle becomes noise (arXiv 1708.04896)
     mixup: Annotated[float, "[0, inf)"] = 0.0  # alpha of the Beta distribution (arXiv 1710.09412)
     cutmix: Annotated[float, "[0, inf)"] = 0.0  # likewise (arXiv 1905.04899)
+    frozen_views: Annotated[int, "[0, inf)"] = (
+        0  # while first layers are frozen, as many augmentations, computed once; 0: new ones
+    )
 
     @property
     def mixes(self) -> bool:

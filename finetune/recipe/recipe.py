@@ -114,8 +114,25 @@ class Recipe(Checked):
             )
         if self.data.on_bad_image == "skip" and self.augment.mixes:
             yield "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix"
+        yield from self.frozen_views_conflicts()
         yield from self.group_conflicts()
         yield from self.timing_conflicts()
+
+    def frozen_views_conflicts(self) -> Iterator[str]:
+        """Conflicts with keeping what frozen layers make of an image."""
+        if not self.augment.frozen_views:
+            return
+        rows = self.groups if isinstance(self.groups, tuple) else (self.groups,)
+        if not any(row.unfreeze_at > 0 or isinstance(row, Group) and row.lr == 0 for row in rows):
+            yield "augment: frozen_views has no effect: no group is ever frozen"
+        for name, used in (
+            ("mixup and cutmix, which mix images", self.augment.mixes),
+            ("flip_test, which mirrors them", self.flip_test),
+            ("gradient_checkpointing", self.gradient_checkpointing),
+            ("torch_compile", self.torch_compile),
+        ):
+            if used:
+                yield f"augment: frozen_views does not go with {name}"
 
     def group_conflicts(self) -> Iterator[str]:
         """Conflicts among rows."""

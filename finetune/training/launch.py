@@ -102,8 +102,7 @@ def check_fsdp(recipe: Recipe) -> None:
     asked = {name: value.lower() for name, value in os.environ.items() if name.startswith("FSDP_")}
     if asked.get("FSDP_VERSION", "1") != "2":
         raise RecipeError(
-            "the launcher asks for FSDP version 1, which a run does not do; it does version 2: --fsdp_version 2, from "
-            "Accelerate 1.6 on"
+            "the launcher asks for FSDP version 1; a run does version 2 alone: --fsdp_version 2, from Accelerate 1.6 on"
         )
     used = [part for _, part in parts(recipe) if isinstance(part, Optimizer)]
     optimizers = {part.name for part in used} - {*OPTIMIZERS_IN_SHARDS}
@@ -116,6 +115,7 @@ def check_fsdp(recipe: Recipe) -> None:
         "a function as backbone (one process may leave out a layer, for which the others wait)": callable(recipe.backbone),
         "ema_decay": recipe.ema_decay,
         "l2_sp": recipe.l2_sp,
+        "frozen_views": recipe.augment.frozen_views,
         "clip_adaptive": recipe.clip_adaptive,
         "torch_compile": recipe.torch_compile,
         "mixed_precision=fp16": recipe.mixed_precision == "fp16",

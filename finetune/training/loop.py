@@ -10,12 +10,13 @@ from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
-from finetune.models.average import MovingAverage
 from finetune.models.batch_norm import keep_buffers, set_train_mode
+from finetune.models.kept_images import stage_inputs
 from finetune.models.linear_probe import fit, head_layer, returns_features
 from finetune.models.saving import save_model
 from finetune.models.sharding import gather, whole
-from finetune.optim.freezing import describe_stage, start_stage, starts_stage
+from finetune.optim.average import MovingAverage
+from finetune.optim.freezing import describe_stage, stage_epochs, start_stage, starts_stage
 from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer, step_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
@@ -75,11 +76,15 @@ def train(
                 options = replace(
                     options, accumulate=find_micro_batches(recipe, net, accelerator, options.accumulate, logger.say)
                 )
-                model = wrap(recipe, net, accelerator)
+                inputs = stage_inputs(
+                    recipe, net, datasets, stage_epochs(groups, epoch, recipe.epochs), accelerator, logger.folder, logger.say
+                )
+                model = wrap(recipe, inputs.model(net), accelerator)
+            inputs.prepare(epoch, net, accelerator, options.workers)
             set_train_mode(net, recipe.batch_norm)
             cut = Cut(accelerator.process_index, accelerator.num_processes, options.accumulate)
             plans = epoch_batches(recipe, train_images, epoch, cut)[step - epoch * steps_per_epoch :]
-            loaded = load_batches(train_images, epoch, plans, options.workers, accelerator.device)
+            loaded = load_batches(inputs.train, inputs.view(epoch), plans, options.workers, accelerator.device)
             for batch in logger.progress(loaded, epoch, len(plans)):
                 lrs = set_lrs(optimizer, groups, step, steps_per_epoch, recipe.epochs, logger.history)
                 loss, norm = train_step(recipe, model, criterion, optimizer, batch, accelerator)
@@ -94,7 +99,8 @@ def train(
             for network in dict.fromkeys((net, evaluated)):
                 broadcast(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
                 check_same_weights(network, accelerator)
-            logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
+            model_to_evaluate = inputs.model(evaluated)
+            logits, labels = predict_logits(recipe, model_to_evaluate, inputs.val, accelerator, options, text="validation")
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)

@@ -63,8 +63,9 @@ SET = (
     [
         (SET, "lr=1e-2", "lr=1e-3, optimizer=SGD(momentum=0.9)"),
         (("clip_norm=None",), 'lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)', "lr=1e-3"),
+        (("augment.frozen_views=1", "groups.body.unfreeze_at=2"), "lr=1e-2", "lr=0"),
     ],
-    ids=["mixing, averaging, two optimizers", "LBFGS"],
+    ids=["mixing, averaging, two optimizers", "LBFGS", "what frozen layers return is kept"],
 )
 def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields, head, stem):
     """Whatever option is set, two processes take the steps of one, and their weights are the same to rounding."""
@@ -81,7 +82,7 @@ def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields
         recipe = Path(line[line.index("--recipe") + 1])
         text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Optimizer,")
         text = text.replace('"fc", lr=1e-2', f'"fc", {head}')
-        recipe.write_text(text.replace("lr=1e-3, unfreeze_at=2", f"{stem}, unfreeze_at=2"))
+        recipe.write_text(text.replace("lr=1e-3, unfreeze_at=2", f"{stem}, unfreeze_at=2" if stem != "lr=0" else stem))
         finish(line)
         runs.append(contents(tmp_path / name / "out"))
     assert [run[0]["hardware"]["processes"] for run in runs] == [1, 2]

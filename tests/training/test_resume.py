@@ -1,5 +1,6 @@
 """A run that goes on is the unbroken one, to the bit."""
 
+import dataclasses
 import json
 import math
 import os
@@ -112,6 +113,7 @@ OPTIONS = {
     "lbfgs": {"groups": (HEAD, Group("rest", ".", lr=0)), "optimizer": Optimizer("LBFGS", max_iter=3)},
     "steps counted in a row": {"groups": (HEAD, REST), "optimizer": Optimizer("lamb")},
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
+    "kept images": {"groups": (HEAD, dataclasses.replace(REST, unfreeze_at=3)), "augment": Augment(frozen_views=1)},
     "own columns": {
         "groups": (
             Group("head", "fc", lr=1e-2, schedule=Plateau(patience=0)),

@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from finetune.models.average import MovingAverage
+from finetune.optim.average import MovingAverage
 
 
 def train(net, averages, images, steps=4):

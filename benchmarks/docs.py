@@ -87,9 +87,10 @@ def cost(kept: dict) -> str:
     return f"{mean(run['seconds'] for run in kept['runs']) / 60:.1f} min, {threads} CPU core{'s' * (threads > 1)}"
 
 
-def recipes() -> str:
-    """A row for each recipe, measured or not."""
+def recipes(which: str = "all") -> str:
+    """A row for each recipe, or for the `measured` ones."""
     from finetune.recipe.load import load_recipe
+    from finetune.results.baseline import measured_with
 
     rows = []
     for file in sorted(RECIPES.glob("*.py")):
@@ -98,8 +99,10 @@ def recipes() -> str:
         if (RECIPES / "baselines" / f"{file.stem}.json").is_file():
             kept = record(file.stem)
             reached, paid = with_range(kept), cost(kept)
-            if "images" in kept:
-                reached += f" on {kept['images']}; the full set not measured"
+            if words := measured_with(kept):
+                reached += f" on {words}"
+        elif which == "measured":
+            continue
         images = f"{recipe.data.source}, {recipe.data.image_size} px"
         rows.append((f"`{file.stem}`", f"`{recipe.backbone}`", images, reached, paid))
     return table("recipe | network | images | top-1 | cost of a run", rows)

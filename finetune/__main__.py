@@ -189,7 +189,7 @@ def reproduce(args: argparse.Namespace) -> int:
 
     if args.seeds < 1:
         raise RecipeError("--seeds starts at 1")
-    found = reproduce(args.recipe, args.seeds, args.output, args.data, sys.stderr if args.json else sys.stdout)
+    found = reproduce(args.recipe, args.seeds, args.output, args.data, args.weights, sys.stderr if args.json else sys.stdout)
     show_result(args, found, lambda: describe_reproduction(found))
     return 0 if found["inside"] else 1
 
@@ -208,7 +208,7 @@ def suggest(args: argparse.Namespace) -> None:
         check_new(args.output, ".py")
     stats = compute_image_stats(args.data)
     print(fill_lines(describe_classes(stats.classes)), file=sys.stderr)
-    text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"))
+    text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"), args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         file = args.output or Path(folder) / "my_recipe.py"
         file.write_text(text, encoding="utf-8")

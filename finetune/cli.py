@@ -95,6 +95,7 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     for sub in (train, resume):
         add_run_arguments(sub)
         sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")
+    add_minutes(train)
     sub = add("runs", "--sort result")
     orders = ("started", "result", "run")
     sub.add_argument("--sort", choices=orders, default="started", help="what the last line has most of (default: started)")
@@ -125,6 +126,12 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
         )
 
 
+def add_minutes(parser: argparse.ArgumentParser) -> None:
+    """How long the run of a suggested recipe may take."""
+    text = "suggest what this machine trains in about M minutes (default: what the number of images asks for)"
+    parser.add_argument("--minutes", type=float, metavar="M", help=text)
+
+
 def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The verbs that find, read and write recipes."""
     sub = add("suggest", "--data DIR --output mine.py")
@@ -133,6 +140,7 @@ def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
         "--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one whose weights are installed)"
     )
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
+    add_minutes(sub)
     sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
     sub = add("check", "--data DIR --fix good.csv")
     sub.add_argument(
@@ -179,6 +187,7 @@ def add_result_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs to compare with it (default: 1)")
     sub.add_argument("--output", type=Path, metavar="DIR", help="where the runs lie (default: runs/NAME-reproduce)")
     sub.add_argument("--data", metavar="DIR", help="the images, where the recipe was measured on a folder")
+    sub.add_argument("--weights", metavar="FILE", help="the weights, where it was measured with a file")
 
 
 def add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **options: Any) -> None:

@@ -60,6 +60,7 @@ def add_resume_anyway(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of a run that leave its result as it is."""
+    parser.set_defaults(minutes=None)
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps (default: once an epoch)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, then stop")
@@ -123,6 +124,8 @@ def start(args: argparse.Namespace) -> int:
 @contextmanager
 def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     """Within, a recipe that is suggested for the images stands in for one that is not named; the run copies its file."""
+    if args.minutes and (args.recipe or args.epochs or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise RecipeError("--minutes chooses epochs for a recipe that is suggested, on one process: no recipe, no --epochs")
     if args.recipe is not None or args.resume is not None:
         yield
         return
@@ -131,7 +134,7 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     from finetune.tools.image_stats import compute_image_stats
     from finetune.tools.suggest import suggest_recipe
 
-    text = suggest_recipe(compute_image_stats(str(args.data)), args.backbone, args.weights, "recipe.py")
+    text = suggest_recipe(compute_image_stats(str(args.data)), args.backbone, args.weights, "recipe.py", args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
         Path(args.recipe).write_text(text, encoding="utf-8")

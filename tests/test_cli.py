@@ -100,7 +100,7 @@ def path_to_here():
         (["--set", "optimizer=SGD"], "optimizer.name", "SGD"),
         (["--set", "optimizer=SGD"], "optimizer.weight_decay", 0.05),
         (["--set", "schedule=Constant"], "schedule.type", "Constant"),
-        (["--set", "schedule=Constant"], "schedule.warmup_epochs", 0.5),
+        (["--set", "schedule=Constant"], "schedule.warmup_epochs", 0.3),
         (["--set", "clip_norm=none"], "clip_norm", None),
         (["--set", "clip_norm=null"], "clip_norm", None),
         (["--set", "linear_probe=none"], "linear_probe", None),

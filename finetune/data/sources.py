@@ -61,7 +61,7 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
         parts, classes = from_folder(Path(source))
     else:
         raise RecipeError(
-            f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Named sets: "
+            f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Yours: --data DIR. Named sets: "
             f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
         )
     check_files(parts, recipe.data.on_bad_image)

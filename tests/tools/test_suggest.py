@@ -18,6 +18,7 @@ from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import minimal_recipe
 from finetune.run import main
+from finetune.tools import suggest
 from finetune.tools.image_stats import ImageStats, compute_image_stats
 from finetune.tools.suggest import suggest_recipe
 from finetune.training.setup import check_recipe
@@ -241,3 +242,49 @@ def test_a_backbone_that_is_not_there_is_named():
             suggest_recipe(PHOTOS, name)
     with pytest.raises(RecipeError, match="--backbone"):
         suggest_recipe(PHOTOS, None, "mine.pth")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "size", "epochs"),
+    [
+        (60, 224, 30),  # no more than 30
+        (10, 224, 9),  # 600 s, of which the probe takes 20, and an epoch 60
+        (3, 160, 5),  # 224 px: 2 epochs; 160 px: 10 s and 30 s
+        (0.5, 64, 3),  # 64 px: 2 s and 8 s
+        (0.2, 64, 1),
+    ],
+)
+def test_minutes_choose_epochs_and_image_size(tmp_path, monkeypatch, minutes, size, epochs):
+    """The largest size of which three epochs fit into the time, and as many as fit; what 128 and 96 px take lies between."""
+    seconds = {224: (20, 60), 160: (10, 30), 128: (6, 20), 96: (4, 12), 64: (2, 8)}
+    monkeypatch.setattr(suggest, "time_training", lambda recipe, _: seconds[recipe.data.image_size])
+    file = tmp_path / "mine.py"
+    file.write_text(suggest_recipe(PHOTOS, "resnet18", minutes=minutes))
+    recipe, _ = load_recipe(str(file))
+    assert (recipe.data.image_size, recipe.epochs) == (size, epochs)
+    with pytest.raises(RecipeError, match="0.1 minutes are too few for these images: at 64 px an epoch takes about 8 s"):
+        suggest_recipe(PHOTOS, "resnet18", minutes=0.1)
+
+
+def test_a_network_of_one_size_keeps_it(monkeypatch):
+    """Where the time is short it trains for fewer epochs, at its own size."""
+    monkeypatch.setattr(suggest, "time_training", lambda recipe, _: (20, 60))
+    text = suggest_recipe(PHOTOS, "crossvit_tiny_240", minutes=2)
+    assert "image_size=240," in text and "epochs=1," in text
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "torchvision/vgg11"])
+def test_steps_are_timed_on_the_images(tmp_path, image_folder, backbone):
+    """A few steps of the network on the folder's images tell seconds."""
+    recipe = minimal_recipe(backbone, str(image_folder), 64, batch_size=8)
+    probe, epoch = suggest.time_training(recipe, 3)
+    assert 0 < probe < epoch < 600
+
+
+def test_minutes_belong_to_a_suggestion(monkeypatch, capsys):
+    """With a recipe, with epochs, or on several processes, which would each measure their own, they are refused."""
+    for words in (["resnet18_cifar"], ["--data", "digits", "--epochs", "3"]):
+        assert verb(["train", *words, "--minutes", "3"]) == 2
+        assert "--minutes chooses epochs for a recipe that is suggested" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert verb(["train", "--data", "digits", "--minutes", "3"]) == 2 and "on one process" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from finetune.models.backbone import TimmModel, classifier_parameters
-from finetune.recipe import Group, LayerDecay, Optimizer, Recipe, Schedule, Switch
+from finetune.optim.lora import add_adapters
+from finetune.recipe import Group, LayerDecay, Lora, Optimizer, Recipe, Schedule, Switch
 from finetune.recipe.schedules import ramp
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
@@ -88,6 +89,8 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         rows, owner = layer_rows(recipe, recipe.groups, net)
     else:
         rows, owner = matched_rows(recipe, recipe.groups, net)
+        if any(isinstance(row, Lora) for row in rows):
+            rows, owner = lora_rows(recipe, rows, owner, net)
     undecayed, fixed, groups = no_weight_decay(net), fixed_parameters(net), []
     for row in rows:
         own = {name: parameter for name, parameter in net.named_parameters() if owner[name] == row.name}
@@ -163,6 +166,17 @@ def matched_rows(recipe: Recipe, groups: Sequence[Group], net: nn.Module) -> tup
         faults.append("the model's top-level names are: " + ", ".join(dict.fromkeys(name.split(".")[0] for name in names)))
         raise RecipeError("\n  ".join([f"the recipe's groups do not fit {to_dict(recipe.backbone)}:", *faults]))
     return groups, owner
+
+
+def lora_rows(
+    recipe: Recipe, groups: Sequence[Group], owner: dict[str, str], net: nn.Module
+) -> tuple[Sequence[Group], dict[str, str]]:
+    """The rows with one more after each Lora row, of the weights that it freezes, once its layers have their adapters."""
+    loras = {row.name: row for row in groups if isinstance(row, Lora)}
+    add_adapters(net, {name: loras[row] for name, row in owner.items() if row in loras}, recipe.seed)
+    rows = [part for row in groups for part in ([row, Group(f"{row.name}-frozen", "", lr=0)] if row.name in loras else [row])]
+    _, owner = matched_rows(recipe, groups, net)
+    return rows, {name: f"{row}-frozen" if row in loras and ".lora." not in name else row for name, row in owner.items()}
 
 
 def layer_rows(recipe: Recipe, decay: LayerDecay, net: TimmModel) -> tuple[Sequence[Group], dict[str, str]]:

@@ -1,7 +1,7 @@
 """What a recipe says. Standard library only, so that listing recipes takes no time."""
 
 from finetune.recipe.data import Augment, Data
-from finetune.recipe.groups import SGD, AdamW, Group, LayerDecay, LinearProbe, Optimizer, Switch
+from finetune.recipe.groups import SGD, AdamW, Group, LayerDecay, LinearProbe, Lora, Optimizer, Switch
 from finetune.recipe.legacy import Frozen  # noqa: F401  (for recipes of version 0.1)
 from finetune.recipe.recipe import EarlyStop, Recipe
 from finetune.recipe.schedules import (
@@ -34,6 +34,7 @@ __all__ = [
     "LayerDecay",
     "Linear",
     "LinearProbe",
+    "Lora",
     "MultiStep",
     "OneCycle",
     "Optimizer",

@@ -73,6 +73,27 @@ class Group(Checked):
                 yield f"{field.name} has no effect with lr=0, which freezes the row for the whole run"
 
 
+@dataclass(frozen=True)
+class Lora(Group):
+    """Low-rank changes of frozen layers (arXiv 2106.09685): of each Linear and Conv2d whose weight the row's pattern matches.
+
+    All that the row claims stays frozen; beside each layer's weight a change of `rank` trains, which the saved model has added
+    to the weight. The change alone is saved as well, in peft's format.
+
+        Lora("attention", r"blocks\\.\\d+\\.attn\\.(qkv|proj)", lr=1e-3, rank=8, alpha=16)
+    """
+
+    rank: Annotated[int, "[1, inf)"] = 8
+    alpha: Annotated[float, "(0, inf)"] = 16.0  # the change is scaled by alpha / rank
+    dropout: Annotated[float, "[0, 1)"] = 0.0  # of the change's input
+    start: str | None = None  # a folder in peft's format whose changes to start from
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.lr == 0:
+            yield "a Lora row trains: its lr must be above 0; Group(name, pattern, lr=0) freezes layers"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerDecay(Checked):
     """Parameter groups made from a timm model's own layers, each layer slower than the one above by the same factor.

@@ -8,7 +8,7 @@ from typing import Any
 
 import finetune
 from finetune.recipe.checks import alternatives
-from finetune.recipe.groups import Group, LayerDecay
+from finetune.recipe.groups import Group, LayerDecay, Lora
 from finetune.recipe.legacy import new_names
 from finetune.recipe.recipe import Recipe
 from finetune.recipe.schedules import Schedule
@@ -16,10 +16,10 @@ from finetune.utils.errors import RecipeError
 
 
 def to_dict(part: Any) -> Any:
-    """A recipe or a part of one in JSON's types; functions by their name, schedules and LayerDecay with their "type"."""
+    """A recipe or a part of one in JSON's types; functions by their name, what has several kinds with its "type"."""
     if dataclasses.is_dataclass(part):
         values = {field.name: to_dict(getattr(part, field.name)) for field in dataclasses.fields(part)}
-        return {"type": type(part).__name__, **values} if isinstance(part, Schedule | LayerDecay) else values
+        return {"type": type(part).__name__, **values} if isinstance(part, Schedule | LayerDecay | Lora) else values
     if isinstance(part, dict):
         return {key: to_dict(value) for key, value in part.items()}
     if isinstance(part, tuple | list):

@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.data.loader import ImageDataset
-from finetune.models.backbone import is_timm
+from finetune.models.backbone import head_parameters, is_timm
 from finetune.models.saved import beyond_chance, model_to_use
 from finetune.models.saving import save_model
 from finetune.models.sharding import gather_state
+from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
@@ -48,7 +49,10 @@ def finish_run(
     images.
     """
     folder = logger.folder
-    save_model(folder / "model", net, images.transform.preprocessing, images.classes)
+    with merged(net):
+        save_model(folder / "model", net, images.transform.preprocessing, images.classes)
+    if adapters(net):
+        save_adapter(folder / "adapter", net, {name.rpartition(".")[0] for name in head_parameters(recipe, net)})
     predictions = safetensors.torch.load_file(logger.predictions_file)
     logits, labels = predictions["logits"], predictions["labels"]
     result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}

@@ -19,7 +19,7 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import Optimizer, Recipe
+from finetune.recipe import Lora, Optimizer, Recipe
 from finetune.recipe.checks import parts
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error
@@ -86,9 +86,8 @@ def check_launcher(recipe: Recipe) -> None:
         )
     if "MASTER_ADDR" in environment and "RANK" not in environment and "ACCELERATE_MIXED_PRECISION" in environment:
         raise RecipeError(
-            "accelerate launch was asked for several processes, but without several GPUs it starts one; "
-            "give it --multi_gpu as well (it then starts them on the CPU, too), or "
-            "--config_file accelerate_config.yaml, which says so"
+            "accelerate launch was asked for several processes, but without several GPUs it starts one; give it --multi_gpu as "
+            "well (it then starts them on the CPU, too), or --config_file accelerate_config.yaml, which says so"
         )
 
 
@@ -116,6 +115,7 @@ def check_fsdp(recipe: Recipe) -> None:
         "ema_decay": recipe.ema_decay,
         "l2_sp": recipe.l2_sp,
         "frozen_views": recipe.augment.frozen_views,
+        "a Lora row": any(isinstance(part, Lora) for _, part in parts(recipe)),
         "clip_adaptive": recipe.clip_adaptive,
         "torch_compile": recipe.torch_compile,
         "mixed_precision=fp16": recipe.mixed_precision == "fp16",

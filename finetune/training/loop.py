@@ -17,6 +17,7 @@ from finetune.models.saving import save_model
 from finetune.models.sharding import gather, whole
 from finetune.optim.average import MovingAverage
 from finetune.optim.freezing import describe_stage, stage_epochs, start_stage, starts_stage
+from finetune.optim.lora import merged
 from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer, step_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
@@ -216,4 +217,5 @@ def save_if_best(recipe: Recipe, net: nn.Module, images: ImageDataset, logger: L
     if best_row(rows, recipe.metric) is rows[-1]:
         net = whole(net)
         if logger.accelerator.is_main_process:
-            save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes)
+            with merged(net):
+                save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes)

@@ -58,16 +58,20 @@ SET = (
 )
 
 
+STEM = "lr=1e-3, unfreeze_at=2"  # as the recipe of launching.py has it
+
+
 @pytest.mark.parametrize(
-    "fields,head,stem",
+    ("fields", "changes"),
     [
-        (SET, "lr=1e-2", "lr=1e-3, optimizer=SGD(momentum=0.9)"),
-        (("clip_norm=None",), 'lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)', "lr=1e-3"),
-        (("augment.frozen_views=1", "groups.body.unfreeze_at=2"), "lr=1e-2", "lr=0"),
+        (SET, {STEM: "lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=2"}),
+        (("clip_norm=None",), {'"fc", lr=1e-2': '"fc", lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)'}),
+        (("augment.frozen_views=1", "groups.body.unfreeze_at=2"), {STEM: "lr=0"}),
+        (("ema_decay=0.6", "groups.body.rank=2"), {'Group("body"': 'Lora("body"', STEM: "lr=0"}),
     ],
-    ids=["mixing, averaging, two optimizers", "LBFGS", "what frozen layers return is kept"],
+    ids=["mixing, averaging, two optimizers", "LBFGS", "what frozen layers return is kept", "adapters"],
 )
-def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields, head, stem):
+def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields, changes):
     """Whatever option is set, two processes take the steps of one, and their weights are the same to rounding."""
     runs = []
     for name, launcher in (("one", [sys.executable]), ("two", several(2))):
@@ -80,9 +84,11 @@ def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields
             [word for field in fields for word in ("--set", field)],
         )
         recipe = Path(line[line.index("--recipe") + 1])
-        text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Optimizer,")
-        text = text.replace('"fc", lr=1e-2', f'"fc", {head}')
-        recipe.write_text(text.replace("lr=1e-3, unfreeze_at=2", f"{stem}, unfreeze_at=2" if stem != "lr=0" else stem))
+        text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Lora, Optimizer,")
+        for before, after in changes.items():
+            assert before in text
+            text = text.replace(before, after)
+        recipe.write_text(text)
         finish(line)
         runs.append(contents(tmp_path / name / "out"))
     assert [run[0]["hardware"]["processes"] for run in runs] == [1, 2]

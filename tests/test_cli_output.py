@@ -37,11 +37,11 @@ def test_recipes_as_json(here, image_folder, capsys):
     """show, cp, validate, diff, suggest and plan print what they print as text, and nothing else."""
     recipe = to_dict(load_recipe("resnet18_cifar")[0])
     assert printed(capsys, "show", "resnet18_cifar") == json.loads(json.dumps(recipe))
-    assert printed(capsys, "cp", "resnet18_cifar", "mine.py", "--set", "epochs=3") == {"file": "mine.py"}
-    changed = {"field": "epochs", "one": 10, "other": 3}
+    assert printed(capsys, "cp", "resnet18_cifar", "mine.py", "--set", "epochs=5") == {"file": "mine.py"}
+    changed = {"field": "epochs", "one": 3, "other": 5}
     assert printed(capsys, "diff", "resnet18_cifar", "mine.py") == [changed]
     valid = printed(capsys, "validate", "mine.py")
-    assert valid["backbone"] == recipe["backbone"] and valid["epochs"] == 3 and valid["parameters"] > 11e6
+    assert valid["backbone"] == recipe["backbone"] and valid["epochs"] == 5 and valid["parameters"] > 11e6
     suggested = printed(capsys, "suggest", "--data", str(image_folder))
     assert suggested["data"]["source"] == str(image_folder)
     suggested = printed(capsys, "suggest", "--data", str(image_folder), "--output", "suggested.py")

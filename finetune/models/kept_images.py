@@ -20,6 +20,7 @@ from finetune.data.loader import ImageDataset, load
 from finetune.data.transforms import Timm
 from finetune.models.frozen_prefix import FrozenPrefix, Suffix, find_prefix, frozen_part, share_of_forward
 from finetune.recipe import Recipe
+from finetune.utils.text import progress
 
 AT_ONCE = 64  # images through the frozen layers: always as many, so that a resumed run keeps the same bits
 WORTH_KEEPING = 0.25  # of a forward pass; without it a step, of three passes, is a tenth shorter
@@ -61,14 +62,17 @@ class KeptImages(ImageDataset):
         view, index = key
         return self.values[view * len(self) + index], self.targets[index]
 
-    def fill(self, view: int, net: nn.Module, prefix: FrozenPrefix, accelerator: Accelerator, workers: int) -> None:
+    def fill(
+        self, view: int, net: nn.Module, prefix: FrozenPrefix, accelerator: Accelerator, workers: int, shown: bool
+    ) -> None:
         """Compute a view that is not there yet; the processes of a machine share the work, and all must call."""
         if view in self.filled:
             return
         net.eval()
         chunks = [range(i, min(i + AT_ONCE, len(self))) for i in range(0, len(self), AT_ONCE)]
         mine = chunks[accelerator.local_process_index :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
-        for rows, (images, targets) in zip(mine, load(self.source, view, mine, workers, accelerator.device), strict=True):
+        loaded = progress(load(self.source, view, mine, workers, accelerator.device), len(mine), "frozen layers", shown)
+        for rows, (images, targets) in zip(mine, loaded, strict=True):
             with accelerator.autocast():
                 kept = frozen_part(net, prefix.last, images)
             self.values[view * len(self) + rows.start : view * len(self) + rows.stop] = kept.cpu()
@@ -94,11 +98,11 @@ class StageInputs:
         """What is run on them: the network, or what comes after its frozen layers."""
         return Suffix(net, self.prefix) if self.prefix and isinstance(self.train, KeptImages) else net
 
-    def prepare(self, epoch: int, net: nn.Module, accelerator: Accelerator, workers: int) -> None:
-        """Compute what the epoch needs and is not kept yet."""
+    def prepare(self, epoch: int, net: nn.Module, accelerator: Accelerator, workers: int, quiet: bool) -> None:
+        """Compute what the epoch needs and is not kept yet, with a bar unless it is `quiet`."""
         for images, view in ((self.train, self.view(epoch)), (self.val, 0)):
             if self.prefix and isinstance(images, KeptImages):
-                images.fill(view, net, self.prefix, accelerator, workers)
+                images.fill(view, net, self.prefix, accelerator, workers, accelerator.is_main_process and not quiet)
 
 
 def stage_inputs(

@@ -81,7 +81,7 @@ def train(
                     recipe, net, datasets, stage_epochs(groups, epoch, recipe.epochs), accelerator, logger.folder, logger.say
                 )
                 model = wrap(recipe, inputs.model(net), accelerator)
-            inputs.prepare(epoch, net, accelerator, options.workers)
+            inputs.prepare(epoch, net, accelerator, options.workers, options.quiet)
             set_train_mode(net, recipe.batch_norm)
             cut = Cut(accelerator.process_index, accelerator.num_processes, options.accumulate)
             plans = epoch_batches(recipe, train_images, epoch, cut)[step - epoch * steps_per_epoch :]
@@ -100,8 +100,8 @@ def train(
             for network in dict.fromkeys((net, evaluated)):
                 broadcast(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
                 check_same_weights(network, accelerator)
-            model_to_evaluate = inputs.model(evaluated)
-            logits, labels = predict_logits(recipe, model_to_evaluate, inputs.val, accelerator, options, text="validation")
+            seen = inputs.model(evaluated), inputs.val
+            logits, labels = predict_logits(recipe, *seen, accelerator, options, text="validation")
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)

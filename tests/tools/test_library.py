@@ -105,7 +105,7 @@ def test_what_a_recipe_computes_is_changed_too(here):
     text = (
         (ROOT / "recipes" / "resnet18_cifar.py")
         .read_text()
-        .replace('data=Data("cifar10", image_size=224, batch_size=256)', "data=made(64)")
+        .replace('data=Data("cifar10", image_size=128, batch_size=128, crop_pct=1.0)', "data=made(64)")
     )
     made = "def made(width):\n    return Data('cifar10', width, 256)\n\n\nrecipe = Recipe("
     (here / "odd.py").write_text(text.replace("recipe = Recipe(", made))
@@ -151,7 +151,7 @@ def test_diff_names_the_fields(here, capsys):
     capsys.readouterr()
     for other in ("mine.py", "run"):
         assert main(["diff", "resnet18_cifar", other]) == 0
-        assert capsys.readouterr().out.splitlines()[1].split() == ["groups.layer4.lr", "0.0003", "0.0001"]
+        assert capsys.readouterr().out.splitlines()[1].split() == ["groups.layer4.lr", "0.003", "0.0001"]
     assert main(["diff", "run", "mine.py"]) == 0
     assert capsys.readouterr().out == "no difference\n"
 

@@ -48,7 +48,7 @@ def test_recipes_as_json(here, image_folder, capsys):
     assert suggested == json.loads(json.dumps(to_dict(load_recipe("suggested.py")[0])))
     plan = printed(capsys, "plan", "mine.py", "--data", str(image_folder), "--output", "plans")
     assert plan == printed(capsys, "train", "mine.py", "--data", str(image_folder), "--dry-run")
-    assert all(len(lrs) == 3 for lrs in plan.values()) and Path("plans/mine-plan.png").is_file()
+    assert all(len(lrs) == 5 for lrs in plan.values()) and Path("plans/mine-plan.png").is_file()
 
 
 def test_a_run_as_json(here, image_folder, capsys):

@@ -138,6 +138,12 @@ def cifar() -> str:
     return table("CIFAR-10, JPEG copy | top-1 | linear probe | cost of a run", rows)
 
 
+def resnet18_choices() -> str:
+    """What the learning rates of resnet18_cifar were chosen by."""
+    rows = [(run["changed"], f"{run['top1']:.1%}") for run in read("resnet18_choices.json")["runs"]]
+    return table("held-out training images | top-1", rows)
+
+
 def solar_cells() -> str:
     """The solar cells, all and by type."""
     kept = record("efficientnet_lite0_elpv")
@@ -340,6 +346,7 @@ BLOCKS = {
         top1,
         networks,
         cifar,
+        resnet18_choices,
         solar_cells,
         ablation,
         peers,

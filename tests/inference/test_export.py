@@ -88,7 +88,7 @@ def test_the_model_card_is_one_of_the_hubs(run_folder, tmp_path):
         "from random weights",
         f"| top-1 | {result['top1']:.2%} |",
         "That is 1 run, seed 3.",
-        "crop_pct: 0.95",
+        "crop_pct: 1.0",
         f"torch {torch.__version__}",
         "Data: not known here",
         "](curves.png)",

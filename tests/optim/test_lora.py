@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 
-import peft
 import pytest
 import safetensors.torch
 import timm
@@ -26,6 +25,12 @@ from helpers import Cut, SmallNet, cut_before, prepare, run_here, same_tensors, 
 VIT = (Group("head", "head", lr=1e-2), Lora("attention", r"blocks\.\d+\.attn\.(qkv|proj)", lr=1e-2), Group("rest", ".", lr=0))
 RESNET = (Group("head", "fc", lr=1e-2), Lora("convs", r"layer[34].*conv\d", lr=1e-2, rank=4), Group("rest", ".", lr=0))
 NETS = {"test_vit": (VIT, 160), "test_resnet": (RESNET, 64)}
+
+
+@pytest.fixture
+def peft():
+    """The library that LoRA is compared with; the lowest versions are tried without."""
+    return pytest.importorskip("peft")
 
 
 def lora_recipe(name, **changes):
@@ -55,7 +60,7 @@ def with_adapters(name, **changes):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_steps_are_those_of_peft(name):
+def test_steps_are_those_of_peft(name, peft):
     """From peft's own start, losses, adapters and head of twenty steps of AdamW are those of peft's network in a bare loop."""
     torch.manual_seed(0)
     plain, recipe = timm.create_model(name, num_classes=7), lora_recipe(name)
@@ -109,7 +114,7 @@ def test_merged_is_unmerged(name):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_peft_reads_the_saved_adapter_and_the_other_way_round(tmp_path, name):
+def test_peft_reads_the_saved_adapter_and_the_other_way_round(tmp_path, name, peft):
     """peft's network with the saved folder gives the same logits, and what peft saves gives them here."""
     net, recipe, _ = with_adapters(name)
     head = recipe.groups[0].pattern
@@ -126,7 +131,7 @@ def test_peft_reads_the_saved_adapter_and_the_other_way_round(tmp_path, name):
     torch.testing.assert_close(plain.eval()(images), logits, rtol=0, atol=1e-5)
 
 
-def test_rows_of_two_ranks_and_a_rank_stabilised_adapter(tmp_path):
+def test_rows_of_two_ranks_and_a_rank_stabilised_adapter(tmp_path, peft):
     """peft reads ranks and alphas that differ by row; alpha / sqrt(rank) is read from peft."""
     groups = (
         Group("head", "head", lr=1e-2),
@@ -207,7 +212,7 @@ def test_a_cut_run_ends_with_the_same_bits(tmp_path, monkeypatch, option):
     assert any(part.B.weight.any() for part in adapters(net).values())
 
 
-def test_a_run_saves_a_plain_network_and_its_adapter(tmp_path, image_folder):
+def test_a_run_saves_a_plain_network_and_its_adapter(tmp_path, image_folder, peft):
     """timm loads model/ and peft adapter/ on top of the weights that the run started from: both give the run's logits."""
     file = tmp_path / "mine.py"
     file.write_text(

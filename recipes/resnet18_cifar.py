@@ -2,7 +2,8 @@
 
     accelerate launch finetune/run.py --recipe resnet18_cifar
 
-Not measured.
+Top-1 90.4 % (90.3 to 90.4, 3 seeds) on CIFAR-10, JPEG copy, PQF weights; linear probe 77.5 %; 30 to 45 minutes on two CPU
+cores, beside other programs. PQF: the weights below, compressed (docs/results.md); with these themselves not measured.
 Weights: torchvision's, BSD-3-Clause, from the Hugging Face hub. Data: CIFAR-10 (Krizhevsky 2009), downloaded on first use.
 """
 from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe

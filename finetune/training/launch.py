@@ -101,7 +101,7 @@ def check_fsdp(recipe: Recipe) -> None:
     asked = {name: value.lower() for name, value in os.environ.items() if name.startswith("FSDP_")}
     if asked.get("FSDP_VERSION", "1") != "2":
         raise RecipeError(
-            "the launcher asks for FSDP version 1; a run does version 2 alone: --fsdp_version 2, from Accelerate 1.6 on"
+            "the launcher asks for FSDP version 1; a run does version 2: --fsdp_version 2, from Accelerate 1.6 on"
         )
     used = [part for _, part in parts(recipe) if isinstance(part, Optimizer)]
     optimizers = {part.name for part in used} - {*OPTIMIZERS_IN_SHARDS}

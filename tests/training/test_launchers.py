@@ -102,7 +102,7 @@ def test_one_process_alone_and_one_of_a_launch_pass(monkeypatch, environment):
 @pytest.mark.parametrize(
     "config,fault",
     [
-        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}", "it does version 2: --fsdp_version 2"),
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 1}", "a run does version 2: --fsdp_version 2"),
         ("distributed_type: 'NO'\nnum_processes: 1\ndynamo_config: {dynamo_backend: INDUCTOR}", "the dynamo backend inductor"),
         ("distributed_type: MULTI_CPU\nnum_processes: 2", "accelerate launch was asked for several processes"),
     ],

@@ -273,6 +273,14 @@ def performance() -> str:
         ("`frozen`", "a pass over kept features, against computing them", "10 times faster",
          f"{before['frozen']['times_faster']:.0f} times", f"{now['frozen']['times_faster']:.0f} times",
          holds("frozen", "kept_features_10_times_faster")),
+        *(
+            ("`frozen_views`", f"an epoch, validation included, in which {what} of ResNet-18 train{s} at 128 px", goal, "-",
+             f"{now['frozen_views'][stage]['times_faster']} times", holds("frozen_views", held))
+            for stage, what, s, goal, held in (
+                ("head", "the head", "s", "10 times faster", "head_10_times_faster"),
+                ("head and layer4", "head and layer4", "", "3 times faster", "layer4_3_times_faster"),
+            )
+        ),
         ("`start`", "`--help`, `finetune ls`, an unknown recipe", "0.5 s", f"{max(before['start']['seconds'].values()):.2f} s",
          f"{max(now['start']['seconds'].values()):.2f} s", holds("start", "commands_under_half_a_second")),
         ("`start`", "the quickstart's first step, after its linear probe", "10 s", f"{before['start']['first_step']:.1f} s",

@@ -66,8 +66,7 @@ def test_steps_are_those_of_peft(name, peft):
     plain, recipe = timm.create_model(name, num_classes=7), lora_recipe(name)
     net = copy.deepcopy(plain)
     groups = build_param_groups(recipe, net)
-    row = recipe.groups[1]
-    head = recipe.groups[0].pattern
+    head, row = recipe.groups[0].pattern, recipe.groups[1]
     config = peft.LoraConfig(r=row.rank, lora_alpha=row.alpha, target_modules=list(adapters(net)), modules_to_save=[head])
     theirs = peft.get_peft_model(plain, config)
     state = peft.get_peft_model_state_dict(theirs)
@@ -104,13 +103,10 @@ def test_merged_is_unmerged(name):
     images = torch.randn(3, 3, NETS[name][1], NETS[name][1])
     before = {key: value.clone() for key, value in net.state_dict().items()}
     logits = net.eval()(images)
-    names = set(timm.create_model(name, num_classes=7).state_dict())
     with merged(net):
         torch.testing.assert_close(net(images), logits, rtol=0, atol=1e-5)
-        assert set(net.state_dict()) == names
-    assert before.keys() == net.state_dict().keys()
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert torch.equal(net(images), logits)
+        assert net.state_dict().keys() == timm.create_model(name, num_classes=7).state_dict().keys()
+    assert same_tensors(before, net.state_dict()) and torch.equal(net(images), logits)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -129,6 +125,20 @@ def test_peft_reads_the_saved_adapter_and_the_other_way_round(tmp_path, name, pe
     rows = (recipe.groups[0], dataclasses.replace(recipe.groups[1], start=str(tmp_path / "theirs")), recipe.groups[2])
     build_param_groups(lora_recipe(name, groups=rows), plain)
     torch.testing.assert_close(plain.eval()(images), logits, rtol=0, atol=1e-5)
+
+
+def test_dropout_is_that_of_peft(tmp_path, peft):
+    """In training, from one seed, the logits are those of peft's network with the same dropout, and others than without."""
+    net, _, _ = with_adapters("test_vit", groups=(VIT[0], dataclasses.replace(VIT[1], dropout=0.5), VIT[2]))
+    save_adapter(tmp_path, net, ["head"])
+    torch.manual_seed(0)
+    theirs = peft.PeftModel.from_pretrained(timm.create_model("test_vit", num_classes=7), str(tmp_path), is_trainable=True)
+    images, logits = torch.randn(2, 3, 160, 160), []
+    for model, training in ((net, True), (theirs, True), (net, False)):
+        torch.manual_seed(1)
+        logits.append(model.train(training)(images))
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
+    assert (logits[0] - logits[2]).abs().max() > 1e-2
 
 
 def test_rows_of_two_ranks_and_a_rank_stabilised_adapter(tmp_path, peft):
@@ -244,16 +254,17 @@ def test_torch_compile_trains_the_same_adapters(tmp_path):
         torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-class Grouped(SmallNet):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Conv2d(8, 16, 3, groups=2)
+def grouped():
+    """A network with a layer that LoRA does not change."""
+    net = SmallNet()
+    net.body = nn.Conv2d(8, 16, 3, groups=2)
+    return net
 
 
 @pytest.mark.parametrize(
     ("row", "backbone", "text"),
     [
-        (Lora("body", "body", lr=1e-3), Grouped, "'body' names body, a Conv2d, which LoRA does not change"),
+        (Lora("body", "body", lr=1e-3), grouped, "'body' names body, a Conv2d, which LoRA does not change"),
         (Lora("norm", "norm", lr=1e-3), SmallNet, "'norm' .pattern 'norm'. names no layer that LoRA changes"),
         (Lora("body", "body", lr=1e-3, start="nowhere"), SmallNet, "nowhere is no adapter in peft's format"),
         (Lora("none", "nothing", lr=1e-3), SmallNet, "group 'none' .pattern 'nothing'. matches no parameter"),

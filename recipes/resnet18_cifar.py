@@ -18,7 +18,7 @@ recipe = Recipe(
         Group("head",   r"fc\.",                  lr=3e-3),
         Group("layer4", r"layer4\.",              lr=3e-3),
         Group("layer3", r"layer3\.",              lr=1e-3),
-        Group("stem",   r"conv1|bn1|layer[12]",   lr=3e-4),  # a tenth
+        Group("stem",   r"conv1|bn1|layer[12]",   lr=3e-4),
     ),
     optimizer=AdamW(weight_decay=0.05),
     schedule=Cosine(warmup_epochs=0.3),

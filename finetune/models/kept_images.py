@@ -34,7 +34,7 @@ class KeptImages(ImageDataset):
     def __init__(self, images: ImageDataset, example: torch.Tensor, views: int):
         """`example`, [1, ...], is what is kept of one image."""
         self.__dict__.update(images.__dict__)
-        self.source, self.views, self.filled = images, views, set[int]()
+        self.source, self.filled = images, set[int]()
         self.transform = Timm(images.transform.preprocessing, torch.as_tensor)  # which leaves a batch as it is
         self.shape, self.dtype = (views * len(images), *example.shape[1:]), example.dtype
         if example.ndim != 4:

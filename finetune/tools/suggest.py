@@ -209,8 +209,8 @@ def fit_minutes(recipe: Recipe, num_classes: int, minutes: float) -> tuple[Recip
             break
         probe, epoch = time_training(smaller, num_classes)
         each = f"an epoch takes about {duration(epoch)} here, the linear probe {duration(probe)}"
-        if (epochs := int((60 * minutes - probe) / epoch)) >= 1:
-            found = smaller, min(30, epochs), f"what {minutes:g} minutes allow: {each}"
+        if (epochs := int(min(30, (60 * minutes - probe) / epoch))) >= 1:
+            found = smaller, epochs, f"what {minutes:g} minutes allow: {each}"
         if epochs >= 3:
             break
     if not found:

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
+from finetune.data.dataset import ImageData
 from finetune.data.loader import Batch, BatchPlan, load_batches
 from finetune.data.sources import load_data
 from finetune.models.backbone import build_backbone, fresh_norms, head_parameters, meta_backbone
@@ -105,7 +106,7 @@ def suggest_recipe(
     if minutes is not None:
         usual = recipe.data.image_size
         recipe = override(recipe, [f"data.batch_size={batch_size}"])
-        recipe, epochs, why_epochs = fit_minutes(recipe, len(stats.classes), minutes)
+        recipe, epochs, why_epochs = fit_minutes(recipe, minutes)
         if recipe.data.image_size < usual:
             net, why_size = meta_backbone(recipe, len(stats.classes)), f"{usual} would take too long"
     steps_per_epoch = math.ceil(stats.train / batch_size)
@@ -198,16 +199,16 @@ def choose_image_size(stats: ImageStats, backbone: str) -> tuple[Recipe, nn.Modu
     return recipe, meta_backbone(recipe, len(stats.classes)), "the size that the network was trained at"
 
 
-def fit_minutes(recipe: Recipe, num_classes: int, minutes: float) -> tuple[Recipe, int, str]:
+def fit_minutes(recipe: Recipe, minutes: float) -> tuple[Recipe, int, str]:
     """(recipe, epochs, the reason): the largest image size of which 3 epochs, or else 1, fit into so many minutes here."""
-    usual, found = recipe.data.image_size, None
+    usual, found, data = recipe.data.image_size, None, load_data(recipe)
     for size in (usual, *(size for size in SMALLER_SIZES if size < usual)):
         smaller = override(recipe, [f"data.image_size={size}"])
         try:
-            meta_backbone(smaller, num_classes)
+            meta_backbone(smaller, len(data.classes))
         except RecipeError:  # a network for one size only
             break
-        probe, epoch = time_training(smaller, num_classes)
+        probe, epoch = time_training(smaller, data)
         each = f"an epoch takes about {duration(epoch)} here, the linear probe {duration(probe)}"
         if (epochs := int(min(30, (60 * minutes - probe) / epoch))) >= 1:
             found = smaller, epochs, f"what {minutes:g} minutes allow: {each}"
@@ -218,13 +219,12 @@ def fit_minutes(recipe: Recipe, num_classes: int, minutes: float) -> tuple[Recip
     return found
 
 
-def time_training(recipe: Recipe, num_classes: int) -> tuple[float, float]:
+def time_training(recipe: Recipe, data: ImageData) -> tuple[float, float]:
     """Seconds of a linear probe, and of an epoch in which all layers train, from a few images on this machine."""
-    data = load_data(recipe)
     recipe = dataclasses.replace(recipe, weights="none", groups=(Group("all", ".", lr=1e-6),))
     with own_accelerator_state():
         accelerator = make_accelerator(recipe)
-        net = build_backbone(recipe, num_classes).to(accelerator.device)
+        net = build_backbone(recipe, len(data.classes)).to(accelerator.device)
         images = build_datasets(recipe, net, data)[0]
         groups = build_param_groups(recipe, net)
         optimizer, criterion = accelerator.prepare(build_optimizer(groups)), Criterion(recipe, net, images, accelerator.device)

@@ -277,7 +277,7 @@ def test_a_network_of_one_size_keeps_it(monkeypatch):
 def test_steps_are_timed_on_the_images(tmp_path, image_folder, backbone):
     """A few steps of the network on the folder's images tell seconds."""
     recipe = minimal_recipe(backbone, str(image_folder), 64, batch_size=8)
-    probe, epoch = suggest.time_training(recipe, 3)
+    probe, epoch = suggest.time_training(recipe, load_data(recipe))
     assert 0 < probe < epoch < 600
 
 

@@ -91,7 +91,7 @@ def test_predictions_are_those_of_timm_alone(run_folder, image_folder):
     assert [row["file"] for row in rows] == list(map(str, files))
     for row, expected in zip(rows, probs, strict=True):
         theirs = dict(zip(("blue", "green", "red"), expected.tolist(), strict=True))
-        assert dict(row["top"]) == pytest.approx(theirs, abs=1e-3)  # PIL rounds elsewhere
+        assert dict(row["top"]) == pytest.approx(theirs, abs=5e-3)  # pixels are rounded elsewhere
         assert [prob for _, prob in row["top"]] == sorted(dict(row["top"]).values(), reverse=True)
         assert [row["predicted"], row["probability"]] == row["top"][0]
 
@@ -147,7 +147,7 @@ def test_several_labels_an_image_are_sigmoids(tmp_path, image_folder):
     for row in rows:
         with torch.no_grad():
             probs = dict(zip("abc", net(transform(Image.open(row["file"]))[None])[0].sigmoid().tolist(), strict=True))
-        assert dict(row["top"]) == pytest.approx(probs, abs=1e-3)
+        assert dict(row["top"]) == pytest.approx(probs, abs=5e-3)
         assert set(row["predicted"]) == {name for name in "abc" if probs[name] > 0.5}
         assert row["probability"] == [dict(row["top"])[name] for name in row["predicted"]]
     assert len({len(row["predicted"]) for row in rows}) > 1 or len(rows[0]["predicted"]) != 1

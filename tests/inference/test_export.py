@@ -196,7 +196,7 @@ def test_torch_alone_loads_the_exported_program(run_folder, image_folder, tmp_pa
                     "tensors = safetensors.torch.load_file('tensors')",
                     "for rows in (slice(15), slice(3, 4)):",
                     "    found, expected = net(tensors['images'][rows]), tensors['logits'][rows]",
-                        f"    torch.testing.assert_close(found, expected, atol={PIXEL_ROUNDING}, rtol=0)",
+                    f"    torch.testing.assert_close(found, expected, atol={PIXEL_ROUNDING}, rtol=0)",
                     "print({'timm', 'finetune'} & set(sys.modules), extra['model.json'], sep='\\n')",
                 )
             ),

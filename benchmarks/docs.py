@@ -250,12 +250,16 @@ def performance() -> str:
         return f"{part['scale']['images_per_second']['2'] / part['scale']['images_per_second']['1']:.2f}"
 
     few, *_, many = now["scale"]["images"]
+    photo = now["images"]["photographs"]
     once = before["scale"]["load_us"]
     rows = [
         ("`images`", "an image of 32 px brought to 128", "5 times faster", f"{before['images']['small_us']} us",
          images("small"), holds("images", "small_5_times_faster")),
         ("`images`", "an image of 300 px cropped to 224", "2 times faster", f"{before['images']['large_us']} us",
          images("large"), holds("images", "large_2_times_faster")),
+        ("`images`", "decoding a photograph of 3,000 px for 224, `reduced_decode=2`", "-", "-",
+         f"{photo['reduced_us'] / 1000:.0f} ms; whole {photo['ours_us'] / 1000:.0f}, timm {photo['timm_us'] / 1000:.0f}: "
+         f"{photo['times_faster']:.1f} times", "yes"),
         *(
             (
                 "`loop`",
@@ -319,6 +323,17 @@ def copies() -> str:
     return table(f"images | number | copies | {kinds} | planted, of all found", rows)
 
 
+def copies_farther() -> str:
+    """Copies that pixels alone hardly show: found by pixels, and with the network."""
+    rows = []
+    for one in (row["farther"] | {"images": row["images"]} for row in read("check.json")["rows"]):
+        number, found = one["copies"], one["found"]
+        rates = [f"{one['found_by_pixels'][kind] / number[kind]:.0%}, {found[kind] / number[kind]:.0%}" for kind in found]
+        rows.append((one["images"], sum(number.values()), *rates, f"{sum(found.values()) / max(1, one['pairs']):.0%}"))
+    kinds = " | ".join(read("check.json")["rows"][0]["farther"]["copies"])
+    return table(f"images | copies | {kinds} | planted, of all found", rows)
+
+
 def same_files() -> str:
     """What the short form of the check costs at a run's start."""
     one = read("check.json")["rows"][0]
@@ -368,6 +383,7 @@ BLOCKS = {
         performance,
         elsewhere,
         copies,
+        copies_farther,
         same_files,
         wrong_labels,
         fuzz,

@@ -90,9 +90,11 @@ class ImageList:
 
     def on_background(self, background: Colour) -> "ImageList":
         """The same images, read with another background of what is transparent."""
-        if background == WHITE:
-            return self
-        return ImageList(self.items, self.labels, partial(self.read, background=background), self.subgroups, self.groups)
+        return self if background == WHITE else self.read_with(background=background)
+
+    def read_with(self, **options: Any) -> "ImageList":
+        """The same images, read with these options of `read_image`."""
+        return ImageList(self.items, self.labels, partial(self.read, **options), self.subgroups, self.groups)
 
 
 def labels_of(images: Images) -> np.ndarray:

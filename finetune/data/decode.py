@@ -39,14 +39,20 @@ def read_image(
     load: Callable[[Any], Image.Image] = open_file,
     where: Callable[[Any], str] = str,
     background: Colour = WHITE,
+    shortest: int = 0,
 ) -> Image.Image:
     """An image file, or what `load` makes of an item, as RGB; `where` names it.
+
+    With `shortest`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size while its shorter side keeps so many pixels; the decoder
+    then leaves out frequencies, which takes a fraction of the time.
 
     Raises:
         RecipeError: with that name, for whatever fault its decoder finds.
     """
     try:
         with load(item) as image:
+            if shortest:
+                image.draft(None, (shortest, shortest))  # of other formats it does nothing
             return to_rgb(image, background)
     except RecipeError:
         raise

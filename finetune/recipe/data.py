@@ -38,6 +38,7 @@ class Data(Checked):
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every image once, or as many draws, each class as often as any
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: an image that can't be read is named, counted and left out
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # red, green, blue behind what is transparent: white
+    reduced_decode: Annotated[float, "[1, inf)"] | None = None  # JPEGs to train on: decoded to no less than this x image_size
     val_share: Annotated[float, "(0, 1)"] | None = None  # of images without a split of their own; None: a fifth
     folds: Annotated[int, "[2, inf)"] | None = None  # or so many parts, for cross-validation
     fold: Annotated[int, "[0, inf)"] = 0  # which of them validates, counted from 0
@@ -49,6 +50,8 @@ class Data(Checked):
             yield "folds and val_share exclude each other: of 5 folds each is a fifth"
         if self.fold and self.fold >= (self.folds or 1):
             yield f"fold={self.fold} is not among folds={self.folds}, which are counted from 0"
+        if self.reduced_decode and callable(self.source):
+            yield "reduced_decode is for files that this library opens, not for what a function returns"
         try:
             re.compile(self.group_pattern or "")
         except re.error as error:

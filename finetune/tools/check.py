@@ -20,7 +20,7 @@ from finetune.results.plots import shorten
 from finetune.results.sheets import NUMBER, WIDTH, Tile, draw_sheet
 from finetune.tools.image_stats import Collection, Look, count_classes, look_at, stats_of
 from finetune.tools.label_errors import compute_features, find_label_errors, find_outliers, out_of_fold_probs
-from finetune.tools.similar import FLAT, MOST, near_pairs, same_pairs, without
+from finetune.tools.similar import FLAT, MOST, alike_pairs, near_pairs, same_pairs, without
 from finetune.tools.suggest import LITE0, choose_backbone, choose_image_size
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_new
@@ -31,10 +31,13 @@ KINDS = {  # in the order in which they are reported: what does most harm first
     "unreadable": "can't be read",
     "same, other label": "same pixels, other label",
     "near, other label": "nearly the same, other label",
+    "alike, other label": "alike to the network, other label",
     "same, across": "same pixels, training and validation",
     "near, across": "nearly the same, training and validation",
+    "alike, across": "alike to the network, training and validation",
     "same, twice": "same pixels, within training or validation",
     "near, twice": "nearly the same, within training or validation",
+    "alike, twice": "alike to the network, within training or validation",
     "label": "likely wrong label",
     "outlier": "unlike the others",
     "blank": "blank",
@@ -96,7 +99,8 @@ def check(
     not_done, agreed = list[str](), None
     try:
         by_features, agreed = find_by_features(images, looks, backbone, weights)
-        findings += by_features
+        by_pixels = {finding.images for finding in findings}
+        findings += [finding for finding in by_features if len(finding.images) == 1 or finding.images not in by_pixels]
     except RecipeError as error:
         if backbone or weights not in (None, "none"):
             raise
@@ -119,12 +123,16 @@ def find_duplicates(images: Collection, looks: dict[int, Look]) -> Iterator[Find
     near = without(near_pairs([looks[i].thumb for i in seen]), digests) if len(seen) <= MOST else []
     for word, pairs in (("same", same), ("near", near)):
         for first, other, distance in pairs:
-            pair = (seen[first], seen[other])
-            if not np.array_equal(*(images.labels[i] for i in pair)):
-                kind = "other label"
-            else:
-                kind = "twice" if images.split[pair[0]] == images.split[pair[1]] else "across"
-            yield Finding(f"{word}, {kind}", pair, value=distance)
+            yield name_pair(images, word, (seen[first], seen[other]), distance)
+
+
+def name_pair(images: Collection, word: str, pair: tuple[int, int], distance: float) -> Finding:
+    """A pair under two labels, across the split, or within a part of it."""
+    if not np.array_equal(*(images.labels[i] for i in pair)):
+        kind = "other label"
+    else:
+        kind = "twice" if images.split[pair[0]] == images.split[pair[1]] else "across"
+    return Finding(f"{word}, {kind}", pair, value=distance)
 
 
 def find_odd_ones(looks: dict[int, Look]) -> Iterator[Finding]:
@@ -146,9 +154,9 @@ def find_odd_ones(looks: dict[int, Look]) -> Iterator[Finding]:
 def find_by_features(
     images: Collection, looks: dict[int, Look], backbone: str | None, weights: str | None
 ) -> tuple[list[Finding], float | None]:
-    """(outliers and likely wrong labels, the share of labels that a linear head agrees with) by a network, named or installed.
+    """(pairs alike, outliers and likely wrong labels, the share of labels that a linear head agrees with).
 
-    Several labels an image are not judged.
+    The network is one that is named, or installed. Several labels an image are not judged.
 
     Raises:
         RecipeError: if there is no network, or it does not fit.
@@ -164,6 +172,7 @@ def find_by_features(
     seen = sorted(looks)
     features = compute_features(recipe, Subset(images, seen), images.data.classes)
     found = [Finding("outlier", (seen[i],), f"{score:.0f} deviations", score) for i, score in find_outliers(features)]
+    found += [name_pair(images, "alike", (seen[i], seen[j]), distance) for i, j, distance in alike_pairs(features)]
     labels = np.array([images.labels[i] for i in seen])
     if labels.ndim > 1:
         return found, None
@@ -242,7 +251,8 @@ def left_out(images: Collection, findings: list[Finding]) -> set[int]:
 
     Of the same pixels under other labels, which can't both be right, both; of a pair across the split the training image, so
     that what is measured stays; of a pair in one part the second. Likely wrong labels in the validation images stay: a metric
-    without what a network finds hard would flatter. Outliers, blurred images and odd sizes are there to be looked at.
+    without what a network finds hard would flatter. Outliers, blurred images, odd sizes, and what only the network finds alike
+    in one part, are there to be looked at.
     """
     gone: set[int] = set()
     for finding in findings:
@@ -251,7 +261,7 @@ def left_out(images: Collection, findings: list[Finding]) -> set[int]:
             gone.update(finding.images)
         elif finding.kind in ("label", "near, other label") or finding.kind.endswith("across"):
             gone.update(train)
-        elif finding.kind.endswith("twice") and not gone & {*finding.images}:
+        elif finding.kind in ("same, twice", "near, twice") and not gone & {*finding.images}:
             gone.add(finding.images[1])
     return gone
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
 SIDE = 32  # pixels of a thumbnail
@@ -13,6 +14,7 @@ BOXES: list[Box] = [WHOLE, *((x, y, x + 0.95 * SIDE, y + 0.95 * SIDE) for x in C
 FLAT = 2.0  # standard deviation, of 255 levels, below which an image shows nothing
 ALIKE, NEAR = 0.2, 0.015  # 1 - correlation of candidates at 8 x 8 pixels, of near duplicates at 12 x 12
 NEIGHBOURS = 10  # candidates for each image
+COSINE, CLOSER = 0.8, 0.4  # of features; the distance, of that to the tenth neighbour: sets of look-alikes have none
 MOST = 60_000  # images; each is compared with each
 Pair = tuple[int, int, float]  # two indices, the lower first, and 1 - correlation
 
@@ -79,6 +81,25 @@ def candidate_pairs(thumbs: np.ndarray) -> list[tuple[int, int]]:
             i, j = start + int(row), int(nearest[row, column])
             pairs.add((min(i, j), max(i, j)))
     return sorted(pairs)
+
+
+def alike_pairs(features: torch.Tensor) -> list[Pair]:
+    """Pairs whose features [n, d] are far closer to each other than to their tenth neighbours, the nearest first.
+
+    A network sees what pixels don't show: copies that were turned a little, cropped more, or have other colours.
+    """
+    units = torch.nn.functional.normalize(features.float() - features.float().mean(0))
+    if len(units) <= NEIGHBOURS:
+        return []
+    nearest = [(part @ units.T).topk(NEIGHBOURS + 1) for part in units.split(1000)]  # the first is itself
+    cosines, others = (torch.cat(rows)[:, 1:].numpy() for rows in zip(*nearest, strict=True))
+    tenth = 1 - cosines[:, -1]
+    pairs = {}
+    for i, k in zip(*np.nonzero(cosines >= COSINE), strict=True):
+        j, distance = int(others[i, k]), 1 - float(cosines[i, k])
+        if distance <= CLOSER * min(tenth[i], tenth[j]):
+            pairs[min(int(i), j), max(int(i), j)] = round(distance, 4)
+    return sorted(((i, j, distance) for (i, j), distance in pairs.items()), key=lambda pair: pair[2])
 
 
 def without(pairs: Iterable[Pair], digests: Sequence[bytes]) -> list[Pair]:

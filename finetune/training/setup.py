@@ -1,6 +1,7 @@
 """What a run starts with: accelerator, network and images of a recipe, and the checks before them."""
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -162,7 +163,10 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
         bad, background = recipe.data.on_bad_image, recipe.data.background
         return ImageDataset(images, transform, recipe.seed, data.classes, bad, several, layout, background)
 
-    return dataset(data.train, training_transform(recipe, inputs)), dataset(data.val, eval_transform(inputs))
+    train = data.train
+    if recipe.data.reduced_decode and isinstance(train, ImageList):  # what is evaluated is decoded as `predict` does
+        train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * recipe.data.image_size))
+    return dataset(train, training_transform(recipe, inputs)), dataset(data.val, eval_transform(inputs))
 
 
 def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:

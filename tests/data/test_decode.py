@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2.functional import to_dtype
 
 from finetune.data.decode import ENDINGS, read_image, to_rgb
@@ -18,7 +19,9 @@ from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.transforms import eval_transform
 from finetune.inference.predict import predict
+from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data
+from finetune.training.setup import build_datasets
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, small_recipe
 from image_files import PIXELS
@@ -201,3 +204,38 @@ def test_endings_are_those_that_pillow_reads():
     """The usual formats are among them, what Pillow can only write or name is not."""
     assert {".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".pgm", ".tga"} <= ENDINGS
     assert not {".pdf", ".eps", ".mpg", ".h5", ".wmf", ".heic", ".txt"} & ENDINGS
+
+
+PHOTO = Image.fromarray(load_sample_images().images[0])  # 640 x 427
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("shortest", "size"), [(428, (640, 427)), (213, (320, 214)), (100, (160, 107)), (10, (80, 54))])
+def test_a_large_jpeg_is_decoded_smaller(tmp_path, mode, shortest, size):
+    """To the least half, quarter or eighth that keeps the shorter side: about the means of so many pixels, and upright."""
+    file = saved(PHOTO.convert(mode), tmp_path / "a.jpg", quality=95)
+    small, whole = read_image(file, shortest=shortest), read_image(file)
+    assert small.size == size and whole.size == (640, 427)
+    means = np.asarray(whole.reduce(640 // size[0]), float)
+    assert np.abs(np.asarray(small, float) - means).mean() < 1.5  # of 255 levels
+    upright = read_image(saved(PHOTO.convert(mode), tmp_path / "b.jpg", quality=95, exif=turned(6)), shortest=shortest)
+    assert np.array_equal(upright, small.transpose(Image.Transpose.ROTATE_270))
+    png = saved(PHOTO, tmp_path / "a.png")
+    assert np.array_equal(read_image(png, shortest=shortest), PHOTO)  # other formats are decoded whole
+
+
+def test_only_training_images_are_decoded_smaller(tmp_path):
+    """What is evaluated is what `predict` reads; the cache then holds the small images."""
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            saved(PHOTO, tmp_path / part / name / "1.jpg")
+    recipe = small_recipe(data=Data(str(tmp_path), 32, 2, reduced_decode=2.5))
+    data = load_data(recipe)
+    train, val = build_datasets(recipe, meta_backbone(recipe, 2), data)
+    assert [part.read(0)[0].shape for part in (train, val)] == [(107, 160, 3), (427, 640, 3)]
+    assert train.read(0)[0].shape == (107, 160, 3) and train.cache.used.value == 107 * 160 * 3
+    assert data.train[0][0].size == (640, 427)
+    text = "reduced_decode is for files that this library opens"
+    with pytest.raises(RecipeError, match=text):
+        small_recipe(data=Data(lambda: None, 32, 2, reduced_decode=2))

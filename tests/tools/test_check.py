@@ -25,7 +25,7 @@ from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.check import Finding, check, find_odd_ones, left_out, write_table
 from finetune.tools.image_stats import Collection, look_at
 from finetune.tools.label_errors import NEIGHBOURS, compute_features, find_label_errors, find_outliers, out_of_fold_probs
-from finetune.tools.similar import near_pairs, thumbnail
+from finetune.tools.similar import CLOSER, COSINE, alike_pairs, near_pairs, thumbnail
 from finetune.utils.errors import RecipeError
 from image_files import source
 
@@ -170,6 +170,35 @@ def test_outliers_are_far_from_scikit_learns_neighbours():
     assert len(found) < 15
 
 
+def test_alike_pairs_are_far_closer_than_scikit_learns_tenth_neighbours():
+    """Planted pairs and triples are found; not what lies in a dense crowd, however near. All by scikit-learn's neighbours."""
+    random = np.random.RandomState(0)
+    features = np.concatenate([random.randn(200, 32), 8 * np.eye(32)[:1] + 0.5 * random.randn(30, 32)])
+    copies = features[:12] + 0.2 * random.randn(12, 32)
+    features = np.concatenate([features, copies, features[:1] + 0.2 * random.randn(1, 32)])
+    found = alike_pairs(torch.from_numpy(features))
+    planted = {(i, 230 + i) for i in range(12)} | {(0, 242), (230, 242)}
+    assert {pair[:2] for pair in found} == planted
+    centred = features - features.mean(0)
+    distances, others = NearestNeighbors(n_neighbors=11, metric="cosine").fit(centred).kneighbors(centred)
+    assert all(distances[i, list(others[i]).index(j)] == pytest.approx(distance, abs=1e-4) for i, j, distance in found)
+    assert all(distance <= CLOSER * min(distances[i, 10], distances[j, 10]) for i, j, distance in found)
+    assert (distances[200:230, 1:] <= 1 - COSINE).all()  # the crowd is near enough, but each of it to all of it
+    assert alike_pairs(torch.from_numpy(features[:10])) == []
+
+
+def test_the_network_finds_copies_that_pixels_do_not_show(photos):
+    """An image turned by 15 degrees in the other part of the split is a finding of its own kind; pairs are reported once."""
+    Image.open(photos / "val" / "a" / "1.png").rotate(15, Image.Resampling.BICUBIC).save(photos / "train" / "a" / "turned.png")
+    Image.open(photos / "val" / "a" / "2.png").save(photos / "train" / "a" / "leak.bmp")
+    (pair, both), kinds = ({"train/a/turned.png", "val/a/1.png"}, {"train/a/leak.bmp", "val/a/2.png"}), {}
+    for weights in ("none", None):  # then with the installed network
+        images, findings, _ = check(str(photos), weights=weights)
+        found = [(one.kind, {images.names[i] for i in one.images}) for one in findings if len(one.images) == 2]
+        kinds[weights] = [[kind for kind, names in found if names == wanted] for wanted in (pair, both)]
+    assert kinds == {"none": [[], ["same, across"]], None: [["alike, across"], ["same, across"]]}
+
+
 def test_a_fixed_table_is_what_training_reads(photos, monkeypatch, capsys):
     """--fix writes a table without duplicates and bad files, with the same split; no file is touched or replaced."""
     monkeypatch.chdir(photos.parent)
@@ -200,6 +229,8 @@ def test_validation_images_with_doubtful_labels_stay(photos):
     assert left_out(images, [Finding("near, other label", (3, 31)), Finding("same, other label", (4, 32))]) == {3, 4, 32}
     pairs = [Finding("near, across", (5, 33)), Finding("same, twice", (6, 7)), Finding("same, twice", (6, 8))]
     assert left_out(images, pairs) == {5, 7, 8}
+    alike = [Finding("alike, across", (9, 34)), Finding("alike, twice", (10, 11)), Finding("alike, other label", (12, 13))]
+    assert left_out(images, alike) == {9}  # the rest is there to be looked at
 
 
 def test_no_copy_of_a_validation_image_stays(photos):

@@ -134,6 +134,7 @@ def test_choices_follow_the_images(written):
         assert written(classes=classes).augment.hflip == flip, classes
     even, uneven = written(), written(largest=900, smallest=300)
     assert (even.class_weights, even.metric, uneven.class_weights, uneven.metric) == (None, "top1", "balanced", "macro_f1")
+    assert [written(side=side).data.reduced_decode for side in (895, 896, 4000)] == [None, 2, 2]  # half leaves 448
     assert written(aspect=4.0).augment.crop_scale == (0.12, 0.25)
     assert written(train=19_999).augment.mixup == 0 and written(train=20_000).augment.mixup > 0
     assert even.ema_decay == 0.99 and written(train=1_000_000).ema_decay == 0.999

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from finetune.recipe import Data
 from helpers import small_recipe
@@ -12,6 +13,8 @@ from helpers import small_recipe
 NAMES = ("ant", "bee")
 
 
+PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 427 x 640
+TILES = [photo.crop((x, y, x + 80, y + 80)) for photo in PHOTOS for y in (170, 250, 330) for x in range(0, 560, 80)]
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3)).astype(np.uint8)
 
 

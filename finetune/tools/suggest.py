@@ -82,7 +82,7 @@ WHY_HEAD_FIRST = "a random head's gradients distort pretrained features (arXiv 2
 LINEAR_PROBE = f"    linear_probe=LinearProbe(),  # {WHY_HEAD_FIRST}\n"
 HEAD_FIRST = f"    # Only the head trains in the first {{steps:,}} steps: {WHY_HEAD_FIRST}.\n"
 LR_SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # about the thirds of LayerDecay
-WHY_REDUCED = "half or less of each side, in a fraction of the time; still twice what the network sees"
+WHY_REDUCED = "half of each side or less, still twice the input's, in a fraction of the time"
 WHY_LR = "for AdamW: 1e-3 at batch size 32, and with the square root of smaller ones (arXiv 2205.10287)"
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2.functional import to_dtype
 
 from finetune.data.decode import ENDINGS, read_image, to_rgb
@@ -24,7 +23,7 @@ from finetune.recipe import Data
 from finetune.training.setup import build_datasets
 from finetune.utils.errors import RecipeError
 from helpers import PREPROCESSING, small_recipe
-from image_files import PIXELS
+from image_files import PHOTOS, PIXELS
 
 COLOURS, GREY16 = Image.fromarray(PIXELS[0][:16]), np.random.RandomState(1).randint(0, 65536, (16, 32)).astype(np.uint16)
 SHAPE = np.zeros((16, 32), np.uint8)
@@ -206,22 +205,19 @@ def test_endings_are_those_that_pillow_reads():
     assert not {".pdf", ".eps", ".mpg", ".h5", ".wmf", ".heic", ".txt"} & ENDINGS
 
 
-PHOTO = Image.fromarray(load_sample_images().images[0])  # 640 x 427
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize(("shortest", "size"), [(428, (640, 427)), (213, (320, 214)), (100, (160, 107)), (10, (80, 54))])
 def test_a_large_jpeg_is_decoded_smaller(tmp_path, mode, shortest, size):
     """To the least half, quarter or eighth that keeps the shorter side: about the means of so many pixels, and upright."""
-    file = saved(PHOTO.convert(mode), tmp_path / "a.jpg", quality=95)
+    file = saved(PHOTOS[0].convert(mode), tmp_path / "a.jpg", quality=95)
     small, whole = read_image(file, shortest=shortest), read_image(file)
     assert small.size == size and whole.size == (640, 427)
     means = np.asarray(whole.reduce(640 // size[0]), float)
     assert np.abs(np.asarray(small, float) - means).mean() < 1.5  # of 255 levels
-    upright = read_image(saved(PHOTO.convert(mode), tmp_path / "b.jpg", quality=95, exif=turned(6)), shortest=shortest)
+    upright = read_image(saved(PHOTOS[0].convert(mode), tmp_path / "b.jpg", quality=95, exif=turned(6)), shortest=shortest)
     assert np.array_equal(upright, small.transpose(Image.Transpose.ROTATE_270))
-    png = saved(PHOTO, tmp_path / "a.png")
-    assert np.array_equal(read_image(png, shortest=shortest), PHOTO)  # other formats are decoded whole
+    png = saved(PHOTOS[0], tmp_path / "a.png")
+    assert np.array_equal(read_image(png, shortest=shortest), PHOTOS[0])  # other formats are decoded whole
 
 
 def test_only_training_images_are_decoded_smaller(tmp_path):
@@ -229,7 +225,7 @@ def test_only_training_images_are_decoded_smaller(tmp_path):
     for part in ("train", "val"):
         for name in ("a", "b"):
             (tmp_path / part / name).mkdir(parents=True)
-            saved(PHOTO, tmp_path / part / name / "1.jpg")
+            saved(PHOTOS[0], tmp_path / part / name / "1.jpg")
     recipe = small_recipe(data=Data(str(tmp_path), 32, 2, reduced_decode=2.5))
     data = load_data(recipe)
     train, val = build_datasets(recipe, meta_backbone(recipe, 2), data)

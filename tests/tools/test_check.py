@@ -1,7 +1,6 @@
 """finetune check: what is there twice, labelled wrongly, or odd."""
 
 import csv
-import io
 import json
 import shutil
 from collections import Counter
@@ -14,7 +13,6 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_sample_images
 from sklearn.neighbors import NearestNeighbors
 
 from finetune.__main__ import main
@@ -25,28 +23,8 @@ from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.check import Finding, check, find_odd_ones, left_out, write_table
 from finetune.tools.image_stats import Collection, look_at
 from finetune.tools.label_errors import NEIGHBOURS, compute_features, find_label_errors, find_outliers, out_of_fold_probs
-from finetune.tools.similar import CLOSER, COSINE, alike_pairs, near_pairs, thumbnail
 from finetune.utils.errors import RecipeError
-from image_files import source
-
-PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 427 x 640
-TILES = [photo.crop((x, y, x + 80, y + 80)) for photo in PHOTOS for y in (170, 250, 330) for x in range(0, 560, 80)]
-
-
-def encoded_again(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=60)
-    return Image.open(buffer)
-
-
-CHANGES = {
-    "re-encoded": encoded_again,
-    "smaller": lambda image: image.resize((50, 50)),
-    "larger": lambda image: image.resize((130, 130), Image.Resampling.BICUBIC),
-    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-    "cropped": lambda image: image.crop((3, 1, 79, 77)),
-    "cropped and mirrored": lambda image: image.crop((0, 4, 76, 80)).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-}
+from image_files import TILES, source
 
 
 @pytest.fixture
@@ -60,19 +38,6 @@ def photos(tmp_path):
                 TILES[number].save(root / part / name / f"{i}.png")
                 number += 1
     return root
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_near_duplicates_are_found_however_they_were_made(change):
-    """Of 42 cuts of two photographs each changed copy is found beside its original, and no other pair is."""
-    thumbs = [thumbnail(tile) for tile in TILES] + [thumbnail(CHANGES[change](tile).convert("RGB")) for tile in TILES]
-    assert {pair[:2] for pair in near_pairs(thumbs)} == {(i, i + len(TILES)) for i in range(len(TILES))}
-
-
-def test_flat_images_are_not_near_one_another():
-    """Images that show nothing are blank, not duplicates; a single image has no pair."""
-    noise = np.random.RandomState(0).randint(0, 3, (5, 32, 32, 3)).astype(np.uint8)
-    assert near_pairs(list(noise)) == [] == near_pairs([thumbnail(TILES[0])])
 
 
 def kinds(root, **options):
@@ -168,23 +133,6 @@ def test_outliers_are_far_from_scikit_learns_neighbours():
     theirs = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, metric="cosine").fit(centred).kneighbors(centred)[0][:, 1:].mean(1)
     assert [i for i, _ in found] == np.argsort(-theirs)[: len(found)].tolist() and {0, 1, 2} <= {i for i, _ in found}
     assert len(found) < 15
-
-
-def test_alike_pairs_are_far_closer_than_scikit_learns_tenth_neighbours():
-    """Planted pairs and triples are found; not what lies in a dense crowd, however near. All by scikit-learn's neighbours."""
-    random = np.random.RandomState(0)
-    features = np.concatenate([random.randn(200, 32), 8 * np.eye(32)[:1] + 0.5 * random.randn(30, 32)])
-    copies = features[:12] + 0.2 * random.randn(12, 32)
-    features = np.concatenate([features, copies, features[:1] + 0.2 * random.randn(1, 32)])
-    found = alike_pairs(torch.from_numpy(features))
-    planted = {(i, 230 + i) for i in range(12)} | {(0, 242), (230, 242)}
-    assert {pair[:2] for pair in found} == planted
-    centred = features - features.mean(0)
-    distances, others = NearestNeighbors(n_neighbors=11, metric="cosine").fit(centred).kneighbors(centred)
-    assert all(distances[i, list(others[i]).index(j)] == pytest.approx(distance, abs=1e-4) for i, j, distance in found)
-    assert all(distance <= CLOSER * min(distances[i, 10], distances[j, 10]) for i, j, distance in found)
-    assert (distances[200:230, 1:] <= 1 - COSINE).all()  # the crowd is near enough, but each of it to all of it
-    assert alike_pairs(torch.from_numpy(features[:10])) == []
 
 
 def test_the_network_finds_copies_that_pixels_do_not_show(photos):

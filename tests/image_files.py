@@ -18,6 +18,22 @@ TILES = [photo.crop((x, y, x + 80, y + 80)) for photo in PHOTOS for y in (170, 2
 PIXELS = np.random.RandomState(0).randint(0, 256, (12, 32, 32, 3)).astype(np.uint8)
 
 
+def encoded_again(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=60)
+    return Image.open(buffer)
+
+
+CHANGES = {  # that leave an image nearly the same
+    "re-encoded": encoded_again,
+    "smaller": lambda image: image.resize((50, 50)),
+    "larger": lambda image: image.resize((130, 130), Image.Resampling.BICUBIC),
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "cropped": lambda image: image.crop((3, 1, 79, 77)),
+    "cropped and mirrored": lambda image: image.crop((0, 4, 76, 80)).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+}
+
+
 def source(value, holdout=0.0, **changes):
     """A small recipe on these images: a path or name, or a function."""
     value = value if callable(value) else str(value)

@@ -24,7 +24,7 @@ from finetune.tools.check import Finding, check, find_odd_ones, left_out, write_
 from finetune.tools.image_stats import Collection, look_at
 from finetune.tools.label_errors import NEIGHBOURS, compute_features, find_label_errors, find_outliers, out_of_fold_probs
 from finetune.utils.errors import RecipeError
-from image_files import TILES, source
+from image_files import CHANGES, PHOTOS, TILES, source
 
 
 @pytest.fixture

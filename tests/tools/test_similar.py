@@ -1,31 +1,12 @@
 """Pairs of images that are nearly the same, by pixels or by features."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from finetune.tools.similar import CLOSER, COSINE, alike_pairs, near_pairs, thumbnail
-from image_files import TILES
-
-
-def encoded_again(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=60)
-    return Image.open(buffer)
-
-
-CHANGES = {
-    "re-encoded": encoded_again,
-    "smaller": lambda image: image.resize((50, 50)),
-    "larger": lambda image: image.resize((130, 130), Image.Resampling.BICUBIC),
-    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-    "cropped": lambda image: image.crop((3, 1, 79, 77)),
-    "cropped and mirrored": lambda image: image.crop((0, 4, 76, 80)).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-}
+from image_files import CHANGES, TILES
 
 
 @pytest.mark.parametrize("change", CHANGES)

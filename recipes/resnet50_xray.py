@@ -3,7 +3,7 @@
     accelerate launch finetune/run.py --recipe resnet50_xray --data DIR
 
 DIR holds train/NORMAL, train/PNEUMONIA and val/ likewise: the 5,856 X-rays of Kermany et al. 2018 (doi:10.17632/rscbjbr9sj.2,
-CC BY 4.0) at 224 px, of which 5,216 train and 624 validate. Three of four to train on are pneumonia.
+CC BY 4.0) at 224 px, of which 5,216 train and 624 validate. Three of four to train on are pneumonia. Not measured.
 Weights: torchvision, BSD-3-Clause, from the Hugging Face hub.
 """
 from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe

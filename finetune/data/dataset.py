@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,8 @@ from finetune.utils.text import note, progress
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
 Reader = Callable[..., Image.Image]  # reads an item as an RGB image: read_image with what its first argument is
 SAMPLE = 16384  # bytes at each end of a file that tell it from others of its size
+FIX = "finetune check --data DIR --fix good.csv"
+LEAVE_OUT = f"--set data.on_bad_image=skip; or, for a table without: {FIX}"
 SPLITS = {  # what folders, tables, shards and sets call their parts, in any case
     "train": "train",
     "training": "train",
@@ -113,12 +114,12 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
 
     The folders they lie in may be others. Pixels are looked at only where they lie in memory.
     """
-    digest = hashlib.blake2b(repr(tuple(classes)).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr(tuple(classes)).encode(errors="surrogateescape"), digest_size=8)
     if isinstance(images, ImageList) and isinstance(images.items, np.ndarray):
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     elif isinstance(images, ImageList):
         names = (Path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
-        digest.update("\n".join(names).encode())
+        digest.update("\n".join(names).encode(errors="surrogateescape"))  # names of any bytes
     with suppress(RecipeError):  # a function's data set need not know its labels
         digest.update(labels_of(images).astype(np.int64).ravel().data)
     return f"{len(images)} {digest.hexdigest()}"
@@ -147,10 +148,9 @@ def name_faults(faults: dict[str, str], total: int) -> str:
     """Which of so many images can't be read, the first ten with the reason, and how to go on without them."""
     listed = [f"{path}: {why}" for path, why in faults.items()][:10]
     if len(faults) == 1:
-        return f"can't read the image {listed[0]}\n  to leave it out: --set data.on_bad_image=skip"
+        return f"can't read the image {listed[0]}\n  to leave it out: {LEAVE_OUT}"
     more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
-    remedy = "to leave them out: --set data.on_bad_image=skip"
-    return "\n  ".join([f"can't read {len(faults)} of {total} images:", *listed, *more, remedy])
+    return "\n  ".join([f"can't read {len(faults)} of {total} images:", *listed, *more, f"to leave them out: {LEAVE_OUT}"])
 
 
 def name_others(error: RecipeError, images: Images, seconds: float = 60) -> RecipeError:
@@ -182,7 +182,8 @@ def check_classes(part: ImageList, classes: Sequence[str], where: str) -> None:
             except RecipeError as error:
                 fault = error
         else:
-            raise RecipeError(f"data: no image of class '{classes[label]}' in {where} can be read, such as: {fault}")
+            text = f"data: no image of class '{classes[label]}' in {where} can be read, such as: {fault}"
+            raise RecipeError(f"{text}\n  for a table without what can't be read: {FIX}")
 
 
 def note_same_files(data: ImageData, source: str) -> None:
@@ -198,8 +199,11 @@ def note_same_files(data: ImageData, source: str) -> None:
             f"{len(shared)} of {len(data.val)} validation images are training images as well ({paths[shared[0]]}): the metrics "
             "will be better than on new images"
         )
-    if other := [pair for group in groups for pair in pairwise(group) if not np.array_equal(*(labels[i] for i in pair))]:
-        found.append(f"{len(other)} files are there under another label as well ({paths[other[0][1]]} is {paths[other[0][0]]})")
+    differ = [(group, i) for group in groups for i in group if not np.array_equal(labels[i], labels[group[0]])]
+    if differ:
+        number = sum(map(len, {group[0]: group for group, _ in differ}.values()))
+        named = f"{paths[differ[0][1]]} is {paths[differ[0][0][0]]}"
+        found.append(f"{number} files have the same content as another with another label ({named})")
     if found:
         note(f"data: {'; '.join(found)}; all that is there twice: finetune check --data {shlex.quote(source)}")
 
@@ -213,7 +217,16 @@ def same_files(paths: Sequence[str]) -> list[list[int]]:
     for alike in by_size.values():
         for i in alike if len(alike) > 1 else ():
             groups[file_digest(paths[i])].append(i)
-    return [group for digest, group in groups.items() if digest and len(group) > 1]
+    return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's header is an image's."""
+    try:
+        open_file(path).close()
+    except Exception:  # whatever its decoder says; it is named where it is read
+        return False
+    return True
 
 
 def file_digest(path: str | Path) -> str:

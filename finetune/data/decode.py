@@ -2,7 +2,9 @@
 
 import os
 import stat
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ WHITE: Colour = (255, 255, 255)
 Image.init()  # names every format that this Pillow knows
 NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow tells their size, or needs another program
 ENDINGS = frozenset(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - NO_DECODER)
+UNUSED_ALPHA = {"BMP", "DIB", "TGA"}  # formats of which many files have a fourth byte that says nothing: 0 everywhere
 TURNS = {  # by the number in EXIF's orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,7 +34,19 @@ def open_file(path: Any) -> Image.Image:
     """Pillow's image of a file, not decoded yet; a pipe, which could keep it waiting for ever, is refused."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("it is a folder, a pipe or a device")
-    return Image.open(path)
+    with silent():
+        image = Image.open(path)
+    if image.format == "TIFF":
+        image.filename = ""  # by its name Pillow would map raw pixels into memory, with the sides of the turned image
+    return image
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within, no warnings of Pillow: they name no file, and are of what is read all the same, such as damaged EXIF data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def read_image(
@@ -50,7 +65,7 @@ def read_image(
         RecipeError: with that name, for whatever fault its decoder finds.
     """
     try:
-        with load(item) as image:
+        with silent(), load(item) as image:
             if shortest:
                 image.draft(None, (shortest, shortest))  # of other formats it does nothing
             return to_rgb(image, background)
@@ -78,8 +93,9 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
     elif image.mode.startswith("I"):
         image = integers_to_8_bits(image)
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+        unused, image = image.format in UNUSED_ALPHA, image.convert("RGBA")
+        if not unused or image.getchannel("A").getbbox():
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image.convert("RGB")
     image.info = {}  # with the orientation in it, the next reader would turn it again
     return image if turn is None else image.transpose(turn)

@@ -135,7 +135,8 @@ def split_folders(root: Path) -> tuple[Path | None, Path | None]:
         return None, None
     part = next((part for part in ("val", "test") if part in parts), None)
     if part is None:
-        raise RecipeError(f"data: {root} has {parts['train'][0]}/ but neither val/ nor test/ beside it")
+        there = f"data: {root} has {parts['train'][0]}/ but neither val/ nor test/ beside it"
+        raise RecipeError(f"{there}: add one, or rename it if it is a class")
     for found in (parts["train"], parts[part]):
         if len(found) > 1:
             raise RecipeError(f"data: {root} has {' and '.join(f'{name}/' for name in found)}: leave one of them")
@@ -176,9 +177,9 @@ def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
     if empty:
         raise RecipeError(f"data: no images in class folder{'s' * (len(empty) > 1)} {', '.join(empty)}{left_out}")
     if len(classes) < 2:
-        inner = root / classes[0]
-        hint = f". Did you mean {inner}?" if list_folders(inner) else ""
-        raise RecipeError(f"data: {root} has one class, '{classes[0]}'; there must be at least 2{hint}")
+        other = other_reading(root, classes[0])
+        raise RecipeError(f"data: {root} has one class, '{classes[0]}'; there must be at least 2{other}")
+    check_levels(root, classes)
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.is_dir() and is_hidden(entry.name):
             finder.leave_out("hidden folders", entry.path)
@@ -187,6 +188,30 @@ def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
     if finder.left_out:
         note(f"left out of {root}: {finder.describe()}")
     return ImageList(paths, labels, read_image), tuple(map(readable, classes))
+
+
+def other_reading(root: Path, name: str) -> str:
+    """What a folder of one class folder may be meant as, in words."""
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    if tables := [entry.path for entry in entries if entry.name.lower().endswith(".csv")]:
+        return f". Is there a table of them? --data {tables[0]}"
+    if list_folders(root / name):
+        return f". Did you mean {root / name}?"
+    hidden = [entry.name for entry in entries if entry.is_dir() and is_hidden(entry.name)]
+    return f". Hidden folders are no classes: {', '.join(hidden[:3])}" if hidden else ""
+
+
+def check_levels(root: Path, classes: Sequence[str]) -> None:
+    """Refuse splits within class folders, and say where all class folders have the same folders, which may be the classes."""
+    inner = list_folders(root / classes[0])
+    if not inner or any(list_folders(root / name) != inner for name in classes[1:]):
+        return
+    text = f"data: each class folder of {root} has {', '.join(f'{name}/' for name in inner[:5])} within"
+    if all(name.lower() in SPLITS for name in inner):
+        wanted = f"{inner[0]}/{classes[0]}/*, not {classes[0]}/{inner[0]}/*"
+        raise RecipeError(f"{text}. Wanted: {wanted}, or a CSV with a column split")
+    if len(inner) > 1:
+        note(f"{text}; if these are the classes, put them on the upper level")
 
 
 def describe_kind(root: Path) -> str:
@@ -219,6 +244,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """
     found, finder = [], Finder(once=False)
     for path in map(str, paths):
+        if not path:
+            raise RecipeError("a path is empty: name images, folders or globs")
         if Path(path).is_dir():
             images = list(map(Path, finder.find(path)))
         elif Path(path).exists():
@@ -227,6 +254,9 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             matches = glob.glob(path, recursive=True) or glob.glob(path.replace("[", "[[]"), recursive=True)
             inside = (finder.find(match) if os.path.isdir(match) else [match] * finder.wants(match) for match in matches)
             images = [Path(file) for files in inside for file in files]
+            if "**" in path:  # which goes round loops of links
+                images.sort(key=lambda image: len(str(image)), reverse=True)  # the shortest path of each stays
+                images = list({os.path.realpath(image): image for image in images}.values())
         if not images:
             left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
             raise RecipeError(f"no images in {path}{left_out}")

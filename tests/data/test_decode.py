@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import to_dtype
 
-from finetune.data.decode import ENDINGS, read_image, to_rgb
+from finetune.data.decode import ENDINGS, TURNS, open_file, read_image, to_rgb
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.transforms import eval_transform
@@ -50,6 +50,16 @@ def test_an_image_is_upright(tmp_path, kind, number):
     with Image.open(file) as theirs:
         assert np.array_equal(read_image(file), ImageOps.exif_transpose(theirs).convert("RGB"))
     assert read_image(file).size == ((32, 16) if number < 5 else (16, 32))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("number", TURNS)
+def test_a_tiff_is_upright(tmp_path, mode, compression, number):
+    """Also where Pillow, opening it by its name, garbles it: raw pixels that are to lie on their side."""
+    image = Image.fromarray(GREY16) if mode == "I;16" else COLOURS.convert(mode)
+    file = saved(image, tmp_path / "a.tif", compression=compression, tiffinfo={274: number})
+    assert np.array_equal(read_image(file), to_rgb(image).transpose(TURNS[number]))
 
 
 def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
@@ -115,6 +125,24 @@ def transparent_images():
         "key": (grey, {"transparency": 30}),
         "palette": (palette, {"transparency": bytes(range(0, 256, 16))}),
     }
+
+
+@pytest.mark.parametrize("ending", ["tga", "png"])
+def test_a_fourth_byte_that_says_nothing_is_no_transparency(tmp_path, ending):
+    """A TGA with 0 in all of it is opaque, and transparent where it is not 0 everywhere; a PNG means it."""
+    clear, part = (Image.merge("RGBA", (*COLOURS.split(), Image.fromarray(alpha))) for alpha in (0 * SHAPE, SHAPE))
+    white = Image.alpha_composite(Image.new("RGBA", clear.size, (255, 255, 255)), part).convert("RGB")
+    assert np.array_equal(read_image(saved(part, tmp_path / f"part.{ending}")), white)
+    expected = np.full_like(COLOURS, 255) if ending == "png" else np.asarray(COLOURS)
+    assert np.array_equal(read_image(saved(clear, tmp_path / f"clear.{ending}")), expected)
+
+
+def test_pillows_warnings_are_not_passed_on(tmp_path, monkeypatch, recwarn):
+    """They name no file; an image of many pixels is read without a word, and so is its header."""
+    file = saved(COLOURS, tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    assert np.array_equal(read_image(file), COLOURS) and open_file(file).size == COLOURS.size
+    assert not [warning for warning in recwarn if "PIL" in warning.filename]
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "key", "palette"])

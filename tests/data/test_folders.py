@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from finetune.data.dataset import fingerprint
 from finetune.data.folders import class_folders, find_images
 from finetune.data.sources import load_data
 from finetune.recipe.load import chosen_recipe
@@ -175,7 +176,59 @@ def test_copies_in_validation_are_said(tree, capsys):
     shutil.copy(root / "train" / "a" / "3.png", root / "val" / "b" / "copy.png")
     load_data(source(root))
     assert "3 of 7" in (err := capsys.readouterr().err)
-    assert f"1 files are there under another label as well ({root}/val/b/copy.png is {root}/train/a/3.png)" in err
+    same = "files have the same content as another with another label"
+    assert f"2 {same} ({root}/val/b/copy.png is {root}/train/a/3.png)" in err
+    for i in range(3):
+        shutil.copy(root / "train" / "a" / "3.png", root / "train" / ("a", "b", "b")[i] / f"more{i}.png")
+        (root / "val" / "ab"[i % 2] / f"junk{i}.png").write_bytes(b"x")  # the same, but no image
+    load_data(small_recipe(data=Data(str(root), 24, 8, on_bad_image="skip")))
+    assert f"5 {same}" in (err := capsys.readouterr().err) and "junk" not in err
+
+
+def test_names_of_any_bytes_are_read(tree, tmp_path):
+    """A file's name that is no UTF-8, and a class's, are part of what a run resumes by."""
+    root = tree(a=3, b=3)
+    (root / "a" / "0.png").rename(root / "a" / os.fsdecode(b"caf\xe9.png"))
+    (root / "b").rename(root / os.fsdecode(b"b\xe9"))
+    data = load_data(source(root))
+    assert len({fingerprint(part, data.classes) for part in (data.train, data.val)}) == 2
+
+
+def test_the_levels_of_folders_are_looked_at(tree, capsys):
+    """Splits within class folders are refused; where all classes have the same folders, it is said; else it is not."""
+    with pytest.raises(RecipeError, match="each class folder of .* has train/, val/ within. Wanted: train/a/.*, not a/train/"):
+        load_data(source(tree(a__train=2, a__val=2, b__train=2, b__val=2)))
+    shutil.rmtree(tree())
+    root = tree(fold0__cat=3, fold0__dog=3, fold1__cat=3, fold1__dog=3)
+    load_data(source(root))
+    assert f"each class folder of {root} has cat/, dog/ within; if these are the classes" in capsys.readouterr().err
+    (root / "fold0" / "cat").rename(root / "fold0" / "cow")
+    load_data(source(root))
+    assert "each class folder" not in capsys.readouterr().err
+
+
+def test_one_class_folder_has_other_readings(tree):
+    """A table beside the images, another level, and hidden folders are named."""
+    root = tree(images=4)
+    (root / ".22LR").mkdir()
+    with pytest.raises(RecipeError, match="one class, 'images'; .* Hidden folders are no classes: .22LR"):
+        load_data(source(root))
+    (root / "train.csv").write_text("path,label\n")
+    with pytest.raises(RecipeError, match="one class, 'images'; .* Is there a table of them\\? --data .*train.csv"):
+        load_data(source(root))
+    (root / "train.csv").unlink()
+    put_image(root / "images" / "a" / "1.png", 1)
+    with pytest.raises(RecipeError, match="Did you mean .*images\\?"):
+        load_data(source(root))
+
+
+def test_a_loop_of_links_is_gone_round_once(tree):
+    """A recursive glob finds each image once, and an empty path is refused."""
+    root = tree(a=3)
+    (root / "a" / "loop").symlink_to(root, target_is_directory=True)
+    assert len(find_images([f"{root}/**"])) == 3 == len(find_images([f"{root}/**/*.png"]))
+    with pytest.raises(RecipeError, match="a path is empty"):
+        find_images([""])
 
 
 def test_a_folder_called_like_a_named_set_is_asked_about(tree, monkeypatch):

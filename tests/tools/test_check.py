@@ -240,7 +240,9 @@ def test_suggest_and_a_run_say_what_is_there_twice(photos, tmp_path, capsys):
     assert main(["suggest", "--data", str(photos), "--weights", "none", "--backbone", "resnet18"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("finetune: data:")]
     assert "1 of 17 validation images are training images as well" in line
-    assert "1 files are there under another label as well" in line and line.endswith(f"finetune check --data {photos}")
+    assert "2 files have the same content as another with another label" in line and line.endswith(
+        f"finetune check --data {photos}"
+    )
 
 
 def test_images_are_judged_by_the_named_networks_features(photos, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, flag_name
 from finetune.run import add_resume_anyway, add_run_arguments
+from finetune.training.run_dir import RESUME_FLAGS
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest, print_error
 
@@ -90,8 +91,9 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     resume = add("resume", "last")
     add_run(resume, "resume", nargs="?", default="last", help="an unfinished run (default: the last)")
     resume.add_argument("--epochs", metavar="N", help="train so many in all: for more than a finished run did")
+    resume.add_argument("--data", metavar="DIR", help="where its images lie now: the same ones")
     add_resume_anyway(resume)
-    resume.set_defaults(recipe=None, assignments=[], **{flag_name(flag): None for flag in FLAGS if flag != "--epochs"})
+    resume.set_defaults(recipe=None, assignments=[], **{flag_name(flag): None for flag in FLAGS if flag not in RESUME_FLAGS})
     for sub in (train, resume):
         add_run_arguments(sub)
         sub.add_argument("--processes", type=int, metavar="N", help="training processes (default: one for each GPU)")

@@ -209,8 +209,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
-    """(recipe, file, name) of a run to go on with, which keeps all that it was started with but the number of epochs."""
-    given = [flag for flag in FLAGS if flag != "--epochs" and getattr(args, flag_name(flag)) is not None]
+    """(recipe, file, name) of a run to go on with, which keeps all that it was started with but for run_dir.RESUME_FLAGS."""
+    given = [flag for flag in FLAGS if flag not in run_dir.RESUME_FLAGS and getattr(args, flag_name(flag)) is not None]
     given += ["--set"] * bool(args.assignments)
     if given:
         raise RecipeError(f"a resumed run keeps its recipe: leave out {', '.join(given)}, or name the --recipe as well")
@@ -218,19 +218,22 @@ def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
     recipe, file, _ = recipe_of_run(folder)
     if not args.resume_anyway:
         run_dir.check_same_recipe(folder, recipe, file)
-    return override(recipe, [f"epochs={args.epochs}"] if args.epochs else []), file, run_dir.run_name(folder)
+    check_source(args.data)
+    changes = [f"epochs={args.epochs}"] * bool(args.epochs) + [f"data.source={args.data!r}"] * bool(args.data)
+    return override(recipe, changes), file, run_dir.run_name(folder)
 
 
 def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
-    from finetune.data.dataset import fingerprint, record_files
+    from finetune.data.dataset import changed_files, file_rows, fingerprint, record_files
     from finetune.models.sharding import blocks, is_sharded
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
     from finetune.results.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
     from finetune.tools.plan import describe_classes, describe_run, describe_validation
-    from finetune.training.distributed import Stopped, join_processes, main_process_first
+    from finetune.training.checkpoint import check_resumable
+    from finetune.training.distributed import Stopped, default_workers, join_processes, main_process_first
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
     from finetune.training.setup import RunOptions, make_accelerator, setup
@@ -241,9 +244,13 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     net, datasets = setup(recipe, accelerator, args.accumulate)
     parts = zip(("training", "validation"), datasets, strict=True)
     images = {part: fingerprint(dataset.images, dataset.classes) for part, dataset in parts}
-    if resume and not args.resume_anyway:
-        run_dir.check_same_images(folder, images)
-    num_train, num_classes = len(datasets[0]), len(datasets[0].classes)
+    num_train, classes = len(datasets[0]), datasets[0].classes
+    files = file_rows(datasets[0].images, datasets[1].images, classes)
+    rewritten = not resume or args.resume_anyway or (args.recipe is None and (args.epochs or args.data))
+    if resume:
+        run_dir.check_same_images(folder, images, classes, changed_files(folder / "images.csv", files), args.resume_anyway)
+    if resume and rewritten:  # whatever is refused leaves the run as it is
+        check_resumable(folder, recipe, net)
     groups = build_param_groups(recipe, net)
     group_table, short_table = (
         describe_param_groups(groups, recipe.data.steps_per_epoch(num_train), recipe.epochs, wide) for wide in (True, False)
@@ -251,9 +258,9 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
 
     # Held until the run's end.
     held = main_process_first(accelerator, lambda: run_dir.lock(folder) if accelerator.is_main_process else None)
-    if accelerator.is_main_process and (not resume or args.resume_anyway or (args.recipe is None and args.epochs)):
-        record_files(folder / "images.csv", datasets[0].images, datasets[1].images, datasets[0].classes)
-        run_dir.start_run_dir(folder, file, name, recipe, group_table, images)
+    if accelerator.is_main_process and rewritten:
+        record_files(folder / "images.csv", files)
+        run_dir.start_run_dir(folder, file, name, recipe, group_table, {"images": images, "classes": classes})
         plot_augmented(folder, datasets[0], recipe.epochs)
     accelerator.wait_for_everyone()
     start_trackers(accelerator, folder, recipe)
@@ -265,10 +272,10 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     fsdp = f", FSDP2 in {len(blocks(net))} blocks" if sharded else ""
     setting = f"{accelerator.num_processes} x {accelerator.device.type}{fsdp}, precision {recipe.mixed_precision}"
     validation = describe_validation(recipe, datasets[1].images)
-    run = f"{name}: {describe_run(recipe, num_train, num_classes)}; {validation}; {setting}"
-    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(datasets[0].classes))}\n\n{short_table}\n")
+    run = f"{name}: {describe_run(recipe, num_train, len(classes))}; {validation}; {setting}"
+    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(classes))}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process or sharded else {}  # the first process alone reports
-    options = RunOptions(args.accumulate, default_workers(args, accelerator.device.type), args.checkpoint_every, quiet)
+    options = RunOptions(args.accumulate, default_workers(args.workers, accelerator.device.type), args.checkpoint_every, quiet)
     try:
         evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
@@ -285,14 +292,6 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     if held:
         held.close()
     return 0
-
-
-def default_workers(args: argparse.Namespace, device: str) -> int:
-    """Loader processes: those asked for; else none beside a CPU that trains, up to 8 a process for a GPU."""
-    if args.workers is not None:
-        return args.workers
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local)
 
 
 if __name__ == "__main__":

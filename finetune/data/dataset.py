@@ -19,12 +19,11 @@ from PIL import Image
 
 from finetune.data.decode import WHITE, Colour, open_file, reason_of
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import write_file
+from finetune.utils.files import file_digest, write_file
 from finetune.utils.text import note, progress
 
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
 Reader = Callable[..., Image.Image]  # reads an item as an RGB image: read_image with what its first argument is
-SAMPLE = 16384  # bytes at each end of a file that tell it from others of its size
 FIX = "finetune check --data DIR --fix good.csv"
 LEAVE_OUT = f"--set data.on_bad_image=skip; or, for a table without: {FIX}"
 SPLITS = {  # what folders, tables, shards and sets call their parts, in any case
@@ -229,32 +228,34 @@ def is_image(path: str) -> bool:
     return True
 
 
-def file_digest(path: str | Path) -> str:
-    """A digest of a file's size and of its two ends, which tell images apart; "" if it can't be read."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            ends = file.read(SAMPLE)
-            file.seek(max(SAMPLE, size - SAMPLE))
-            return hashlib.blake2b(ends + file.read(), key=str(size).encode(), digest_size=16).hexdigest()
-    except OSError:
-        return ""
+FileRow = tuple[str, str, str, str, str]  # (split, classes, digest, path, group) of a file
 
 
-def record_files(file: Path, train: Images, val: Images, classes: Sequence[str]) -> None:
-    """Write a table of the files that a run trains and validates on; nothing for sets that are no files of their own."""
-    if not all(isinstance(images, ImageList) and isinstance(images.items[0], str | Path) for images in (train, val)):
-        return
-    table = csv.writer(lines := io.StringIO(newline=""))
-    table.writerow(("split", "label", "digest", "file", "group"))
+def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRow]:
+    """The files that a run trains and validates on; none for sets that are no files of their own."""
+    rows = list[FileRow]()
     for split, images in (("train", train), ("val", val)):
-        assert isinstance(images, ImageList)  # as was asked
+        if not isinstance(images, ImageList) or not isinstance(images.items[0], str | Path):
+            return []
         groups = images.groups or [""] * len(images)
         for path, label, group in zip(images.items, images.labels, groups, strict=True):
             named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
-            table.writerow((split, ";".join(named), file_digest(path), path, group))
-    write_file(file, lines.getvalue())
+            rows.append((split, ";".join(named), file_digest(path), str(path), group))
+    return rows
+
+
+def record_files(file: Path, rows: Sequence[FileRow]) -> None:
+    """Write a table of a run's files; nothing where there are none."""
+    if rows:
+        table = csv.writer(lines := io.StringIO(newline=""))
+        table.writerows([("split", "label", "digest", "file", "group"), *rows])
+        write_file(file, lines.getvalue())
+
+
+def changed_files(file: Path, rows: Sequence[FileRow]) -> list[str]:
+    """The paths of files whose content is another than in a run's table; the files are the same by their names, in order."""
+    before = recorded_digests(file, "train") + recorded_digests(file, "val")
+    return [row[3] for digest, row in zip(before, rows, strict=False) if digest != row[2]]
 
 
 def recorded_digests(file: Path, split: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import one_hot
 
-from finetune.data.dataset import ImageList, Values, check_files, file_digest, fingerprint, recorded_digests
+from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
 from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders, evaluation_folder, from_folder
 from finetune.data.loader import is_unreadable
@@ -27,7 +27,7 @@ from finetune.results.plots import plot_confusion_matrix, shorten
 from finetune.training.evaluate import compute_metrics, confusion_matrix, subgroup_metrics
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder
+from finetune.utils.files import check_folder, file_digest
 from finetune.utils.text import align_columns, note
 
 

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from finetune.models.batch_norm import has_statistics
 from finetune.models.saving import decode_state, plain_state
 from finetune.models.sharding import gather_state, laid_out_like, whole
-from finetune.optim.optimizers import just_switched, plain_optimizers, start_epoch
-from finetune.optim.param_groups import fixed_parameters
+from finetune.optim.optimizers import build_optimizer, just_switched, plain_optimizers, start_epoch
+from finetune.optim.param_groups import build_param_groups, fixed_parameters
 from finetune.recipe import Recipe
 from finetune.recipe.checks import parts
 from finetune.training.logger import Logger
@@ -99,6 +99,24 @@ def not_finite(net: nn.Module, moments: dict[str, dict[str, Any]]) -> str:
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), "")
 
 
+def check_resumable(run: Path, recipe: Recipe, net: nn.Module) -> None:
+    """Raise RecipeError for what `restore` would refuse of the newest checkpoint, and for fewer epochs than it has begun."""
+    folder = newest_checkpoint(run)
+    if folder is None:
+        return
+    state = read_state(folder)
+    epoch, step = len(state["history"]), state["step"]
+    midway = step > epoch * epoch_length(state, step)
+    if recipe.epochs < epoch + midway:
+        raise RecipeError(f"the run in {run} has begun epoch {epoch + midway}: it can't end after {recipe.epochs}")
+    for name in ("model", "average")[: 2 if recipe.ema_decay else 1]:
+        read_network(folder, name, net)
+    optimizer = build_optimizer(build_param_groups(recipe, net))
+    start_epoch(optimizer, epoch)
+    if midway or not just_switched(optimizer, epoch):
+        read_moments(folder, state, net, optimizer)
+
+
 def restore(
     recipe: Recipe,
     logger: Logger,
@@ -119,10 +137,7 @@ def restore(
         return 0
     state, steps_per_epoch = read_state(folder), recipe.data.steps_per_epoch(num_images)
     for network, name in ((net, "model"), (evaluated, "average"))[: 1 if evaluated is net else 2]:
-        weights = decode_state(network, read(folder / f"{name}.safetensors", safetensors.torch.load_file))
-        own = network.state_dict()
-        if shapes(weights) != shapes(own):
-            raise RecipeError(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
+        weights, own = read_network(folder, name, network), network.state_dict()
         network.load_state_dict({name: laid_out_like(own[name], value) for name, value in weights.items()})
     if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one starts afresh
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -145,6 +160,14 @@ def restore(
     if step > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
         restore_optimizer(folder, state, net, optimizer)
     return step
+
+
+def read_network(folder: Path, name: str, net: nn.Module) -> dict[str, Any]:
+    """The state that a checkpoint's file has for a network."""
+    weights = decode_state(net, read(folder / f"{name}.safetensors", safetensors.torch.load_file))
+    if shapes(weights) != shapes(net.state_dict()):
+        raise RecipeError(f"checkpoint {folder} is of another network, or other classes, than this recipe's; {AFRESH}")
+    return weights
 
 
 def corrected(recipe: Recipe, net: nn.Module, last_batch: int) -> str:
@@ -177,8 +200,10 @@ def epoch_length(state: dict[str, Any], now: int) -> int:
     return int(state.get("steps_per_epoch") or (history[-1]["step"] // len(history) if history else now))
 
 
-def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that a checkpoint has for each parameter."""
+def read_moments(
+    folder: Path, state: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Any]]:
+    """The state that a checkpoint has for each parameter of an optimizer."""
     moments = read(folder / "optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True))
     kinds = optimizer_kinds(net, optimizer)
     if fixed := moments.keys() & fixed_parameters(net) - kinds.keys():
@@ -192,7 +217,13 @@ def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optim
     for name in moments:
         if before[name] != kinds[name]:  # torch would take it, and leave it lie or miss its own in mid-run
             raise RecipeError(f"checkpoint {folder} has {before[name]}'s state of {name}, not {kinds[name]}'s; {AFRESH}")
-    names, rows, params = list(kinds), optimizer.state_dict()["param_groups"], dict(net.named_parameters())
+    return moments
+
+
+def restore_optimizer(folder: Path, state: dict[str, Any], net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that a checkpoint has for each parameter."""
+    moments, names = read_moments(folder, state, net, optimizer), list(optimizer_kinds(net, optimizer))
+    rows, params = optimizer.state_dict()["param_groups"], dict(net.named_parameters())
     for row in rows:
         for i in row["params"]:
             if ROW_STEP in moments.get(names[i], {}):

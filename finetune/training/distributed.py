@@ -179,3 +179,11 @@ def wrap(recipe: Recipe, net: nn.Module, accelerator: Accelerator) -> nn.Module:
         return model
     torch.compiler.reset()  # torch 2.6 would go on with the last stage's code, without gradients of what is unfrozen now
     return cast(nn.Module, torch.compile(model))
+
+
+def default_workers(asked: int | None, device: str) -> int:
+    """Loader processes: those asked for; else none beside a CPU that trains, up to 8 a process for a GPU."""
+    if asked is not None:
+        return asked
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local)

@@ -8,13 +8,15 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder, read_json, write_file
+from finetune.utils.files import check_folder, file_digest, read_json, write_file
 from finetune.utils.text import print_error
 
 if sys.platform != "win32":  # on Windows two runs in one folder are not told apart
@@ -23,6 +25,7 @@ if sys.platform != "win32":  # on Windows two runs in one folder are not told ap
 CHECKPOINT = re.compile(r"step-\d{8,}-epochs-\d{5,}")  # the name of one; whatever else lies beside it is not the run's
 
 # Beside its lock, all that a run which died before it started can have left.
+RESUME_FLAGS = ("--data", "--epochs")  # what a resumed run may be given: where its images lie now, and more epochs
 FIRST_FILES = ("images.csv", "recipe.py", "run.json", "groups.txt", "recipe.json")
 LEFTOVERS = {".lock", ".recipe.json", *FIRST_FILES[:-1], *(f".{name}.tmp" for name in FIRST_FILES)}
 
@@ -125,17 +128,16 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
-def start_run_dir(
-    folder: Path, recipe_file: Path | None, name: str, recipe: Recipe, groups: str, images: dict[str, str]
-) -> None:
-    """Write a run's first files: how it was started and on which `images`, the recipe as given and resolved, and its groups.
+def start_run_dir(folder: Path, recipe_file: Path | None, name: str, recipe: Recipe, groups: str, data: dict[str, Any]) -> None:
+    """Write a run's first files: how it was started and on which `data`, the recipe as given and resolved, and its groups.
 
     recipe.json, written last, makes it a run; it is not finished then. A recipe made in a program has no recipe.py.
     """
     if recipe_file and recipe_file.resolve() != (folder / "recipe.py").resolve():
         write_file(folder / "recipe.py", recipe_file.read_bytes())
     command, now = [Path(sys.argv[0]).name, *sys.argv[1:]], time.strftime("%Y-%m-%d %H:%M:%S")
-    started = {"name": name, "command": command, "started": now, "images": images, "code": code_digest(recipe_file)}
+    code = {"code": code_digest(recipe_file), "weights": weights_digest(recipe)}
+    started = {"name": name, "command": command, "started": now, **data, **code}
     write_file(folder / "run.json", json.dumps(started, indent=1) + "\n")
     write_file(folder / "groups.txt", groups + "\n")
     (folder / "result.json").unlink(missing_ok=True)
@@ -143,7 +145,7 @@ def start_run_dir(
 
 
 def started(folder: Path) -> dict[str, Any]:
-    """How a run was started: {"name", "command", "started", "images", "code"}; an older run, or a cut file, lacks some."""
+    """How a run was started, as `start_run_dir` writes it; an older run, or a cut file, lacks some."""
     try:
         return read_json(folder / "run.json")
     except (OSError, RecipeError):
@@ -153,6 +155,11 @@ def started(folder: Path) -> dict[str, Any]:
 def run_name(folder: Path) -> str:
     """The name of the recipe that a run was started with; of a run of version 0.1, what its folder's name says."""
     return str(started(folder).get("name") or re.sub(r"-\d{8}-\d{6}$", "", folder.resolve().name))
+
+
+def weights_digest(recipe: Recipe) -> str:
+    """A digest of the file of weights that a recipe starts from; "" for other weights."""
+    return file_digest(recipe.weights) if Path(recipe.weights).is_file() else ""
 
 
 def code_digest(file: Path | None) -> str:
@@ -179,19 +186,36 @@ def check_same_recipe(folder: Path, recipe: Recipe, file: Path | None = None) ->
     code = started(folder).get("code") or code_digest(folder / "recipe.py")
     if file and functions and code and code != code_digest(file):
         changed.append(f"{file}: its code was changed, of which the recipe has {', '.join(functions)}")
+    if recipe.l2_sp and (weights := started(folder).get("weights")) and weights != weights_digest(recipe):
+        changed.append(f"{recipe.weights}: another content than before, towards which l2_sp pulls")
     if changed:
         remedy = f"to go on as it was started: finetune resume {folder}; with this recipe all the same: --resume-anyway"
         raise RecipeError("\n  ".join([f"the run in {folder} was started with another recipe:", *changed, remedy]))
 
 
-def check_same_images(folder: Path, images: dict[str, str]) -> None:
-    """Raise RecipeError unless the run in `folder` was started with these: the fingerprint of each part of them."""
-    before, changed = started(folder).get("images", images), []  # older runs do not say
+def check_same_images(
+    folder: Path, images: dict[str, str], classes: Sequence[str], changed_files: Sequence[str], anyway: bool
+) -> None:
+    """Raise RecipeError unless the run in `folder` was started on these: the fingerprint of each part, classes and contents.
+
+    Going on `anyway` needs the same classes: those are what the network and its saved models tell apart.
+    """
+    before = started(folder)
+    if list(classes) != before.get("classes", list(classes)):
+        gone, new = ([name for name in one if name not in other] for one, other in permutations((before["classes"], classes)))
+        what = f"before: {', '.join(gone[:5]) or 'none'}; only now: {', '.join(new[:5]) or 'none'}"
+        remedy = "put them back as they were, or start a run of its own: another --output"
+        raise RecipeError(f"the run in {folder} was started with other classes: only {what}\n  {remedy}")
+    if anyway:
+        return
+    changed, known = list[str](), before.get("images", images)  # older runs do not say
     for part, now in images.items():
-        counts = [text.partition(" ")[0] for text in (before[part], now)]
-        others = "" if counts[0] != counts[1] else ": others, by their names, labels or classes"
-        if before[part] != now:
+        counts = [text.partition(" ")[0] for text in (known[part], now)]
+        others = "" if counts[0] != counts[1] else ": others, by their names or labels"
+        if known[part] != now:
             changed.append(f"{part} images: {counts[0]} before, {counts[1]} now{others}")
+    if changed_files and not changed:
+        changed.append(f"{len(changed_files)} files have another content than before, such as {changed_files[0]}")
     if changed:
         remedy = "put them back as they were; or go on with these for the steps that are left: --resume-anyway"
         raise RecipeError("\n  ".join([f"the run in {folder} was started on other images:", *changed, remedy]))

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and JSON files that may have been cut."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 from finetune.utils.errors import RecipeError
 
+SAMPLE = 16384  # bytes at each end of a file that tell it from others of its size
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by CIFS and FUSE, which say so of folders above all
 
 
@@ -91,3 +93,16 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise RecipeError(f"can't read {file}: {error}") from error
+
+
+def file_digest(path: str | Path) -> str:
+    """A digest of a file's size and of its two ends, which tell images apart; "" if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            ends = file.read(SAMPLE)
+            file.seek(max(SAMPLE, size - SAMPLE))
+            return hashlib.blake2b(ends + file.read(), key=str(size).encode(), digest_size=16).hexdigest()
+    except OSError:
+        return ""

@@ -14,7 +14,7 @@ from finetune.data.dataset import ImageList, fingerprint
 from finetune.recipe import AdamW, Data
 from finetune.run import main
 from finetune.training import loop as train_loop
-from finetune.training.run_dir import newest_checkpoint
+from finetune.training.run_dir import check_same_recipe, newest_checkpoint, start_run_dir
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Coloured, Cut, cut_before, on_folder, run_here, same_tensors, small_recipe
 
@@ -73,6 +73,10 @@ def test_a_fingerprint_tells_sets_of_images_apart(tmp_path):
     [
         (lambda root: (root / "train" / "red" / "0.png").unlink(), "training images: 30 before, 29 now"),
         (lambda root: (root / "val" / "red" / "0.png").rename(root / "val" / "red" / "x.png"), "15 before, 15 now: others"),
+        (
+            lambda root: shutil.copy(root / "train" / "red" / "1.png", root / "train" / "blue" / "1.png"),
+            "1 files have another content than before, such as ",
+        ),
     ],
 )
 def test_other_images_are_refused_unless_told_otherwise(tmp_path, monkeypatch, capsys, image_folder, change, fault):
@@ -88,6 +92,55 @@ def test_other_images_are_refused_unless_told_otherwise(tmp_path, monkeypatch, c
     assert main([*words, "--resume"]) == 2
     assert fault in capsys.readouterr().err and not (output / "result.json").exists()
     assert main([*words, "--resume", "--resume-anyway"]) == 0
+
+
+def state_of(folder):
+    """The content of every file of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(here, monkeypatch, capsys, image_folder):
+    """Other classes, another network, fewer epochs than begun: refused, even with --resume-anyway, and nothing is written."""
+    root, output = here / "images", here / "run"
+    shutil.copytree(image_folder, root)
+    words = on_folder(root, output, "epochs=4", "linear_probe=none")
+    with monkeypatch.context() as patched:
+        cut_before(patched, "set_lrs", 6)
+        with pytest.raises(Cut):
+            main([*words, "--checkpoint-every", "1"])
+    before = state_of(output)
+    anyway = [*words, "--resume", "--resume-anyway"]
+    assert cli(["resume", str(output), "--epochs", "1"]) == 2
+    assert "has begun epoch 2: it can't end after 1" in capsys.readouterr().err and state_of(output) == before
+    assert main([*anyway, "--set", "backbone=resnet10t"]) == 2
+    assert "is of another network" in capsys.readouterr().err and state_of(output) == before
+    assert main([*anyway, "--set", "optimizer=SGD"]) == 2
+    assert "torch.AdamW's state of" in capsys.readouterr().err and state_of(output) == before
+    for part in ("train", "val"):
+        (root / part / "red").rename(root / part / "rot")
+    for arguments in (words + ["--resume"], anyway):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "started with other classes: only before: red; only now: rot" in said and "--resume-anyway" not in said
+        assert state_of(output) == before
+    for part in ("train", "val"):
+        (root / part / "rot").rename(root / part / "red")
+    root.rename(here / "moved")
+    assert cli(["resume", str(output)]) == 2 and "Yours: --data DIR" in capsys.readouterr().err
+    assert cli(["resume", str(output), "--data", str(here / "moved")]) == 0
+    assert json.loads((output / "recipe.json").read_text())["data"]["source"] == str(here / "moved")
+
+
+def test_other_weights_to_pull_towards_are_another_recipe(tmp_path):
+    """With l2_sp the file of pretrained weights is part of the run, as its content."""
+    file = tmp_path / "w.pth"
+    file.write_bytes(b"one")
+    recipe = small_recipe(weights=str(file), l2_sp=0.1)
+    start_run_dir(tmp_path, None, "run", recipe, "", {})
+    check_same_recipe(tmp_path, recipe)
+    file.write_bytes(b"two")
+    with pytest.raises(RecipeError, match="w.pth: another content than before, towards which l2_sp pulls"):
+        check_same_recipe(tmp_path, recipe)
 
 
 NETWORK = '''"""A recipe of one's own."""

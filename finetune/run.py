@@ -176,7 +176,7 @@ def resolve(args: argparse.Namespace) -> Request:
         return Request(recipe, file, name, folder, resume=False)
     own = args.recipe is None  # the run's recipe, with no other change than of the epochs
     folder = Path(args.resume) if args.resume not in ("", "auto") else args.output
-    folder = run_dir.unfinished_run_dir(name, folder, recipe.epochs if own or args.resume_anyway else 0)
+    folder = run_dir.unfinished_run_dir(name, folder, recipe.epochs if own or args.resume_anyway else 0, recipe)
     if not own and not args.resume_anyway:
         run_dir.check_same_recipe(folder, recipe, file)
     return Request(recipe, file, name, folder, resume=True)

@@ -133,6 +133,11 @@ def test_a_bare_resume_takes_the_recipes_newest_unfinished_run(here):
     assert unfinished_run_dir("x", None) == Path("runs") / ours[2]
     (here / "runs" / ours[2] / "run.json").write_text('{"name": "x-20260101"}')
     assert unfinished_run_dir("x", None) == Path("runs") / ours[1]
+    recipe = small_recipe()
+    start_run_dir(here / "runs" / ours[0], None, "x", recipe, "", {})
+    os.utime(here / "runs" / ours[0] / "recipe.json", (1e9, 1e8))
+    assert unfinished_run_dir("x", None, recipe=recipe) == Path("runs") / ours[0]  # of this very recipe, though older
+    (here / "runs" / ours[0] / "recipe.json").unlink()
     assert unfinished_run_dir("x-y", None) == Path("runs") / other
     assert unfinished_run_dir("x", here / "runs" / other) == here / "runs" / other
     with pytest.raises(RecipeError, match=f"^no run to resume in {here / 'runs' / ours[0]}; name its folder: --resume DIR$"):

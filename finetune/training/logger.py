@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -51,6 +52,7 @@ class Logger:
         self.linear_probe: dict[str, Any] | None = None
         self.clock: list[float] = []  # seconds at which each of these was reached
         self.losses: list[float] = []  # of the running epoch's steps
+        self.sizes: list[int] = []  # the images of each of them
         self.skipped = 0  # images that could not be read in the running epoch
         self.overflowed = 0  # steps of the running epoch that the scaler of fp16 left out
         self.pending: list[PendingStep] = []
@@ -85,6 +87,7 @@ class Logger:
             rows = self.restored_rows(state["metrics_bytes"])
             running = [row["loss"] for row in rows if "grad_norm" in row and row["epoch"] == len(self.history)]
             self.losses = state.get("losses", running)  # older checkpoints leave them to the file
+            self.sizes = state.get("sizes", [1] * len(self.losses))
         self.started = time.monotonic()
         done = len(self.history)
         self.say(f"resuming after step {state['step']}, {done} epoch{'s' * (done != 1)} done")
@@ -118,6 +121,7 @@ class Logger:
             "linear_probe": self.linear_probe,
             "clock": self.clock,
             "losses": self.losses,
+            "sizes": self.sizes,
             "images": self.images,
             "skipped": self.skipped,
             "overflowed": self.overflowed,
@@ -171,10 +175,11 @@ class Logger:
                 raise RecipeError(
                     f"the loss of step {one.plan.step + 1} (epoch {one.epoch + 1}) is {loss:.4g}, the norm of its gradient "
                     f"{norm:.4g}, at learning rates {lrs}\n"
-                    f"  its images, by index: {', '.join(map(str, one.plan.images))}\n"
+                    f"  its images, by index (0 is line 2 of images.csv): {', '.join(map(str, one.plan.images))}\n"
                     f"  look at these images, or lower the learning rates, or clip_norm. {self.kept()}"
                 )
         self.losses += losses
+        self.sizes += [one.plan.size for one in self.pending]
         self.skipped += int(sums[:, 1].sum())
         self.overflowed += sum(not math.isfinite(norm) for norm in norms)
         self.write(rows)
@@ -200,7 +205,8 @@ class Logger:
 
     def log_epoch(self, step: int, epoch: int, metrics: dict[str, Any], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """A line for an epoch, in the file and on the terminal; logits and labels go to predictions.safetensors."""
-        row = {"epoch": epoch, "step": step, "train_loss": sum(self.losses) / max(1, len(self.losses)), **metrics}
+        train_loss = sum(map(operator.mul, self.losses, self.sizes)) / max(1, sum(self.sizes))
+        row = {"epoch": epoch, "step": step, "train_loss": train_loss, **metrics}
         if not math.isfinite(row["loss"]):
             what = f"the validation loss after epoch {epoch + 1} is {row['loss']}"
             raise RecipeError(f"{what}: lower the learning rates, or clip_norm. {self.kept()}")
@@ -211,7 +217,7 @@ class Logger:
             row["skipped_steps"] = self.overflowed
             which = f"{self.overflowed} of {len(self.losses)} steps were left out: in fp16 their gradients are not finite"
             self.say(f"epoch {epoch + 1}: {which}")
-        self.losses, self.skipped, self.overflowed = [], 0, 0
+        self.losses, self.sizes, self.skipped, self.overflowed = [], [], 0, 0
         self.history.append(row)
         self.clock.append(self.elapsed())
         self.write([row])

@@ -48,8 +48,9 @@ def new_run_dir(name: str, output: Path | None) -> Path:
     return folder
 
 
-def unfinished_run_dir(name: str, folder: Path | None, epochs: float = 0) -> Path:
-    """The folder of a run to go on with: `folder`, or the recipe's newest unfinished one in runs/.
+def unfinished_run_dir(name: str, folder: Path | None, epochs: float = 0, recipe: Recipe | None = None) -> Path:
+    """The folder of a run to go on with: `folder`, or the newest unfinished one of that name in runs/, of this very `recipe`
+    if there is one.
 
     A run that finished is unfinished where `epochs` asks for more than it did.
 
@@ -59,7 +60,7 @@ def unfinished_run_dir(name: str, folder: Path | None, epochs: float = 0) -> Pat
     if folder is None:
         files = Path("runs").glob(f"{name}-*/recipe.json")
         runs = [file.parent for file in files if run_name(file.parent) == name and not epochs_done(file.parent)]
-        folder = max(runs, default=None, key=lambda run: (run / "recipe.json").stat().st_mtime)
+        folder = max(runs, default=None, key=lambda run: (is_of(run, recipe), (run / "recipe.json").stat().st_mtime))
     if folder is None or not (folder / "recipe.json").is_file():
         raise RecipeError(f"no run to resume in {folder or 'runs/'}; name its folder: --resume DIR")
     if done := epochs_done(folder):
@@ -69,6 +70,14 @@ def unfinished_run_dir(name: str, folder: Path | None, epochs: float = 0) -> Pat
         if newest_checkpoint(folder) is None:
             raise RecipeError(f"the run in {folder} is finished, and has no checkpoint any more to go on from")
     return folder
+
+
+def is_of(run: Path, recipe: Recipe | None) -> bool:
+    """Whether a run was started with this recipe."""
+    try:
+        return recipe is not None and not diff(from_dict(read_json(run / "recipe.json")), recipe)
+    except RecipeError:
+        return False
 
 
 def epochs_done(folder: Path) -> int:

@@ -4,16 +4,17 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from finetune.recipe import Group, LinearProbe
+from finetune.recipe import AdamW, Data, Group, LinearProbe
 from finetune.training import logger as run_record
 from finetune.training.logger import Logger
 from finetune.training.loop import train
 from finetune.training.setup import RunOptions
-from helpers import prepare, run_here, small_recipe
+from helpers import ALL, Coloured, Cut, cut_before, prepare, run_here, small_recipe
 
 
 @pytest.mark.parametrize("metric", ["top1", "macro_f1", "mean_average_precision"])
@@ -56,3 +57,19 @@ def test_a_quiet_run_says_nothing(tmp_path, monkeypatch, capsys):
     accelerator = Accelerator(cpu=True)
     train(recipe, net, datasets, Logger(tmp_path, accelerator, recipe, quiet=True), accelerator, RunOptions(quiet=True))
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_epochs_training_loss_is_the_mean_over_its_images(tmp_path, monkeypatch):
+    """A short last batch counts as its images do, also where the epoch was broken off and resumed."""
+    labels = [i % 2 for i in range(21)]
+    source = lambda: (Coloured(labels), Coloured(labels[:6]))  # noqa: E731
+    recipe = small_recipe(data=Data(source, image_size=24, batch_size=8), groups=ALL, optimizer=AdamW(), epochs=2)
+    with monkeypatch.context() as patched:
+        cut_before(patched, "set_lrs", 6)
+        with pytest.raises(Cut):
+            run_here(recipe, tmp_path, checkpoint_every=1)
+    rows = run_here(recipe, tmp_path)[1]
+    for epoch in range(2):
+        losses = [row["loss"] for row in rows if "grad_norm" in row and row["epoch"] == epoch]
+        (logged,) = [row["train_loss"] for row in rows if "train_loss" in row and row["epoch"] == epoch]
+        assert logged == pytest.approx(np.average(losses, weights=[8, 8, 5]), rel=1e-6)

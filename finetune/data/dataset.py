@@ -185,14 +185,19 @@ def check_classes(part: ImageList, classes: Sequence[str], where: str) -> None:
             raise RecipeError(f"{text}\n  for a table without what can't be read: {FIX}")
 
 
-def note_same_files(data: ImageData, source: str) -> None:
-    """Say, on the first process, which files have the same content: in both parts of the split, or under two labels."""
+def note_same_files(
+    data: ImageData, source: str, find: Callable[[ImageData], tuple[list[Any], list[list[int]]]] | None = None
+) -> None:
+    """Say, on the first process, which files have the same content: in both parts of the split, or under two labels.
+
+    `find` is for images that are no files of their own: it gives something that names each, and the groups of `same_files`.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     parts = [part for part in (data.train, data.val) if isinstance(part, ImageList)]
     paths, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
     first_val, found = len(data.train), list[str]()
-    groups = same_files(list(map(str, paths)))
+    paths, groups = find(data) if find else (paths, same_files(list(map(str, paths))))
     if shared := [i for group in groups if group[0] < first_val for i in group if i >= first_val]:
         found.append(
             f"{len(shared)} of {len(data.val)} validation images are training images as well ({paths[shared[0]]}): the metrics "

@@ -1,25 +1,29 @@
 """Data sets of other libraries: torchvision, Hugging Face datasets, WebDataset's tar shards."""
 
+import hashlib
 import io
 import re
 import socket
 import tarfile
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torchvision
 from PIL import Image
 
 from finetune.data.builtin import data_folder, require_package
-from finetune.data.dataset import SPLITS, ImageList
+from finetune.data.dataset import SPLITS, ImageData, ImageList
 from finetune.data.decode import ENDINGS, read_image
+from finetune.data.folders import list_shards, used_shards
 from finetune.utils.errors import RecipeError
 from finetune.utils.net import reach
-from finetune.utils.text import nearest, note
+from finetune.utils.text import list_few, nearest, note
 
 TORCHVISION = {  # argument that names the split, its values for training and validation, training images, classes, place
     "CIFAR10": ("train", (True, False), 50_000, 10, "cifar-10-batches-py"),
@@ -37,6 +41,7 @@ TORCHVISION = {  # argument that names the split, its values for training and va
     "STL10": ("split", ("train", "test"), 5000, 10, "stl10_binary"),
     "SVHN": ("split", ("train", "test"), 73_257, 10, "train_32x32.mat"),
 }
+CHANGED = "\n  with the package datasets: {}; save_to_disk(PATH), then Data('hf/PATH')"
 
 
 def from_torchvision(name: str) -> tuple[list[ImageList], Sequence[str]]:
@@ -89,7 +94,8 @@ def from_hub(name: str) -> tuple[list[ImageList], Sequence[str]]:
     splits = found if isinstance(found, dict) else {"train": found}
     known = {SPLITS.get(split.lower(), split): split for split in splits}
     if "train" not in known:
-        raise RecipeError(f"data: hf/{name} has no split 'train', but {', '.join(splits)}")
+        remedy = CHANGED.format(f"sets['train'] = sets.pop('{next(iter(splits))}')")
+        raise RecipeError(f"data: hf/{name} has no split 'train', but {', '.join(splits)}{remedy}")
     used = [known["train"], *[known[part] for part in ("val", "test") if part in known][:1]]
     if others := [split for split in splits if split not in used]:
         note(f"data: of hf/{name} the splits {', '.join(used)} are used, not {', '.join(others)}")
@@ -101,22 +107,26 @@ def from_hub(name: str) -> tuple[list[ImageList], Sequence[str]]:
     if len(images) != 1 or len(labels) != 1:
         raise RecipeError(
             f"data: hf/{name} must have one Image and one ClassLabel column. Image: {', '.join(images) or 'none'}; ClassLabel: "
-            f"{', '.join(labels) or 'none'}; all columns: {', '.join(features)}\n  with the package datasets: cast_column or "
-            "remove_columns, save_to_disk(PATH), then Data('hf/PATH')"
+            f"{', '.join(labels) or 'none'}; all columns: {', '.join(features)}"
+            + CHANGED.format("cast_column or remove_columns")
         )
     parts = []
     for split in used:
         rows = splits[split].with_format(None)
         numbers = [-1 if label is None else label for label in rows.select_columns(labels)[:][labels[0]]]
         if min(numbers, default=0) < 0:
-            unlabelled = sum(number < 0 for number in numbers)
-            raise RecipeError(
-                f"data: hf/{name}: {unlabelled} images of '{split}' have no label\n  with the package datasets: remove that "
-                "split, or filter() these rows out; save_to_disk(PATH), then Data('hf/PATH')"
-            )
+            unlabelled = [row for row, number in enumerate(numbers) if number < 0]
+            remedy = CHANGED.format(("" if split == used[0] else "remove that split, or ") + "filter() these rows out")
+            text = f"{len(unlabelled)} images of '{split}' have no label, first row {unlabelled[0]}, from 0"
+            raise RecipeError(f"data: hf/{name}: {text}{remedy}")
         load, where = partial(hub_image, rows.select_columns(images)), partial("hf/{}, {} {}".format, name, split)
         parts.append(ImageList(np.arange(len(rows)), np.array(numbers), partial(read_image, load=load, where=where)))
-    return parts, features[labels[0]].names
+    classes = features[labels[0]].names
+    if gone := [f"'{classes[i]}'" for i in sorted({*range(len(classes))} - {*parts[0].labels})]:
+        without = f"filter() its rows out and align_labels_with_mapping({{CLASS: NUMBER, ...}}, '{labels[0]}') without it"
+        remedy = CHANGED.format(f"add some, or {without}")
+        raise RecipeError(f"data: hf/{name}: no image of '{used[0]}' has the class {list_few(gone, len(gone))}{remedy}")
+    return parts, classes
 
 
 def load_hub(name: str) -> Any:
@@ -148,34 +158,51 @@ def has_shards(root: Path) -> bool:
     return "train" in list_shards(root)
 
 
-def list_shards(root: Path) -> dict[str, list[Path]]:
-    """The tars called train-*.tar, val-*.tar, validation-*.tar, ... by the part they belong to."""
-    parts: dict[str, list[Path]] = {}
-    for tar in sorted(root.glob("*-*.tar")):
-        if part := SPLITS.get(tar.name.partition("-")[0].lower()):
-            parts.setdefault(part, []).append(tar)
-    return parts
-
-
 def from_shards(root: Path) -> tuple[list[ImageList], Sequence[str]]:
     """The same of WebDataset's train-*.tar and val-*.tar (or test-*.tar), not unpacked; class names from classes.txt."""
-    shards = list_shards(root)
-    val = [split for split in ("val", "test") if split in shards][:1]
-    parts = []
-    for split in ["train", *val]:
-        tars = shards[split]
-        members = np.concatenate([np.array(tar_members(tar, i), np.int64).reshape(-1, 4) for i, tar in enumerate(tars)])
+    shards, parts = used_shards(root), []
+    members = {split: np.concatenate([*map(tar_members, tars, count())]) for split, tars in shards.items()}
+    classes = classes_of_shards(root, shards, members)
+    for split, tars in shards.items():
         read = partial(read_image, load=partial(open_member, tars), where=partial(member_name, tars))
-        parts.append(ImageList(members, members[:, 3], read))
-    labels = np.concatenate([part.labels for part in parts])
-    classes = read_class_names(root / "classes.txt") or [str(i) for i in range(labels.max(initial=-1) + 1)]
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise RecipeError(f"data: {root} has labels from {labels.min()} to {labels.max()}, and {len(classes)} classes, from 0")
-    for split, part in zip(["train", *val], parts, strict=True):
-        if gone := sorted({*range(len(classes))} - {*map(int, part.labels)}):
-            few = ", ".join(f"{label} ('{classes[label]}')" for label in gone[:10])
-            raise RecipeError(f"data: {root}: no image in {split} has the label {few}; labels count from 0")
+        parts.append(ImageList(members[split], members[split][:, 3], read))
     return parts, classes
+
+
+def classes_of_shards(root: Path, shards: dict[str, list[Path]], members: dict[str, np.ndarray]) -> list[str]:
+    """The names in classes.txt, else the labels themselves.
+
+    Raises:
+        RecipeError: for a part without images, for a label that no class has, and for a class without images in a part.
+    """
+    for split, tars in shards.items():
+        if not len(members[split]):
+            raise RecipeError(f"data: {root} has no images in {split}: {list_few(map(str, tars), len(tars))}")
+    labels = np.concatenate([rows[:, 3] for rows in members.values()])
+    low, high = int(labels.min()), int(labels.max())
+    file = root / "classes.txt"
+    names = read_class_names(file)
+    number = len(names) or high + 1
+    if low < 0 or high >= number:
+        odd, named = low if low < 0 else high, f" in {file}" if names else ""
+        raise RecipeError(
+            f"data: {root} has labels from {low} to {high}, and {number} classes{named}, from 0: the label {odd} is that of "
+            f"{name_label(shards, members, odd)}"
+        )
+    for split, rows in members.items():
+        there = {*rows[:, 3].tolist()}
+        if len(there) < number:
+            gone = (f"{label} ('{names[label] if names else label}')" for label in range(number) if label not in there)
+            why = f"{file} names {number}" if names else f"the highest, {high}, is that of {name_label(shards, members, high)}"
+            few = list_few(gone, number - len(there))
+            raise RecipeError(f"data: {root}: no image in {split} has the label {few}; labels count from 0, and {why}")
+    return names or [str(label) for label in range(number)]
+
+
+def name_label(shards: dict[str, list[Path]], members: dict[str, np.ndarray], label: int) -> str:
+    """The first image that has a label, and how many others have it."""
+    found = [(shards[split], row) for split, rows in members.items() for row in rows[rows[:, 3] == label]]
+    return member_name(*found[0]) + (f" and of {len(found) - 1} others" if len(found) > 1 else "")
 
 
 def read_class_names(file: Path) -> list[str]:
@@ -192,8 +219,8 @@ def read_class_names(file: Path) -> list[str]:
     return names
 
 
-def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
-    """(number, offset, bytes, label) of every image in a tar file, where KEY.jpg (or .png, ...) has its label in KEY.cls."""
+def tar_members(tar: Path, number: int) -> np.ndarray:
+    """(number, offset, bytes, label) [n, 4] of the images in a tar, where KEY.jpg (or .png, ...) has its label in KEY.cls."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     found = []
     try:
@@ -207,12 +234,14 @@ def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
             for key, members in samples.items():
                 images = [members[ending] for ending in members if f".{ending}" in ENDINGS]
                 if len(images) != 1 or "cls" not in members:
-                    raise ValueError(f"{key} has {len(images)} images and {'a' if 'cls' in members else 'no'} .cls")
+                    dotted = next((f" ({member.name} is its .{end})" for end, member in members.items() if "." in end), "")
+                    why = f"{dotted}; WebDataset's keys end at a file name's first dot: write them without" if dotted else ""
+                    raise ValueError(f"{key} has {len(images)} images and {'a' if 'cls' in members else 'no'} .cls{why}")
                 label = file.extractfile(members["cls"])
                 assert label is not None  # only files are among the members
                 text = label.read().decode(errors="replace").strip()
-                if not re.fullmatch(r"-?[0-9]+", text):
-                    raise ValueError(f"{key}.cls is '{text[:20]}', not a number")
+                if not re.fullmatch(r"-?[0-9]{1,18}", text):  # what 64 bits hold
+                    raise ValueError(f"{key}.cls is '{text[:20]}', not a number of a class")
                 found.append((number, images[0].offset_data, images[0].size, int(text)))
             file.fileobj.seek(file.offset)  # after the last member
             if not file.fileobj.read(tarfile.BLOCKSIZE):
@@ -222,15 +251,43 @@ def tar_members(tar: Path, number: int) -> list[tuple[int, int, int, int]]:
             f"data: can't use {tar}: {error}. Wanted: a tar, not compressed, with KEY.jpg (or .png, ...) and "
             "KEY.cls, a number, for each image"
         ) from None
-    return found
+    return np.array(found, np.int64).reshape(-1, 4)
 
 
-def open_member(tars: Sequence[Path], member: np.ndarray) -> Image.Image:
-    with open(tars[member[0]], "rb") as file:
-        file.seek(member[1])
-        return Image.open(io.BytesIO(file.read(member[2])))
+class Member(NamedTuple):
+    """A file in a tar: its content's place there."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def __str__(self) -> str:
+        with tarfile.open(self.tar, "r:") as file:
+            return f"{next(each.name for each in file if each.offset_data == self.offset)} in {self.tar}"
 
 
-def member_name(tars: Sequence[Path], member: np.ndarray) -> str:
-    with tarfile.open(tars[member[0]], "r:") as file:
-        return f"{next(each.name for each in file if each.offset_data == member[1])} in {tars[member[0]]}"
+def open_member(tars: Sequence[Path], row: np.ndarray) -> Image.Image:
+    return Image.open(io.BytesIO(Member(tars[row[0]], row[1], row[2]).read()))
+
+
+def member_name(tars: Sequence[Path], row: np.ndarray) -> str:
+    return str(Member(tars[row[0]], row[1], row[2]))
+
+
+def same_members(root: Path, data: ImageData) -> tuple[list[Member], list[list[int]]]:
+    """(training and validation images of shards, groups of them, by their positions, that have the same content)."""
+    shards = list(used_shards(root).values())  # of one part alone, all are of its shards
+    parts = ((tars, part) for tars, part in ((shards[0], data.train), (shards[-1], data.val)) if isinstance(part, ImageList))
+    members = [Member(tars[row[0]], row[1], row[2]) for tars, part in parts for row in part.items]
+    by_size, groups = defaultdict[int, list[int]](list), defaultdict[bytes, list[int]](list)
+    for i, member in enumerate(members):
+        by_size[member.size].append(i)
+    for alike in by_size.values():
+        for i in alike if len(alike) > 1 else ():
+            groups[hashlib.blake2b(members[i].read(), digest_size=16).digest()].append(i)
+    return members, [group for group in groups.values() if len(group) > 1]

@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, which folders are classes, which are splits."""
+"""Folders of images: which files are images, which folders are classes, which folders and tars are splits."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.data.dataset import SPLITS, ImageList
 from finetune.data.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import note, readable
+from finetune.utils.text import list_few, note, readable
 
 LINKED = "links to files that are there already"
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
@@ -150,6 +150,38 @@ def evaluation_folder(root: Path) -> Path:
     """The folder of the validation images, else of the test images, else the folder itself."""
     parts = {SPLITS.get(name.lower()): root / name for name in reversed(list_folders(root))}
     return parts.get("val") or parts.get("test") or root
+
+
+def list_shards(root: Path) -> dict[str, list[Path]]:
+    """The tars called train-*.tar, val-*.tar, validation-*.tar, ..., in any case, by the part they belong to; others by ""."""
+    parts: dict[str, list[Path]] = {}
+    for tar in sorted(root.glob("*.[tT][aA][rR]")):
+        if not is_hidden(tar.name):
+            parts.setdefault(SPLITS.get(tar.name.partition("-")[0].lower(), ""), []).append(tar)
+    return parts
+
+
+def used_shards(root: Path) -> dict[str, list[Path]]:
+    """The shards of the training and, if there are any, of the validation images, else of the test images.
+
+    Raises:
+        RecipeError: where the names of tars and folders leave it open.
+    """
+    shards, names = list_shards(root), dict[str, list[str]]()
+    for part, tars in shards.items():
+        names[part] = list(dict.fromkeys(f"{tar.name.partition('-')[0]}-*.tar" if part else tar.name for tar in tars))
+    for name in list_folders(root):
+        names.setdefault(SPLITS.get(name.lower(), ""), []).append(f"{name}/")
+    used = ["train", *[part for part in ("val", "test") if part in names][:1]]
+    for part in used:
+        if len(names[part]) > 1:
+            raise RecipeError(f"data: {root} has {' and '.join(names[part])}: leave one of them")
+    there = [names[part][0] for part in used]
+    if used[-1] not in shards:
+        raise RecipeError(f"data: {root} has {' and '.join(there)}: wanted are shards or folders, not one of each")
+    if others := [name for part in names if part not in used for name in names[part]]:
+        note(f"data: of {root} only {' and '.join(there)} are used, not {list_few(others, len(others))}")
+    return {part: shards[part] for part in used}
 
 
 def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:

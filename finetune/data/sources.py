@@ -13,7 +13,7 @@ import numpy as np
 from finetune.data.builtin import digits, elpv, generated
 from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_classes, check_files, note_same_files
 from finetune.data.decode import read_image, to_rgb
-from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards
+from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards, same_members
 from finetune.data.folders import class_difference, from_folder
 from finetune.data.split import from_lists, held_out, refuse_groups, refuse_split
 from finetune.recipe import Data, Recipe
@@ -56,7 +56,9 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
     if source.lower().endswith(".csv"):
         parts, classes = from_csv(Path(source), recipe.loss == "multi_label")
     elif Path(source).is_dir() and has_shards(Path(source)):
-        return from_lists(*from_shards(Path(source)), source, recipe.data)
+        data = from_lists(*from_shards(Path(source)), source, recipe.data)
+        note_same_files(data, source, partial(same_members, Path(source)))
+        return data
     elif Path(source).is_dir():
         parts, classes = from_folder(Path(source))
     else:

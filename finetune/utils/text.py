@@ -1,4 +1,4 @@
-"""Text for the terminal: the nearest name, lines and columns that fit, progress bars, streams that last."""
+"""Text for the terminal: the nearest name, the first of many, lines and columns that fit, progress bars, streams that last."""
 
 import difflib
 import os
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from io import TextIOWrapper
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """' Did you mean X?' or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def list_few(names: Iterable[str], number: int) -> str:
+    """The first ten of so many names, and how many more there are."""
+    return ", ".join(islice(names, 10)) + (f" and {number - 10} more" if number > 10 else "")
 
 
 def align_columns(rows: Sequence[Sequence[str]], numbers: bool = False, width: float = float("inf")) -> str:

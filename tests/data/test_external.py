@@ -94,15 +94,26 @@ def test_parquet_and_image_folders_are_what_datasets_reads(tmp_path, image_folde
         (lambda rows: {"train": rows.remove_columns("kind")}, "Image: picture; ClassLabel: none; all columns: note, picture"),
         (lambda rows: {"train": hub_set(range(4), second=rows.features["kind"])}, "ClassLabel: kind, second"),
         (lambda rows: {"train": hub_set(range(4), mask=rows.features["picture"])}, "Image: picture, mask"),
-        (lambda rows: {"valid": rows}, "has no split 'train', but valid"),
+        (
+            lambda rows: {"valid": rows},
+            "has no split 'train', but valid\n  with the package datasets: sets['train'] = sets.pop('valid'); save_to_disk",
+        ),
         (
             lambda rows: {"train": rows, "test": rows.map(lambda row: {"kind": -1}, load_from_cache_file=False)},
-            "4 images of 'test' have no label",
+            "4 images of 'test' have no label, first row 0, from 0\n  with the package datasets: remove that split, or filter",
+        ),
+        (
+            lambda rows: {"train": rows.map(lambda row, i: {"kind": None if i == 2 else 0}, True, load_from_cache_file=False)},
+            "1 images of 'train' have no label, first row 2, from 0\n  with the package datasets: filter() these rows out",
+        ),
+        (
+            lambda rows: {"train": hub_set([0, 2, 4]), "test": rows},
+            "no image of 'train' has the class 'bee'\n  with the package datasets: add some, or filter() its rows out and",
         ),
     ],
 )
 def test_a_saved_set_that_is_not_in_order(tmp_path, change, fault):
-    """Columns that are missing or not unique, and labels that are missing, are named."""
+    """Columns that are missing or not unique, labels that are missing, classes without training images are named."""
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict(change(hub_set(range(4)))).save_to_disk(tmp_path / "set")
     with pytest.raises(RecipeError) as caught:

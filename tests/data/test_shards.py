@@ -40,6 +40,67 @@ def test_shards_of_every_split_name_are_used(shards, train, val):
     assert (len(data.train), len(data.val)) == (6, 4)
 
 
+def test_shards_are_known_in_capitals(shards):
+    """TRAIN-000.TAR is a training shard, as TRAIN/ is a folder of training images."""
+    for file in shards.iterdir():
+        file.rename(shards / file.name.upper())
+    data = load_data(source(shards))
+    assert (len(data.train), len(data.val)) == (6, 4)
+
+
+def test_what_lies_beside_the_shards_is_said(shards, capsys):
+    """Test shards that are not needed, other tars and other folders are left out in the words that folders have for it."""
+    for name in ("test-000", "test-001", "more", ".hidden"):
+        write_tar(shards / f"{name}.tar", SAMPLES)
+    put(shards / "cat" / "0.png", png(0))
+    data = load_data(source(shards))
+    assert (len(data.train), len(data.val)) == (6, 4)
+    said = f"data: of {shards} only train-*.tar and validation-*.tar are used, not more.tar, cat/, test-*.tar\n"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "others,fault",
+    [
+        (("val-000.tar",), r"has val-\*.tar and validation-\*.tar: leave one of them"),
+        (("Train-001.tar",), r"has Train-\*.tar and train-\*.tar: leave one of them"),
+        (("train/a/0.png",), r"has train-\*.tar and train/: leave one of them"),
+        (("Valid/a/0.png", "train/a/0.png"), r"has train-\*.tar and train/: leave one of them"),
+        (("Valid/a/0.png",), r"has validation-\*.tar and Valid/: leave one of them"),
+        (("test/a/0.png", ""), r"has train-\*.tar and test/: wanted are shards or folders, not one of each"),
+    ],
+)
+def test_names_that_leave_it_open_are_asked_about(shards, others, fault):
+    """Two kinds of training or validation images are refused: neither is left out in silence, and none are merged."""
+    for name in others:
+        if not name:
+            (shards / "validation-000.tar").unlink()
+        elif name.endswith(".tar"):
+            write_tar(shards / name, SAMPLES)
+        else:
+            put(shards / name, png(0))
+    with pytest.raises(RecipeError, match=fault):
+        load_data(source(shards))
+
+
+def test_copies_in_validation_are_said(shards, capsys):
+    """Validation images with the content of training images are counted and named as those of folders are; others are not."""
+    write_tar(shards / "validation-000.tar", [("a", "png", png(6), 0), ("b", "png", png(7), 1)])
+    load_data(source(shards))
+    assert capsys.readouterr().err == ""
+    write_tar(shards / "validation-000.tar", [("a", "png", png(6), 0), ("b", "png", png(5), 1)])
+    write_tar(shards / "train-001.tar", [("x", "png", png(4), 1)])
+    load_data(source(shards))
+    err = capsys.readouterr().err
+    assert f"1 of 2 validation images are training images as well (b.png in {shards}/validation-000.tar): the metrics" in err
+    assert f"(x.png in {shards}/train-001.tar is 004.png in {shards}/train-000.tar)" in err
+    (shards / "validation-000.tar").unlink()
+    write_tar(shards / "train-000.tar", [(str(i), "png", png(i % 2), i % 2) for i in range(60)])
+    (shards / "train-001.tar").unlink()
+    load_data(source(shards))
+    assert "validation images are training images as well" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["cat\r\ndog\r\n\r\n", "\ufeffcat\ndog\n", " cat \ndog"])
 def test_class_names_are_what_is_written(shards, text):
     """Blank lines at the end, a byte-order mark and spaces are not part of classes.txt's names."""
@@ -53,7 +114,33 @@ def test_class_names_are_what_is_written(shards, text):
         (lambda root: write_tar(root / "train-000.tar", SAMPLES + SAMPLES[:1]), "000.png is there twice"),
         (lambda root: put(root / "classes.txt", "cat\ncat\n"), "names a class twice, or none in a line: 'cat'"),
         (lambda root: put(root / "classes.txt", "\ncat\ndog\n"), "names a class twice, or none in a line: ''"),
-        (lambda root: put(root / "classes.txt", "a\nb\nc\n"), r"no image in train has the label 2 \('c'\)"),
+        (
+            lambda root: put(root / "classes.txt", "a\nb\nc\n"),
+            r"no image in train has the label 2 \('c'\); labels count from 0, and .*classes.txt names 3",
+        ),
+        (
+            lambda root: put(root / "classes.txt", "cat"),
+            "from 0 to 1, and 1 classes in .*classes.txt, from 0: the label 1 is that of 001.png in .*train-000.tar and of 4",
+        ),
+        (
+            lambda root: write_tar(root / "train-000.tar", [*SAMPLES, ("odd", "png", png(6), 281)]),
+            r"train has the label 2 \('2'\), .*, 11 \('11'\) and 269 more; .* the highest, 281, is that of odd.png in .*train",
+        ),
+        (
+            lambda root: write_tar(root / "validation-000.tar", [*SAMPLES, ("odd", "png", png(6), 10**17)]),
+            r"train has the label 2 .* more; .* the highest, 100000000000000000, is that of odd.png in .*validation-000.tar",
+        ),
+        (
+            lambda root: write_tar(root / "train-000.tar", [*SAMPLES, ("odd", "png", png(6), -1)]),
+            "from -1 to 1, and 2 classes, from 0: the label -1 is that of odd.png in .*train-000.tar",
+        ),
+        (lambda root: write_tar(root / "train-000.tar", [("a", "png", png(6), 10**19)]), "a.cls is '10*', not a number"),
+        (lambda root: write_tar(root / "validation-000.tar", []), "has no images in val: .*validation-000.tar$"),
+        (lambda root: write_tar(root / "train-000.tar", []), "has no images in train: .*train-000.tar$"),
+        (
+            lambda root: write_tar(root / "train-000.tar", [("x/img.v2.000", "JPEG", png(0), 0)]),
+            "x/img has 0 images and no .cls .x/img.v2.000.JPEG is its .v2.000.jpeg.; WebDataset's keys end at .* first dot",
+        ),
         (
             lambda root: [
                 write_tar(root / f"{part}-000.tar", [(*sample[:3], sample[3] + 1) for sample in SAMPLES])
@@ -67,7 +154,7 @@ def test_class_names_are_what_is_written(shards, text):
     ],
 )
 def test_what_is_wrong_with_shards_is_named(shards, spoil, fault):
-    """Keys that come twice, class names that are none, classes without images, labels that are no numbers, other names."""
+    """Keys that come twice or have dots, class names that are none, classes without images, odd labels, other names."""
     for file in shards.glob("validation-*.tar") if "train_000" in fault else ():
         file.unlink()
     spoil(shards)

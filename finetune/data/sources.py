@@ -4,6 +4,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torc
 from finetune.data.folders import class_difference, from_folder
 from finetune.data.split import from_lists, held_out, refuse_groups, refuse_split
 from finetune.recipe import Data, Recipe
+from finetune.recipe.load import describe_file
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import nearest, note
+from finetune.utils.text import as_seen, look_alikes, nearest, note, readable, spell_out
 
 
 def load_data(recipe: Recipe) -> ImageData:
     """The recipe's images, downloaded if need be; with a holdout, training images alone."""
     data, source = whole_data(recipe), recipe.data.source
+    note_look_alikes(data.classes, str(to_dict(source)))
     return held_out(data, recipe.data.holdout, str(to_dict(source))) if recipe.data.holdout else data
 
 
@@ -45,6 +48,13 @@ def whole_data(recipe: Recipe) -> ImageData:
     return ImageData(train, val, data.classes)
 
 
+def note_look_alikes(classes: Sequence[str], where: str) -> None:
+    """Say which classes have names that differ only in what can't be seen."""
+    if pairs := look_alikes(map(str, classes)):
+        shown = ", ".join(" and ".join(spell_out(pair)) for pair in pairs[:5]) + ", ..." * (len(pairs) > 5)
+        note(f"data: classes of {where} look alike: {shown}; they are told apart: give them one name if they are the same")
+
+
 def read_source(source: str, recipe: Recipe) -> ImageData:
     """The images that a source names."""
     if source in NAMED:
@@ -61,6 +71,8 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
         return data
     elif Path(source).is_dir():
         parts, classes = from_folder(Path(source))
+    elif Path(source).exists():
+        raise RecipeError(f"data: {describe_file(source)}")
     else:
         raise RecipeError(
             f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Yours: --data DIR. Named sets: "
@@ -148,13 +160,14 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
     Raises:
         RecipeError: with all that is not in order, in one go.
     """
-    columns, rows = read_columns(file)
+    whole, all_rows = read_columns(file)
+    columns, rows = leave_out_idle(whole, all_rows)
     paths = [file.parent / cell.strip() for cell in columns["path"]]
-    names = [[name.strip() for name in re.split("[;|]", cell) if name.strip()] for cell in columns["label"]]
+    names = list(map(names_in, columns["label"]))
     cells = [cell.strip().lower() for cell in columns["split"]]
     faults = [f"split '{cell}' is none of {', '.join(SPLITS)}" for cell in sorted(set(cells) - set(SPLITS))]
     splits = [SPLITS.get(cell, "") for cell in cells]
-    faults += find_faults(columns["path"], paths, names, rows, multi_label)
+    faults += find_faults(columns, paths, names, rows, multi_label)
     if alone := [row for row, cell in zip(rows, columns["group"], strict=False) if not cell.strip()]:
         faults.append(f"{len(alone)} rows have no group, first row {alone[0]}")
     first: dict[str, int] = {}  # row of each file, whatever links lead to it
@@ -175,7 +188,7 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
 
     if repeated := len(files) - len(once):
         note(f"left out of {file}: {repeated} rows that repeat a file and its label")
-    if unused := len(once) - len(used):
+    if unused := len(all_rows) - len(rows) + len(once) - len(used):
         note(f"left out of {file}: {unused} rows of the split test, as there is one for validation")
     classes = sorted({name for i in used for name in names[i]})
     labels: Values
@@ -184,7 +197,7 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
     else:
         number = {name: i for i, name in enumerate(classes)}
         labels = [number.get(found[0], -1) for found in names]  # -1: in rows that are not used
-    subgroups = [cell.strip() or "none" for cell in columns["subgroup"]]
+    subgroups = [readable(cell.strip()) or "none" for cell in columns["subgroup"]]
     groups = [cell.strip() for cell in columns["group"]]
     images = ImageList(paths, labels, read_image, subgroups or None, groups or None)
     if not parts:
@@ -192,33 +205,69 @@ def from_csv(file: Path, multi_label: bool) -> tuple[list[ImageList], Sequence[s
     return [images.part([i for i in used if splits[i] == part]) for part in parts], classes
 
 
+def names_in(cell: str) -> list[str]:
+    """The names of classes in a cell."""
+    return [readable(name.strip()) for name in re.split("[;|]", cell) if name.strip()]
+
+
+def leave_out_idle(columns: dict[str, list[str]], rows: list[int]) -> tuple[dict[str, list[str]], list[int]]:
+    """A table as `read_columns` has it without the rows of the split test that have no label, where others validate."""
+    splits = [SPLITS.get(cell.strip().lower()) for cell in columns["split"]]
+    kept = [i for i, cell in enumerate(columns["label"]) if "val" not in splits or splits[i] != "test" or names_in(cell)]
+    return {kind: [cells[i] for i in kept if cells] for kind, cells in columns.items()}, [rows[i] for i in kept]
+
+
 def find_faults(
-    cells: Sequence[str], paths: Sequence[Path], names: Sequence[Sequence[str]], rows: Sequence[int], multi_label: bool
+    columns: dict[str, list[str]], paths: Sequence[Path], names: Sequence[Sequence[str]], rows: Sequence[int], multi_label: bool
 ) -> list[str]:
     """A sentence for each thing that is wrong with a table's paths or labels."""
-    faults = []
+    faults, cells = [], columns["path"]
     if urls := [row for row, cell in zip(rows, cells, strict=True) if re.match(r"\s*[a-z0-9]+://", cell, re.I)]:
         faults.append(f"{len(urls)} rows have URLs, first row {urls[0]}: nothing is fetched, download the images first")
-    elif missing := [str(path) for path in paths if not path.is_file()]:
-        more = ", ..." if len(missing) > 5 else ""
-        faults.append(f"{len(missing)} of {len(paths)} files are missing: {', '.join(missing[:5])}{more}")
+    elif missing := [(path, cell) for path, cell in zip(paths, cells, strict=True) if not path.is_file()]:
+        shown = ", ".join(str(path) for path, _ in missing[:5]) + ", ..." * (len(missing) > 5)
+        why = next(filter(None, (why_missing(*one) for one in missing[:5])), "")
+        faults.append(f"{len(missing)} of {len(paths)} files are missing: {shown}{why and f'; {why}'}")
     if not multi_label and (none := [row for row, found in zip(rows, names, strict=True) if not found]):
         faults.append(f"{len(none)} rows have no label, first row {none[0]}")
-    if not multi_label and (several := [row for row, found in zip(rows, names, strict=True) if len(found) > 1]):
-        faults.append(f"{len(several)} rows have several labels, first row {several[0]}: that needs loss='multi_label'")
+    if not multi_label and (several := [i for i, found in enumerate(names) if len(found) > 1]):
+        first = f"first row {rows[several[0]]} ({columns['label'][several[0]]!r}), as ; and | divide labels"
+        remedy = "set loss='multi_label', or write another character in the name"
+        faults.append(f"{len(several)} rows have several labels, {first}: {remedy}")
     return faults
+
+
+def why_missing(path: Path, cell: str) -> str:
+    """Why a file is probably not there, where its name in the table, or what lies in its folder, tells."""
+    if "\\" in cell and os.sep == "/":
+        return "write / for \\"
+    if cell.strip().startswith("~"):
+        return "write the home folder in place of ~"
+    if path.is_dir():
+        return f"{path} is a folder"
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    with suppress(OSError, ValueError):  # a folder that can't be listed, a drive that is not there
+        name = path.relative_to(folder).parts[0]
+        for other in sorted(os.listdir(folder)):
+            if name != other and as_seen(name).casefold() == as_seen(other).casefold():
+                what = "what can't be seen" if as_seen(name) == as_seen(other) else "upper and lower case"
+                return "{} has {}, not {}: they differ in {}".format(folder, *spell_out((other, name)), what)
+    return ""
 
 
 def read_columns(file: Path) -> tuple[dict[str, list[str]], list[int]]:
     """(the cells of each of COLUMNS, an empty list for one that is not there, the number of each row)."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            filled = [(number, row) for number, row in enumerate(csv.reader(lines), 1) if any(cell.strip() for cell in row)]
+            told = re.fullmatch('"?sep=(.)"?[\r\n]*', lines.readline(), re.I)  # as Excel writes it
+            lines.seek(0)
+            table = csv.reader(lines, delimiter=told[1] if told else ",", skipinitialspace=True)
+            filled = [(number, row) for number, row in enumerate(table, 1) if any(cell.strip() for cell in row)]
         if any("\0" in cell for _, row in filled for cell in row):
             raise ValueError("there are NUL bytes in it")
     except (OSError, ValueError, csv.Error) as error:
         raise RecipeError(f"data: can't read {file}: {error}; wanted: a table in UTF-8, its cells divided by commas") from None
-    (_, header), *found = filled or [(1, [])]
+    (_, header), *found = filled[1 if told else 0 :] or [(1, [])]
     columns: dict[str, list[str]] = {}
     faults = []
     header = [cell.strip().lower() for cell in header]
@@ -227,6 +276,11 @@ def read_columns(file: Path) -> tuple[dict[str, list[str]], list[int]]:
         columns[kind] = [] if at is None else [row[at] if at < len(row) else "" for _, row in found]
         if at is None and kind in ("path", "label"):
             faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
+    if header and not found:
+        faults.append("there are no rows below its header")
+    if longer := [(number, row) for number, row in found if any(cell.strip() for cell in row[len(header) :])]:
+        first = f"first row {longer[0][0]} ({', '.join(longer[0][1])})"
+        faults.append(f"{len(longer)} rows have more cells than the header, {first}: put a cell with a comma in quotes")
     if divider := next((mark for mark in (";", "\t") if len(header) == 1 and mark in header[0]), None):
         faults = [f"its cells are divided by {'tabs' if divider == chr(9) else divider}, not by commas: {header[0]}"]
     if faults:

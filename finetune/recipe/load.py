@@ -111,13 +111,23 @@ def check_source(data: Any) -> None:
     name, there = str(data), Path(data).exists()
     if name in NAMED_SETS and there:
         raise RecipeError(
-            f"'{name}' is a named set, and a folder here: --data ./{name} is the folder, --set data.source={name} the set"
+            f"'{name}' is a named set, and a folder here: --data ./{name} is the folder; for the set, start from another "
+            f"folder, or write --set data.source={name} where a recipe is named"
         )
+    if Path(data).is_file() and not name.lower().endswith(".csv"):
+        raise RecipeError(describe_file(name))
     if not there and name not in (*NAMED_SETS, "generated") and not name.startswith(("torchvision/", "hf/")):
         raise RecipeError(
             f"no data set or folder '{name}'.{nearest(name, NAMED_SETS)} Wanted: a folder with CLASS/*.jpg, or with "
             f"train/CLASS/*.jpg and val/CLASS/*.jpg; a .csv; {', '.join(NAMED_SETS)}, torchvision/NAME, hf/NAME"
         )
+
+
+def describe_file(name: str) -> str:
+    """What is wanted in place of a file that holds no table."""
+    packed = name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
+    more = ": unpack it" if packed else ""
+    return f"'{name}' is a file{more}. Wanted: a folder of images, or a table saved as .csv, its cells divided by commas"
 
 
 def flag_name(flag: str) -> str:

@@ -25,7 +25,7 @@ from finetune.tools.suggest import LITE0, choose_backbone, choose_image_size
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_new
 from finetune.utils.text import WIDTH as COLUMNS
-from finetune.utils.text import align_columns, fill_lines, progress, readable
+from finetune.utils.text import align_columns, fill_lines, progress
 
 KINDS = {  # in the order in which they are reported: what does most harm first
     "unreadable": "can't be read",
@@ -284,7 +284,7 @@ def write_table(images: Collection, findings: list[Finding], file: Path) -> str:
             rows.append((os.path.relpath(path, file.parent), images.label(i), images.split[i], *(cells[i] for cells in values)))
     several = np.ndim(images.labels[0]) > 0
     for path, label, *_ in rows:
-        if readable(path.strip()) != path or label.strip() != label or not several and re.search("[;|]", label):
+        if re.search(r"\A\s|[\ud800-\udfff]|\s\Z", path) or label.strip() != label or not several and re.search("[;|]", label):
             raise RecipeError(f"a table can't hold this name, of a file or a class: {path!r}, {label!r}")
     with open(file, "w", newline="", encoding="utf-8") as lines:
         csv.writer(lines).writerows([("path", "label", "split", *names), *rows])

@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -88,8 +89,28 @@ def fill_lines(text: str, width: float = WIDTH) -> str:
 
 
 def readable(name: str) -> str:
-    """The name of a file or folder whose bytes the locale does not know: as UTF-8, with a mark for what is not that either."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
+    """A name in one line: as UTF-8, with a mark for bytes that are not that, and escapes for line breaks and their like."""
+    text = name.encode(errors="surrogateescape").decode(errors="replace")
+    return "".join(ascii(one)[1:-1] if unicodedata.category(one) in ("Cc", "Zl", "Zp") else one for one in text)
+
+
+def as_seen(name: str) -> str:
+    """A name as it looks: without invisible characters and outer spaces, in one form of Unicode."""
+    visible = "".join(one for one in name if unicodedata.category(one) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", visible).split())
+
+
+def look_alikes(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The pairs of names that differ only in what can't be seen, each name with the first that looks like it."""
+    first: dict[str, str] = {}
+    pairs = [(first.setdefault(as_seen(name), name), name) for name in names]
+    return [(one, other) for one, other in pairs if one != other]
+
+
+def spell_out(names: Sequence[str]) -> list[str]:
+    """The names in quotes, what can't be seen as escapes; all but ASCII, where they would look alike still."""
+    spelt = list(map(repr, names))
+    return list(map(ascii, names)) if look_alikes(spelt) else spelt
 
 
 def duration(seconds: float) -> str:

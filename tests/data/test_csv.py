@@ -189,13 +189,75 @@ def test_files_in_both_parts_are_said(tmp_path, capsys):
         ("path,label", "https://example.com/0.png,a", "1 rows have URLs, first row 2: nothing is fetched"),
         ("path,label", "0.png,", "1 rows have no label, first row 2"),
         ("path,label", "0.png\0,a", "NUL"),
+        ("path,label", "0.png,AC|DC", r"1 rows have several labels, first row 2 ('AC|DC'), as ; and | divide labels"),
+        ("path,label", "0.png,AC|DC", "set loss='multi_label', or write another character in the name"),
+        ("path,label", "0.png,cats, small", "1 rows have more cells than the header, first row 2 (0.png, cats, small): "),
+        ("path,label", "", "there are no rows below its header"),
+        ("path,label", ",a", "1 of 1 files are missing: {root}; {root} is a folder"),
     ],
 )
 def test_what_other_programs_write_is_told(tmp_path, header, row, fault):
-    """Another separator, URLs, a row without a label and bytes that are no text are each named."""
+    """Another separator, URLs, no label, two by accident, surplus cells, no rows, bytes that are no text are each named."""
     put_image(tmp_path / "0.png", 0)
-    with pytest.raises(RecipeError, match=fault):
+    with pytest.raises(RecipeError, match=re.escape(fault.format(root=tmp_path))):
         load_data(source(write_csv(tmp_path, [row], header)))
+
+
+@pytest.mark.parametrize(
+    "cell,why",
+    [
+        (r"cats\0.png", "; write / for \\"),
+        ("~/cats/0.png", "; write the home folder in place of ~"),
+        ("cats/0.PNG", "/cats has '0.png', not '0.PNG': they differ in upper and lower case"),
+        ("Cats/0.png", " has 'cats', not 'Cats': they differ in upper and lower case"),
+        ("cafe\u0301/0.png", " has 'caf\\xe9', not 'cafe\\u0301': they differ in what can't be seen"),
+        ("cats/0\u200b.png", "/cats has '0.png', not '0\\u200b.png': they differ in what can't be seen"),
+        ("cats/5.png", "/cats/5.png"),
+        ("dogs/0.png", "/dogs/0.png"),
+    ],
+)
+def test_missing_files_come_with_the_likely_reason(tmp_path, cell, why):
+    """Backslashes, ~, and names that differ in case or in what can't be seen from those that are there; else no reason."""
+    for name in ("cats/0.png", "caf\xe9/0.png"):
+        put_image(tmp_path / name, 0)
+    with pytest.raises(RecipeError) as caught:
+        load_data(source(write_csv(tmp_path, [f"{cell},a"], "path,label")))
+    assert "1 of 1 files are missing: " in str(caught.value) and str(caught.value).endswith(why)
+
+
+@pytest.mark.parametrize("first", ["sep=,", "sep=;", '"sep=;"', "SEP=\t", "\ufeffsep=,"])
+def test_the_first_line_may_tell_the_separator(tmp_path, first):
+    """As Excel writes it; the rows are those of a table without that line."""
+    rows = [row.replace(",", first.strip('"')[-1]) for row in ["path,label", *rows_of(tmp_path)]]
+    data = load_data(source(write_csv(tmp_path, rows, first)))
+    assert len(data.train) + len(data.val) == 10 and data.classes == ("a", "b")
+
+
+def test_spaces_after_commas_are_no_part_of_a_cell(tmp_path):
+    """A cell in quotes after a space is that cell; quotes and commas inside cells stay."""
+    names = ["a, b", 'c "d" e']
+    quoted = [name.replace('"', '""') for name in names]
+    rows = [f' "{put_image(tmp_path / f"{i}.png", i).name}",  "{quoted[i % 2]}" , ,' for i in range(10)]
+    assert load_data(source(write_csv(tmp_path, rows, '"path", "label"'))).classes == tuple(names)
+
+
+def test_names_of_several_lines_are_shown_in_one(tmp_path):
+    """Line breaks in the cells of classes and subgroups are escaped, as they are in the names of folders."""
+    rows = [f'{put_image(tmp_path / f"{i}.png", i).name},"{"ab"[i % 2]}\nc","x\ny"' for i in range(10)]
+    data = load_data(source(write_csv(tmp_path, rows, "path,label,subgroup")))
+    assert data.classes == (r"a\nc", r"b\nc") and {*data.val.subgroups} == {r"x\ny"}
+
+
+def test_rows_of_an_unused_split_need_no_label(tmp_path, capsys):
+    """Where others validate, rows of the split test without a label are counted among the unused; else they are refused."""
+    rows = rows_of(tmp_path, 12)
+    labelled = [f"{row},{part}" for row, part in zip(rows, ["train"] * 6 + ["val"] * 4, strict=False)]
+    table = [*labelled, "10.png,,test", "11.png,b,test", "0.png,,test"]
+    data = load_data(source(write_csv(tmp_path, table)))
+    assert (len(data.train), len(data.val), data.classes) == (6, 4, ("a", "b"))
+    assert "3 rows of the split test, as there is one for validation" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="2 rows have no label, first row 12"):
+        load_data(source(write_csv(tmp_path, [row.replace("val", "test") for row in table])))
 
 
 def test_empty_rows_are_no_images(tmp_path):

@@ -164,6 +164,15 @@ def test_names_that_look_alike_are_spelt_out(tree):
     assert "only in train: 'b', 'caf\\xe9'; only in val: 'b ', 'cafe\\u0301'" in str(caught.value)
 
 
+def test_classes_that_look_alike_are_said(tree, capsys):
+    """Class folders whose names differ only in what can't be seen are told apart, and named with what differs."""
+    root = tree(**{"cat": 4, "cat ": 4, "caf\xe9": 4, "cafe\u0301": 4, "dog": 4})
+    assert len(load_data(source(root)).classes) == 5
+    err = capsys.readouterr().err
+    assert f"classes of {root} look alike: 'cafe\\u0301' and 'caf\\xe9', 'cat' and 'cat '; they are told apart" in err
+    load_data(source(tree(a=4, b=4).rename(root.parent / "others")))
+
+
 def test_copies_in_validation_are_said(tree, capsys):
     """Validation images with the content of training images are counted, copied or linked; others are not."""
     root = tree(train__a=4, train__b=4, val__a=2, val__b=2)
@@ -238,7 +247,7 @@ def test_a_folder_called_like_a_named_set_is_asked_about(tree, monkeypatch):
     root.rename("digits")
     asked = arguments(["--recipe", "efficientnet_lite0_digits", "--data", "digits"])
     for call in (lambda: chosen_recipe(asked), lambda: compute_image_stats("digits")):
-        with pytest.raises(RecipeError, match="--data ./digits is the folder, --set data.source=digits the set"):
+        with pytest.raises(RecipeError, match="--data ./digits is the folder; for the set, start from another folder"):
             call()
     folder = arguments(["--recipe", "efficientnet_lite0_digits", "--data", "./digits"])
     named = arguments(["--recipe", "efficientnet_lite0_digits", "--set", "data.source=digits"])

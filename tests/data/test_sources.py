@@ -15,9 +15,10 @@ from finetune.data.sources import known_size, load_data
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import meta_backbone, preprocessing
 from finetune.recipe import Augment
+from finetune.recipe.load import check_source
 from finetune.utils.errors import RecipeError
 from helpers import prepare
-from image_files import source
+from image_files import put, source
 
 
 @pytest.mark.parametrize("images,batch,parts", [(20, 8, 4), (22, 8, 2), (3, 8, 4), (16, 8, 1)])
@@ -128,6 +129,17 @@ def test_an_unknown_source_is_answered_with_the_nearest():
     """A misspelt set is no folder either."""
     with pytest.raises(RecipeError, match="no data set or folder 'cifar01'. Did you mean cifar10"):
         load_data(source("cifar01"))
+
+
+@pytest.mark.parametrize(
+    "name,said", [("l.tsv", ". Wanted"), ("l.json", ". Wanted"), ("l.csv.gz", ": unpack"), ("a.ZIP", ": unpack")]
+)
+def test_a_file_that_is_no_table_is_told_from_one_that_is_not_there(tmp_path, name, said):
+    """In a recipe and on the command line: that it is a file, what is wanted, and that an archive is to be unpacked."""
+    put(tmp_path / name, "path,label")
+    for refuse in (lambda: load_data(source(tmp_path / name)), lambda: check_source(tmp_path / name)):
+        with pytest.raises(RecipeError, match=f"'{tmp_path / name}' is a file{said}.*a table saved as .csv"):
+            refuse()
 
 
 def test_a_missing_package_names_its_pip_line(monkeypatch):

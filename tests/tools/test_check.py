@@ -222,6 +222,15 @@ def test_several_labels_an_image_and_sets_in_memory(tmp_path, monkeypatch, capsy
     assert "--fix needs images that are files of their own" in capsys.readouterr().err
 
 
+def test_a_table_holds_names_of_several_lines(photos):
+    """A file's name with a line break is shown in one line, and written so that a run reads it."""
+    (photos / "train" / "a" / "0.png").rename(photos / "train" / "a" / "0\n.png")
+    images, findings, _ = check(str(photos), weights="none")
+    assert "train/a/0\\n.png" in images.names
+    write_table(images, findings, photos / "good.csv")
+    assert len(load_data(source(photos / "good.csv")).train) == len(images.parts[0])
+
+
 @pytest.mark.parametrize("name", ["a|b", "a ", b"caf\xe9".decode(errors="surrogateescape")])
 def test_names_that_a_table_can_not_hold_are_refused(photos, name):
     """A class that a table would take for two, or a name that is no text, is named before a table is written."""

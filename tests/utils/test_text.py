@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune.utils.text import align_columns, duration, fill_lines, progress
+from finetune.utils.text import align_columns, duration, fill_lines, look_alikes, progress, readable, spell_out
 
 
 class Terminal(io.StringIO):
@@ -29,6 +29,27 @@ def test_lines_are_filled_and_names_stay_whole():
     text = "a word " * 20 + "/a/path/" + "x" * 90 + " and top-1 " * 20
     filled = fill_lines(text)
     assert filled.split() == text.split() and all(len(line) <= 80 or line.startswith("/a/path") for line in filled.splitlines())
+
+
+def test_names_are_readable_in_one_line():
+    """Bytes that are no UTF-8 have a mark; line breaks, tabs and terminals' commands are escaped; all else stays."""
+    assert readable("a\udce9\n\t\x1b[1m\u2028\x85") == "a\ufffd\\n\\t\\x1b[1m\\u2028\\x85"
+    assert readable("猫 café\u200b 🐦") == "猫 café\u200b 🐦"
+
+
+@pytest.mark.parametrize(
+    "name,other,spelt",
+    [
+        ("cat", "cat ", ["'cat'", "'cat '"]),
+        ("собака", "соб\u200bака", ["'собака'", r"'соб\u200bака'"]),
+        ("caf\xe9", "cafe\u0301", [r"'caf\xe9'", r"'cafe\u0301'"]),
+        ("a b", "a\xa0b", ["'a b'", r"'a\xa0b'"]),
+    ],
+)
+def test_names_that_look_alike_are_found(name, other, spelt):
+    """Spaces, invisible characters and forms of Unicode; spelt out, they differ. Case and the same name do not count."""
+    assert look_alikes([name, "dog", "Dog", "d0g", other, other[:2]]) == [(name, other)]
+    assert look_alikes([name, name]) == [] and spell_out([name, other]) == spelt
 
 
 def test_durations_have_two_digits_or_so():

@@ -1,6 +1,8 @@
 """What the command refuses, and what it leaves alone."""
 
 import filecmp
+import importlib
+import json
 import os
 import subprocess
 import time
@@ -13,7 +15,7 @@ from finetune.run import main
 from finetune.training import logger
 from finetune.training.run_dir import check_same_recipe, lock, new_run_dir, start_run_dir, unfinished_run_dir
 from finetune.utils.errors import RecipeError
-from helpers import ROOT, Cut, cut_before, on_folder, small_recipe
+from helpers import ROOT, Cut, SmallNet, cut_before, on_folder, small_recipe
 
 
 @pytest.mark.parametrize(
@@ -215,3 +217,23 @@ def test_an_unknown_recipe_fails_before_torch_is_loaded(command):
         [command[0], "-X", "importtime", *command[1:], "--recipe", "resnet81_cifar"], capture_output=True, text=True
     )
     assert done.returncode == 2 and "finetune: no recipe" in done.stderr and "torch" not in done.stderr
+
+
+def test_a_recipes_own_modules_are_part_of_it(here, monkeypatch):
+    """A change of the code in a module or package of one's own is named; comments, and installed packages, may change."""
+    monkeypatch.syspath_prepend(here)
+    (here / "pack").mkdir()
+    (here / "pack" / "__init__.py").write_text("from pack.inner import make\n")
+    inner, file = here / "pack" / "inner.py", here / "mine.py"
+    inner.write_text("def make():\n    return 1\n")
+    file.write_text("import json\nimport numpy\nfrom pack import make\n")
+    importlib.import_module("pack")
+    recipe = small_recipe(backbone=SmallNet)
+    (here / "run").mkdir()
+    start_run_dir(here / "run", file, "x", recipe, "", {})
+    assert list(json.loads((here / "run" / "run.json").read_text())["modules"]) == ["pack", "pack.inner"]
+    inner.write_text("def make():\n    # the same\n    return 1\n")
+    check_same_recipe(here / "run", recipe, file)
+    inner.write_text("def make():\n    return 2\n")
+    with pytest.raises(RecipeError, match="module pack.inner, which .*mine.py imports: its code was changed"):
+        check_same_recipe(here / "run", recipe, file)

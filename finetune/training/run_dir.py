@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from itertools import permutations
@@ -145,7 +146,7 @@ def start_run_dir(folder: Path, recipe_file: Path | None, name: str, recipe: Rec
     if recipe_file and recipe_file.resolve() != (folder / "recipe.py").resolve():
         write_file(folder / "recipe.py", recipe_file.read_bytes())
     command, now = [Path(sys.argv[0]).name, *sys.argv[1:]], time.strftime("%Y-%m-%d %H:%M:%S")
-    code = {"code": code_digest(recipe_file), "weights": weights_digest(recipe)}
+    code = {"code": code_digest(recipe_file), "modules": module_digests(recipe_file), "weights": weights_digest(recipe)}
     started = {"name": name, "command": command, "started": now, **data, **code}
     write_file(folder / "run.json", json.dumps(started, indent=1) + "\n")
     write_file(folder / "groups.txt", groups + "\n")
@@ -182,6 +183,24 @@ def code_digest(file: Path | None) -> str:
     return hashlib.blake2b("\n".join(map(ast.unparse, [*code, *lambdas])).encode(), digest_size=8).hexdigest()
 
 
+def module_digests(file: Path | None) -> dict[str, str]:
+    """A digest of the code of each module of one's own that a recipe file imports, and of what lies in its packages."""
+    if file is None or file.suffix != ".py" or not file.is_file():
+        return {}
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    tops = {name.partition(".")[0] for name in names} - {"finetune", *sys.stdlib_module_names}
+    installed = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        path = str(getattr(module, "__file__", None) or "")
+        if name.partition(".")[0] in tops and path.endswith(".py") and not path.startswith(installed):
+            code = ast.dump(ast.parse(Path(path).read_text(encoding="utf-8")))
+            found[name] = hashlib.blake2b(code.encode(), digest_size=8).hexdigest()
+    return found
+
+
 def is_text(node: ast.stmt) -> bool:
     """Whether a statement is a text alone, such as a docstring."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -195,6 +214,9 @@ def check_same_recipe(folder: Path, recipe: Recipe, file: Path | None = None) ->
     code = started(folder).get("code") or code_digest(folder / "recipe.py")
     if file and functions and code and code != code_digest(file):
         changed.append(f"{file}: its code was changed, of which the recipe has {', '.join(functions)}")
+    modules, now = started(folder).get("modules", {}), module_digests(file)
+    others = [name for name in modules if functions and now.get(name, modules[name]) != modules[name]]
+    changed += [f"module {name}, which {file} imports: its code was changed" for name in others]
     if recipe.l2_sp and (weights := started(folder).get("weights")) and weights != weights_digest(recipe):
         changed.append(f"{recipe.weights}: another content than before, towards which l2_sp pulls")
     if changed:

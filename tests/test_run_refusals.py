@@ -226,7 +226,7 @@ def test_a_recipes_own_modules_are_part_of_it(here, monkeypatch):
     (here / "pack" / "__init__.py").write_text("from pack.inner import make\n")
     inner, file = here / "pack" / "inner.py", here / "mine.py"
     inner.write_text("def make():\n    return 1\n")
-    file.write_text("import json\nimport numpy\nfrom pack import make\n")
+    file.write_text("import json\nimport numpy\nimport torch\nfrom pack import make\n")
     importlib.import_module("pack")
     recipe = small_recipe(backbone=SmallNet)
     (here / "run").mkdir()

@@ -195,7 +195,8 @@ def module_digests(file: Path | None) -> dict[str, str]:
     found = {}
     for name, module in sorted(sys.modules.items()):
         path = str(getattr(module, "__file__", None) or "")
-        if name.partition(".")[0] in tops and path.endswith(".py") and not path.startswith(installed):
+        own = name.partition(".")[0] in tops and path.endswith(".py") and not path.startswith(installed)
+        if own and Path(path).is_file():  # torch has modules whose file is a name alone
             code = ast.dump(ast.parse(Path(path).read_text(encoding="utf-8")))
             found[name] = hashlib.blake2b(code.encode(), digest_size=8).hexdigest()
     return found

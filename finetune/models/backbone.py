@@ -191,21 +191,39 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
-    """The network with a new layer of `num_classes` outputs in place of `head`, a linear layer or a convolution."""
+    """The network with a new layer of `num_classes` outputs, all else the same, in place of `head`, a linear layer or a
+    convolution."""
     layer = dict(net.named_modules()).get(head)
-    if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None, dtype=layer.weight.dtype)
-    elif isinstance(layer, nn.Conv2d):
-        new = nn.Conv2d(layer.in_channels, num_classes, layer.kernel_size, layer.stride, layer.padding)  # type: ignore[arg-type]
-    else:
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
         names = [n for n, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         raise RecipeError(
             f"head: no linear or convolution layer '{head}'.{nearest(head, names)} The last ones are: {', '.join(names[-4:])}"
         )
+    if fault := no_plain_layer(layer):
+        raise RecipeError(
+            f"head: '{head}' is {fault}, of which no other size can be made here: give head=None, and a network whose '{head}' "
+            "has an output for each class already"
+        )
+    options: dict[str, Any] = {"bias": layer.bias is not None, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        new: nn.Module = type(layer)(layer.in_features, num_classes, **options)
+    else:
+        kept = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        new = nn.Conv2d(layer.in_channels, num_classes, **options, **{name: getattr(layer, name) for name in kept})
     net.set_submodule(head, new)
     if hasattr(net, "num_classes"):  # as timm's have it, and say it in config.json
         net.num_classes = num_classes  # type: ignore[assignment]
     return net
+
+
+def no_plain_layer(layer: nn.Linear | nn.Conv2d) -> str:
+    """What a layer is, if one that is made with its arguments would not do the same; "" if it would."""
+    name = type(layer).__name__
+    if type(layer) not in (nn.Linear, nn.Conv2d, timm.layers.Linear):  # timm's differs in TorchScript alone
+        return f"a {name}, a kind of its own"
+    if {name for name, _ in layer.named_parameters()} - {"weight", "bias"} or layer._forward_pre_hooks or layer._forward_hooks:
+        return f"a {name} with a hook, such as weight_norm's"
+    return f"a {name} of {layer.groups} groups" if isinstance(layer, nn.Conv2d) and layer.groups > 1 else ""
 
 
 def head_parameters(recipe: Recipe, net: nn.Module) -> set[str]:

@@ -1,10 +1,11 @@
 """The linear probe: the head, fitted to the frozen backbone's features before the first epoch."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from finetune.data.loader import is_unreadable
 from finetune.models.backbone import head_parameters
@@ -12,6 +13,7 @@ from finetune.models.sharding import laid_out_like
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
+from finetune.utils.seed import keep_random_state, seed_all
 
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # values of l2 to choose from
 NUM_FOLDS = 3
@@ -34,15 +36,33 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
 
 
 def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
-    """`head_layer`, once it is sure that a network in eval mode returns what this layer does, and nothing more."""
+    """`head_layer`, once it is sure that a network in eval mode returns what this layer does, and nothing more.
+
+    Of a network on torch's meta device, which has no values, the shape alone is known.
+    """
     layer, size = head_layer(recipe, net), recipe.data.image_size
-    image = torch.zeros(1, 3, size, size, device=layer.weight.device)
-    try:
-        with torch.no_grad(), returns_features(layer):
-            shape = tuple(net.eval()(image).shape)
-    except Exception:  # from whatever is done with the logits
-        shape = ()
-    if shape != (1, layer.in_features):
+    weight = torch.randn(layer.out_features, layer.in_features, generator=torch.Generator().manual_seed(0))
+    bias = torch.linspace(-100, 100, layer.out_features)  # so far apart that a limit on logits shows
+
+    def other_head(features: torch.Tensor) -> torch.Tensor:
+        return linear(features, weight.to(features), bias.to(features))
+
+    outputs = []
+    with keep_random_state(), torch.no_grad():
+        image = torch.rand(1, 3, size, size).to(layer.weight.device)
+        try:
+            for head in (nn.Identity(), other_head):
+                seed_all("probe")
+                with computes(layer, head):
+                    outputs.append(net.eval()(image))
+            features, logits = outputs
+            fits = features.shape == (1, layer.in_features) and logits.shape == (1, layer.out_features)
+            if fits and not layer.weight.is_meta:
+                wanted = other_head(features)
+                fits = not (logits - wanted).abs().max() > 1e-3 * wanted.abs().max()  # what is not finite `fit` refuses
+        except Exception:  # from whatever is done with the logits
+            fits = False
+    if not fits:
         raise RecipeError(
             f"linear_probe needs a network whose logits are those of its head; {to_dict(recipe.backbone)} does more with them. "
             f"{INSTEAD}"
@@ -51,13 +71,18 @@ def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
 
 
 @contextmanager
-def returns_features(layer: nn.Linear) -> Iterator[None]:
-    """Within, the network returns the input of its head `layer`, [n, features], not its logits."""
-    hook = layer.register_forward_hook(lambda module, inputs, output: inputs[0])
+def computes(layer: nn.Linear, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within, the layer returns this function of its input."""
+    hook = layer.register_forward_hook(lambda module, inputs, output: function(inputs[0]))
     try:
         yield
     finally:
         hook.remove()
+
+
+def returns_features(layer: nn.Linear) -> AbstractContextManager[None]:
+    """Within, the network returns the input of its head `layer`, [n, features], not its logits."""
+    return computes(layer, nn.Identity())
 
 
 def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Loss, l2: float | None, views: int = 1) -> float:

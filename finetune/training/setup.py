@@ -127,6 +127,8 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
     check_micro_batches(recipe, datasets[0], accelerator.num_processes, accumulate)
 
     def try_once() -> None:
+        if recipe.linear_probe and accelerator.is_main_process:
+            check_probe(recipe, net)  # by values, which the recipe's check had not
         if callable(recipe.backbone) and accelerator.is_main_process:
             try_saving(recipe, net, preprocessing(recipe, net), data.classes)
 

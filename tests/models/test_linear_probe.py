@@ -20,7 +20,7 @@ from finetune.recipe import Data, Group, LinearProbe
 from finetune.results.summary import describe_gain
 from finetune.training import loop as train_loop
 from finetune.training.evaluate import predict_logits
-from finetune.training.setup import DEFAULTS, check_recipe
+from finetune.training.setup import DEFAULTS, check_recipe, setup
 from finetune.utils.errors import RecipeError
 from helpers import ALL, SmallNet, prepare, run_here, small_recipe
 
@@ -206,6 +206,56 @@ def test_a_head_that_is_not_the_last_thing_done_is_refused():
         recipe = small_recipe(backbone=backbone, head=head, groups=ALL, data=Data("digits", size, 8))
         with pytest.raises(RecipeError, match="whose logits are those of its head; .* does more with them. Remove the option"):
             check_probe(replace(recipe, linear_probe=LinearProbe()), build_backbone(recipe, 10))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits.log_softmax(1),
+        lambda logits: logits * 30,
+        lambda logits: logits.clamp(-5, 5) / 0.05,
+        lambda logits: logits.clamp(-5, 5),
+        lambda logits: 0.1 * logits.tanh(),
+        lambda logits: logits - logits.mean(1, keepdim=True),
+    ],
+)
+def test_logits_that_are_changed_afterwards_are_refused(change):
+    """Where the shape stays, the values tell: a run finds it before its folder is begun."""
+
+    class Changed(SmallNet):
+        def forward(self, images):
+            return change(super().forward(images))
+
+    recipe = small_recipe(backbone=Changed, groups=ALL, linear_probe=LinearProbe())
+    with pytest.raises(RecipeError, match="whose logits are those of its head; .*Changed does more with them. Remove the opt"):
+        setup(recipe, Accelerator(cpu=True))
+
+
+def averaged(net, images):
+    features = net.body(net.norm(net.stem(images))).relu().flatten(2).transpose(1, 2)
+    return net.fc(features).mean(1)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        averaged,
+        lambda net, images: (SmallNet.forward(net, images) + SmallNet.forward(net, images.flip(-1))) / 2,
+        lambda net, images: SmallNet.forward(net, images + 0.1 * torch.randn_like(images)),
+        lambda net, images: SmallNet.forward(net, images)[:, :, None].squeeze(2),
+    ],
+    ids=["patches", "mirrored", "random", "squeezed"],
+)
+def test_logits_that_are_linear_in_the_features_pass(forward):
+    """Averages over patches or views, noise and changes of form pass, and the check leaves no trace."""
+
+    class Own(SmallNet):
+        def forward(self, images):
+            return forward(self, images)
+
+    recipe = small_recipe(backbone=Own, groups=ALL, linear_probe=LinearProbe())
+    net, state = build_backbone(recipe, 10), torch.get_rng_state()
+    assert check_probe(recipe, net) is net.fc and torch.equal(torch.get_rng_state(), state) and not net.fc._forward_hooks
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf])

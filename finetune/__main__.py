@@ -1,21 +1,18 @@
 """The command line: finetune VERB, or python -m finetune VERB."""
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from finetune.cli import Verb, arguments
 from finetune.recipe.load import check_source, chosen_recipe
 from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder, check_new
-from finetune.utils.text import escape_output, fill_lines, print_error
+from finetune.utils.files import REFUSED, check_folder, check_new, write_file
+from finetune.utils.text import STDOUT, drop_output, escape_output, fill_lines, print_error, show_result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,14 +30,16 @@ def main(argv: list[str] | None = None) -> int:
         print_error("stopped at once")
         return 130
     except BrokenPipeError:  # a reader such as `head` that has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        drop_output()
+        return 0
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print_error(f"{error.filename or 'the disk'}: {error.strerror}")
+        if error.filename == STDOUT:
+            drop_output()
+        return 2
     return code or 0
-
-
-def show_result(args: argparse.Namespace, result: Any, text: Callable[[], str]) -> None:
-    """Print what a verb has found: as JSON if that was asked for, else as text."""
-    print(json.dumps(result, indent=1) if args.json else text())
 
 
 def train(args: argparse.Namespace) -> int:
@@ -99,7 +98,7 @@ def cp(args: argparse.Namespace) -> None:
     from finetune.tools.library import copy_recipe
 
     check_new(args.target, ".py")
-    args.target.write_text(copy_recipe(args.recipe, args.target, args.assignments), encoding="utf-8")
+    write_file(args.target, copy_recipe(args.recipe, args.target, args.assignments))
     show_result(args, {"file": str(args.target)}, lambda: f"{args.target}; to run it: finetune train {args.target}")
 
 
@@ -211,7 +210,7 @@ def suggest(args: argparse.Namespace) -> None:
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"), args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         file = args.output or Path(folder) / "my_recipe.py"
-        file.write_text(text, encoding="utf-8")
+        write_file(file, text)
         recipe = to_dict(load_recipe(str(file))[0])
     said = f"{args.output}; to run it: finetune train {args.output}" if args.output else text.rstrip("\n")
     show_result(args, recipe, lambda: said)

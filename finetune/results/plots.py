@@ -23,6 +23,7 @@ from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
 from finetune.training.evaluate import confusion_matrix
 from finetune.training.run_dir import run_name
+from finetune.utils.files import write_file
 from finetune.utils.text import align_columns, readable
 
 NAMED_CLASSES = 20  # in a confusion matrix; of more, names and numbers would be too small to read
@@ -71,7 +72,8 @@ def new_figure() -> tuple[Figure, Axes]:
 def save_figure(figure: Figure, axes: Sequence[Axes], file: Path) -> Path:
     """Write the picture, with grid lines and no box."""
     tidy(*axes)
-    figure.savefig(file, dpi=200)
+    figure.savefig(picture := io.BytesIO(), dpi=200)
+    write_file(file, picture.getvalue())
     return file
 
 

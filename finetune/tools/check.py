@@ -23,7 +23,7 @@ from finetune.tools.label_errors import compute_features, find_label_errors, fin
 from finetune.tools.similar import FLAT, MOST, alike_pairs, near_pairs, same_pairs, without
 from finetune.tools.suggest import LITE0, choose_backbone, choose_image_size
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_new
+from finetune.utils.files import check_new, write_file
 from finetune.utils.text import WIDTH as COLUMNS
 from finetune.utils.text import align_columns, fill_lines, progress
 
@@ -286,8 +286,8 @@ def write_table(images: Collection, findings: list[Finding], file: Path) -> str:
     for path, label, *_ in rows:
         if re.search(r"\A\s|[\ud800-\udfff]|\s\Z", path) or label.strip() != label or not several and re.search("[;|]", label):
             raise RecipeError(f"a table can't hold this name, of a file or a class: {path!r}, {label!r}")
-    with open(file, "w", newline="", encoding="utf-8") as lines:
-        csv.writer(lines).writerows([("path", "label", "split", *names), *rows])
+    csv.writer(lines := io.StringIO(newline="")).writerows([("path", "label", "split", *names), *rows])
+    write_file(file, lines.getvalue())
     kept = sum(finding.kind == "label" and images.split[finding.images[0]] == "val" for finding in findings)
     stay = f"; {kept} validation images with likely wrong labels stay: look at them yourself" if kept else ""
     return fill_lines(f"{file}: {len(rows)} images, without {len(gone)}{stay}")

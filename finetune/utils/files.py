@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,13 @@ from finetune.utils.errors import RecipeError
 
 SAMPLE = 16384  # bytes at each end of a file that tell it from others of its size
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by CIFS and FUSE, which say so of folders above all
+
+
+# What a disk or a folder, and no fault of a program, makes of reading and writing.
+REFUSED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
 
 
 def check_folder(folder: Path) -> None:
@@ -23,26 +32,55 @@ def check_folder(folder: Path) -> None:
             raise RecipeError(f"{folder}: {there} is a file, not a folder; name another")
         if not os.access(there, os.W_OK | os.X_OK):
             raise RecipeError(f"{folder}: no right to write into {there}; name another folder")
+        for name in folder.absolute().relative_to(there).parts:
+            check_name(there / name)
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise RecipeError(f"{folder}: {error.strerror}; name another folder") from error
-
-
-def write_file(file: Path, content: bytes | str) -> None:
-    """Write a file aside, flush it to the disk and rename it: after a power cut, too, there is the old one or the new one."""
-    aside = file.with_name(f".{file.name}.tmp")
-    aside.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
-    flush(aside)
-    aside.replace(file)
-    flush(file.parent)
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:  # a full disk, or /proc, which root has the right to write into
+        raise RecipeError(f"{folder}: {there} can't hold files ({error.strerror}); name another folder") from error
 
 
 def check_new(target: Path, ending: str) -> None:
     """Raise RecipeError unless a file of that ending can be written there without overwriting anything."""
     check_folder(target.parent)
-    if target.suffix.lower() != ending or target.exists():
-        raise RecipeError(f"{target} is {'there already' if target.exists() else f'no {ending} file'}: name another")
+    there = os.path.exists(target)  # which raises nothing, of a name that is too long
+    if there or target.suffix.lower() != ending:
+        raise RecipeError(f"{target} is {'there already' if there else f'no {ending} file'}: name another")
+    try:
+        check_name(target)
+    except OSError as error:
+        raise RecipeError(f"{target}: {error.strerror}; name another") from error
     if not target.parent.is_dir():
         raise RecipeError(f"no folder {target.parent}: make it first, or name another")
+
+
+def check_name(path: Path) -> None:
+    """Raise OSError for a name that can't be, such as one that is too long, also while it is written aside."""
+    for name in (path, aside_of(path)):
+        with suppress(FileNotFoundError):
+            name.lstat()
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file or folder is until it is whole."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_file(file: Path, content: bytes | str) -> None:
+    """Write a file aside, flush it to the disk and rename it: after a power cut, too, there is the old one or the new one."""
+    aside = aside_of(file)
+    try:
+        aside.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+        flush(aside)
+        aside.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()  # half a file on a full disk only fills it
+        error.filename = str(file)
+        raise
+    flush(file.parent)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -50,7 +88,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
     A folder that is there already is moved away first, and for that moment there is none.
     """
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     if not folder.parent.is_dir():
         folder.parent.mkdir(parents=True)

@@ -1,12 +1,14 @@
 """Text for the terminal: the nearest name, the first of many, lines and columns that fit, progress bars, streams that last."""
 
+import argparse
 import difflib
+import json
 import os
 import sys
 import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from io import TextIOWrapper
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from tqdm.std import tqdm
 
 WIDTH = 80  # columns of a terminal that was never widened
+STDOUT = "stdout"  # as a file's name
 
 
 COLOURS = {"bold": 1, "red": 31, "green": 32, "yellow": 33}
@@ -43,6 +46,21 @@ def escape_output() -> None:
 def print_error(text: object) -> None:
     """What a person can put right, on stderr."""
     print(f"{colour('finetune:', 'red', sys.stderr)} {text}", file=sys.stderr)
+
+
+def show_result(args: argparse.Namespace, result: Any, text: Callable[[], str]) -> None:
+    """Print what a verb has found: as JSON if that was asked for, else as text."""
+    said = json.dumps(result, indent=1) if args.json else text()
+    try:
+        print(said, flush=True)
+    except OSError as error:
+        error.filename = STDOUT
+        raise
+
+
+def drop_output() -> None:
+    """Send what is still to be printed nowhere, so that Python does not fail on it in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @cache

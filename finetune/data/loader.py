@@ -4,6 +4,8 @@ import errno
 import mmap
 import multiprocessing
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -268,11 +270,22 @@ def load(
     except (OSError, RuntimeError) as error:
         if not (getattr(error, "errno", None) == errno.ENOSPC or "shared memory" in str(error)):
             raise
+        free_frames(error)
         raise RecipeError(
             f"no room in /dev/shm, through which {workers} loader processes hand over images: fewer --workers (0 needs "
             "none), or more shared memory (docker run --shm-size 8g)",
             one_process=True,
         ) from error
+
+
+def free_frames(error: Exception) -> None:
+    """Free what the frames of an error hold, such as torch's iterator, half made: its `__del__` ends the loader processes, and
+    then fails on what it has not got, which Python would print."""
+    shown, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = shown
 
 
 def load_batches(

@@ -10,7 +10,7 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from finetune.models.batch_norm import has_statistics, set_train_mode
+from finetune.models.batch_norm import has_statistics, needs_batch, set_train_mode
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError, first_line
@@ -101,8 +101,17 @@ def try_images(recipe: Recipe, net: nn.Module, num_classes: int | None = None) -
     size = recipe.data.image_size
     set_train_mode(net, recipe.batch_norm)
     check_logits(recipe, net(torch.zeros(2, 3, size, size)), 2, num_classes)
-    with torch.no_grad():
-        check_logits(recipe, net.eval()(torch.zeros(1, 3, size, size)), 1, num_classes)
+    try:
+        with torch.no_grad():
+            check_logits(recipe, net.eval()(torch.zeros(1, 3, size, size)), 1, num_classes)
+    except ValueError as error:  # which torch's norms raise
+        names = [f"{name} ({type(norm).__name__})" for name, norm in net.named_modules() if needs_batch(norm)]
+        if "more than 1 value per channel" not in str(error) or not names:
+            raise
+        raise RecipeError(
+            f"{to_dict(recipe.backbone)} can't evaluate one image: with track_running_stats=False {', '.join(names)} needs "
+            "several, for their statistics; leave that option out"
+        ) from error
 
 
 def check_logits(recipe: Recipe, logits: object, images: int, num_classes: int | None) -> None:

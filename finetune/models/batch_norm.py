@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from finetune.utils.errors import RecipeError
@@ -19,11 +19,22 @@ def convert_sync_batch_norm(net: nn.Module, batch_norm: str, accelerator: Accele
     """With batch_norm="sync" on several processes, replace each batch norm by torch's SyncBatchNorm.
 
     To be called before anything refers to a module; parameters stay the same objects under the same names.
+
+    Raises:
+        RecipeError: for a norm that can't be synchronised, also for one of the network's own that must be.
     """
-    if batch_norm != "sync" or accelerator.num_processes == 1:
+    if accelerator.num_processes == 1:
         return net
-    if accelerator.device.type == "cpu":
+    on_cpu = accelerator.device.type == "cpu"
+    if batch_norm == "sync" and on_cpu:
         raise RecipeError("batch_norm='sync' on several processes needs GPUs; here: --set batch_norm=frozen or train")
+    if on_cpu and (own := [name for name, module in net.named_modules() if isinstance(module, nn.SyncBatchNorm)]):
+        raise RecipeError(
+            f"backbone: {own[0]} is a SyncBatchNorm, which on several processes needs GPUs; here: --processes 1, or a network "
+            "with BatchNorm2d in its place"
+        )
+    if batch_norm != "sync":
+        return net
     net = convert_sync_batchnorm(net)
     for name, module in net.named_modules():
         if has_statistics(module) and not isinstance(module, nn.SyncBatchNorm | _InstanceNorm):
@@ -37,6 +48,11 @@ def has_statistics(module: nn.Module) -> bool:
     """Whether a module is a norm with running statistics: torch's, or any other that calls its buffers so."""
     names = [name for name, _ in module.named_buffers(recurse=False)]
     return isinstance(module, _NormBase) or any(name.startswith(("running_", "moving_")) for name in names)
+
+
+def needs_batch(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that takes the statistics of its batch in evaluation, too."""
+    return isinstance(module, _BatchNorm) and module.running_mean is None
 
 
 def set_train_mode(net: nn.Module, batch_norm: str) -> None:

@@ -146,11 +146,11 @@ def check_processes() -> None:
     missing = [name for name in ONE_OF_SEVERAL if name not in environment]
     numbers = all(value.isdecimal() for value in given.values())
     if missing or not numbers or int(given["RANK"]) >= int(given["WORLD_SIZE"]) or given.get("LOCAL_WORLD_SIZE") == "0":
-        said = ", ".join(f"{name}={value}" for name, value in given.items())
         fault = f"without {', '.join(missing)}" if missing else "which no launcher does"
         raise RecipeError(
-            f"the environment has {said}, {fault}. To run alone, unset {' '.join(given)}; "
-            "to start N processes: torchrun --nproc_per_node N -m finetune.run ..."
+            f"the environment has {', '.join(map('='.join, given.items()))}, {fault}. To run alone, unset {' '.join(given)}; "
+            "to start N processes: torchrun --nproc_per_node N -m finetune.run ...",
+            one_process=not given.get("RANK"),  # which one, nobody knows
         )
 
 

@@ -55,11 +55,11 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     """The Accelerator; on a machine without GPUs its processes use the CPU, with all cores if there is one process.
 
     Raises:
-        RecipeError: for processes that are not those of a launch; for fp16 on a CPU, which Accelerate would quietly compute in
-            float32; for a tracker that is not there.
+        RecipeError: for processes that are not those of a launch; for settings that Accelerate can't read; for fp16 on a CPU,
+            which it would quietly compute in float32; for a tracker that is not there.
     """
     check_processes()
-    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    cpu = asks_for_cpu() or not torch.accelerator.is_available()
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
     if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and not chosen_threads():
@@ -80,6 +80,18 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     if missing:
         raise RecipeError(f"--track {sorted(missing)[0]}: that package is not installed: pip install {sorted(missing)[0]}")
     return accelerator
+
+
+def asks_for_cpu() -> bool:
+    """Whether Accelerate is asked for the CPU; raises RecipeError for settings that it would fail on."""
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_TORCH_DEVICE"):
+        if name in os.environ:
+            try:
+                torch.empty(0, device=os.environ[name]) if name.endswith("DEVICE") else parse_flag_from_env(name)
+            except Exception as error:  # of each device that is not here another
+                text = f"{name}={os.environ[name]} in the environment: {first_line(error)}; unset {name}"
+                raise RecipeError(text) from error
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @contextmanager

@@ -265,6 +265,23 @@ def test_a_network_that_returns_no_logits():
         meta_backbone(recipe)
 
 
+def test_a_norm_that_needs_a_batch_to_evaluate_is_named():
+    """The layer's name and kind are said, not the size of the images; with its statistics kept it passes."""
+
+    class Own(SmallNet):
+        def __init__(self, kept=False):
+            super().__init__()
+            self.last = nn.BatchNorm1d(7, track_running_stats=kept)
+
+        def forward(self, images):
+            return self.last(super().forward(images))
+
+    fault = "Own can't evaluate one image: with track_running_stats=False last .BatchNorm1d. needs several"
+    with pytest.raises(RecipeError, match=fault):
+        meta_backbone(small_recipe(backbone=Own, head=None))
+    meta_backbone(small_recipe(backbone=lambda: Own(kept=True), head=None))
+
+
 def test_a_missing_package_names_its_pip_line():
     """Weights in a package that is not installed come with the line that installs it."""
     with pytest.raises(RecipeError, match="pip install no-such-weights"):

@@ -259,6 +259,17 @@ def test_synchronised_norms_keep_their_parameters(monkeypatch):
         convert_sync_batch_norm(net, "sync", SimpleNamespace(num_processes=2, device=torch.device("cpu")))
 
 
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_a_networks_own_synchronised_norm_needs_gpus(batch_norm):
+    """On several processes of a CPU it is refused by name, as torch's DDP would after the folder was begun; else it stays."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
+    for processes, device in ((1, "cpu"), (2, "cuda")):
+        accelerator = SimpleNamespace(num_processes=processes, device=torch.device(device))
+        assert convert_sync_batch_norm(net, batch_norm, accelerator) is net
+    with pytest.raises(RecipeError, match="backbone: 1 is a SyncBatchNorm, .* needs GPUs; here: --processes 1, or"):
+        convert_sync_batch_norm(net, batch_norm, SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+
+
 def test_no_module_is_swapped():
     """Freezing leaves every module object in its place (timm's own freeze replaces batch norms and orphans parameters)."""
     net, groups, _ = prepare(residual_recipe())

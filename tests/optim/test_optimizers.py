@@ -261,6 +261,15 @@ def test_optimizers_that_do_not_fit_are_named(changes, fault):
     assert fault in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern,found", [("fc", r"fc.bias .* own is \(7,\)"), ("body", "body.weight .* is .16, 8, 3, 3.")])
+def test_muon_names_what_is_no_matrix(pattern, found):
+    """The parameter, its group and its shape."""
+    pytest.importorskip("torch", minversion="2.9", reason="torch has Muon from 2.9 on")
+    recipe = small_recipe(groups=(Group("own", pattern, lr=1e-2, optimizer=Optimizer("Muon")), Group("rest", ".", lr=1e-3)))
+    with pytest.raises(RecipeError, match=f"optimizer Muon takes matrices, and {found}: give it to a group with another opt"):
+        build_optimizer(build_param_groups(recipe, SmallNet()))
+
+
 def test_columns_are_independent(tmp_path):
     """A group's own columns change nothing of its neighbour: after one step each has moved, and has lrs, as when alone."""
     own = {"weight_decay": 0.3, "schedule": Step(every=1, factor=0.5), "warmup_epochs": 0.5, "optimizer": SGD(momentum=0.9)}

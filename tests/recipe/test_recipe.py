@@ -157,13 +157,15 @@ def test_every_number_has_its_range(recipe, field, sentence, right, wrong):
 
 
 SKIPPING, SEVERAL = Data("digits", 8, 8, on_bad_image="skip"), {"loss": "multi_label", "metric": "mean_average_precision"}
+BALANCED = Data("digits", 8, 8, sampling="balanced")
 CLASHES = [
     ({"class_weights": "balanced"}, SEVERAL, "class_weights need one label an image: loss='cross_entropy' or 'binary'"),
     ({"clip_norm": None}, {"clip_norm_type": 1.0}, "clip_norm_type has no effect without clip_norm"),
     ({"mixed_precision": "fp16"}, {"optimizer": LBFGS}, "LBFGS needs mixed_precision='no' or 'bf16'"),
     ({"mixed_precision": "fp16"}, {"groups": (replace(FIRST, optimizer=LBFGS), SECOND)}, "LBFGS needs"),
     ({"mixed_precision": "fp16"}, {"switch": Switch(at=1, optimizer=LBFGS)}, "LBFGS needs"),
-    ({"data": Data("digits", 8, 8, sampling="balanced")}, SEVERAL, "data: sampling='balanced' needs one label an image"),
+    ({"class_weights": "balanced"}, {"data": BALANCED}, "class_weights='balanced' and data.sampling='balanced' would make up"),
+    ({"data": BALANCED}, SEVERAL, "data: sampling='balanced' needs one label an image"),
     ({"data": SKIPPING}, {"augment": Augment(mixup=0.2)}, "augment: mixup and cutmix need on_bad_image='stop'"),
     ({"data": SKIPPING}, {"augment": Augment(cutmix=0.2)}, "augment: mixup and cutmix need on_bad_image='stop'"),
     ({"epochs": 2}, {"schedule": Cosine(warmup_epochs=2)}, "schedule: warmup_epochs=2 does not end within epochs=2"),

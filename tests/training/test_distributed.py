@@ -52,7 +52,7 @@ SET = (
     "ema_decay=0.6",
     "l2_sp=0.1",
     "flip_test=True",
-    "class_weights=balanced",
+    "class_weights=(0.5, 1.5, 1.0)",
     "clip_value=0.1",
     "linear_probe.views=2",
 )

@@ -1,14 +1,17 @@
 """What a machine may lack: locks, memory, readers of the output, letters, forked loader processes."""
 
 import errno
+import gc
 import json
 import mmap
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from finetune.data import loader
 from finetune.data.sources import load_data
@@ -16,7 +19,7 @@ from finetune.recipe import Data
 from finetune.run import main
 from finetune.training import run_dir
 from finetune.utils.errors import RecipeError
-from helpers import ROOT, on_folder, run_here, small_recipe
+from helpers import ROOT, on_folder, prepare, run_here, small_recipe
 
 RUN = [sys.executable, str(ROOT / "finetune" / "run.py")]
 
@@ -74,6 +77,26 @@ def test_full_shared_memory_is_called_so(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(loader.DataLoader, "__iter__", fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         run_here(small_recipe(), tmp_path, workers=2)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_full_shared_memory_is_said_once(monkeypatch, room):
+    """Wherever room ends as the loader processes are made, nothing of Python's follows, and none of them stays."""
+    queue, made = torch.multiprocessing.Queue, []
+
+    def cramped(*args):
+        made.append(1)
+        if len(made) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return queue(*args)
+
+    monkeypatch.setattr(torch.multiprocessing, "Queue", cramped)
+    images, shown = prepare(small_recipe())[2][0], []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    with pytest.raises(RecipeError, match="no room in /dev/shm, through which 2 loader processes"):
+        next(loader.load(images, 0, [[0]], workers=2))
+    gc.collect()
+    assert not shown and not multiprocessing.active_children() and sys.unraisablehook == shown.append
 
 
 @pytest.mark.launches

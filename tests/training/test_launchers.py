@@ -85,6 +85,35 @@ def test_what_is_left_over_of_another_launch_is_named(here, capsys, monkeypatch,
     assert f"To run alone, unset {unset};" in capsys.readouterr().err and not list(here.iterdir())
 
 
+@pytest.mark.parametrize("value", ["1", ""])
+def test_a_process_of_no_known_rank_says_so_at_once(here, capsys, monkeypatch, value):
+    """LOCAL_RANK alone is no launch, in which another process would say it first."""
+    monkeypatch.setenv("LOCAL_RANK", value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
+    assert main(["--recipe", "efficientnet_lite0_digits"]) == 2
+    assert capsys.readouterr().err.startswith(f"finetune: the environment has LOCAL_RANK={value}, without RANK")
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("ACCELERATE_USE_CPU", "perhaps"),
+        ("ACCELERATE_DEBUG_MODE", "perhaps"),
+        ("ACCELERATE_CPU_AFFINITY", ""),
+        ("ACCELERATE_TORCH_DEVICE", "xpu"),
+        ("ACCELERATE_TORCH_DEVICE", "nowhere"),
+        ("ACCELERATE_TORCH_DEVICE", ""),
+    ],
+)
+def test_a_setting_that_accelerate_fails_on_is_named(here, capsys, monkeypatch, name, value):
+    """A word that is neither yes nor no, and a device that is not there: one sentence, and no folder."""
+    monkeypatch.setenv(name, value)
+    assert main(["--recipe", "resnet18_cifar", "--smoke"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"finetune: {name}={value} in the environment: ") and err.endswith(f"; unset {name}")
+    assert len(err.splitlines()) == 1 and not list(here.iterdir())
+
+
 @pytest.mark.parametrize(
     "environment",
     [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}, TORCHRUN, TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2"}],

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from finetune.recipe.serialize import from_dict, to_dict
 from finetune.run import main
 from finetune.training import logger
 from finetune.training.run_dir import check_same_recipe, lock, new_run_dir, start_run_dir, unfinished_run_dir
@@ -237,3 +239,13 @@ def test_a_recipes_own_modules_are_part_of_it(here, monkeypatch):
     inner.write_text("def make():\n    return 2\n")
     with pytest.raises(RecipeError, match="module pack.inner, which .*mine.py imports: its code was changed"):
         check_same_recipe(here / "run", recipe, file)
+
+
+def test_rare_classes_are_made_up_for_once(here, capsys):
+    """Balanced weights and balanced sampling are refused together, each alone is not; a run that has both can be loaded."""
+    words = ["--recipe", "efficientnet_lite0_digits", "--weights", "none", "--dry-run", "--set", "class_weights=balanced"]
+    assert main(words) == 0 and main([*words[:-2], "--set", "data.sampling=balanced"]) == 0
+    assert main([*words, "--set", "data.sampling=balanced"]) == 2
+    assert "would make up for rare classes twice" in capsys.readouterr().err
+    both = small_recipe(class_weights="balanced", data=replace(small_recipe().data, sampling="balanced"))
+    assert from_dict(to_dict(both)).class_weights == "balanced"

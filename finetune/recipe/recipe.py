@@ -107,8 +107,6 @@ class Recipe(Checked):
             yield "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure"
         if self.data.sampling == "balanced" and self.loss == "multi_label":
             yield "data: sampling='balanced' needs one label an image"
-        if self.data.sampling == "balanced" and self.class_weights == "balanced":
-            yield "class_weights='balanced' and data.sampling='balanced' would make up for rare classes twice: leave out one"
         if (self.metric == "mean_average_precision") != (self.loss == "multi_label"):
             yield (
                 f"metric='{self.metric}' and loss='{self.loss}' do not go together: several labels an image are measured by "

@@ -190,6 +190,10 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         RecipeError: for whatever is wrong with one of them.
     """
     groups = build_param_groups(recipe, net)
+    if recipe.data.sampling == "balanced" and recipe.class_weights == "balanced":  # here: a run that has both still predicts
+        raise RecipeError(
+            "class_weights='balanced' and data.sampling='balanced' would make up for rare classes twice: leave out one"
+        )
     build_optimizer(groups)
     training_transform(recipe, preprocessing(recipe, net))
     if recipe.batch_norm == "frozen" and recipe.weights != "none" and (fresh := fresh_norms(recipe, net)):

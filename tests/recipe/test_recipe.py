@@ -164,7 +164,6 @@ CLASHES = [
     ({"mixed_precision": "fp16"}, {"optimizer": LBFGS}, "LBFGS needs mixed_precision='no' or 'bf16'"),
     ({"mixed_precision": "fp16"}, {"groups": (replace(FIRST, optimizer=LBFGS), SECOND)}, "LBFGS needs"),
     ({"mixed_precision": "fp16"}, {"switch": Switch(at=1, optimizer=LBFGS)}, "LBFGS needs"),
-    ({"class_weights": "balanced"}, {"data": BALANCED}, "class_weights='balanced' and data.sampling='balanced' would make up"),
     ({"data": BALANCED}, SEVERAL, "data: sampling='balanced' needs one label an image"),
     ({"data": SKIPPING}, {"augment": Augment(mixup=0.2)}, "augment: mixup and cutmix need on_bad_image='stop'"),
     ({"data": SKIPPING}, {"augment": Augment(cutmix=0.2)}, "augment: mixup and cutmix need on_bad_image='stop'"),

@@ -245,7 +245,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     parts = zip(("training", "validation"), datasets, strict=True)
     images = {part: fingerprint(dataset.images, dataset.classes) for part, dataset in parts}
     num_train, classes = len(datasets[0]), datasets[0].classes
-    files = file_rows(datasets[0].images, datasets[1].images, classes)
+    files = file_rows(datasets[0].images, datasets[1].images, classes) if accelerator.is_main_process else []
     rewritten = not resume or args.resume_anyway or (args.recipe is None and (args.epochs or args.data))
     if resume:
         run_dir.check_same_images(folder, images, classes, changed_files(folder / "images.csv", files), args.resume_anyway)

@@ -303,9 +303,9 @@ FAMILIES = (
     "resnet10t", "resnetv2_18", "vit_tiny_patch16_224", "convnext_atto", "convnextv2_atto", "tf_efficientnet_lite0",
     "mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "lcnet_035", "regnetx_002", "densenet121",
     "deit_tiny_distilled_patch16_224", "levit_128s", "edgenext_xx_small", "repvgg_a0", "mobileone_s0", "ghostnet_050",
-    "starnet_s1",
+    "starnet_s1", "fastvit_t8", "mobilevit_xxs",
 )  # fmt: skip
 TORCHVISION = (
-    "regnet_x_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0",
+    "regnet_x_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0", "mobilenet_v3_small",
 )  # fmt: skip
 LIBRARIES = dict.fromkeys([*timm.list_models("test_*"), *FAMILIES, *(f"torchvision/{name}" for name in TORCHVISION)], 32)

@@ -43,7 +43,7 @@ RESULT = ROOT / "benchmarks" / "results" / "zoo.json"
 WORKS, BROKEN, NAMES = "works", "BROKEN", (*ODD, *LIBRARIES)
 # Of these an image's logits depend on the others or on chance, in evaluation, too, or buffers move with each micro-batch.
 OF_ITS_BATCH = ("many norms", "always random", "spectral norm", "spectral norm by hook")
-NO_PROBE = ("repvgg_a0",)  # with random weights, features are the same for every image
+NO_PROBE = ("repvgg_a0", "extra state")  # features that are the same for every image, as its weights are random; scaled logits
 CUT_AT = 6  # steps are taken by then
 PICTURES = ("finetune.results.summary.try_to", "finetune.results.sheets.plot_augmented")  # they tell nothing of a network
 

@@ -192,11 +192,11 @@ def module_digests(file: Path | None) -> dict[str, str]:
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     tops = {name.partition(".")[0] for name in names} - {"finetune", *sys.stdlib_module_names}
     installed = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib")})
+    files = {name: str(getattr(module, "__file__", None) or "") for name, module in sorted(sys.modules.items())}
+    tops = {top for top in tops if not files.get(top, "").startswith(installed)}  # torch makes modules elsewhere
     found = {}
-    for name, module in sorted(sys.modules.items()):
-        path = str(getattr(module, "__file__", None) or "")
-        own = name.partition(".")[0] in tops and path.endswith(".py") and not path.startswith(installed)
-        if own and Path(path).is_file():  # torch has modules whose file is a name alone
+    for name, path in files.items():
+        if name.partition(".")[0] in tops and path.endswith(".py"):
             code = ast.dump(ast.parse(Path(path).read_text(encoding="utf-8")))
             found[name] = hashlib.blake2b(code.encode(), digest_size=8).hexdigest()
     return found

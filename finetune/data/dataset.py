@@ -53,6 +53,7 @@ class ImageData:
     train: Images
     val: Images
     classes: tuple[str, ...]
+    drawn: bool = False  # the split was drawn here, and is not the source's own
 
 
 class ImageList:

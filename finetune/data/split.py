@@ -27,7 +27,7 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
         RecipeError: for a list or a class without images, and for fields of `data` that do not fit these images.
     """
     grouped = [with_groups(part, where, data) for part in parts]
-    if len(grouped) == 1 and len(grouped[0]):
+    if drawn := len(grouped) == 1 and len(grouped[0]) > 0:
         shares = [1 / data.folds] * data.folds if data.folds else [data.val_share or 0.2, 1 - (data.val_share or 0.2)]
         grouped = divide(grouped[0], classes, where, shares, data.fold)
     else:
@@ -39,7 +39,7 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
         )
     note_shared_groups(grouped[0], grouped[1], where)
     note_missing_classes(grouped[0], grouped[1], classes, where)
-    return ImageData(grouped[0], grouped[1], tuple(classes))
+    return ImageData(grouped[0], grouped[1], tuple(classes), drawn)
 
 
 def refuse_split(data: Data, where: str | Path) -> None:

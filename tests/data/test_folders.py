@@ -156,6 +156,19 @@ def test_all_bad_files_are_named_at_once(tree):
         load_data(skipping)
 
 
+def test_a_class_whose_bad_images_were_drawn_to_validate_is_said(tree, capsys):
+    """With on_bad_image="skip" a split that is drawn here stops no run whose class has good images to train on."""
+    root = tree(a=10, b=10)
+    skipping = small_recipe(data=Data(str(root), 24, 8, on_bad_image="skip"))
+    for path, label in zip((data := load_data(skipping)).val.items, data.val.labels, strict=True):
+        if label == 1:
+            Path(path).write_bytes(b"no image")
+    assert len(load_data(skipping).train) == len(data.train)
+    err = capsys.readouterr().err
+    assert f"no image of class 'b' in the validation images of {root} can be read" in err
+    assert "the class is trained on, and no metric tells how well it is recognised" in err
+
+
 def test_names_that_look_alike_are_spelt_out(tree):
     """Where classes differ in what can't be seen, the message shows it."""
     root = tree(**{"train__café": 2, "train__b": 2, "val__cafe\u0301": 2, "val__b ": 2})

@@ -102,10 +102,9 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
     variances, mean = torch.var_mean(features, 0, correction=0)
     scale = variances.mean().sqrt()
     if not scale > 1e-5 * features.abs().max():  # no more than rounding, or not finite
-        raise RecipeError(
-            "linear_probe: the frozen backbone's features are not finite, or the same for every image; look at its weights and "
-            "at the images, or remove the option"
-        )
+        alike = bool(features.isfinite().all())
+        fault = "the same for every image: look whether these are alike, or" if alike else "not finite: look"
+        raise RecipeError(f"linear_probe: the frozen backbone's features are {fault} at its weights; or remove the option")
     features = (features - mean) / scale
     if l2 is None:
         l2 = choose_l2(features, labels, images, loss, layer.out_features)

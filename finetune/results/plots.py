@@ -222,7 +222,9 @@ def plot_confusion_matrix(
     figure.suptitle(title, fontsize="medium", **style(title))
     axes.set(xlabel="predicted", ylabel="labelled")
     if few:
-        write_cells(axes, counts, shares, [shorten(name, 24) for name in classes])
+        names = [shorten(name, 24) for name in classes]
+        names = [name if names.count(name) == 1 else f"{i}: {shorten(classes[i], 20)}" for i, name in enumerate(names)]
+        write_cells(axes, counts, shares, names)
     else:
         axes.set_xlabel(f"predicted: the number of the class, from 0{f'; of {size} x {size} the largest share' * (size > 1)}")
         confusions = largest_confusions(counts)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from finetune.recipe import Data, LinearProbe
-from finetune.results import sheets
+from finetune.results import plots, sheets
 from finetune.results.plots import drawable, plot_confusion_matrix, style
 from finetune.results.sheets import Tile, draw_sheet
 from finetune.run import main
@@ -33,6 +33,15 @@ def test_any_name_is_drawn_as_text(tmp_path):
         draw_sheet(tiles, drawable(NAMES[0]), tmp_path / "sheet.png")
         many = [f"{NAMES[i % len(NAMES)]} {i}" for i in range(30)]
         plot_confusion_matrix(tmp_path, torch.eye(30).roll(1, 0), torch.arange(30), many)
+
+
+def test_long_names_that_are_cut_to_the_same_are_told_apart(tmp_path, monkeypatch):
+    """On the axes of the confusion matrix they have their numbers."""
+    shown = []
+    monkeypatch.setattr(plots, "write_cells", lambda axes, counts, shares, names: shown.extend(names))
+    names = ["a" * 20 + middle + "b" * 20 for middle in ("one", "two")] + ["short"]
+    plot_confusion_matrix(tmp_path, torch.eye(3), torch.arange(3), names)
+    assert len(set(shown)) == 3 and shown[0].startswith("0: aaa") and shown[1].startswith("1: aaa") and shown[2] == "short"
 
 
 def test_what_no_font_has_is_escaped():

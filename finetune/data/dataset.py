@@ -171,19 +171,33 @@ def name_others(error: RecipeError, images: Images, seconds: float = 60) -> Reci
     return RecipeError(name_faults(faults, looked), one_process=True) if faults else error
 
 
-def check_classes(part: ImageList, classes: Sequence[str], where: str) -> None:
-    """Raise RecipeError if no image of a class can be read; of most classes the first can, and no other is tried."""
-    labels = np.asarray(part.labels)
-    for label in np.unique(labels) if labels.ndim == 1 else ():
+def unreadable_classes(part: ImageList) -> dict[int, RecipeError]:
+    """The labels of which no image can be read, with the last fault; of most classes the first can, and no other is tried."""
+    labels, found = np.asarray(part.labels), dict[int, RecipeError]()
+    for label in np.unique(labels).tolist() if labels.ndim == 1 else ():
         for i in np.flatnonzero(labels == label).tolist():
             try:
                 part[i]
+                found.pop(label, None)
                 break
             except RecipeError as error:
-                fault = error
-        else:
-            text = f"data: no image of class '{classes[label]}' in {where} can be read, such as: {fault}"
-            raise RecipeError(f"{text}\n  for a table without what can't be read: {FIX}")
+                found[label] = error
+    return found
+
+
+def check_classes(part: ImageList, classes: Sequence[str], where: str) -> None:
+    """Raise RecipeError if no image of a class can be read."""
+    for label, fault in unreadable_classes(part).items():
+        text = f"data: no image of class '{classes[label]}' in {where} can be read, such as: {fault}"
+        raise RecipeError(f"{text}\n  for a table without what can't be read: {FIX}")
+
+
+def drop_unreadable(drawn: ImageList, classes: Sequence[str]) -> ImageList:
+    """The images that were drawn to validate, without classes of which none can be read; it says which."""
+    gone = unreadable_classes(drawn)
+    for name in (classes[label] for label in gone):
+        note(f"data: no image of class '{name}' that was drawn to validate can be read: no metric tells how it is recognised")
+    return drawn.part([i for i, label in enumerate(drawn.labels) if label not in gone]) if gone else drawn
 
 
 def note_same_files(

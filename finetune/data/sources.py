@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from finetune.data.builtin import digits, elpv, generated
-from finetune.data.dataset import SPLITS, ImageData, ImageList, Values, check_classes, check_files, note_same_files
+from finetune.data.dataset import (
+    SPLITS,
+    ImageData,
+    ImageList,
+    Values,
+    check_classes,
+    check_files,
+    drop_unreadable,
+    note_same_files,
+)
 from finetune.data.decode import read_image, to_rgb
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards, same_members
 from finetune.data.folders import class_difference, from_folder
@@ -44,12 +53,8 @@ def whole_data(recipe: Recipe) -> ImageData:
     train, val = (part.on_background(recipe.data.background) for part in (data.train, data.val))
     if recipe.data.on_bad_image == "skip":
         check_classes(train, data.classes, f"the training images of {source}")
-        try:
-            check_classes(val, data.classes, f"the validation images of {source}")
-        except RecipeError as error:
-            if not data.drawn:
-                raise
-            note(f"{error}\n  the class is trained on, and no metric tells how well it is recognised")
+        val = drop_unreadable(val, data.classes) if data.drawn else val
+        check_classes(val, data.classes, f"the validation images of {source}")
     return ImageData(train, val, data.classes)
 
 

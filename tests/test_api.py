@@ -18,7 +18,7 @@ from PIL import Image
 
 import finetune
 from finetune import AdamW, Cosine, Data, LayerDecay, Recipe, RecipeError
-from helpers import ROOT, timm_alone
+from helpers import ROOT, Coloured, timm_alone
 
 
 def small(images, **changes) -> Recipe:
@@ -101,6 +101,15 @@ def test_names_options_and_own_images(here, image_folder):
     assert (run.recipe.epochs, run.recipe.data.batch_size, run.recipe.data.source) == (1, 8, str(image_folder))
     run = finetune.train(data=image_folder, output="b", **options)
     assert run.finished and "finetune suggest" in (run.folder / "recipe.py").read_text()
+
+
+@pytest.mark.parametrize("classes", [range(2), np.arange(2)])
+def test_classes_may_be_numbers(here, classes):
+    """Those of a function's data set, python's or numpy's: the run, its files and what is loaded name them as text."""
+    labels = [i % 2 for i in range(16)]
+    recipe = small(here, epochs=1, data=Data(lambda: (Coloured(labels, classes), Coloured(labels[:6], classes)), 32, 8))
+    run = finetune.train(recipe, output="out", quiet=True)
+    assert run.finished and list(finetune.load("out").classes) == ["0", "1"]
 
 
 @pytest.mark.parametrize(

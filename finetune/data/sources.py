@@ -134,7 +134,7 @@ def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
     """The images that a function of the recipe file returns, checked."""
     try:
         train, val = source()
-        classes, sizes = tuple(train.classes), (len(train), len(val))
+        classes, sizes = tuple(map(str, train.classes)), (len(train), len(val))
         image, label = train[0]
         to_rgb(image), np.asarray(label, dtype=float)
         if np.shape(label) not in (((), (len(classes),)) if multi_label else ((),)):

@@ -78,6 +78,14 @@ def test_a_plain_8_bit_image_keeps_its_pixels(mode):
     assert np.array_equal(to_rgb(image), image.convert("RGB")) and to_rgb(image).mode == "RGB"
 
 
+def test_somebody_elses_image_stays_as_it_is(tmp_path):
+    """An image that was opened elsewhere keeps its EXIF data; what is made of it is a copy, which can be read once more."""
+    with Image.open(saved(COLOURS, tmp_path / "a.jpg", exif=turned(6))) as image:
+        upright = to_rgb(image)
+        assert upright is not image and image.getexif()[0x0112] == 6 and image.size == (32, 16)
+    assert np.array_equal(read_image(upright, lambda image: image), upright)
+
+
 def big_endian_png(values, channels):
     """A PNG of 16 bits, grey or in colours; Pillow writes none in colours."""
 

@@ -104,5 +104,5 @@ def test_images_that_are_all_alike_are_said(tmp_path):
         (tmp_path / path).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (24, 24), (90, 120, 30)).save(tmp_path / path / f"{i}.png")
-    with pytest.raises(RecipeError, match="or the same for every image"):
+    with pytest.raises(RecipeError, match="the same for every image: look whether these are alike"):
         run_here(source(tmp_path, linear_probe=LinearProbe()), tmp_path / "run")

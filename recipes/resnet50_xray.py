@@ -11,7 +11,7 @@ from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
 recipe = Recipe(
     backbone="resnet50.tv_in1k",
     data=Data("xray", image_size=128, batch_size=64),
-    augment=Augment(crop_scale=(0.8, 1.0)),  # smaller crops cost two points of macro F1 in the first epoch
+    augment=Augment(crop_scale=(0.8, 1.0)),  # an X-ray fills its image: hardly any cropping
 
     linear_probe=LinearProbe(),
     groups=(

@@ -192,12 +192,21 @@ def check_classes(part: ImageList, classes: Sequence[str], where: str) -> None:
         raise RecipeError(f"{text}\n  for a table without what can't be read: {FIX}")
 
 
-def drop_unreadable(drawn: ImageList, classes: Sequence[str]) -> ImageList:
-    """The images that were drawn to validate, without classes of which none can be read; it says which."""
+def drop_unreadable(drawn: ImageList, classes: Sequence[str], where: str) -> ImageList:
+    """The images that were drawn to validate, without classes of which none can be read; it says which.
+
+    Raises:
+        RecipeError: if none is left.
+    """
     gone = unreadable_classes(drawn)
+    if not gone:
+        return drawn
+    kept = [i for i, label in enumerate(drawn.labels) if label not in gone]
+    if not kept:
+        raise RecipeError(f"data: no image of {where} that was drawn to validate can be read; for a table without these: {FIX}")
     for name in (classes[label] for label in gone):
         note(f"data: no image of class '{name}' that was drawn to validate can be read: no metric tells how it is recognised")
-    return drawn.part([i for i, label in enumerate(drawn.labels) if label not in gone]) if gone else drawn
+    return drawn.part(kept)
 
 
 def note_same_files(

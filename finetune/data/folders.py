@@ -4,14 +4,13 @@ import glob
 import os
 import re
 import stat
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune.data.dataset import SPLITS, ImageList
 from finetune.data.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import list_few, note, readable
+from finetune.utils.text import as_seen, list_few, note, readable
 
 LINKED = "links to files that are there already"
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
@@ -259,7 +258,7 @@ def describe_kind(root: Path) -> str:
 def class_difference(one: Iterable[str], other: Iterable[str], places: tuple[str, str]) -> str:
     """Which classes are in one of two places alone, in words; names that only look alike are spelt out."""
     alone = [sorted({*a} - {*b}) for a, b in ((one, other), (other, one))]
-    plain = [[unicodedata.normalize("NFC", name).strip() for name in names] for names in alone]
+    plain = [[as_seen(name) for name in names] for names in alone]
     alike = {*plain[0]} & {*plain[1]}
     shown = [
         [ascii(name) if same in alike else name for name, same in zip(*both, strict=True)]

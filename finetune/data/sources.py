@@ -53,8 +53,10 @@ def whole_data(recipe: Recipe) -> ImageData:
     train, val = (part.on_background(recipe.data.background) for part in (data.train, data.val))
     if recipe.data.on_bad_image == "skip":
         check_classes(train, data.classes, f"the training images of {source}")
-        val = drop_unreadable(val, data.classes) if data.drawn else val
-        check_classes(val, data.classes, f"the validation images of {source}")
+        if data.drawn:
+            val = drop_unreadable(val, data.classes, source)
+        else:
+            check_classes(val, data.classes, f"the validation images of {source}")
     return ImageData(train, val, data.classes)
 
 

@@ -53,13 +53,12 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
             "an optimizer of their own, or freeze them with lr=0"
         )
     if wanted.name == "Muon":
-        for group in groups:
-            for name, parameter in group.params.items():
-                if parameter.ndim != 2:
-                    raise RecipeError(
-                        f"optimizer Muon takes matrices, and {name} of group {group.name} is {tuple(parameter.shape)}: give it "
-                        "to a group with another optimizer"
-                    )
+        named = [(group.name, name, parameter) for group in groups for name, parameter in group.params.items()]
+        for group_name, name, parameter in [row for row in named if row[2].ndim != 2]:
+            raise RecipeError(
+                f"optimizer Muon takes matrices, and {name} of group {group_name} is {tuple(parameter.shape)}: give it to a "
+                "group with another optimizer"
+            )
     rows: list[dict[str, Any]] = []
     for group in groups:
         parts = ((group.decay, group.weight_decay), (group.no_decay, 0.0)) if decays else ((group.params, 0.0),)

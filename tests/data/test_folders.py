@@ -167,6 +167,10 @@ def test_a_class_whose_bad_images_were_drawn_to_validate_is_said(tree, capsys):
     err = capsys.readouterr().err
     assert "no image of class 'b' that was drawn to validate can be read: no metric tells how it is recognised" in err
     assert set(load_data(skipping).val.labels) == {0}
+    for path in data.val.items:
+        Path(path).write_bytes(b"no image")
+    with pytest.raises(RecipeError, match="no image of .* that was drawn to validate can be read"):
+        load_data(skipping)
 
 
 def test_names_that_look_alike_are_spelt_out(tree):

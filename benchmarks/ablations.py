@@ -39,6 +39,17 @@ ARMS = {  # what is appended to the recipe's file
     "warmup_epochs=recipe.schedule.warmup_epochs))",
     "no warmup": "change(schedule=Cosine())",
     "no clipping": "change(clip_norm=None)",
+    "layer decay in place of the rows": "change(groups=LayerDecay(head_lr=recipe.groups[0].lr, stem_ratio=0.1))",
+    "SGD with momentum, at ten times the learning rates": "lrs(lambda row: 10 * row.lr); "
+    "change(optimizer=SGD(momentum=0.9, weight_decay=1e-4))",
+    "SGD, and one more group each epoch": "lrs(lambda row: 10 * row.lr); starts(lambda i: min(i, recipe.epochs - 1)); "
+    "change(optimizer=SGD(momentum=0.9, weight_decay=1e-4))",
+    "three times the learning rates": "lrs(lambda row: 3 * row.lr)",
+    "three times the learning rates, and one more group each epoch": "lrs(lambda row: 3 * row.lr); "
+    "starts(lambda i: min(i, recipe.epochs - 1))",
+    "average of the weights, decay 0.99": "change(ema_decay=0.99)",
+    "mixup, 0.2": "change(augment=replace(recipe.augment, mixup=0.2))",
+    "no label smoothing": "change(label_smoothing=0.0)",
 }
 APPENDED = """
 
@@ -81,9 +92,9 @@ def run_missing(args: argparse.Namespace, done: list[dict]) -> list[dict]:
 
     _, file = load_recipe(args.recipe)
     there = {(row["images"], row["arm"], row["seed"]) for row in done}
-    for seed in range(args.seeds):
+    for seed in range(args.seeds) if args.seed is None else [args.seed]:
         for arm in ARMS:
-            if args.only not in arm or (args.label, arm, seed) in there:
+            if not any(words in arm for words in args.only.split("|")) or (args.label, arm, seed) in there:
                 continue
             row = {"images": args.label, "recipe": file.stem, "arm": arm, "seed": seed, **one_run(file, args, arm, seed)}
             done.append(row)
@@ -100,7 +111,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], dest="assignments")
     parser.add_argument("--label", help="what the table calls the images (default: the recipe)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", metavar="WORDS", help="arms with these words in them")
+    parser.add_argument("--seed", type=int, help="this one alone, where others run beside it")
+    parser.add_argument("--workers", default="0", help="loader processes of each run")
+    parser.add_argument("--only", default="", metavar="WORDS", help="arms with such words in them: a|b")
     parser.add_argument("--output", type=Path, default=Path("ablations.jsonl"))
     parser.add_argument("--report", action="store_true", help="the table of what is in --output, without running")
     args = parser.parse_args()
@@ -119,7 +132,17 @@ def one_run(file: Path, args: argparse.Namespace, arm: str, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / "changed.py"
         changed.write_text(file.read_text() + APPENDED.replace("{change}", ARMS[arm]))
-        line = ["--recipe", str(changed), "--output", f"{folder}/run", "--quiet", "--seed", str(seed)]
+        line = [
+            "--recipe",
+            str(changed),
+            "--output",
+            f"{folder}/run",
+            "--quiet",
+            "--seed",
+            str(seed),
+            "--workers",
+            args.workers,
+        ]
         line += [word for assignment in args.assignments for word in ("--set", assignment)]
         with contextlib.redirect_stdout(io.StringIO()):
             code = run.main([*line, *(["--data", args.data] if args.data else [])])

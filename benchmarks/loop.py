@@ -129,7 +129,7 @@ def measure(case: str, rounds: int) -> dict:
                 found[name] += bare(recipe, net, images, accelerator, recipe.epochs)[1:]
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                record = Watched(Path(folder), accelerator, quiet=True)
+                record = Watched(Path(folder), accelerator, recipe, quiet=True)
                 train_loop.train(recipe, net, (images, few), record, accelerator)
                 found[name] += record.speeds[1:]  # the first epoch warms up
     medians = {name: statistics.median(speeds) for name, speeds in found.items()}

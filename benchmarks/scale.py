@@ -87,7 +87,7 @@ def steps() -> dict | None:
     recipe = recipe_of("resnet18", 64, 64, 3)
     accelerator = make_accelerator(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        record = Watched(Path(folder), accelerator, quiet=True)
+        record = Watched(Path(folder), accelerator, recipe, quiet=True)
         train(recipe, build_backbone(recipe, 10), (InMemory(1280, 64), InMemory(64, 64)), record, accelerator)
         accelerator.wait_for_everyone()
     return {"images_per_second": max(record.speeds)} if accelerator.is_main_process else None

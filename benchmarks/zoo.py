@@ -145,7 +145,7 @@ def contents(run: Path) -> dict[str, bytes]:
     for file in [*last.glob("*.safetensors"), *run.glob("model*/*.safetensors"), run / "predictions.safetensors"]:
         found[str(file.relative_to(run))] = file.read_bytes()
     for name, state in torch.load(last / "optimizer.pt", weights_only=True).items():
-        found |= {f"{name} {key}": torch.as_tensor(value).numpy().tobytes() for key, value in state.items()}
+        found |= {f"{name} {key}": torch.as_tensor(value).cpu().numpy().tobytes() for key, value in state.items()}
     return found
 
 

@@ -1,12 +1,9 @@
-"""Batches: the order of the images in an epoch, the share of each process, their loading, and what is kept in memory."""
+"""Batches: the order of the images in an epoch, the share of each process, and their loading."""
 
 import errno
-import mmap
-import multiprocessing
-import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.dataset import ImageList, Images, labels_of, name_others
-from finetune.data.decode import WHITE, Colour, read_image
+from finetune.data.decode import WHITE, Colour, image_cache, read_image
 from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
@@ -24,7 +21,6 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error
 
-CACHE_LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded again each time
 UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
 Transform = Pixels | Timm  # images one by one when loaded, then as a batch on the device
@@ -115,44 +111,6 @@ def split_batch(batch: list[int], num_parts: int, pairs: bool, fewest: int = 1) 
     return [batch[start:end] for start, end in pairwise([0, *ends])] + [[]] * (num_parts - filled)
 
 
-class ImageCache:
-    """Pixels [H, W, 3] of up to `num_images` images, in memory shared with the loader processes forked from this one.
-
-    No memory is used before an image is kept.
-    """
-
-    def __init__(self, num_images: int, limit: int | None = None):
-        """`limit` in bytes; by default 1 GiB divided by the training processes of this machine."""
-        self.limit = CACHE_LIMIT // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if limit is None else limit
-        self.pixels = np.frombuffer(mmap.mmap(-1, max(self.limit, 1)), np.uint8)
-        self.places = np.frombuffer(mmap.mmap(-1, max(24 * num_images, 1)), np.int64, 3 * num_images).reshape(num_images, 3)
-        self.used = multiprocessing.Value("q", 0)
-
-    def get(self, index: int) -> np.ndarray | None:
-        """The image, if it is kept."""
-        end, height, width = self.places[index]
-        return self.pixels[end - 3 * height * width : end].reshape(height, width, 3) if end else None
-
-    def keep(self, index: int, pixels: np.ndarray) -> None:
-        """Keep the image, if there is room."""
-        with self.used.get_lock():
-            if self.used.value + pixels.size > self.limit:
-                return
-            self.used.value += pixels.size
-            end = self.used.value
-        self.pixels[end - pixels.size : end] = pixels.reshape(-1)
-        self.places[index, 1:] = pixels.shape[:2]
-        self.places[index, 0] = end  # last: from here on others may read it
-
-
-def image_cache(num_images: int) -> ImageCache | None:
-    """A cache for so many images, or none where a limit (ulimit -v, a full /dev/shm) leaves no room for it."""
-    try:
-        return ImageCache(num_images)
-    except OSError:
-        return None
-
-
 @dataclass(eq=False)
 class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     """Transformed images and labels by (epoch, index), on which alone, with the seed, augmentation depends.
@@ -172,17 +130,28 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
 
     def __post_init__(self) -> None:
         self.cache = image_cache(len(self.images)) if isinstance(self.images, ImageList) else None
+        self.kept_loader: BatchLoader | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For a loader process that is started afresh, as on macOS and Windows: it knows no recipe, and keeps no images."""
-        return unpickled, (RecipeModules(), self.__dict__ | {"cache": None})
+        return unpickled, (RecipeModules(), self.__dict__ | {"cache": None, "kept_loader": None})
 
     def __len__(self) -> int:
         return len(self.images)
 
     def transformed_as(self, other: "ImageDataset") -> "ImageDataset":
         """These images with the transform of another dataset."""
-        return unpickled(None, self.__dict__ | {"transform": other.transform})
+        return unpickled(None, self.__dict__ | {"transform": other.transform, "kept_loader": None})
+
+    def loader(self, workers: int) -> "BatchLoader":
+        """What loads batches in so many processes, which stay from one epoch to the next; without any, one for a single use."""
+        workers = workers if self.in_background else 0
+        if not workers:
+            return BatchLoader(self, 0)
+        if self.kept_loader is None or self.kept_loader.num_workers != workers:
+            # Of a copy: were it of these images themselves, the two would keep each other alive, and the processes.
+            self.kept_loader = BatchLoader(unpickled(None, self.__dict__ | {"kept_loader": None}), workers)
+        return self.kept_loader
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
@@ -251,15 +220,36 @@ def epoch_batches(recipe: Recipe, images: ImageDataset, epoch: int, cut: Cut = W
     return plan_epoch(len(images), recipe.data.batch_size, recipe.seed, epoch, cut, weights, pairs=recipe.augment.mixes)
 
 
+class BatchLoader(DataLoader[Any]):
+    """Loads what `keys` holds when it is iterated over: (epoch, index) of each image of each batch."""
+
+    def __init__(self, images: ImageDataset, workers: int):
+        self.keys = NextBatches()
+        super().__init__(
+            images,
+            batch_sampler=self.keys,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+            persistent_workers=workers > 0,
+        )
+
+
+class NextBatches:
+    """The batches to load next, as a sampler of them."""
+
+    batches: Iterable[list[tuple[int, int]]] = ()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
 def load(
     images: ImageDataset, epoch: int, batches: Sequence[Sequence[int]], workers: int, device: torch.device | str = "cpu"
 ) -> Iterator[Loaded]:
     """(float images [n, 3, H, W], labels [n]) for each list of indices, on `device`."""
-    keys = ([(epoch, index) for index in batch] for batch in batches)
-    workers = workers if images.in_background else 0
-    loader = DataLoader(
-        images, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator()
-    )
+    loader = images.loader(workers)
+    loader.keys.batches = ([(epoch, index) for index in batch] for batch in batches)
     try:
         for batch, labels in loader:
             batch, labels = (part.to(device, non_blocking=True) for part in (batch, labels))

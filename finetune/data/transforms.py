@@ -16,16 +16,19 @@ from finetune.recipe import Augment, Recipe
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import seed_all
 
+ImageTransform = Callable[[Image.Image], Any]
+
 
 class Pixels:
     """timm's basic transforms, faster: crop, resize and flip uint8 images one by one, then normalise the batch.
 
     From the same seed the results are timm's but for rounding, since timm's pass through PIL. Without `augment`, images are
-    preprocessed for evaluation: resized and cropped in the middle.
+    preprocessed for evaluation: resized and cropped in the middle. `colours`, of timm, changes the crop as a PIL image.
     """
 
-    def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None):
+    def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None, colours: ImageTransform | None = None):
         self.preprocessing, self.augment, self.size = preprocessing, augment, preprocessing["input_size"][-1]
+        self.colours = colours
         self.resized = math.floor(self.size / preprocessing["crop_pct"])
         self.interpolation = InterpolationMode(preprocessing["interpolation"])
         self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
@@ -40,7 +43,9 @@ class Pixels:
         top, left, height, width = box
         crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
         image = functional.resize_image(channels_first(crop), square, self.interpolation, antialias=True).permute(1, 2, 0)
-        return image.flip(1) if augment.hflip and torch.rand(1) < augment.hflip else image
+        if augment.hflip and torch.rand(1) < augment.hflip:
+            image = image.flip(1)
+        return torch.from_numpy(np.array(self.colours(Image.fromarray(image.numpy())))) if self.colours else image
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, H, W, 3] -> normalised floats [n, 3, H, W], channels last in memory."""
@@ -52,7 +57,7 @@ class Pixels:
 class Timm:
     """Any of timm's transforms, which turn one PIL image into normalised floats."""
 
-    def __init__(self, preprocessing: dict[str, Any], transform: Callable[[Image.Image], torch.Tensor]):
+    def __init__(self, preprocessing: dict[str, Any], transform: ImageTransform):
         self.preprocessing, self.transform = preprocessing, transform
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
@@ -70,8 +75,6 @@ def channels_first(pixels: np.ndarray) -> torch.Tensor:
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
     """The augmentation of the training images."""
     augment = recipe.augment
-    if matches_timm(preprocessing) and not (augment.randaugment or augment.color_jitter or augment.erasing):
-        return Pixels(preprocessing, augment)
     options = preprocessing | {
         "is_training": True,
         "color_jitter": augment.color_jitter or None,
@@ -83,7 +86,10 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
         "re_mode": "pixel",
     }
     try:
-        return Timm(preprocessing, create_transform(**options))
+        if not matches_timm(preprocessing) or augment.erasing:  # which draws noise among normalised floats
+            return Timm(preprocessing, create_transform(**options))
+        _, colours, _ = create_transform(**options, separate=True)
+        return Pixels(preprocessing, augment, colours if colours.transforms else None)
     except (AssertionError, ValueError) as error:
         raise RecipeError(
             f"augment: timm can't read randaugment={augment.randaugment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"

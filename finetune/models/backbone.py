@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from finetune.models.batch_norm import has_statistics, needs_batch, set_train_mode
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
+from finetune.utils.device import uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import nearest
 
@@ -50,8 +51,7 @@ def memory_format(recipe: Recipe, net: nn.Module) -> torch.memory_format:
 
     The network of a recipe's function may call `view` on its input, which must be contiguous for that.
     """
-    on_cpu = not torch.accelerator.is_available()
-    if callable(recipe.backbone) or on_cpu and any(map(overruns_channels_last, net.modules())):
+    if callable(recipe.backbone) or uses_cpu() and any(map(overruns_channels_last, net.modules())):
         return torch.contiguous_format
     return torch.channels_last
 

@@ -33,7 +33,7 @@ class KeptImages(ImageDataset):
 
     def __init__(self, images: ImageDataset, example: torch.Tensor, views: int):
         """`example`, [1, ...], is what is kept of one image."""
-        self.__dict__.update(images.__dict__)
+        self.__dict__.update(images.__dict__ | {"kept_loader": None})
         self.source, self.filled = images, set[int]()
         self.transform = Timm(images.transform.preprocessing, torch.as_tensor)  # which leaves a batch as it is
         self.shape, self.dtype = (views * len(images), *example.shape[1:]), example.dtype

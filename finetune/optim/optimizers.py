@@ -15,6 +15,8 @@ from finetune.recipe import Optimizer
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest
 
+FUSED_ON = {name: ("cpu", "cuda") for name in ("Adam", "AdamW", "SGD")}  # one pass over the memory of each tensor
+
 
 def build_optimizer(groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
     """An optimizer over all groups that ever train, those still frozen too; where groups name several, these as one.
@@ -67,10 +69,11 @@ def one_optimizer(wanted: Optimizer, groups: Sequence[ParamGroup]) -> torch.opti
                 row = {"name": group.name, "params": list(params.values()), "lr": group.lr}
                 rows.append(row | ({"weight_decay": decay} if decays else {}))
     options = dict(wanted.options)
-    # Of complex ones, and of most in shards, torch has no fused steps.
-    fusable = all(p.device.type == "cpu" and p.is_floating_point() and not is_shard(p) for row in rows for p in row["params"])
+    # Of complex ones, and of most in shards, torch has no fused steps; of some optimizers it has none for a GPU.
+    devices = FUSED_ON.get(wanted.name, ("cpu",))
+    fusable = all(p.device.type in devices and p.is_floating_point() and not is_shard(p) for row in rows for p in row["params"])
     if fusable and "fused" in accepted and not options.keys() & {"fused", "foreach", "differentiable"}:
-        options["fused"] = True  # one pass over the memory of each tensor
+        options["fused"] = True
     try:
         return kind(rows, lr=rows[0]["lr"], **options)
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
@@ -112,16 +115,15 @@ def step_optimizer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A step by the gradient that `compute_gradient` leaves in the parameters; returns what it returns, loss and norm.
 
-    By a gradient that is not finite none is taken; the scaler of fp16, for which that is usual, sees to it itself.
-    LBFGS computes the gradient several times; the loss that it is given is the sum over processes.
+    LBFGS computes the gradient several times; the loss that it is given is the sum over processes. Whether the gradient is
+    finite is not looked at here, where a GPU would have to be waited for: the log does, and ends the run.
     """
 
     def closure() -> torch.Tensor:
         return accelerator.reduce(compute_gradient()[0], "sum")
 
     loss, norm = compute_gradient()
-    if accelerator.scaler or norm.isfinite():
-        optimizer.step(closure if needs_closure(optimizer) else None)
+    optimizer.step(closure if needs_closure(optimizer) else None)
     return loss, norm
 
 

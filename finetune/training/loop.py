@@ -168,9 +168,12 @@ def clip_gradients(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.Te
 
 
 def gradient_norm(gradients: list[torch.Tensor], kind: float) -> torch.Tensor:
-    """The norm of all gradients together; not finite only if one of them is not, or the norm itself is too large a number."""
+    """The norm of all gradients together; not finite only if one of them is not, or the norm itself is too large a number.
+
+    Except on a GPU, which would have to be waited for in each step: there a norm whose powers overflow ends the run.
+    """
     norm = gather(nn.utils.get_total_norm(gradients, kind))
-    if not norm.isfinite():
+    if norm.device.type == "cpu" and not norm.isfinite():
         largest = gather(nn.utils.get_total_norm(gradients, float("inf")))
         if largest.isfinite():  # the powers overflowed alone: take out the scale
             norm = largest * gather(nn.utils.get_total_norm([gradient / largest for gradient in gradients], kind))

@@ -33,6 +33,7 @@ from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
 from finetune.training.launch import asks_for_fsdp, check_processes, chosen_threads
 from finetune.training.micro_batch import keep_freed_memory
+from finetune.utils.device import uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.seed import seed_all
 from finetune.utils.text import print_error
@@ -55,14 +56,20 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     """The Accelerator; on a machine without GPUs its processes use the CPU, with all cores if there is one process.
 
     Raises:
-        RecipeError: for processes that are not those of a launch; for settings that Accelerate can't read; for fp16 on a CPU,
-            which it would quietly compute in float32; for a tracker that is not there.
+        RecipeError: for processes that are not those of a launch, or more than there are GPUs; for settings that Accelerate
+            can't read; for fp16 on a CPU, which it would quietly compute in float32; for a tracker that is not there.
     """
     check_processes()
-    cpu = asks_for_cpu() or not torch.accelerator.is_available()
+    check_device_settings()
+    cpu, processes = uses_cpu(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not cpu and processes > torch.accelerator.device_count():
+        raise RecipeError(
+            f"{processes} processes were started on this machine, each needs a GPU of its own, and there are "
+            f"{torch.accelerator.device_count()}: start as many, or all on the CPU with ACCELERATE_USE_CPU=1"
+        )
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
-    if cpu and os.environ.get("LOCAL_WORLD_SIZE", "1") == "1" and not chosen_threads():
+    if cpu and processes == 1 and not chosen_threads():
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if cpu:
         keep_freed_memory()
@@ -82,8 +89,8 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     return accelerator
 
 
-def asks_for_cpu() -> bool:
-    """Whether Accelerate is asked for the CPU; raises RecipeError for settings that it would fail on."""
+def check_device_settings() -> None:
+    """Raise RecipeError for settings in the environment that Accelerate would fail on."""
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_TORCH_DEVICE"):
         if name in os.environ:
             try:
@@ -91,7 +98,6 @@ def asks_for_cpu() -> bool:
             except Exception as error:  # of each device that is not here another
                 text = f"{name}={os.environ[name]} in the environment: {first_line(error)}; unset {name}"
                 raise RecipeError(text) from error
-    return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from finetune.training import loop as train_loop
 from finetune.training.distributed import Stopped, StopRequest
 from finetune.training.run_dir import lock, new_run_dir, newest_checkpoint
 from finetune.utils.errors import RecipeError
-from helpers import ROOT, on_folder, run_here, same_tensors, small_recipe
+from helpers import ROOT, on_folder, run_here, small_recipe
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
@@ -88,16 +88,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("every,kept", [(0, "step-00000006-epochs-00002"), (1, "step-00000007-epochs-00002")])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_by_a_gradient_that_is_not_finite_no_step_is_taken(tmp_path, monkeypatch, every, kept, value):
-    """Under a finite loss, too: the message has the step and its images, no weight moves, and nothing of it is saved."""
-    real, seen = train_loop.backward, []
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, every, kept, value):
+    """Under a finite loss, too: the message has the step and its images, and nothing that came of it is saved."""
+    real = train_loop.backward
 
     def spoilt(recipe, model, criterion, batch, accelerator):
         loss = real(recipe, model, criterion, batch, accelerator)
         if batch.plan.step == 7:
             model.fc.weight.grad[0, 0] = value
-        if batch.plan.step >= 7:
-            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return loss
 
     monkeypatch.setattr(train_loop, "backward", spoilt)
@@ -108,7 +106,6 @@ def test_by_a_gradient_that_is_not_finite_no_step_is_taken(tmp_path, monkeypatch
         assert "the loss of step 8 (epoch 3) is " in str(caught.value) and f"its gradient {value}, " in str(caught.value)
         assert ", ".join(map(str, images)) in str(caught.value) and str(caught.value).endswith(kept)
         assert newest_checkpoint(tmp_path).name == kept
-    assert every or same_tensors(*seen[:2])
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):

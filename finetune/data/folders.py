@@ -1,8 +1,7 @@
-"""Folders of images: which files are images, which folders are classes, which folders and tars are splits."""
+"""Folders of images: which files are images, and which folders are classes."""
 
 import glob
 import os
-import re
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from finetune.data.dataset import SPLITS, ImageList
 from finetune.data.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import as_seen, list_few, note, readable
+from finetune.utils.text import as_seen, note, readable
 
 LINKED = "links to files that are there already"
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
@@ -38,24 +37,30 @@ class Finder:
         Raises:
             RecipeError: for a folder that can't be listed.
         """
-        files, folders_seen = [], set()
-        for folder, folders, names in os.walk(root, followlinks=True, onerror=can_not_list):
-            known = os.stat(folder)
+        found, folders_seen, folders = dict[str, list[str]](), set(), [str(root)]
+        while folders:
+            folder = folders.pop()
+            known, entries = list_entries(folder)
             if (known.st_dev, known.st_ino) in folders_seen:  # a loop of links, or the same folder by another name
                 self.leave_out("linked folders whose images are there already", folder)
-                folders.clear()
                 continue
             folders_seen.add((known.st_dev, known.st_ino))
-            for name in filter(is_hidden, folders):
-                self.leave_out("hidden folders", os.path.join(folder, name))
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            files += [(folder, name) for name in sorted(names) if self.wants(os.path.join(folder, name))]
-        return [os.path.join(folder, name) for folder, name in sorted(files)]
+            inner = list(filter(is_folder, entries))
+            for entry in inner:
+                if is_hidden(entry.name):
+                    self.leave_out("hidden folders", entry.path)
+            folders += [entry.path for entry in reversed(inner) if not is_hidden(entry.name)]
+            numbered = ((entry, number_of(entry, known.st_dev)) for entry in entries if not is_folder(entry))
+            found[folder] = [entry.path for entry, number in numbered if self.wants(entry.path, entry.name, number)]
+        return [path for folder in sorted(found) for path in found[folder]]
 
-    def wants(self, path: str) -> bool:
-        """Whether a file counts as an image, by its name; one that can't be read is to be named later, not left out here."""
-        name = os.path.basename(path)
-        ending = os.path.splitext(name)[1].lower()
+    def wants(self, path: str, name: str, number: tuple[int, int] | None = None) -> bool:
+        """Whether a file counts as an image, by its name; one that can't be read is to be named later, not left out here.
+
+        `number` is the device and the number of a plain file, for which it need not be asked again.
+        """
+        stem, dot, ending = name.rpartition(".")
+        ending = (dot + ending).lower() if stem.strip(".") else ""
         if is_hidden(name):
             if ending in ENDINGS:
                 self.leave_out("hidden files", path)
@@ -63,14 +68,16 @@ class Finder:
         if ending not in ENDINGS:
             self.leave_out(f"files that end in {ending}" if ending else "files without an ending", path)
             return False
-        try:
-            known = os.stat(path)
-        except OSError:
-            return True
-        if not stat.S_ISREG(known.st_mode):
-            self.leave_out("pipes or devices", path)
-            return False
-        first = self.found.setdefault((known.st_dev, known.st_ino), path)
+        if number is None:
+            try:
+                known = os.stat(path)
+            except OSError:
+                return True
+            if not stat.S_ISREG(known.st_mode):
+                self.leave_out("pipes or devices", path)
+                return False
+            number = known.st_dev, known.st_ino
+        first = self.found.setdefault(number, path)
         if self.once and first != path:
             self.leave_out(LINKED, path)
             return False
@@ -89,8 +96,25 @@ class Finder:
         return ", ".join(f"{why}: {len(paths)} ({os.path.basename(paths[0])})" for why, paths in self.left_out.items())
 
 
-def can_not_list(error: OSError) -> None:
-    raise RecipeError(f"data: can't list the folder {error.filename}: {error.strerror}") from error
+def list_entries(folder: str) -> tuple[os.stat_result, list["os.DirEntry[str]"]]:
+    """What is known of a folder, and its entries by name; raises RecipeError if it can't be listed."""
+    try:
+        return os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise RecipeError(f"data: can't list the folder {error.filename}: {error.strerror}") from error
+
+
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder, or a link to one; a link that goes round in a circle leads to none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def number_of(entry: "os.DirEntry[str]", device: int) -> tuple[int, int] | None:
+    """The device, its folder's, and the number of a plain file, known from the listing alone; None for links and others."""
+    return (device, entry.inode()) if entry.is_file(follow_symlinks=False) and os.name != "nt" else None
 
 
 def list_folders(root: Path) -> list[str]:
@@ -99,88 +123,6 @@ def list_folders(root: Path) -> list[str]:
         return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
         raise RecipeError(f"data: can't list the folder {root}: {error.strerror}") from error
-
-
-def from_folder(root: Path) -> tuple[list[ImageList], Sequence[str]]:
-    """([training images, validation images], or all in one list, classes) of a folder of class folders, or of splits."""
-    train, val = split_folders(root)
-    if train is None or val is None:
-        images, classes = class_folders(root)
-        return [images], classes
-    (images, classes), (val_images, val_classes) = class_folders(train), class_folders(val)
-    if classes != val_classes:
-        difference = class_difference(classes, val_classes, ("in train", f"in {val.name}"))
-        raise RecipeError(f"data: the classes of {train} and {val} differ: {difference}")
-    return [images, val_images], classes
-
-
-def split_folders(root: Path) -> tuple[Path | None, Path | None]:
-    """The folders of the training and the validation images, by their names in any case; (None, None) if all are classes.
-
-    Raises:
-        RecipeError: where the names leave it open.
-    """
-    names = list_folders(root)
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        parts.setdefault(SPLITS.get(name.lower(), "class"), []).append(name)
-    if "train" not in parts:
-        words = [{SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS} for name in names]
-        if names and all(words):
-            there = ", ".join(f"{name}/" for name in names)
-            raise RecipeError(
-                f"data: {root} has {there} and no class folders: call them train/ and val/ if that is what they are"
-            )
-        return None, None
-    part = next((part for part in ("val", "test") if part in parts), None)
-    if part is None:
-        there = f"data: {root} has {parts['train'][0]}/ but neither val/ nor test/ beside it"
-        raise RecipeError(f"{there}: add one, or rename it if it is a class")
-    for found in (parts["train"], parts[part]):
-        if len(found) > 1:
-            raise RecipeError(f"data: {root} has {' and '.join(f'{name}/' for name in found)}: leave one of them")
-    train, val = parts["train"][0], parts[part][0]
-    if others := [name for name in names if name not in (train, val)]:
-        note(f"data: of {root} only {train}/ and {val}/ are used, not {', '.join(f'{name}/' for name in others)}")
-    return root / train, root / val
-
-
-def evaluation_folder(root: Path) -> Path:
-    """The folder of the validation images, else of the test images, else the folder itself."""
-    parts = {SPLITS.get(name.lower()): root / name for name in reversed(list_folders(root))}
-    return parts.get("val") or parts.get("test") or root
-
-
-def list_shards(root: Path) -> dict[str, list[Path]]:
-    """The tars called train-*.tar, val-*.tar, validation-*.tar, ..., in any case, by the part they belong to; others by ""."""
-    parts: dict[str, list[Path]] = {}
-    for tar in sorted(root.glob("*.[tT][aA][rR]")):
-        if not is_hidden(tar.name):
-            parts.setdefault(SPLITS.get(tar.name.partition("-")[0].lower(), ""), []).append(tar)
-    return parts
-
-
-def used_shards(root: Path) -> dict[str, list[Path]]:
-    """The shards of the training and, if there are any, of the validation images, else of the test images.
-
-    Raises:
-        RecipeError: where the names of tars and folders leave it open.
-    """
-    shards, names = list_shards(root), dict[str, list[str]]()
-    for part, tars in shards.items():
-        names[part] = list(dict.fromkeys(f"{tar.name.partition('-')[0]}-*.tar" if part else tar.name for tar in tars))
-    for name in list_folders(root):
-        names.setdefault(SPLITS.get(name.lower(), ""), []).append(f"{name}/")
-    used = ["train", *[part for part in ("val", "test") if part in names][:1]]
-    for part in used:
-        if len(names[part]) > 1:
-            raise RecipeError(f"data: {root} has {' and '.join(names[part])}: leave one of them")
-    there = [names[part][0] for part in used]
-    if used[-1] not in shards:
-        raise RecipeError(f"data: {root} has {' and '.join(there)}: wanted are shards or folders, not one of each")
-    if others := [name for part in names if part not in used for name in names[part]]:
-        note(f"data: of {root} only {' and '.join(there)} are used, not {list_few(others, len(others))}")
-    return {part: shards[part] for part in used}
 
 
 def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
@@ -283,7 +225,10 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             images = [Path(path)]
         else:  # a bracket may be part of a name
             matches = glob.glob(path, recursive=True) or glob.glob(path.replace("[", "[[]"), recursive=True)
-            inside = (finder.find(match) if os.path.isdir(match) else [match] * finder.wants(match) for match in matches)
+            inside = (
+                finder.find(match) if os.path.isdir(match) else [match] * finder.wants(match, Path(match).name)
+                for match in matches
+            )
             images = [Path(file) for files in inside for file in files]
             if "**" in path:  # which goes round loops of links
                 images.sort(key=lambda image: len(str(image)), reverse=True)  # the shortest path of each stays

@@ -1,4 +1,7 @@
-"""Which images validate: drawn by their names, or by those of the groups that stay together, so that added images move none."""
+"""Which images train and which validate: by the names of folders and tars, or drawn.
+
+What is drawn depends on the names of images, or of the groups that stay together: images that are added move none.
+"""
 
 import hashlib
 import os
@@ -14,10 +17,93 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.builtin import data_folder
-from finetune.data.dataset import ImageData, ImageList, Images, labels_of
+from finetune.data.dataset import SPLITS, ImageData, ImageList, Images, labels_of
+from finetune.data.folders import class_difference, class_folders, is_hidden, list_folders
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import note
+from finetune.utils.text import list_few, note
+
+
+def from_folder(root: Path) -> tuple[list[ImageList], Sequence[str]]:
+    """([training images, validation images], or all in one list, classes) of a folder of class folders, or of splits."""
+    train, val = split_folders(root)
+    if train is None or val is None:
+        images, classes = class_folders(root)
+        return [images], classes
+    (images, classes), (val_images, val_classes) = class_folders(train), class_folders(val)
+    if classes != val_classes:
+        difference = class_difference(classes, val_classes, ("in train", f"in {val.name}"))
+        raise RecipeError(f"data: the classes of {train} and {val} differ: {difference}")
+    return [images, val_images], classes
+
+
+def split_folders(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of the training and the validation images, by their names in any case; (None, None) if all are classes.
+
+    Raises:
+        RecipeError: where the names leave it open.
+    """
+    names = list_folders(root)
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(SPLITS.get(name.lower(), "class"), []).append(name)
+    if "train" not in parts:
+        words = [{SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS} for name in names]
+        if names and all(words):
+            there = ", ".join(f"{name}/" for name in names)
+            raise RecipeError(
+                f"data: {root} has {there} and no class folders: call them train/ and val/ if that is what they are"
+            )
+        return None, None
+    part = next((part for part in ("val", "test") if part in parts), None)
+    if part is None:
+        there = f"data: {root} has {parts['train'][0]}/ but neither val/ nor test/ beside it"
+        raise RecipeError(f"{there}: add one, or rename it if it is a class")
+    for found in (parts["train"], parts[part]):
+        if len(found) > 1:
+            raise RecipeError(f"data: {root} has {' and '.join(f'{name}/' for name in found)}: leave one of them")
+    train, val = parts["train"][0], parts[part][0]
+    if others := [name for name in names if name not in (train, val)]:
+        note(f"data: of {root} only {train}/ and {val}/ are used, not {', '.join(f'{name}/' for name in others)}")
+    return root / train, root / val
+
+
+def evaluation_folder(root: Path) -> Path:
+    """The folder of the validation images, else of the test images, else the folder itself."""
+    parts = {SPLITS.get(name.lower()): root / name for name in reversed(list_folders(root))}
+    return parts.get("val") or parts.get("test") or root
+
+
+def list_shards(root: Path) -> dict[str, list[Path]]:
+    """The tars called train-*.tar, val-*.tar, validation-*.tar, ..., in any case, by the part they belong to; others by ""."""
+    parts: dict[str, list[Path]] = {}
+    for tar in sorted(root.glob("*.[tT][aA][rR]")):
+        if not is_hidden(tar.name):
+            parts.setdefault(SPLITS.get(tar.name.partition("-")[0].lower(), ""), []).append(tar)
+    return parts
+
+
+def used_shards(root: Path) -> dict[str, list[Path]]:
+    """The shards of the training and, if there are any, of the validation images, else of the test images.
+
+    Raises:
+        RecipeError: where the names of tars and folders leave it open.
+    """
+    shards, names = list_shards(root), dict[str, list[str]]()
+    for part, tars in shards.items():
+        names[part] = list(dict.fromkeys(f"{tar.name.partition('-')[0]}-*.tar" if part else tar.name for tar in tars))
+    for name in list_folders(root):
+        names.setdefault(SPLITS.get(name.lower(), ""), []).append(f"{name}/")
+    used = ["train", *[part for part in ("val", "test") if part in names][:1]]
+    for part in used:
+        if len(names[part]) > 1:
+            raise RecipeError(f"data: {root} has {' and '.join(names[part])}: leave one of them")
+    there = [names[part][0] for part in used]
+    if used[-1] not in shards:
+        raise RecipeError(f"data: {root} has {' and '.join(there)}: wanted are shards or folders, not one of each")
+    if others := [name for part in names if part not in used for name in names[part]]:
+        note(f"data: of {root} only {' and '.join(there)} are used, not {list_few(others, len(others))}")
+    return {part: shards[part] for part in used}
 
 
 def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path, data: Data) -> ImageData:

@@ -13,9 +13,10 @@ from torch.nn.functional import one_hot
 
 from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
 from finetune.data.external import has_shards
-from finetune.data.folders import class_difference, class_folders, evaluation_folder, from_folder
+from finetune.data.folders import class_difference, class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
+from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe

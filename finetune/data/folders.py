@@ -11,7 +11,6 @@ from finetune.data.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import as_seen, note, readable
 
-LINKED = "links to files that are there already"
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
 
 
@@ -29,6 +28,7 @@ class Finder:
     def __init__(self, once: bool = True):
         self.once = once
         self.found: dict[tuple[int, int], str] = {}
+        self.linked: list[tuple[str, str]] = []  # the path by which a file was found first, and another
         self.left_out: dict[str, list[str]] = {}
 
     def find(self, root: str | Path) -> list[str]:
@@ -79,14 +79,10 @@ class Finder:
             number = known.st_dev, known.st_ino
         first = self.found.setdefault(number, path)
         if self.once and first != path:
-            self.leave_out(LINKED, path)
+            self.linked.append((first, path))
+            self.leave_out("links to files that are there already", path)
             return False
         return True
-
-    def first(self, path: str) -> str:
-        """The path by which a file was found first."""
-        known = os.stat(path)
-        return self.found[known.st_dev, known.st_ino]
 
     def leave_out(self, reason: str, path: str) -> None:
         self.left_out.setdefault(reason, []).append(path)
@@ -134,17 +130,15 @@ def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
     classes, finder = list_folders(root), Finder()
     if not classes:
         raise RecipeError(f"data: {root} has no class folders. {describe_kind(root)}")
-    paths: list[str] = []
-    labels: list[int] = []
-    empty = []
+    labels: dict[str, int] = {}
+    empty, conflicts = [], []
     for label, name in enumerate(classes):
-        found = finder.find(root / name)
-        paths += found
-        labels += [label] * len(found)
+        links, found = len(finder.linked), finder.find(root / name)
+        labels |= dict.fromkeys(found, label)
+        conflicts += [pair for pair in finder.linked[links:] if labels[pair[0]] != label]
         if not found:
             empty.append(str(root / name))
-    twice = [(finder.first(path), path) for path in finder.left_out.get(LINKED, [])]
-    if conflicts := [pair for pair in twice if len({Path(path).relative_to(root).parts[0] for path in pair}) > 1]:
+    if conflicts:
         raise RecipeError(f"data: {len(conflicts)} files are in two classes, by links: {' is '.join(conflicts[0])}")
     left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
     if empty:
@@ -160,7 +154,7 @@ def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
             finder.leave_out("images beside the class folders", entry.path)
     if finder.left_out:
         note(f"left out of {root}: {finder.describe()}")
-    return ImageList(paths, labels, read_image), tuple(map(readable, classes))
+    return ImageList(list(labels), list(labels.values()), read_image), tuple(map(readable, classes))
 
 
 def other_reading(root: Path, name: str) -> str:

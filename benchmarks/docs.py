@@ -300,6 +300,18 @@ def performance() -> str:
     return table("benchmark | what | required | before | now | holds", rows)
 
 
+def gpu() -> str:
+    """Images a second on a GPU, of a run and of what feeds the same network otherwise."""
+    kept = read("gpu.json")["sections"]
+    rows = []
+    for one in (row for name, row in kept.items() if name.startswith("speed ")):
+        speeds = one["images_per_second"]
+        others = [f"{speeds[name]:,} ({one[f'of_{name}']:.2f})" for name in ("resident", "timm_loader", "transformers")]
+        rows.append((f"`{one['recipe']}`", f"{speeds['ours']:,}", f"{speeds['our_loader']:,}", *others))
+    header = "recipe | a run | its loader alone | batches on the GPU already | timm's loader, bare loop | transformers' Trainer"
+    return table(header, rows)
+
+
 def elsewhere() -> str:
     """What each script of benchmarks/elsewhere asks, and what came of it."""
     rows = []
@@ -381,6 +393,7 @@ BLOCKS = {
         powercuts,
         zoo,
         performance,
+        gpu,
         elsewhere,
         copies,
         copies_farther,

@@ -39,7 +39,7 @@ from finetune.recipe.load import load_recipe, override
 from finetune.tools.memory_estimate import stage_memory
 from finetune.training import loop
 from finetune.training.distributed import Stopped, default_workers
-from finetune.training.setup import RunOptions, make_accelerator, setup
+from finetune.training.setup import RunOptions, make_accelerator, own_accelerator_state, setup
 
 CASES = {  # recipe, images, their size in pixels
     "resnet18_cifar": (6_400, 32),
@@ -78,12 +78,13 @@ def prepared(name: str, folder: Path | str, *changes: str) -> Recipe:
 
 def train(recipe: Recipe, folder: Path, record: type[Watched] = Watched, **options) -> tuple[Watched, nn.Module]:
     """A run of the recipe by the loop itself; (its log, the network)."""
-    accelerator = make_accelerator(recipe)
-    net, datasets = setup(recipe, accelerator)
-    log = record(folder, accelerator, recipe, quiet=True)
     folder.mkdir(parents=True, exist_ok=True)
-    given = {"workers": default_workers(None, accelerator.device.type), "quiet": True} | options
-    return log, loop.train(recipe, net, datasets, log, accelerator, RunOptions(**given))
+    with own_accelerator_state():
+        accelerator = make_accelerator(recipe)
+        net, datasets = setup(recipe, accelerator)
+        log = record(folder, accelerator, recipe, quiet=True)
+        given = {"workers": default_workers(None, accelerator.device.type), "quiet": True} | options
+        return log, loop.train(recipe, net, datasets, log, accelerator, RunOptions(**given))
 
 
 def bare(recipe: Recipe, batches: Callable[[], Iterator], epochs: int = EPOCHS, half=torch.bfloat16, **how) -> float:
@@ -91,9 +92,9 @@ def bare(recipe: Recipe, batches: Callable[[], Iterator], epochs: int = EPOCHS, 
 
     `how`: memory_format, compile.
     """
-    accelerator = make_accelerator(recipe)
-    net, _ = setup(recipe, accelerator)
-    net.to(accelerator.device, memory_format=how.get("memory_format", torch.channels_last)).train()
+    with own_accelerator_state():
+        net, _ = setup(recipe, make_accelerator(recipe))
+    net.to("cuda", memory_format=how.get("memory_format", torch.channels_last)).train()
     if recipe.batch_norm == "frozen":
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):

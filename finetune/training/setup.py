@@ -73,6 +73,7 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if cpu:
         keep_freed_memory()
+    torch.backends.cudnn.deterministic = True  # of a GPU's ways to compute a layer, one that gives the same bits each time
     try:
         filter_trackers(list(trackers), folder)
     except ValueError as error:

@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from finetune.data import loader
 from finetune.data.sources import load_data
 from finetune.recipe import Data
 from finetune.run import main
-from finetune.training import run_dir
+from finetune.training import run_dir, setup
+from finetune.training.setup import make_accelerator
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, on_folder, prepare, run_here, small_recipe
 
@@ -190,3 +192,22 @@ def test_two_runs_of_one_program_may_differ_in_precision(tmp_path, image_folder)
     """The command's function, called twice in one Python, is two runs."""
     for precision in ("no", "bf16"):
         assert main([*arguments(image_folder, tmp_path / precision), "--set", f"mixed_precision={precision}"]) == 0
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """They are refused by name before NCCL fails on them, and on the CPU they may be as many as asked for."""
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in (places | {"MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match="2 processes .* needs a GPU of its own, and there are 1: .* ACCELERATE_USE_CPU=1"):
+        make_accelerator(small_recipe())
+    reached = []
+    monkeypatch.setattr(setup, "Accelerator", lambda **options: reached.append(options["cpu"]) or SimpleNamespace(log_with=[]))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    make_accelerator(small_recipe())
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    make_accelerator(small_recipe())
+    assert reached == [True, False]

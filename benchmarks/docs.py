@@ -76,9 +76,14 @@ def mean_of(kept: dict, key: str = "top1") -> str:
 
 
 def with_range(kept: dict) -> str:
-    """A record's top-1: mean, range and number of seeds."""
-    top1 = [run["top1"] for run in kept["runs"]]
-    return f"{mean(top1):.1%} ({100 * min(top1):.1f} to {100 * max(top1):.1f}, {len(top1)} seeds)"
+    """A record's top-1, or its own metric by name: mean, range and number of seeds."""
+    from finetune.recipe.recipe import METRICS
+    from finetune.results.baseline import metric_of
+
+    metric = metric_of(kept)
+    name = "" if metric == "top1" else f"{METRICS[metric]} "
+    values = [run[metric] for run in kept["runs"]]
+    return f"{name}{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f}, {len(values)} seeds)"
 
 
 def cost(kept: dict) -> str:
@@ -121,6 +126,7 @@ def networks() -> str:
         (one["recipe"]["backbone"], one["recipe"]["data"]["source"]): f"{with_range(one)}; probe "
         f"{mean_of(one, 'linear_probe_top1')}"
         for one in kept
+        if one["recipe"]["backbone"] in NETWORKS
     }
     rows = [(f"`{net}`", *(cells[net, source] for source in ("--data", "digits", "elpv"))) for net in NETWORKS]
     return table("network | CIFAR-10, JPEG copy, 100 a class | digits | solar cells", rows)

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import json
-import math
 import os
 import shlex
 import sys
@@ -20,7 +19,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from finetune.recipe import Recipe  # noqa: E402
-from finetune.recipe.load import FLAGS, add_recipe_arguments, check_source, chosen_recipe, flag_name, override, recipe_of_run  # noqa: E402
+from finetune.recipe.load import add_recipe_arguments, check_source, chosen_recipe  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
 from finetune.training.launch import INTERRUPTED, REFUSED, STOPPED, TURN, check_launcher, stop_with_launcher  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
@@ -73,6 +72,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut each process's share of the batch in N, for less memory; the result stays, but for batch norm that trains",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, for each training process")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep decoded images there, for later epochs and runs")
+    parser.add_argument("--cache-limit", type=float, metavar="GIB", help="of the disk (default: half of what is free)")
     parser.add_argument(
         "--track",
         action="append",
@@ -163,7 +164,7 @@ def resolve(args: argparse.Namespace) -> Request:
         raise RecipeError("--accumulate starts at 1, --workers and --checkpoint-every at 0")
     if args.resume and args.resume != "auto":
         args.resume = str(run_dir.find_run(args.resume, "" if args.epochs else "unfinished"))
-    recipe, file, name = resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
+    recipe, file, name = run_dir.resumed_recipe(args) if args.recipe is None else chosen_recipe(args)
     check_launcher(recipe)
     parts = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     if recipe.data.batch_size % parts and not args.smoke:
@@ -208,21 +209,6 @@ def run(args: argparse.Namespace) -> int:
         return fine_tune(args, request._replace(recipe=recipe))
 
 
-def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
-    """(recipe, file, name) of a run to go on with, which keeps all that it was started with but for run_dir.RESUME_FLAGS."""
-    given = [flag for flag in FLAGS if flag not in run_dir.RESUME_FLAGS and getattr(args, flag_name(flag)) is not None]
-    given += ["--set"] * bool(args.assignments)
-    if given:
-        raise RecipeError(f"a resumed run keeps its recipe: leave out {', '.join(given)}, or name the --recipe as well")
-    folder = run_dir.unfinished_run_dir("", Path(args.resume), math.inf if args.epochs else 0)
-    recipe, file, _ = recipe_of_run(folder)
-    if not args.resume_anyway:
-        run_dir.check_same_recipe(folder, recipe, file)
-    check_source(args.data)
-    changes = [f"epochs={args.epochs}"] * bool(args.epochs) + [f"data.source={args.data!r}"] * bool(args.data)
-    return override(recipe, changes), file, run_dir.run_name(folder)
-
-
 def fine_tune(args: argparse.Namespace, request: Request) -> int:
     """The run itself: data, weights, training, and the files in its folder; the exit code."""
     recipe, file, name, folder, resume = request
@@ -236,6 +222,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     from finetune.training.distributed import Stopped, default_workers, join_processes, main_process_first
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
+    from finetune.training.micro_batch import disk_caches
     from finetune.training.setup import RunOptions, make_accelerator, setup
     from finetune.utils.text import fill_lines
 
@@ -277,7 +264,8 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     start = copy_params(groups) if accelerator.is_main_process or sharded else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args.workers, accelerator.device.type), args.checkpoint_every, quiet)
     try:
-        evaluated = train(recipe, net, datasets, logger, accelerator, options)
+        with disk_caches(args.cache, args.cache_limit, datasets, files, accelerator, logger.say):
+            evaluated = train(recipe, net, datasets, logger, accelerator, options)
     except Stopped as stopped:
         words = f"stopped {stopped}; to go on:\nfinetune resume {shlex.quote(str(folder))}"
         logger.say(words, even_if_quiet=not args.json)

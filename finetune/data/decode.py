@@ -4,9 +4,11 @@ import mmap
 import multiprocessing
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,12 @@ from PIL import ExifTags, Image
 
 from finetune.utils.errors import RecipeError, first_line
 
+if sys.platform != "win32":
+    import fcntl
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux's, another each time that the machine starts
+CHUNK = 2**26  # bytes of a disk that are taken at a time
+HEADER, USED, ROOM, FLUSHED, BOOT = 4, 0, 1, 2, 3  # numbers before the places of a cache, and which is which
 CACHE_LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded again each time
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -149,9 +157,14 @@ class ImageCache:
     def __init__(self, num_images: int, limit: int | None = None):
         """`limit` in bytes; by default 1 GiB divided by the training processes of this machine."""
         self.limit = CACHE_LIMIT // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if limit is None else limit
-        self.pixels = np.frombuffer(mmap.mmap(-1, max(self.limit, 1)), np.uint8)
-        self.places = np.frombuffer(mmap.mmap(-1, max(24 * num_images, 1)), np.int64, 3 * num_images).reshape(num_images, 3)
-        self.used = multiprocessing.Value("q", 0)
+        self.lay_out(mmap.mmap(-1, max(self.limit, 1)), mmap.mmap(-1, 8 * (HEADER + 3 * num_images)))
+        self.lock: AbstractContextManager[Any] = multiprocessing.Lock()
+
+    def lay_out(self, pixels: mmap.mmap, places: mmap.mmap) -> None:
+        """Take this memory for the pixels, one image after the other, and for where each ends, its height and its width."""
+        self.memory, numbers = (pixels, places), np.frombuffer(places, np.int64)
+        self.header, self.places = numbers[:HEADER], numbers[HEADER:].reshape(-1, 3)
+        self.pixels = np.frombuffer(pixels, np.uint8)
 
     def get(self, index: int) -> np.ndarray | None:
         """The image, if it is kept."""
@@ -160,14 +173,77 @@ class ImageCache:
 
     def keep(self, index: int, pixels: np.ndarray) -> None:
         """Keep the image, if there is room."""
-        with self.used.get_lock():
-            if self.used.value + pixels.size > self.limit:
+        with self.lock:
+            if self.places[index, 0] or not self.has_room(end := int(self.header[USED]) + pixels.size):
                 return
-            self.used.value += pixels.size
-            end = self.used.value
+            self.header[USED], self.header[FLUSHED] = end, 0
         self.pixels[end - pixels.size : end] = pixels.reshape(-1)
         self.places[index, 1:] = pixels.shape[:2]
         self.places[index, 0] = end  # last: from here on others may read it
+        self.header[FLUSHED] = 0
+
+    def has_room(self, end: int) -> bool:
+        """Whether so many bytes may be used."""
+        return end <= self.limit
+
+
+class DiskCache(ImageCache):
+    """The same in two files, which later runs and the other processes of this one share.
+
+    A killed process takes nothing with it that others rely on. After the machine has started anew, what a run had not
+    flushed is forgotten: a power cut may have kept an image's place, and not its pixels.
+    """
+
+    def __init__(self, file: Path, num_images: int, limit: int):
+        """`limit` in bytes of the disk, for the pixels. Raises OSError if the disk can't be used so."""
+        self.file, self.limit, boot = file, limit, int(BOOT_ID.read_text().replace("-", "")[:15], 16)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        names = (file.with_suffix(end) for end in (".pixels", ".places"))
+        self.opened = pixels, places = [open(name, "a+b") for name in names]  # noqa: SIM115
+        self.lock = FileLock(places.fileno())
+        with self.lock:
+            os.truncate(places.fileno(), size := 8 * (HEADER + 3 * num_images))
+            os.truncate(pixels.fileno(), room := max(limit, os.fstat(pixels.fileno()).st_size, 1))
+            self.lay_out(mmap.mmap(pixels.fileno(), room), mmap.mmap(places.fileno(), size))
+            if not self.header[FLUSHED] and self.header[BOOT] != boot:
+                self.places[:], self.header[:] = 0, 0
+            self.header[BOOT] = boot
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DiskCache, (self.file, len(self.places), self.limit)
+
+    def has_room(self, end: int) -> bool:
+        """Whether so many bytes may be used, and the disk has them: writing past its end would end the process."""
+        start = int(self.header[ROOM])
+        if start < end <= self.limit:
+            room = min(self.limit, max(end, start + CHUNK))
+            try:
+                os.posix_fallocate(self.opened[0].fileno(), start, room - start)
+                self.header[ROOM] = room
+            except OSError:
+                return False
+        return end <= self.limit
+
+    def flush(self) -> None:
+        """Bring it to the disk."""
+        pixels, places = self.memory
+        pixels.flush()
+        places.flush()
+        self.header[FLUSHED] = 1
+        places.flush()
+
+
+class FileLock:
+    """Held by one process at a time, of all on a machine that have the file open."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __enter__(self) -> None:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *error: object) -> None:
+        fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
 
 
 def image_cache(num_images: int) -> ImageCache | None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.data.dataset import ImageList, Images, labels_of, name_others
-from finetune.data.decode import WHITE, Colour, image_cache, read_image
+from finetune.data.decode import WHITE, Colour, DiskCache, image_cache, read_image
 from finetune.data.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
@@ -133,8 +133,9 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         self.kept_loader: BatchLoader | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For a loader process that is started afresh, as on macOS and Windows: it knows no recipe, and keeps no images."""
-        return unpickled, (RecipeModules(), self.__dict__ | {"cache": None, "kept_loader": None})
+        """For a loader process that is started afresh, as on macOS and Windows: it knows no recipe, and shares no memory."""
+        cache = self.cache if isinstance(self.cache, DiskCache) else None
+        return unpickled, (RecipeModules(), self.__dict__ | {"cache": cache, "kept_loader": None})
 
     def __len__(self) -> int:
         return len(self.images)

@@ -16,6 +16,7 @@ import torchvision
 from torch import nn
 
 from finetune.data.dataset import ImageData
+from finetune.data.decode import USED
 from finetune.data.loader import Batch, BatchPlan, load_batches
 from finetune.data.sources import load_data
 from finetune.models.backbone import build_backbone, fresh_norms, head_parameters, meta_backbone
@@ -240,7 +241,7 @@ def time_training(recipe: Recipe, data: ImageData) -> tuple[float, float]:
         step = min(repeat(lambda: train_step(recipe, net, criterion, optimizer, batches[0], accelerator)[0].item(), number=1))
         with torch.no_grad():
             forward = min(repeat(lambda: net.eval()(batches[0].micro_batches[0][0]).sum().item(), number=1))
-    if images.cache is None or images.cache.used.value * len(images) > len(sample) * images.cache.limit:
+    if images.cache is None or images.cache.header[USED] * len(images) > len(sample) * images.cache.limit:
         again = first  # memory does not hold them all
     train, val = (len(part) / len(sample) for part in (data.train, data.val))
     return (train + val) * (first + forward), train * (again + step) + val * (again + forward)

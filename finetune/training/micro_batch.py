@@ -1,17 +1,26 @@
-"""Memory: kept from step to step on a CPU; smaller micro-batches where a GPU's runs out.
+"""Memory: kept from step to step on a CPU; smaller micro-batches where a GPU's runs out; decoded images on a disk.
 
 The step is the same with any of it, but for norms whose statistics move, and the draws of dropout.
 """
 
 import ctypes
+import hashlib
+import platform
+import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import PIL
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from finetune.data.dataset import FileRow
+from finetune.data.decode import DiskCache
+from finetune.data.loader import ImageDataset
 from finetune.models.backbone import memory_format
 from finetune.models.batch_norm import has_statistics, keep_buffers
 from finetune.models.sharding import is_sharded
@@ -105,3 +114,53 @@ def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, si
             logits.float().sum().backward()
     finally:
         del room
+
+
+@contextmanager
+def disk_caches(
+    folder: Path | None,
+    gib: float | None,
+    datasets: Sequence[ImageDataset],
+    rows: Sequence[FileRow],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> Iterator[None]:
+    """Within, decoded images are kept in files of `folder`, up to so many GiB, half of what is free by default.
+
+    `rows` are those of the first process. A file is found by the content of a set's images, their order and how they are read.
+
+    Raises:
+        RecipeError: for images that are no files, and for a folder that can't be used so.
+    """
+    if folder is None:
+        yield
+        return
+    digests = [[row[2] for row in rows if row[0] == split] for split in ("train", "val")]
+    keys = broadcast_object_list([cache_key(*pair) for pair in zip(datasets, digests, strict=True)])
+    if not all(keys):
+        raise RecipeError("--cache keeps images that are files, in folders or of a table; these are not: leave it out")
+    total, found = sum(map(len, datasets)), 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        limit = gib * 2**30 if gib else shutil.disk_usage(folder).free / 2
+        for images, key in zip(datasets, keys, strict=True):
+            images.cache = DiskCache(folder / str(key), len(images), int(limit * len(images) / total))
+            found += int((images.cache.places[:, 0] > 0).sum())
+    except OSError as error:
+        raise RecipeError(
+            f"--cache {folder}: {error.strerror or error}; it takes a folder on a disk of a Linux machine"
+        ) from error
+    say(f"cache: {folder} has {found:,} of {total:,} images, decoded")
+    try:
+        yield
+    finally:
+        for images in datasets:
+            assert isinstance(images.cache, DiskCache)  # set above
+            images.cache.flush()
+
+
+def cache_key(images: ImageDataset, digests: Sequence[str]) -> str:
+    """The name of the files in which a set's decoded images are kept; "" for images that are no files."""
+    options = getattr(getattr(images.images, "read", None), "keywords", {})
+    key = repr((digests, sorted(options.items()), images.background, PIL.__version__, platform.node()))
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest() if digests else ""

@@ -1,9 +1,11 @@
 """Run folders: a new one, or one to go on with; the lock on it and its first files."""
 
+import argparse
 import ast
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.recipe import Recipe
+from finetune.recipe.load import FLAGS, check_source, flag_name, override, recipe_of_run
 from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder, file_digest, read_json, write_file
@@ -71,6 +74,21 @@ def unfinished_run_dir(name: str, folder: Path | None, epochs: float = 0, recipe
         if newest_checkpoint(folder) is None:
             raise RecipeError(f"the run in {folder} is finished, and has no checkpoint any more to go on from")
     return folder
+
+
+def resumed_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
+    """(recipe, file, name) of a run to go on with, which keeps all that it was started with but for RESUME_FLAGS."""
+    given = [flag for flag in FLAGS if flag not in RESUME_FLAGS and getattr(args, flag_name(flag)) is not None]
+    given += ["--set"] * bool(args.assignments)
+    if given:
+        raise RecipeError(f"a resumed run keeps its recipe: leave out {', '.join(given)}, or name the --recipe as well")
+    folder = unfinished_run_dir("", Path(args.resume), math.inf if args.epochs else 0)
+    recipe, file, _ = recipe_of_run(folder)
+    if not args.resume_anyway:
+        check_same_recipe(folder, recipe, file)
+    check_source(args.data)
+    changes = [f"epochs={args.epochs}"] * bool(args.epochs) + [f"data.source={args.data!r}"] * bool(args.data)
+    return override(recipe, changes), file, run_name(folder)
 
 
 def is_of(run: Path, recipe: Recipe | None) -> bool:

@@ -12,6 +12,7 @@ from scipy.stats import norm
 from finetune.__main__ import main as verb
 from finetune.recipe import Data
 from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results import baseline, reproduce
 from finetune.results.baseline import (
@@ -144,7 +145,8 @@ def test_each_record_is_about_its_recipe(name):
     """A record in the repository is of the recipe as it stands there."""
     file = ROOT / "recipes" / f"{name}.py"
     record = json.loads((ROOT / "recipes" / "baselines" / f"{name}.json").read_text())
-    assert describe_baseline(file, load_recipe(name)[0]) == f"top-1 {describe_record(record)}"
+    recipe, _ = load_recipe(name)
+    assert describe_baseline(file, recipe) == f"{METRICS[recipe.metric]} {describe_record(record)}"
 
 
 QUICK = '''"""Quick."""

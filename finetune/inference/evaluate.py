@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import one_hot
 
 from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
 from finetune.data.external import has_shards
@@ -25,19 +24,21 @@ from finetune.recipe.load import check_source
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results.plots import plot_confusion_matrix, shorten
-from finetune.training.evaluate import compute_metrics, confusion_matrix, subgroup_metrics
+from finetune.training.evaluate import compute_metrics, confusion_matrix, count_classes, subgroup_metrics
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder, file_digest
 from finetune.utils.text import align_columns, note
+
+MATRIX_CLASSES = 1000  # up to which a result has the confusion matrix: it grows with their square
 
 
 def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
     """Measure a model on labelled images, which are chosen as `load_labelled_images` says.
 
     Returns what compute_metrics does, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0), of a table
-    with that column "by_subgroup" and, of one label an image, "confusion" (images by label and by predicted class), drawn as
-    confusion.png in `output`.
+    with that column "by_subgroup" and, of one label an image and up to 1,000 classes, "confusion" (images by label and by
+    predicted class), of any number drawn as confusion.png in `output`.
 
     Raises:
         RecipeError: if model, images or classes are not in order, or `output` has such a picture.
@@ -67,7 +68,8 @@ def evaluate_model(
         result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, images.subgroups)
     if labels.ndim == 1:
         seen = ~is_unreadable(labels)
-        result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
+        if len(classes) <= MATRIX_CLASSES:
+            result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
             plot_confusion_matrix(
@@ -158,10 +160,11 @@ def class_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[
     """Images, precision, recall and F1 of each class, of labels [n], or [n, classes] of 0 and 1, that could be read."""
     seen = ~is_unreadable(labels)
     logits, labels = logits[seen], labels[seen]
-    several = labels.ndim == 2
-    truth = labels.bool() if several else one_hot(labels, len(classes)).bool()
-    guess = logits.sigmoid() > 0.5 if several else one_hot(logits.argmax(1), len(classes)).bool()
-    true_positives, labelled, predicted = (part.sum(0) for part in (truth & guess, truth, guess))
+    if labels.ndim == 2:
+        truth, guess = labels.bool(), logits.sigmoid() > 0.5
+        true_positives, labelled, predicted = (part.sum(0) for part in (truth & guess, truth, guess))
+    else:
+        true_positives, labelled, predicted = count_classes(logits, labels)
     columns = {
         "images": labelled,
         "precision": true_positives / predicted.clamp(min=1),

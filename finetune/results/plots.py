@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,11 @@ from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures st
 from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator
-from torch.nn.functional import max_pool2d
 
 from finetune.data.loader import is_unreadable
 from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
 from finetune.recipe.recipe import METRICS
-from finetune.training.evaluate import confusion_matrix
+from finetune.training.evaluate import count_pairs
 from finetune.training.run_dir import run_name
 from finetune.utils.files import write_file
 from finetune.utils.text import align_columns, readable
@@ -209,14 +208,16 @@ def plot_confusion_matrix(
     Up to 20 classes have names and numbers; of more, the largest confusions are circled, and listed by name.
     """
     seen = ~is_unreadable(labels)
-    counts = confusion_matrix(logits[seen], labels[seen])
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    few = len(classes) <= NAMED_CLASSES
+    rows, columns, counts = count_pairs(logits[seen], labels[seen])
+    labelled = torch.bincount(labels[seen], minlength=len(classes))
+    shares, few = counts / labelled[rows], len(classes) <= NAMED_CLASSES
     figure = Figure(figsize=(8, 8 if few else 10), layout="constrained")
     axes, *below = [figure.subplots()] if few else figure.subplots(2, 1, height_ratios=(7.2, 2))
-    right, size = int(counts.diagonal().sum()), math.ceil(len(classes) / CELLS)
-    cells = max_pool2d(shares[None], size, ceil_mode=True)[0].sqrt()  # the root: one image of fifty is seen, too
-    axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(-0.5, (n := len(cells) * size) - 0.5, n - 0.5, -0.5))
+    right, size = int(counts[rows == columns].sum()), math.ceil(len(classes) / CELLS)
+    side = math.ceil(len(classes) / size)
+    cells = torch.zeros(side * side).scatter_reduce(0, rows // size * side + columns // size, shares, "amax")
+    cells = cells.reshape(side, side).sqrt()  # the root: one image of fifty is seen, too
+    axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1, extent=(-0.5, (n := side * size) - 0.5, n - 0.5, -0.5))
     result = f"{right} of {int(counts.sum())} images predicted as they are labelled"
     title = "\n".join(filter(None, [title, result]))
     figure.suptitle(title, fontsize="medium", **style(title))
@@ -224,44 +225,39 @@ def plot_confusion_matrix(
     if few:
         names = [shorten(name, 24) for name in classes]
         names = [name if names.count(name) == 1 else f"{i}: {shorten(classes[i], 20)}" for i, name in enumerate(names)]
-        write_cells(axes, counts, shares, names)
+        write_cells(axes, zip(rows.tolist(), columns.tolist(), counts.tolist(), shares.tolist(), strict=True), names)
     else:
         axes.set_xlabel(f"predicted: the number of the class, from 0{f'; of {size} x {size} the largest share' * (size > 1)}")
-        confusions = largest_confusions(counts)
-        for label, guess in confusions:
+        wrong = rows != columns
+        order = counts[wrong].argsort(descending=True, stable=True)[:LISTED]
+        confusions = torch.stack([part[wrong][order] for part in (rows, columns, counts)], dim=1).tolist()
+        for label, guess, _ in confusions:
             axes.plot(guess, label, "o", markersize=8, fillstyle="none", color="C3", markeredgewidth=0.8, clip_on=False)
         below[0].set_axis_off()
-        text = describe_confusions(counts, confusions, classes)
+        text = describe_confusions(confusions, labelled.tolist(), classes)
         below[0].text(0.5, 1, text, ha="center", va="top", ma="left", fontsize=8, **style(text, "monospace"))
     return save_figure(figure, [], run / "confusion.png")
 
 
-def write_cells(axes: Axes, counts: torch.Tensor, shares: torch.Tensor, names: Sequence[str]) -> None:
-    """The names of the classes along both sides, and the number of images in each cell."""
+def write_cells(axes: Axes, cells: Iterable[tuple[int, int, int, float]], names: Sequence[str]) -> None:
+    """The names of the classes along both sides, and in each cell (row, column, images, share of the row) the images."""
+    cells = list(cells)
     drawn = style("".join(names))
     axes.set_xticks(range(len(names)), names, rotation=90, **drawn)
     axes.set_yticks(range(len(names)), names, **drawn)
-    size = min(14.0, 600 / len(names) / len(str(int(counts.max()))))  # a cell is about 400 points / classes wide
-    for row, column in counts.nonzero().tolist():
-        colour = "white" if shares[row, column] > 0.3 else "black"
-        text = str(int(counts[row, column]))
-        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    digits = len(str(max(count for _, _, count, _ in cells)))
+    size = min(14.0, 600 / len(names) / digits)  # a cell is about 400 points / classes wide
+    for row, column, count, share in cells:
+        colour = "white" if share > 0.3 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=colour)
 
 
-def largest_confusions(counts: torch.Tensor) -> list[tuple[int, int]]:
-    """(label, predicted class) of the most wrong predictions, the most first."""
-    wrong = counts.clone().fill_diagonal_(0)
-    order = wrong.flatten().argsort(descending=True, stable=True)[:LISTED].tolist()
-    return [divmod(i, len(counts)) for i in order if wrong.flatten()[i]]
-
-
-def describe_confusions(counts: torch.Tensor, confusions: Sequence[tuple[int, int]], classes: Sequence[str]) -> str:
-    """A table of these confusions, each class with its number."""
+def describe_confusions(confusions: Sequence[tuple[int, int, int]], labelled: Sequence[int], classes: Sequence[str]) -> str:
+    """A table of (label, predicted class, images), each class with its number; `labelled` has the images of each class."""
     if not confusions:
         return "no image was predicted as another class"
     rows: list[tuple[str, ...]] = [("labelled", "predicted", "images")]
-    for label, guess in confusions:
-        number, total = int(counts[label, guess]), int(counts[label].sum())
+    for label, guess, number in confusions:
         names = [f"{shorten(classes[i], 32)} ({i})" for i in (label, guess)]
-        rows.append((*names, f"{number} of {total}, {number / total:.0%}"))
+        rows.append((*names, f"{number} of {labelled[label]}, {number / labelled[label]:.0%}"))
     return f"The largest confusions, circled above:\n\n{align_columns(rows)}"

@@ -94,11 +94,10 @@ def subgroup_metrics(
 
 
 def single_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Of one label an image, from the confusion matrix."""
-    matrix = confusion_matrix(logits, labels).double()
-    true_positives, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    """Of one label an image."""
+    true_positives, labelled, predicted = (counts.double() for counts in count_classes(logits, labels))
     metrics = {
-        "top1": (true_positives.sum() / matrix.sum()).item(),
+        "top1": (true_positives.sum() / len(labels)).item(),
         "macro_f1": (2 * true_positives / (predicted + labelled).clamp(min=1)).mean().item(),
     }
     if logits.shape[1] > 5:
@@ -125,6 +124,21 @@ def average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:
     ends = torch.cat([logits[order].diff().nonzero().flatten(), torch.tensor([len(order) - 1])])  # of runs of equal logits
     recall = hits[ends] / hits[-1].clamp(min=1)
     return (recall.diff(prepend=recall.new_zeros(1)) * hits[ends] / (ends + 1)).sum().item()
+
+
+def count_classes(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(right predictions, images, predictions) of each class [classes]."""
+    said = logits.argmax(1)
+    right, labelled, predicted = (
+        torch.bincount(part, minlength=logits.shape[1]) for part in (labels[said == labels], labels, said)
+    )
+    return right, labelled, predicted
+
+
+def count_pairs(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(labels, predicted classes, numbers of images) of the pairs that there are, in order: no more of them than images."""
+    pairs, counts = torch.unique(labels * logits.shape[1] + logits.argmax(1), return_counts=True)
+    return pairs // logits.shape[1], pairs % logits.shape[1], counts
 
 
 def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def test_any_name_is_drawn_as_text(tmp_path):
 def test_long_names_that_are_cut_to_the_same_are_told_apart(tmp_path, monkeypatch):
     """On the axes of the confusion matrix they have their numbers."""
     shown = []
-    monkeypatch.setattr(plots, "write_cells", lambda axes, counts, shares, names: shown.extend(names))
+    monkeypatch.setattr(plots, "write_cells", lambda axes, cells, names: shown.extend(names))
     names = ["a" * 20 + middle + "b" * 20 for middle in ("one", "two")] + ["short"]
     plot_confusion_matrix(tmp_path, torch.eye(3), torch.arange(3), names)
     assert len(set(shown)) == 3 and shown[0].startswith("0: aaa") and shown[1].startswith("1: aaa") and shown[2] == "short"

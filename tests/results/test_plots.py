@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +19,8 @@ from finetune.recipe import SGD, Data, Group, Step, Switch
 from finetune.recipe.serialize import to_dict
 from finetune.results import plots
 from finetune.results.runs import Run
-from finetune.training.evaluate import confusion_matrix
-from helpers import SmallNet, run_here, small_recipe
+from finetune.training.evaluate import confusion_matrix, count_pairs
+from helpers import ROOT, SmallNet, run_here, small_recipe
 
 ROWS = (
     Group("head", "fc", lr=1e-2, schedule=Step(every=1, factor=0.5)),
@@ -166,3 +168,42 @@ def test_the_confusion_matrix_is_scikit_learns():
     """Rows are labels, columns predictions, in scikit-learn's counts."""
     logits, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
     np.testing.assert_array_equal(confusion_matrix(logits, labels), theirs(labels, logits.argmax(1), labels=range(7)))
+
+
+GROWTH = """
+import resource, sys
+import torch
+from finetune.inference.evaluate import class_metrics
+from finetune.results.plots import plot_confusion_matrix
+from finetune.training.evaluate import single_label_metrics
+
+def run(classes):
+    logits, labels = torch.eye(classes)[:30].roll(1, 0), torch.arange(30)
+    names = list(map(str, range(classes)))
+    assert single_label_metrics(logits, labels)["top1"] == 0
+    assert [row["recall"] for row in class_metrics(logits, labels, names)] == [0] * classes
+    plot_confusion_matrix(__import__("pathlib").Path(sys.argv[1]), logits, labels, names)
+
+run(30)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(8000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_many_classes_take_no_square_of_memory(tmp_path):
+    """Metrics and picture of 8,000 classes, whose matrix alone would have 488 MiB, take less than that beside the logits."""
+    done = subprocess.run([sys.executable, "-c", GROWTH, tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    logits = 8000 * 8000 * 4 // 2**20  # torch.eye
+    assert int(done.stdout) < logits + 100
+    assert (tmp_path / "confusion.png").stat().st_size > 10_000
+
+
+def test_the_pairs_are_the_matrix():
+    """Labels and predictions that come together, counted, are scikit-learn's matrix where it is not 0."""
+    logits, labels = predictions_of(7)
+    rows, columns, counts = count_pairs(logits, labels)
+    matrix = np.zeros((7, 7), int)
+    matrix[rows, columns] = counts
+    assert (matrix == theirs(labels, logits.argmax(1))).all() and (counts > 0).all()

@@ -44,6 +44,9 @@ ARMS = {  # what is appended to the recipe's file
     "change(optimizer=SGD(momentum=0.9, weight_decay=1e-4))",
     "SGD, and one more group each epoch": "lrs(lambda row: 10 * row.lr); starts(lambda i: min(i, recipe.epochs - 1)); "
     "change(optimizer=SGD(momentum=0.9, weight_decay=1e-4))",
+    "a third of the learning rates": "lrs(lambda row: row.lr / 3)",
+    "a third of the learning rates, and one more group each epoch": "lrs(lambda row: row.lr / 3); "
+    "starts(lambda i: min(i, recipe.epochs - 1))",
     "three times the learning rates": "lrs(lambda row: 3 * row.lr)",
     "three times the learning rates, and one more group each epoch": "lrs(lambda row: 3 * row.lr); "
     "starts(lambda i: min(i, recipe.epochs - 1))",

@@ -17,8 +17,8 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
 
     `recipe` is a name, a file, or a Recipe made here; without one, a recipe is suggested for `data`. `options` are those of
     the command line, with _ for -: data, epochs, batch_size, image_size, lr_scale, backbone, weights, seed;
-    set=["groups.head.lr=5e-3", ...]; output, workers, accumulate, checkpoint_every, track, smoke, quiet. Random generators
-    are left as they were.
+    set=["groups.head.lr=5e-3", ...]; output, workers, cache, accumulate, checkpoint_every, track, smoke, quiet. Random
+    generators are left as they were.
 
     Raises:
         RecipeError: for whatever the command line would refuse.
@@ -28,7 +28,7 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     for name, value in options.items():
         if name not in vars(args) or name in ("recipe", "resume", "dry_run", "json"):
             raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
-        setattr(args, name, Path(value) if name == "output" else value)
+        setattr(args, name, Path(value) if name in ("output", "cache") else value)
     if args.recipe is None and args.data is None and not resume:
         raise RecipeError("name a recipe, finetune.train('NAME'), your images, finetune.train(data=...), or train(resume=...)")
 

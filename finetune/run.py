@@ -162,6 +162,8 @@ def resolve(args: argparse.Namespace) -> Request:
         raise RecipeError("--smoke brings its own images and weights: leave out --data, --weights and --resume")
     if args.accumulate < 1 or (args.workers or 0) < 0 or args.checkpoint_every < 0:
         raise RecipeError("--accumulate starts at 1, --workers and --checkpoint-every at 0")
+    if args.cache_limit is not None and (args.cache is None or not args.cache_limit > 0):
+        raise RecipeError("--cache-limit is the GiB, more than 0, that --cache DIR may take")
     if args.resume and args.resume != "auto":
         args.resume = str(run_dir.find_run(args.resume, "" if args.epochs else "unfinished"))
     recipe, file, name = run_dir.resumed_recipe(args) if args.recipe is None else chosen_recipe(args)

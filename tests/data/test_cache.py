@@ -124,15 +124,17 @@ def test_two_processes_and_loaders_share_it(tmp_path, image_folder):
     assert opened.header[FLUSHED]
 
 
-@pytest.mark.parametrize("what", ["set", "folder", "system"])
+@pytest.mark.parametrize("what", ["set", "folder", "system", "limit"])
 def test_what_can_not_be_kept_is_refused(tmp_path, image_folder, monkeypatch, capsys, what):
-    """A set that is no files, a folder that is a file, a system without a number for its start: one sentence each."""
+    """A set that is no files, a folder that is a file, a system without a number for its start, no limit: one sentence each."""
     (tmp_path / "file").write_text("")
     if what == "set":
         code = main(["--recipe", "resnet18_cifar", "--smoke", "--cache", str(tmp_path / "c"), "--output", str(tmp_path / "r")])
         said = "--cache keeps images that are files, in folders or of a table; these are not: leave it out"
     elif what == "folder":
         code, said = run(image_folder, tmp_path / "r", tmp_path / "file"), "file: File exists; it takes a folder"
+    elif what == "limit":
+        code, said = run(image_folder, tmp_path / "r", tmp_path / "c", "--cache-limit", "0"), "--cache-limit is the GiB"
     else:
         monkeypatch.setattr(decode, "BOOT_ID", tmp_path / "none")
         code, said = run(image_folder, tmp_path / "r", tmp_path / "c"), "on a disk of a Linux machine"

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import to_dtype
 
-from finetune.data.decode import ENDINGS, TURNS, open_file, read_image, to_rgb
+from finetune.data.decode import ENDINGS, TURNS, USED, open_file, read_image, to_rgb
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.transforms import eval_transform
@@ -256,6 +256,16 @@ def test_a_large_jpeg_is_decoded_smaller(tmp_path, mode, shortest, size):
     assert np.array_equal(read_image(png, shortest=shortest), PHOTOS[0])  # other formats are decoded whole
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("ending", [".jpg", ".PNG", ".gif", ".webp", ".tga", ".tif"])
+def test_a_files_content_counts_not_its_ending(tmp_path, kind, ending):
+    """A file of one kind that is called like another is read as what it is."""
+    PHOTOS[0].save(tmp_path / "a", kind)
+    (file := tmp_path / f"a{ending}").write_bytes((tmp_path / "a").read_bytes())
+    with Image.open(tmp_path / "a") as theirs, open_file(file) as image:
+        assert image.format == theirs.format == kind and np.array_equal(np.array(image), np.array(theirs))
+
+
 def test_only_training_images_are_decoded_smaller(tmp_path):
     """What is evaluated is what `predict` reads; the cache then holds the small images."""
     for part in ("train", "val"):
@@ -266,7 +276,7 @@ def test_only_training_images_are_decoded_smaller(tmp_path):
     data = load_data(recipe)
     train, val = build_datasets(recipe, meta_backbone(recipe, 2), data)
     assert [part.read(0)[0].shape for part in (train, val)] == [(107, 160, 3), (427, 640, 3)]
-    assert train.read(0)[0].shape == (107, 160, 3) and train.cache.used.value == 107 * 160 * 3
+    assert train.read(0)[0].shape == (107, 160, 3) and train.cache.header[USED] == 107 * 160 * 3
     assert data.train[0][0].size == (640, 427)
     text = "reduced_decode is for files that this library opens"
     with pytest.raises(RecipeError, match=text):

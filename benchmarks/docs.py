@@ -20,7 +20,13 @@ from benchmarks import ablations, peers_report
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RECIPES = ROOT / "benchmarks" / "results", ROOT / "recipes"
 BLOCK = re.compile(r"<!-- generated: ([\w ]+) -->.*?<!-- end -->", re.DOTALL)
-IMAGES = {"cifar": "CIFAR-10, JPEG copy", "digits": "digits"}  # what the records call them
+IMAGES = {  # what the records call them
+    "cifar": "CIFAR-10, JPEG copy",
+    "digits": "digits",
+    "resnet18_short": "ResNet-18, 1,000 images, 3 epochs",
+    "resnet18_long": "ResNet-18, 1,000 images, 30 epochs",
+    "resnet18_many": "ResNet-18, 10,000 images, 10 epochs",
+}
 NETWORKS = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
 

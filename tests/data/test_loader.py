@@ -1,6 +1,7 @@
 """The processes that load images."""
 
 import gc
+from contextlib import suppress
 
 import psutil
 import torch
@@ -12,8 +13,13 @@ TIMM = {"backbone": "test_resnet", "head": None, "groups": ALL}
 
 
 def loader_processes():
-    """Their numbers, those of Python's helpers not among them."""
-    return {child.pid for child in psutil.Process().children(recursive=True) if "resource_tracker" not in child.cmdline()}
+    """Their numbers, without those of processes that have ended and of Python's helpers."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if child.status() != psutil.STATUS_ZOMBIE and not any("resource_tracker" in word for word in child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def test_they_stay_from_epoch_to_epoch_and_go_with_the_images():

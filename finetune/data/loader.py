@@ -1,6 +1,7 @@
 """Batches: the order of the images in an epoch, the share of each process, and their loading."""
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -233,7 +234,15 @@ class BatchLoader(DataLoader[Any]):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
             persistent_workers=workers > 0,
+            worker_init_fn=outlast_interrupts,
         )
+
+
+def outlast_interrupts(worker: int) -> None:
+    """Leave Ctrl-C and a closed terminal, which reach each process, to the one that trains: it finishes its step first."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class NextBatches:

@@ -1,9 +1,13 @@
 """The processes that load images."""
 
 import gc
+import os
+import signal
+import time
 from contextlib import suppress
 
 import psutil
+import pytest
 import torch
 
 from finetune.data.loader import load
@@ -56,6 +60,20 @@ def test_an_epoch_that_is_left_in_the_middle_leaves_nothing_to_the_next():
     again = list(load(images, 1, [[i] for i in range(8)], 2))
     assert loader_processes() == pids and len(again) == 8
     assert all(torch.equal(one, other) for (one, _), (other, _) in zip(whole, again, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows sends no signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGHUP", None)])
+def test_an_interrupt_leaves_them_to_the_process_that_trains(number):
+    """A terminal's Ctrl-C between two epochs reaches them, too; the next epoch is loaded all the same."""
+    images = prepare(small_recipe(**TIMM))[2][0]
+    before = loader_processes()
+    list(load(images, 0, [[0], [1], [2], [3]], 2))  # each of the two has begun
+    for pid in (pids := loader_processes() - before):
+        os.kill(pid, number)
+    time.sleep(0.5)
+    ((batch, _),) = load(images, 1, [[0, 1]], 2)
+    assert torch.equal(batch, next(load(images, 1, [[0, 1]], 0))[0]) and loader_processes() - before == pids
 
 
 def test_a_run_leaves_no_process(tmp_path):

@@ -224,7 +224,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     from finetune.training.distributed import Stopped, default_workers, join_processes, main_process_first
     from finetune.training.logger import Logger, start_trackers
     from finetune.training.loop import train
-    from finetune.training.micro_batch import disk_caches
+    from finetune.training.memory import disk_caches
     from finetune.training.setup import RunOptions, make_accelerator, setup
     from finetune.utils.text import fill_lines
 

@@ -22,7 +22,7 @@ from finetune.recipe import Lambda, Recipe
 from finetune.results.plots import new_figure, save_figure
 from finetune.tools.memory_estimate import keep_state
 from finetune.training.loop import train_step
-from finetune.training.micro_batch import find_micro_batches
+from finetune.training.memory import find_micro_batches
 from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keep_random_state
 from finetune.utils.text import progress

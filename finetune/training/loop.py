@@ -26,7 +26,7 @@ from finetune.training.checkpoint import restore, save_checkpoint
 from finetune.training.distributed import Stopped, StopRequest, broadcast, check_same_weights, wrap
 from finetune.training.evaluate import best_row, compute_metrics, predict_logits
 from finetune.training.logger import Logger
-from finetune.training.micro_batch import find_micro_batches
+from finetune.training.memory import find_micro_batches
 from finetune.training.setup import DEFAULTS, RunOptions
 from finetune.utils.seed import seed_all
 from finetune.utils.text import fill_lines, progress

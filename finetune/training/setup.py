@@ -32,7 +32,7 @@ from finetune.recipe.load import override
 from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
 from finetune.training.launch import asks_for_fsdp, check_processes, chosen_threads
-from finetune.training.micro_batch import keep_freed_memory
+from finetune.training.memory import keep_freed_memory
 from finetune.utils.device import uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.seed import seed_all

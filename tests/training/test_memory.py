@@ -13,8 +13,8 @@ from torch import nn
 from finetune.models.batch_norm import set_train_mode
 from finetune.recipe import SGD, Group
 from finetune.training import loop as train_loop
-from finetune.training import micro_batch
-from finetune.training.micro_batch import find_micro_batches
+from finetune.training import memory
+from finetune.training.memory import find_micro_batches
 from finetune.utils.errors import RecipeError
 from helpers import ALL, ROOT, DroppingNet, SmallNet, assert_same_weights, prepare, run_here, small_recipe
 
@@ -32,7 +32,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tmp_path, capsy
     """The batch stays, one line says what is done, and the weights are those of a run with memory enough."""
     recipe = small_recipe(groups=ALL, epochs=2, optimizer=SGD(momentum=0.9), backbone=Hungry)
     monkeypatch.setattr(train_loop, "predict_logits", lambda *args, **options: (torch.zeros(4, 10), torch.zeros(4).long()))
-    monkeypatch.setattr(micro_batch, "says_when_full", lambda device: True)  # as if this were a GPU
+    monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
     net, _ = run_here(recipe, tmp_path / "hungry")
     out = capsys.readouterr().out
     assert out.count("out of memory with 8 images at once: now 4, 2 times a step; the batch stays 8") == 1
@@ -57,7 +57,7 @@ class HungryNorm(SmallNet):
 @pytest.mark.parametrize("batch_norm,refused", [("train", True), ("frozen", False)])
 def test_a_micro_batch_of_one_image_is_refused_where_norms_move(monkeypatch, batch_norm, refused):
     """Memory that only holds one image is no memory for a norm that takes statistics of several."""
-    monkeypatch.setattr(micro_batch, "says_when_full", lambda device: True)  # as if this were a GPU
+    monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
     recipe = small_recipe(backbone=HungryNorm, head="fc.1", batch_norm=batch_norm)
     net, _, _ = prepare(recipe)
     set_train_mode(net, batch_norm)
@@ -78,7 +78,7 @@ def test_a_run_says_where_norms_see_less_than_the_batch(tmp_path, capsys, accumu
 
 def test_a_try_for_memory_leaves_no_trace(monkeypatch):
     """Trying a micro-batch changes no parameter, gradient or statistic; one image too many is refused."""
-    monkeypatch.setattr(micro_batch, "says_when_full", lambda device: True)  # as if this were a GPU
+    monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
     net, groups, _ = prepare(small_recipe(backbone=DroppingNet, batch_norm="train"))
     before = {n: t.clone() for n, t in net.state_dict().items()}
     net.train()

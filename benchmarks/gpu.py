@@ -1,4 +1,4 @@
-"""What a GPU is given and what it takes: speed next to other loaders, precision, memory, resuming. One JSON, within 8 minutes.
+"""What a GPU is given and what it takes: speed next to other loaders, precision, memory, resuming. One JSON, in some 9 minutes.
 
     python -m benchmarks.gpu --output gpu.json
     python -m benchmarks.gpu --output gpu.json --only profile
@@ -100,7 +100,10 @@ def bare(recipe: Recipe, batches: Callable[[], Iterator], epochs: int = EPOCHS, 
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
     parameters, optimizer = list(net.parameters()), build_optimizer(build_param_groups(recipe, net))
-    model, scaler = torch.compile(net) if how.get("compile") else net, torch.amp.GradScaler(enabled=half == torch.float16)
+    model, scaler = (
+        torch.compile(net) if how.get("compile") is not None else net,
+        torch.amp.GradScaler(enabled=half == torch.float16),
+    )
     speeds, started = [], time.perf_counter()
     for _ in range(epochs + 1):
         torch.cuda.synchronize()
@@ -117,7 +120,7 @@ def bare(recipe: Recipe, batches: Callable[[], Iterator], epochs: int = EPOCHS, 
             count += len(images)
         torch.cuda.synchronize()
         speeds.append(count / (time.perf_counter() - start))
-        if how.get("compile") and len(speeds) == 1:
+        if how.get("compile") is not None and len(speeds) == 1:
             how["compile"]["first_epoch_s"] = round(time.perf_counter() - started, 1)
     return statistics.median(speeds[1:])
 
@@ -299,27 +302,6 @@ def weights_of(net: nn.Module) -> torch.Tensor:
     return torch.cat([value.detach().flatten().float().cpu() for value in net.state_dict().values()])
 
 
-def deterministic(mode: str) -> None:
-    """How torch is asked for the same bits each time: not at all, of cuDNN, or of all that has a choice."""
-    torch.backends.cudnn.deterministic = mode != "default"
-    torch.use_deterministic_algorithms(mode == "algorithms", warn_only=True)
-
-
-def repeat(name: str) -> dict:
-    """A run of two epochs, twice, for each way to ask for the same bits: how far apart, and images a second."""
-    found = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        images = generated_images(Path(scratch) / "images", 1920, 32)
-        for mode in ("default", "cudnn", "algorithms"):
-            deterministic(mode)
-            recipe = prepared(name, images, "epochs=2")
-            runs = [train(recipe, Path(scratch) / mode / str(i)) for i in range(2)]
-            first, second = (weights_of(net) for _, net in runs)
-            apart = (first - second).abs().max().item()
-            found[mode] = {"apart": apart, "images_per_second": round(statistics.median(log.speeds[1] for log, _ in runs))}
-    return found
-
-
 def resume() -> dict:
     """Runs of two epochs: twice unbroken, and stopped by SIGTERM in the middle of the second and resumed; how far apart."""
     import signal
@@ -388,11 +370,10 @@ def out_of_memory() -> dict:
 SECTIONS: dict[str, Callable[[], dict]] = {
     "profile": partial(profile, "resnet18_cifar"),
     **{f"speed {name}": partial(speed, name) for name in CASES},
-    **{f"repeat {name}": partial(repeat, name) for name in ("resnet18_cifar", "vit_small_cifar100")},
     "resume": resume,
     "out_of_memory": out_of_memory,
-    **{f"memory {name}": partial(memory, name) for name in list(CASES)[:3]},
-    **{f"precision {name}": partial(precision, name) for name in list(CASES)[:3]},
+    **{f"memory {name}": partial(memory, name) for name in ("resnet50_cifar100", "vit_small_cifar100")},
+    **{f"precision {name}": partial(precision, name) for name in ("resnet50_cifar100", "vit_small_cifar100")},
 }
 
 

@@ -214,6 +214,7 @@ class DiskCache(ImageCache):
             if not self.header[FLUSHED] and self.header[BOOT] != boot:
                 self.places[:], self.header[:] = 0, 0
             self.header[BOOT] = boot
+            os.truncate(pixels.fileno(), int(self.header[ROOM]))  # what is mapped beyond has_room() makes before it is used
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DiskCache, (self.file, len(self.places), self.limit)

@@ -152,7 +152,7 @@ def test_the_average_starts_with_the_fitted_head(tmp_path):
     "before,after,words",
     [
         (0.8, 0.8, "added nothing"),
-        (0.8, 0.75, "did not pay"),
+        (0.8, 0.75, "did not pay; lower learning rates may: --lr-scale 0.3"),
         (0.8, 0.82, "added 2.00 points, which may be chance"),
         (0.7, 0.8, "added 10.00 points"),
     ],

@@ -135,9 +135,11 @@ def test_the_linear_probe_is_what_fine_tuning_is_measured_by():
         (0.80, 0.95, "linear probe 80.00 %; fine-tuning added 15.00 points"),
         (0.94, 0.95, "linear probe 94.00 %; fine-tuning added 1.00 points, which may be chance"),
         (0.95, 0.95, "linear probe 95.00 %; fine-tuning added nothing"),
-        (0.80, 0.50, "linear probe 80.00 %; fine-tuning did not pay"),
+        (0.80, 0.50, "linear probe 80.00 %; fine-tuning did not pay; lower learning rates may: --lr-scale 0.3"),
     ):
         assert describe_gain("top1", {"linear_probe_top1": before, "top1": after, "val_images": 400}) == words
+    worse = {"linear_probe_top1": 0.8, "top1": 0.5, "val_images": 400}
+    assert describe_gain("top1", worse, 0.3).endswith("--lr-scale 0.09")  # lower than the run's
     assert describe_gain("top1", {"top1": 0.9, "val_images": 400}) == ""
 
 

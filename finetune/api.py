@@ -28,7 +28,7 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     for name, value in options.items():
         if name not in vars(args) or name in ("recipe", "resume", "dry_run", "json"):
             raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
-        setattr(args, name, Path(value) if name in ("output", "cache") else value)
+        setattr(args, name, Path(value) if value is not None and name in ("output", "cache") else value)
     if args.recipe is None and args.data is None and not resume:
         raise RecipeError("name a recipe, finetune.train('NAME'), your images, finetune.train(data=...), or train(resume=...)")
 

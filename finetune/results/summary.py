@@ -150,8 +150,7 @@ def fold(label: str, text: str) -> str:
 def describe_gain(metric: str, result: dict[str, Any], lr_scale: float = 1.0) -> str:
     """What fine-tuning has added to the linear probe; nothing for a run that did not start with one.
 
-    Where it has harmed, learning rates are often too high for so few steps: 10 times on 1,500 sign-language digits (70.6 %
-    after 12 steps, 86.0 % at a tenth of the rates; probe 84.8 %), 3 times on 1,000 images of CIFAR-10 (docs/results.md).
+    Where it has harmed, learning rates are often too high for so few steps: see docs/results.md.
     """
     if f"linear_probe_{metric}" not in result:
         return ""

@@ -9,25 +9,31 @@ NAME is a function of `BLOCKS` and its arguments. A table becomes a block of its
 import argparse
 import ast
 import html
-import json
 import re
 import sys
 from pathlib import Path
-from statistics import mean
 
-from benchmarks import ablations, peers_report
+from benchmarks.tables import (
+    ROOT,
+    ablation,
+    backbones,
+    cifar,
+    find_lr,
+    lora,
+    networks,
+    peer,
+    peers,
+    read,
+    recipes,
+    resnet18_choices,
+    solar_cells,
+    soup,
+    suggest,
+    table,
+    top1,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, RECIPES = ROOT / "benchmarks" / "results", ROOT / "recipes"
 BLOCK = re.compile(r"<!-- generated: ([\w ]+) -->.*?<!-- end -->", re.DOTALL)
-IMAGES = {  # what the records call them
-    "cifar": "CIFAR-10, JPEG copy",
-    "digits": "digits",
-    "resnet18_short": "ResNet-18, 1,000 images, 3 epochs",
-    "resnet18_long": "ResNet-18, 1,000 images, 30 epochs",
-    "resnet18_many": "ResNet-18, 10,000 images, 10 epochs",
-}
-NETWORKS = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
 
 def main() -> int:
@@ -57,151 +63,6 @@ def rewritten(text: str) -> str:
         return f"<!-- generated: {block[1]} -->{space}{content}{space}<!-- end -->"
 
     return BLOCK.sub(made, text)
-
-
-def read(name: str):
-    """A kept result."""
-    return json.loads((RESULTS / name).read_text())
-
-
-def record(name: str) -> dict:
-    """The record of a recipe's runs."""
-    return json.loads((RECIPES / "baselines" / f"{name}.json").read_text())
-
-
-def table(header: str, rows: list[tuple]) -> str:
-    """Rows in Markdown, under column names divided by |."""
-    columns = [name.strip() for name in header.split("|")]
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows)]
-    return "\n".join(lines).replace("|  |", "| |")
-
-
-def mean_of(kept: dict, key: str = "top1") -> str:
-    """The mean of one metric over a record's runs."""
-    return f"{mean(run[key] for run in kept['runs']):.1%}"
-
-
-def with_range(kept: dict) -> str:
-    """A record's top-1, or its own metric by name: mean, range and number of seeds."""
-    from finetune.recipe.recipe import METRICS
-    from finetune.results.baseline import metric_of
-
-    metric = metric_of(kept)
-    name = "" if metric == "top1" else f"{METRICS[metric]} "
-    values = [run[metric] for run in kept["runs"]]
-    return f"{name}{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f}, {len(values)} seeds)"
-
-
-def cost(kept: dict) -> str:
-    """What one run took, and on what."""
-    threads = kept["hardware"]["threads"]
-    return f"{mean(run['seconds'] for run in kept['runs']) / 60:.1f} min, {threads} CPU core{'s' * (threads > 1)}"
-
-
-def recipes(which: str = "all") -> str:
-    """A row for each recipe, or for the `measured` ones."""
-    from finetune.recipe.load import load_recipe
-    from finetune.results.baseline import measured_with
-
-    rows = []
-    for file in sorted(RECIPES.glob("*.py")):
-        recipe, _ = load_recipe(str(file))
-        reached, paid = "not measured", "-"
-        if (RECIPES / "baselines" / f"{file.stem}.json").is_file():
-            kept = record(file.stem)
-            reached, paid = with_range(kept), cost(kept)
-            if words := measured_with(kept):
-                reached += f" on {words}"
-        elif which == "measured":
-            continue
-        images = f"{recipe.data.source}, {recipe.data.image_size} px"
-        rows.append((f"`{file.stem}`", f"`{recipe.backbone}`", images, reached, paid))
-    return table("recipe | network | images | top-1 | cost of a run", rows)
-
-
-def top1(name: str) -> str:
-    """The mean of a recipe's runs."""
-    return mean_of(record(name))
-
-
-def networks() -> str:
-    """The recipes on larger networks of the family."""
-    names = [file.stem for file in sorted((RECIPES / "baselines").glob("*.json"))]
-    kept = [record(name) for name in names] + read("lite.json")
-    cells = {
-        (one["recipe"]["backbone"], one["recipe"]["data"]["source"]): f"{with_range(one)}; probe "
-        f"{mean_of(one, 'linear_probe_top1')}"
-        for one in kept
-        if one["recipe"]["backbone"] in NETWORKS
-    }
-    rows = [(f"`{net}`", *(cells[net, source] for source in ("--data", "digits", "elpv"))) for net in NETWORKS]
-    return table("network | CIFAR-10, JPEG copy, 100 a class | digits | solar cells", rows)
-
-
-def cifar() -> str:
-    """The CIFAR-10 recipe on more images."""
-    rows = [
-        (images, with_range(kept), mean_of(kept, "linear_probe_top1"), cost(kept))
-        for images, kept in (
-            ("100 a class to train on, 100 to validate", record("efficientnet_lite0_cifar")),
-            ("1,000 a class to train on, 200 to validate", read("cifar_10000.json")),
-        )
-    ]
-    return table("CIFAR-10, JPEG copy | top-1 | linear probe | cost of a run", rows)
-
-
-def resnet18_choices() -> str:
-    """What the learning rates of resnet18_cifar were chosen by."""
-    rows = [(run["changed"], f"{run['top1']:.1%}") for run in read("resnet18_choices.json")["runs"]]
-    return table("held-out training images | top-1", rows)
-
-
-def solar_cells() -> str:
-    """The solar cells, all and by type."""
-    kept = record("efficientnet_lite0_elpv")
-    rows = [("all", kept["runs"][0]["val_images"], mean_of(kept), mean_of(kept, "macro_f1"))]
-    for kind, name in (("mono", "monocrystalline"), ("poly", "polycrystalline")):
-        part = {"runs": [run["by_subgroup"][kind] for run in kept["runs"]]}
-        rows.append((name, part["runs"][0]["val_images"], mean_of(part), mean_of(part, "macro_f1")))
-    return table("cells | validation images | top-1 | macro F1", rows)
-
-
-def ablation(images: str) -> str:
-    """A recipe with one thing changed at a time."""
-    rows = [json.loads(line) for line in (RESULTS / "ablations.jsonl").read_text().splitlines()]
-    return ablations.table(ablations.compare([row for row in rows if row["images"].startswith(IMAGES[images])]))
-
-
-def section(images: str, tuned: bool) -> dict:
-    """A part of the comparison with other tools."""
-    parts = peers_report.sections(peers_report.read(RESULTS / "peers.jsonl")).values()
-    return next(part for part in parts if (part["data"], part["tuned"]) == (IMAGES[images], tuned))
-
-
-def peers(images: str, tuned: str = "") -> str:
-    """One table of the comparison with other tools."""
-    part = section(images, bool(tuned))
-    return f"{peers_report.table(part)}\n\n{peers_report.first_there(part)}"
-
-
-def peer(name: str, images: str, tuned: str = "") -> str:
-    """Top-1 of one tool, or of the best other one."""
-    part = section(images, bool(tuned))
-    return f"{part['peers'][part['best_peer'] if name == 'best' else name]['mean_top1']:.1%}"
-
-
-def suggest() -> str:
-    """Recipes that `finetune suggest` wrote, against a linear head on frozen features."""
-    rows = [
-        (one["images"], one["val_images"], f"{one['linear_head']:.1%}", f"{one[one['metric']]:.1%}")
-        for one in read("suggest.json")
-    ]
-    return table("images | validation images | linear head | suggested recipe", rows)
-
-
-def find_lr() -> str:
-    """What the range test's steepest point reached."""
-    return f"{read('find_lr.json')['top1']:.1%}"
 
 
 def kills(rows: list[dict] | None = None) -> str:
@@ -401,11 +262,14 @@ BLOCKS = {
         peers,
         peer,
         suggest,
+        soup,
+        lora,
         find_lr,
         kills,
         killed,
         powercuts,
         zoo,
+        backbones,
         performance,
         gpu,
         elsewhere,

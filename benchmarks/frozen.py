@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from finetune.recipe import AdamW, Constant, Data, Group, Recipe
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("--worker", choices=[*STAGES, "features"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(features(args) if args.worker == "features" else steps(args)))
+        print(json.dumps(features(args) if args.worker == "features" else steps(recipe_of(args, args.worker), args.steps)))
         return 0
     found = {}
     for name in (*STAGES, "features"):
@@ -70,9 +72,7 @@ def main() -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace, stage: str):
-    from finetune.recipe import AdamW, Constant, Data, Group, Recipe
-
+def recipe_of(args: argparse.Namespace, stage: str) -> Recipe:
     rows = eval(f"({STAGES[stage].format(head=args.head)},)", {"Group": Group})
     return Recipe(
         backbone=args.backbone,
@@ -86,8 +86,8 @@ def recipe_of(args: argparse.Namespace, stage: str):
     )
 
 
-def steps(args: argparse.Namespace) -> dict:
-    """Steps as the loop takes them, of the stage `args.worker`: median seconds, and the memory they need."""
+def steps(recipe: Recipe, number: int) -> dict:
+    """Steps of a recipe as the loop takes them, on random images: median seconds, and the memory they need."""
     import torch
 
     from finetune.data.loader import Batch, BatchPlan, ImageDataset
@@ -100,18 +100,17 @@ def steps(args: argparse.Namespace) -> dict:
     from finetune.training.loop import train_step
     from finetune.training.setup import make_accelerator
 
-    recipe = recipe_of(args, args.worker)
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
     criterion = Criterion(recipe, net, ImageDataset(range(10), None, 0, tuple("0123456789")), accelerator.device)
     groups = build_param_groups(recipe, net)
     optimizer = accelerator.prepare(build_optimizer(groups))
     start_stage(groups, optimizer, 0)
     set_train_mode(net, recipe.batch_norm)
-    indices = list(range(args.batch_size))
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(args.batch_size) % 10
+    indices, size = list(range(recipe.data.batch_size)), recipe.data.image_size
+    images = torch.randn(len(indices), 3, size, size).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(len(indices)) % 10
     before, seconds = highest(), []
-    for step in range(args.steps):
+    for step in range(number):
         start = time.perf_counter()
         batch = Batch(BatchPlan(step, indices, [indices], [0]), [(images, labels)])
         train_step(recipe, net, criterion, optimizer, batch, accelerator)

@@ -133,7 +133,7 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     check_source(args.data)
 
     from finetune.tools.image_stats import compute_image_stats
-    from finetune.tools.suggest import suggest_recipe
+    from finetune.tuning.suggest import suggest_recipe
 
     text = suggest_recipe(compute_image_stats(str(args.data)), args.backbone, args.weights, "recipe.py", args.minutes)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,8 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
 from finetune.data.sources import load_data
+from finetune.inference.inputs import find_inputs
+from finetune.inference.predict import predict_images
 from finetune.models.backbone import build_backbone
 from finetune.models.pretrained import pretrained_state
+from finetune.models.saved import load_model
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, AdamW, Constant, Cosine, Data, Group, Recipe
 from finetune.training import loop as train_loop
@@ -220,3 +223,8 @@ def timm_alone(folder, files):
 PIXEL_ROUNDING = 2e-2
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+
+
+def predict(source, paths, top=5):
+    """The rows of a model's predictions for images, folders and globs."""
+    return predict_images(load_model(source), find_inputs(paths), top)

@@ -111,7 +111,7 @@ def path_to_here():
 def test_flags_and_plain_words_reach_their_fields(here, typed, field, value):
     """A flag of its own sets its field, and a plain word stands for None, an optimizer or a schedule."""
     from finetune.__main__ import VERBS
-    from finetune.cli import arguments
+    from finetune.cli.parser import arguments
     from finetune.recipe.load import chosen_recipe
     from finetune.recipe.serialize import flatten, to_dict
 

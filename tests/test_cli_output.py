@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import VERBS, main
-from finetune.cli import arguments
+from finetune.cli.parser import arguments
 from finetune.recipe.load import load_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.results.runs import runs_as_table

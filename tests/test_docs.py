@@ -16,7 +16,7 @@ from benchmarks import docs
 from finetune import run
 from finetune.__main__ import VERBS
 from finetune.__main__ import main as verb
-from finetune.cli import arguments
+from finetune.cli.parser import arguments
 from finetune.models.backbone import meta_backbone
 from finetune.training.setup import check_recipe
 from helpers import ROOT, SmallNet, small_recipe
@@ -79,6 +79,7 @@ def test_every_command_runs(page, tmp_path, monkeypatch, capsys, image_folder, r
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     shutil.copy(ROOT / "accelerate_config.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for line, why_not in commands:
         for words in parts(line):
             words = [str(image_folder) if (before, word) == ("--data", "DIR") else word for before, word in zip(

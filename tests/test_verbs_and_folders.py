@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from finetune import __main__ as command_line
-from finetune.tools import image_stats, lr_finder
+from finetune.tools import image_stats
+from finetune.tuning import lr_finder
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
 
@@ -17,15 +18,29 @@ WRITES = {
     "train": ["train", "efficientnet_lite0_digits", "--processes", "1", "--output"],
     "plan": ["plan", "efficientnet_lite0_digits", "--output"],
     "find-lr": ["find-lr", "efficientnet_lite0_digits", "--output"],
+    "tune": ["tune", "efficientnet_lite0_digits", "--trials", "2", "--output"],
     "reproduce": ["reproduce", "efficientnet_lite0_digits", "--output"],
     "evaluate": ["evaluate", "RUN", "--data", "digits", "--output"],
+    "predict": ["predict", "RUN", "IMAGES", "--output"],
     "export": ["export", "RUN", "--to", "torch", "--output"],
+    "soup": ["soup", "RUN", "RUN", "--output"],
     "suggest": ["suggest", "--data", "IMAGES", "--output"],
     "cp": ["cp", "efficientnet_lite0_digits"],
+    "rank": ["rank", "--data", "IMAGES", "--output"],
+    "rank --cache": ["rank", "--data", "IMAGES", "--cache"],
+    "embed": ["embed", "RUN", "IMAGES", "--output"],
+    "embed --picture": ["embed", "RUN", "IMAGES", "--picture"],
     "check": ["check", "--data", "IMAGES", "--output"],
     "check --fix": ["check", "--data", "IMAGES", "--fix"],
 }
-ENDINGS = {"suggest": ".py", "cp": ".py", "check --fix": ".csv"}  # of the verbs that write a file
+ENDINGS = {
+    "suggest": ".py",
+    "cp": ".py",
+    "check --fix": ".csv",
+    "predict": ".jsonl",
+    "embed": ".safetensors",
+    "embed --picture": ".png",
+}  # of the verbs that write a file
 PLACES = ("afile/x", "afile/x/y", f"{'n' * 300}/x", "n" * 300, f"new/{'n' * 300}", "n" * 249, "/proc/zz", "/proc/zz/x")
 
 

@@ -37,7 +37,7 @@ def load_data(recipe: Recipe) -> ImageData:
     """The recipe's images, downloaded if need be; with a holdout, training images alone."""
     data, source = whole_data(recipe), recipe.data.source
     note_look_alikes(data.classes, str(to_dict(source)))
-    return held_out(data, recipe.data.holdout, str(to_dict(source))) if recipe.data.holdout else data
+    return held_out(data, recipe.data, str(to_dict(source))) if recipe.data.holdout else data
 
 
 def whole_data(recipe: Recipe) -> ImageData:
@@ -267,7 +267,7 @@ def why_missing(path: Path, cell: str) -> str:
     return ""
 
 
-def read_columns(file: Path) -> tuple[dict[str, list[str]], list[int]]:
+def read_columns(file: Path, needed: Sequence[str] = ("path", "label")) -> tuple[dict[str, list[str]], list[int]]:
     """(the cells of each of COLUMNS, an empty list for one that is not there, the number of each row)."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
@@ -286,7 +286,7 @@ def read_columns(file: Path) -> tuple[dict[str, list[str]], list[int]]:
     for kind, accepted in COLUMNS.items():
         at = next((header.index(name) for name in accepted if name in header), None)
         columns[kind] = [] if at is None else [row[at] if at < len(row) else "" for _, row in found]
-        if at is None and kind in ("path", "label"):
+        if at is None and kind in needed:
             faults.append(f"no column {' or '.join(accepted)}; its columns: {', '.join(header) or 'none'}")
     if header and not found:
         faults.append("there are no rows below its header")

@@ -246,15 +246,18 @@ def note_missing_classes(train: ImageList, val: ImageList, classes: Sequence[str
             note(f"data: {where} has no {part} image of class '{gone[0]}'{more}: no metric tells how well it is recognised")
 
 
-def held_out(data: ImageData, share: float, where: str | Path) -> ImageData:
-    """The training images alone, of which about that share of each class takes the place of the validation images.
+def held_out(data: ImageData, options: Data, where: str | Path) -> ImageData:
+    """The training images alone, of which about the share `holdout` of each class takes the place of the validation images.
 
-    For choosing options: a metric must not be reported on images that played a part in a choice.
+    With a `holdout_fold` the training images fall into parts of that size, which are the same for each of them. For choosing
+    options: a metric must not be reported on images that played a part in a choice.
     """
     images = data.train
     if not isinstance(images, ImageList):
         images = ImageList(range(len(images)), labels_of(images), partial(image_of, images))
-    train, val = divide(images, data.classes, where, [share, 1 - share], salt="holdout ")
+    fold, parts = options.holdout_fold or 0, options.holdout_parts
+    shares = [options.holdout, 1 - options.holdout] if options.holdout_fold is None else [1 / parts] * parts
+    train, val = divide(images, data.classes, where, shares, fold, salt="holdout ")
     return ImageData(train, val, data.classes)
 
 

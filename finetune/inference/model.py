@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.inference.embed import Embedding, embed_images
 from finetune.inference.evaluate import evaluate_model
 from finetune.inference.export import export
+from finetune.inference.inputs import find_inputs
 from finetune.inference.predict import predict_images
 from finetune.models.saved import SavedModel, choose_model, find_model, load_model
 from finetune.training.run_dir import find_run
@@ -30,6 +32,16 @@ class Model:
         Images are paths, PIL images, arrays or tensors, uint8 [H, W, 3].
         """
         return predict_images(self.saved, list(images), top, workers)
+
+    def embed(self, images: str | Path | Sequence[Any], workers: int = 0) -> Embedding:
+        """(features [n, d], files): what the network gives to its head for each image.
+
+        Images are paths, folders and globs, or those of `predict`, which are kept in their order.
+        """
+        named: Sequence[Any] = [images] if isinstance(images, str | Path) else list(images)
+        if all(isinstance(one, str | Path) for one in named):
+            named = find_inputs(named)
+        return embed_images(self.saved, named, workers)
 
     def evaluate(self, data: str | Path, workers: int = 0) -> dict[str, Any]:
         """The metrics on labelled images: class folders, alone or under val/ or test/, or a named set."""

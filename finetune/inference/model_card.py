@@ -67,9 +67,12 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
     name, source = result["recipe"], to_dict(recipe.data.source)
     data = Path(source).name
     command, spread = describe_origin(run, name, recipe)
+    if soup := result.get("soup"):
+        command = "finetune soup, of the folders of runs of that recipe, each made by finetune train"
+        spread = f"a soup, the average of the weights of {sum(row['share'] > 0 for row in soup['runs'])} networks"
     if result.get("smoke"):
         spread = "a SMOKE RUN on generated images: no result"
-    epoch = "after the last epoch"
+    epoch = "as averaged" if soup else "after the last epoch"
     if best:
         number = result["best_epoch"] + 1
         epoch = f"after {f'epoch {number}' if number else 'the linear probe'}, the best of them, chosen on these very images"

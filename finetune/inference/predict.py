@@ -1,8 +1,6 @@
 """The classes that a trained model predicts for images."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,23 +8,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from finetune.data.dataset import ImageList, Images
 from finetune.data.decode import open_file, read_image
-from finetune.data.folders import find_images
-from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.data.loader import ImageDataset, is_unreadable, load
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import memory_format
-from finetune.models.saved import SavedModel, load_model
-from finetune.training.evaluate import predict_logits
+from finetune.models.saved import SavedModel
+from finetune.recipe import Recipe
+from finetune.training.evaluate import batch_logits, predict_logits
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import align_columns
+from finetune.utils.text import align_columns, print_error, progress
 
 
 def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [n, classes], labels) of a map-style set of (PIL image, label), as the run's own evaluation computes them.
+    """(logits [n, classes], labels) of a map-style set of (PIL image, label), as the run's own evaluation computes them."""
+    recipe, dataset, accelerator = prepare(model, images, on_bad_image)
+    return predict_logits(recipe, model.net, dataset, accelerator, RunOptions(workers=workers))
+
+
+def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recipe, ImageDataset, Accelerator]:
+    """What evaluates these images as the run does; the model's network is moved to where it computes.
 
     A run in fp16 is evaluated in float32 where there is no GPU.
     """
@@ -38,19 +43,13 @@ def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers
     several = recipe.loss == "multi_label"
     background, transform = recipe.data.background, eval_transform(preprocessing)
     dataset = ImageDataset(images, transform, recipe.seed, classes, on_bad_image, several, layout, background)
-    return predict_logits(recipe, net, dataset, accelerator, RunOptions(workers=workers))
+    return recipe, dataset, accelerator
 
 
-def predict(source: str | Path, paths: Iterable[str | Path], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
-    """What `predict_images` says of these files, folders and globs.
-
-    Raises:
-        RecipeError: for what load_model and find_images refuse, and if no image could be read.
-    """
+def check_top(top: int) -> None:
+    """Raise RecipeError for no number of classes."""
     if top < 1:
         raise RecipeError(f"--top starts at 1, not {top}")
-    files = find_images(paths)
-    return predict_images(load_model(source), files, top, workers)
 
 
 def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
@@ -59,27 +58,67 @@ def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, worke
     Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W]; "file" is a path's own.
 
     Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label. With several labels an
-    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read is named on stderr,
-    left out and counted there.
+    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read has neither, an empty
+    "top" and an "error"; it is named on stderr and counted there.
 
     Raises:
-        RecipeError: if no image could be read.
+        RecipeError: if no image could be read, and for a `top` below 1.
     """
-    classes, loss = model.classes, model.recipe.loss
-    read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
-    logits, labels = compute_logits(model, ImageList(images, [0] * len(images), read), "skip", workers)
-    seen = ~is_unreadable(labels)
-    probs = logits.double().softmax(1) if loss == "cross_entropy" else logits.double().sigmoid()
-    rows = []
-    for i in seen.nonzero()[:, 0].tolist():
-        ranked = [[classes[label], probs[i, label].item()] for label in probs[i].argsort(descending=True, stable=True)]
-        file = str(images[i]) if isinstance(images[i], str | Path) else ""
-        row = {"file": file, "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
-        if loss == "multi_label":
-            yes = [pair for pair in ranked if pair[1] > 0.5]
-            row |= {"predicted": [name for name, _ in yes], "probability": [prob for _, prob in yes]}
-        rows.append(row)
+    check_top(top)
+    rows = list(predict_rows(model, images, top, workers))
+    count_unreadable(sum("error" in row for row in rows), len(rows))
     return rows
+
+
+def count_unreadable(unreadable: int, total: int) -> None:
+    """Say on stderr how many images could not be read; raise RecipeError if none could."""
+    if unreadable and unreadable == total:
+        raise RecipeError("no image could be read")
+    if unreadable:
+        print_error(f"{unreadable} of {total} images could not be read")
+
+
+def predict_rows(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
+    read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
+    recipe, dataset, accelerator = prepare(model, ImageList(images, [0] * len(images), read), "skip")
+    dataset.cache = None  # each image is read once
+    size, total = recipe.data.batch_size, len(images)
+    batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    loaded = load(dataset, 0, batches, workers, accelerator.device)
+    with progress(None, total, "images") as bar:
+        for indices, (batch, labels) in zip(batches, loaded, strict=True):
+            with torch.no_grad():
+                logits = batch_logits(recipe, model.net, batch, accelerator).double().cpu()
+            probs = logits.softmax(1) if recipe.loss == "cross_entropy" else logits.sigmoid()
+            for i, row, unreadable in zip(indices, probs, is_unreadable(labels).tolist(), strict=True):
+                yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top)
+            bar.update(len(indices))
+
+
+def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int) -> dict[str, Any]:
+    """What is predicted of an image, from the probabilities [classes]."""
+    ranked = [[model.classes[label], probs[label].item()] for label in probs.argsort(descending=True, stable=True).tolist()]
+    row = {"file": file_of(image), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
+    if model.recipe.loss == "multi_label":
+        yes = [pair for pair in ranked if pair[1] > 0.5]
+        row |= {"predicted": [name for name, _ in yes], "probability": [prob for _, prob in yes]}
+    return row
+
+
+def unread_row(image: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
+    """The row of an image that could not be read, with the reason."""
+    reason = "read at the second try"
+    try:
+        read(image)
+    except (OSError, RecipeError) as error:
+        reason = str(error)
+    return {"file": file_of(image), "predicted": None, "probability": None, "top": [], "error": reason}
+
+
+def file_of(image: Any) -> str:
+    """A path as text; of an image in memory, nothing."""
+    return str(image) if isinstance(image, str | Path) else ""
 
 
 def open_any(item: Any) -> Image.Image:
@@ -103,17 +142,11 @@ def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
     """An aligned line an image: the file, what is predicted, and the likeliest classes with their probabilities."""
     lines: list[tuple[str, ...]] = [("file", "predicted", "probabilities")]
     for row in rows:
-        predicted = row["predicted"] if isinstance(row["predicted"], str) else ", ".join(row["predicted"]) or "-"
-        lines.append((row["file"], predicted, ", ".join(f"{name} {prob:.1%}" for name, prob in row["top"])))
+        probs = ", ".join(f"{name} {prob:.1%}" for name, prob in row["top"])
+        lines.append((row["file"], joined(row["predicted"], ", ") or "-", "can't be read" if "error" in row else probs))
     return align_columns(lines)
 
 
-def predictions_as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A header and a row an image: file, predicted (several joined by ;), class_1, probability_1, class_2, ..."""
-    table = csv.writer(text := io.StringIO(), lineterminator="\n")
-    ranks = range(1, len(rows[0]["top"]) + 1)
-    table.writerow(["file", "predicted", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
-    for row in rows:
-        predicted = row["predicted"] if isinstance(row["predicted"], str) else ";".join(row["predicted"])
-        table.writerow([row["file"], predicted, *(value for pair in row["top"] for value in pair)])
-    return text.getvalue()
+def joined(predicted: str | Sequence[str] | None, mark: str) -> str:
+    """A class, or several, in one cell."""
+    return predicted if isinstance(predicted, str) else mark.join(predicted or ())

@@ -1,6 +1,8 @@
 """A backbone with a new head: a timm model, a torchvision model, or what a function of the recipe returns."""
 
 import copy
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -11,9 +13,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from finetune.models.batch_norm import has_statistics, needs_batch, set_train_mode
+from finetune.models.pretrained import check_resampling, load_timm_model, load_weights, reset_head, torchvision_model
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
-from finetune.utils.device import uses_cpu
+from finetune.utils.device import overruns_channels_last, uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import nearest
 
@@ -56,15 +59,6 @@ def memory_format(recipe: Recipe, net: nn.Module) -> torch.memory_format:
     return torch.channels_last
 
 
-def overruns_channels_last(layer: nn.Module) -> bool:
-    """Whether torch's CPU kernel for the layer's weight gradient writes outside its memory if images are channels last.
-
-    So it does in torch 2.15, for 1 x 1 convolutions of even stride on 2 to 15 channels, such as the first layers of repvgg,
-    mobileone and fastvit; the process then dies, at once or later.
-    """
-    return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < 16
-
-
 def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
     """The network on torch's meta device, without weights or memory, tried on images of the recipe's size.
 
@@ -80,8 +74,10 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
         try:
             with torch.device(device):
                 net = build_backbone(recipe, num_classes or 10)
+                check_patches(recipe, net)
                 text = f"{name} does not take {size} x {size} images"
                 try_images(recipe, net, num_classes)
+            check_resampling(recipe)
             return net.eval()
         except RecipeError:
             raise
@@ -89,7 +85,47 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
             fault = f"{text}: {type(error).__name__}: {first_line(error)}"
     if "take" in fault and (others := {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}):
         fault += f"; images come in float32, some of its weights are {others.pop()}: return net.float()"
-    raise RecipeError(fault)
+    raise RecipeError(fault + other_sizes(recipe) * ("take" in fault))
+
+
+def takes_images(recipe: Recipe, size: int) -> bool:
+    """Whether the network can be built for images of this size, and computes on one."""
+    recipe = replace(recipe, data=replace(recipe.data, image_size=size))
+    with suppress(Exception), torch.device("meta"), torch.no_grad():  # each network raises something else
+        net = build_backbone(recipe, 10)
+        check_patches(recipe, net)
+        check_resampling(recipe)
+        net.eval()(torch.zeros(1, 3, size, size))
+        return True
+    return False
+
+
+def other_sizes(recipe: Recipe) -> str:
+    """What to set where a timm model does not take images of the recipe's size: the sizes next to it that it takes."""
+    if not is_timm(recipe):
+        return ""
+    below = recipe.data.image_size // 32 * 32
+    trained = timm.models.get_pretrained_cfg_value(str(recipe.backbone), "input_size") or (3, 224, 224)
+    sizes = [size for size in (below, below + 32) if size not in (0, recipe.data.image_size) and takes_images(recipe, size)]
+    return "; --set data.image_size=" + " or ".join(map(str, sizes or [trained[-1]]))
+
+
+def check_patches(recipe: Recipe, net: nn.Module) -> None:
+    """Raise RecipeError if the network cuts images into patches, and images of the recipe's size do not divide into them.
+
+    timm's would leave out the last rows and columns of pixels without a word.
+    """
+    embed, size = getattr(net, "patch_embed", None), recipe.data.image_size
+    layer = getattr(embed, "proj", None)
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size != layer.stride or getattr(embed, "dynamic_img_pad", False):
+        return
+    side = layer.stride[0]
+    if rest := size % side:
+        fitting = " or ".join(f"{fit}" for fit in (size - rest, size - rest + side) if fit)
+        raise RecipeError(
+            f"{to_dict(recipe.backbone)} cuts images into patches of {side} x {side} pixels, into which {size} x {size} does "
+            f"not divide: --set data.image_size={fitting}"
+        )
 
 
 def try_images(recipe: Recipe, net: nn.Module, num_classes: int | None = None) -> None:
@@ -166,7 +202,7 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
             net: TimmModel = timm.create_model(name, num_classes=num_classes, **options)
         else:
             net = load_timm_model(name, recipe.weights, state, options)
-            net.reset_classifier(num_classes)
+            reset_head(net, num_classes)
         if recipe.gradient_checkpointing:
             net.set_grad_checkpointing()
     except (TypeError, AttributeError, AssertionError) as error:
@@ -175,28 +211,6 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
             f"gradient_checkpointing={recipe.gradient_checkpointing}: {error}"
         ) from error
     return net
-
-
-def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], options: dict[str, Any]) -> TimmModel:
-    """A timm model with the head that the weights have, so that every tensor must fit."""
-    classifier: Any = timm.models.get_pretrained_cfg_value(name, "classifier")  # a name, or several
-    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
-    num_classes = 0 if head is None else len(head)
-    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
-    try:
-        net: TimmModel = timm.create_model(name, True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **options)
-    except RuntimeError as error:
-        raise weights_error(weights, error) from error
-    del net.pretrained_cfg["state_dict"]
-    return net
-
-
-def torchvision_model(name: str) -> nn.Module:
-    """A torchvision classifier with random weights and its own head."""
-    names = set(torchvision.models.list_models(torchvision.models)) - {"googlenet", "inception_v3"}
-    if name not in names:  # these two return auxiliary outputs as well
-        raise RecipeError(f"no torchvision classifier '{name}' that can be fine-tuned here.{nearest(name, names)}")
-    return torchvision.models.get_model(name, weights=None)
 
 
 def replace_head(net: nn.Module, head: str, num_classes: int) -> nn.Module:
@@ -251,7 +265,7 @@ def fresh_norms(recipe: Recipe, net: TimmModel) -> list[str]:
         return []
     again: TimmModel = copy.deepcopy(net)
     kept = [*again.modules()]
-    again.reset_classifier(again.num_classes)
+    reset_head(again, again.num_classes)
     return [name for name, module in again.named_modules() if has_statistics(module) and module not in kept]
 
 
@@ -267,20 +281,6 @@ def head_name(recipe: Recipe, net: nn.Module) -> str:
     if callable(recipe.backbone):
         return str(recipe.head)
     return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-
-
-def load_weights(net: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load all tensors of `state` into all of the network; raises RecipeError, naming their source, if they do not fit."""
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise weights_error(source, error) from error
-
-
-def weights_error(source: str, error: Exception) -> RecipeError:
-    """torch's message on tensors that do not fit, shortened."""
-    lines = [line.strip()[:160] for line in str(error).splitlines()]
-    return RecipeError("\n    ".join([f"the weights {source} do not fit:", *lines[:5]]))
 
 
 def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Batch norm: which layers update their running statistics in training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -105,3 +105,22 @@ def is_frozen(net: nn.Module, name: str) -> bool:
     while not (params := list(net.get_submodule(name).parameters())) and name:
         name = name.rpartition(".")[0]
     return not any(parameter.requires_grad for parameter in params)
+
+
+@torch.no_grad()
+def recompute_statistics(net: nn.Module, names: Iterable[str], batches: Iterable[torch.Tensor]) -> None:
+    """Give the batch norms of these names the mean statistics of the batches; everything else is in eval mode.
+
+    Each batch counts as much, as in torch.optim.swa_utils.update_bn, which does so to all norms and with dropout.
+    """
+    norms = [module for name, module in net.named_modules() if name in set(names) and isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    net.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    for images in batches:
+        net(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.eval()

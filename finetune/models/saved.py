@@ -13,8 +13,8 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.models.backbone import INPUTS, TimmModel, build_backbone, check_logits, load_weights, memory_format
-from finetune.models.pretrained import fetch_from_hub, read_weights
+from finetune.models.backbone import INPUTS, TimmModel, build_backbone, check_logits, memory_format
+from finetune.models.pretrained import fetch_from_hub, load_weights, read_weights
 from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe

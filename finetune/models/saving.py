@@ -17,7 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune.models.backbone import TimmModel
 from finetune.utils.files import write_folder
 
-OF_SOURCE = ("label_offset", "test_input_size", "test_pool_size", "test_crop_pct")  # true of the pretrained weights alone
+OF_SOURCE = (
+    "label_offset",
+    "test_input_size",
+    "test_pool_size",
+    "test_crop_pct",
+    "label_names",
+)  # true of the pretrained weights alone
 
 
 def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:

@@ -1,4 +1,7 @@
-"""The moving average of a network."""
+"""Averages of networks: the moving one of a run, and the weighted mean of several."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -36,3 +39,18 @@ def averaged_tensors(net: nn.Module) -> list[torch.Tensor]:
 
 def all_tensors(net: nn.Module) -> list[torch.Tensor]:
     return [*net.parameters(), *net.buffers()]
+
+
+def mean_state(states: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, Any]:
+    """The mean of the state dicts of one network, weighed by shares that add up to 1, computed in float64 and cast back.
+
+    One with a share of 0 has no part in it, and one with a share of 1 is the mean, bit for bit. Integers, such as the number of
+    batches that a norm has seen, and what is no tensor, are those of the first with a share.
+    """
+    parts = [(state, share) for state, share in zip(states, shares, strict=True) if share]
+    mean = dict(parts[0][0])
+    for name, value in mean.items() if len(parts) > 1 else ():
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            wide = torch.complex128 if value.is_complex() else torch.float64
+            mean[name] = torch.stack([share * state[name].to(wide) for state, share in parts]).sum(0).to(value.dtype)
+    return mean

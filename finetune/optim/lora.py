@@ -105,6 +105,29 @@ def add_adapters(net: nn.Module, rows: Mapping[str, Lora], seed: int) -> None:
             layer.register_forward_hook(add_change)
 
 
+def check_called(net: nn.Module, image_size: int) -> None:
+    """Raise RecipeError for an adapted layer that the network never calls: its change would have no effect.
+
+    So it is with the qkv layers of timm's BEiT, Swin V2 and some EVA, whose weights attention takes for itself.
+    """
+    parts, called = adapters(net), set[str]()
+    hooks = [
+        part.register_forward_hook(lambda module, inputs, output, name=name: called.add(name)) for name, part in parts.items()
+    ]
+    try:
+        if parts:
+            with torch.no_grad():
+                net.eval()(torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := [name for name in parts if name not in called]:
+        raise RecipeError(
+            f"groups: LoRA can't change {idle[0]}{f' and {len(idle) - 1} more' if idle[1:] else ''}: the network takes the "
+            "weight and does not call the layer; leave it to another row, and let the pattern name others, such as proj or fc1"
+        )
+
+
 def can_adapt(layer: nn.Module) -> TypeGuard[Layer]:
     """Whether a layer's output is its weight times its input, and a change of the one a change of the other."""
     return type(layer) in KINDS and getattr(layer, "groups", 1) == 1 and getattr(layer, "padding_mode", "zeros") == "zeros"

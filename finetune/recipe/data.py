@@ -44,18 +44,30 @@ class Data(Checked):
     fold: Annotated[int, "[0, inf)"] = 0  # which of them validates, counted from 0
     group_pattern: str | None = None  # a regular expression on paths: images for which it finds the same are on one side
     holdout: Annotated[float, "[0, 1)"] = 0.0  # evaluate on this share of the training images instead: to choose options
+    holdout_fold: Annotated[int, "[0, inf)"] | None = None  # of parts of that size, the one that is held out, counted from 0
 
     def conflicts(self) -> Iterator[str]:
         if self.folds and self.val_share:
             yield "folds and val_share exclude each other: of 5 folds each is a fifth"
         if self.fold and self.fold >= (self.folds or 1):
             yield f"fold={self.fold} is not among folds={self.folds}, which are counted from 0"
+        if self.holdout_fold is not None and not 0 <= self.holdout_fold < self.holdout_parts:
+            yield (
+                f"holdout_fold={self.holdout_fold} is not among the parts of holdout={self.holdout:g}: there are "
+                f"{self.holdout_parts}, counted from 0; of 5 each is holdout=0.2"
+            )
         if self.reduced_decode and callable(self.source):
             yield "reduced_decode is for files that this library opens, not for what a function returns"
         try:
             re.compile(self.group_pattern or "")
         except re.error as error:
             yield f"group_pattern is no regular expression: {error}"
+
+    @property
+    def holdout_parts(self) -> int:
+        """Into how many parts of the size of the holdout the training images fall; 0 if it is not one of equal parts."""
+        parts = round(1 / self.holdout) if self.holdout > 0 else 0
+        return parts if parts and math.isclose(parts * self.holdout, 1, rel_tol=0.01) else 0
 
     def steps_per_epoch(self, num_images: int) -> int:
         """The steps of an epoch of so many images; the last may have fewer images than the batch."""

@@ -139,14 +139,15 @@ def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, str]:
     """(recipe, file, name) of the recipe named on the command line, changed as asked there; a Recipe itself has no file."""
     recipe, file = (args.recipe, None) if isinstance(args.recipe, Recipe) else load_recipe(str(args.recipe))
     check_source(args.data)
+    return override(recipe, assignments_of(args)), file, file.stem if file else "recipe"
+
+
+def assignments_of(args: argparse.Namespace) -> list[str]:
+    """All that a command line changes in a recipe, in the words of --set."""
     given = {field: getattr(args, flag_name(flag)) for flag, (field, *_) in FLAGS.items()}
     text = {"data.source", "weights", "backbone"}  # of any look: a folder may be called 2024
-    flags = [
-        f"{field}={str(value)!r}" if field in text else f"{field}={value}"
-        for field, value in given.items()
-        if value is not None
-    ]
-    return override(recipe, [*args.assignments, *flags]), file, file.stem if file else "recipe"
+    said = {field: repr(str(value)) if field in text else value for field, value in given.items() if value is not None}
+    return [*args.assignments, *(f"{field}={value}" for field, value in said.items())]
 
 
 def line_of(error: Exception, path: Path) -> str:

@@ -135,6 +135,8 @@ def record_runs(folders: list[Path]) -> Record:
         raise RecipeError("the runs must be of one recipe with a seed each")
     if any(result.get("smoke") for result in results):
         raise RecipeError("a smoke run is no result")
+    if any("soup" in result for result in results):
+        raise RecipeError("a soup is no run of its recipe: name the runs that it was made of")
     keys = (
         "seed",
         *METRICS,

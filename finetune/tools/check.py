@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Subset
 
-from finetune.data.sources import load_data, read_columns
+from finetune.data.sources import load_data
 from finetune.recipe.load import check_source
-from finetune.recipe.recipe import minimal_recipe
 from finetune.results.plots import shorten
 from finetune.results.sheets import NUMBER, WIDTH, Tile, draw_sheet
-from finetune.tools.image_stats import Collection, Look, count_classes, look_at, stats_of
+from finetune.tools.defaults import LITE0, choose_backbone, choose_image_size
+from finetune.tools.image_stats import Collection, Look, count_classes, look_at, recipe_for, stats_of
 from finetune.tools.label_errors import compute_features, find_label_errors, find_outliers, out_of_fold_probs
 from finetune.tools.similar import FLAT, MOST, alike_pairs, near_pairs, same_pairs, without
-from finetune.tools.suggest import LITE0, choose_backbone, choose_image_size
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_new, write_file
 from finetune.utils.text import WIDTH as COLUMNS
@@ -81,9 +80,7 @@ def check(
         RecipeError: for what a run would refuse, but for images that can't be read.
     """
     check_source(source)
-    recipe = minimal_recipe("resnet18", source, image_size=32)
-    if source.lower().endswith(".csv") and any(re.search("[;|]", cell) for cell in read_columns(Path(source))[0]["label"]):
-        recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
+    recipe = recipe_for(source)
     with redirect_stderr(io.StringIO()) as said:  # what a run says of them is part of the report
         data = load_data(replace(recipe, data=replace(recipe.data, on_bad_image="skip")))
     images = Collection(data, source)

@@ -1,8 +1,9 @@
 """Statistics of a set of images: how many, how large, in colour or grey, how many a class; what the pixels of one say."""
 
 import hashlib
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from torch.utils.data import Dataset
 
 from finetune.data.dataset import ImageData, ImageList
 from finetune.data.decode import open_file, orientation
-from finetune.data.sources import load_data
+from finetune.data.sources import load_data, read_columns
 from finetune.data.split import has_files, names_of
+from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.similar import thumbnail
@@ -39,28 +41,41 @@ class ImageStats:
 
 
 def compute_image_stats(source: str) -> ImageStats:
-    """Statistics of the images that a recipe with that source would train on.
+    """Statistics of the images that a recipe with that source would train on."""
+    check_source(source)
+    source = str(Path(source).resolve()) if Path(source).exists() else source
+    return sample_stats(load_data(minimal_recipe("resnet18", source, image_size=32)), source)
+
+
+def sample_stats(data: ImageData, source: str) -> ImageStats:
+    """Statistics of the images of a source.
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
-    check_source(source)
-    source = str(Path(source).resolve()) if Path(source).exists() else source
-    data = load_data(minimal_recipe("resnet18", source, image_size=32))
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
     sizes = np.array([image_size(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
-    counts = Counter(map(int, [*data.train.labels, *data.val.labels]))
+    labels = np.concatenate([data.train.labels, data.val.labels])
+    counts = labels.sum(0).tolist() if labels.ndim > 1 else Counter(map(int, labels)).values()
     return ImageStats(
         source,
         len(data.train),
         len(data.val),
         data.classes,
-        min(counts.values()),
-        max(counts.values()),
+        min(counts),
+        max(counts),
         side=int(np.median(sizes.min(1))),
         least=int(sizes.min()),
         aspect=round(float(np.median(sizes.max(1) / sizes.min(1))), 2),
         grey=all(is_grey(data.train[i][0]) for i in range(0, len(data.train), -(-len(data.train) // 50))),
     )
+
+
+def recipe_for(source: str) -> Recipe:
+    """A minimal recipe with these images; for a table with several labels an image, it expects them."""
+    recipe = minimal_recipe("resnet18", source, image_size=32)
+    if source.lower().endswith(".csv") and any(re.search("[;|]", cell) for cell in read_columns(Path(source))[0]["label"]):
+        recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
+    return recipe
 
 
 def image_size(images: ImageList, position: int) -> tuple[int, int]:

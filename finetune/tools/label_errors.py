@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import Images
-from finetune.data.loader import ImageDataset
+from finetune.data.loader import ImageDataset, unpickled
 from finetune.data.split import place
 from finetune.data.transforms import eval_transform
 from finetune.models.backbone import build_backbone, memory_format, preprocessing
-from finetune.models.linear_probe import check_probe, fit, returns_features
+from finetune.models.linear_probe import Loss, check_probe, fit, returns_features
 from finetune.models.pretrained import pretrained_state
 from finetune.recipe import Recipe
 from finetune.training.evaluate import predict_logits
-from finetune.training.setup import make_accelerator
+from finetune.training.setup import DEFAULTS, RunOptions, make_accelerator
 
 FOLDS = 5
 NEIGHBOURS = 10
@@ -31,29 +31,56 @@ def compute_features(recipe: Recipe, images: Images, classes: Sequence[str]) -> 
         RecipeError: if there are no such weights, or the head is no linear layer.
     """
     net = build_backbone(recipe, len(classes), pretrained_state(recipe))
+    return features_of(recipe, net, ImageDataset(images, eval_transform(preprocessing(recipe, net)), 0, classes))
+
+
+def features_of(
+    recipe: Recipe, net: nn.Module, dataset: ImageDataset, options: RunOptions = DEFAULTS, text: str = "features"
+) -> torch.Tensor:
+    """Features [n, d] of the recipe's network, which is `net`, of images, preprocessed as for evaluation; `text` stands before
+    the bar."""
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
     layer = check_probe(recipe, net)
     net.to(accelerator.device).to(memory_format=layout)
-    dataset = ImageDataset(images, eval_transform(preprocessing(recipe, net)), 0, classes, "stop", False, layout)
+    of_net = {"transform": eval_transform(preprocessing(recipe, net)), "memory_format": layout, "kept_loader": None}
+    own = unpickled(None, dataset.__dict__ | of_net)  # the decoded images stay those of the dataset
     with returns_features(layer):
-        return predict_logits(recipe, net, dataset, accelerator, text="features")[0]
+        return predict_logits(recipe, net, own, accelerator, options, text=text)[0]
+
+
+def deal_folds(labels: np.ndarray, units: Sequence[str]) -> torch.Tensor:
+    """The fold of each image, [n]: each class is spread evenly, in the order of hashes of the units' names.
+
+    Images of one unit, a name or a group of images that belong together, stay together. Several labels an image are not spread.
+    """
+    first: dict[str, int] = {}
+    for i, unit in enumerate(units):
+        first.setdefault(unit, i)
+    order = sorted(first, key=lambda unit: (0 if labels.ndim > 1 else labels[first[unit]], place(unit)))
+    fold_of = {unit: number % FOLDS for number, unit in enumerate(order)}
+    return torch.tensor([fold_of[unit] for unit in units])
+
+
+def out_of_fold_logits(
+    features: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor, num_classes: int, loss: Loss, own_l2: bool = True
+) -> torch.Tensor:
+    """Logits [n, classes] of each image, by linear probes that were fitted to the other folds' images.
+
+    Each probe chooses its penalty on the images that it is fitted to; without `own_l2` the first one's is that of all.
+    """
+    logits, l2 = features.new_empty(len(targets), num_classes), None
+    for fold in range(FOLDS):
+        inside, head = folds == fold, nn.Linear(features.shape[1], num_classes, device=features.device)
+        l2 = fit(head, features[~inside], targets[~inside], loss, None if own_l2 else l2)
+        with torch.no_grad():
+            logits[inside] = head(features[inside])
+    return logits
 
 
 def out_of_fold_probs(features: torch.Tensor, labels: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Probabilities [n, classes] of each image, by linear probes that were fitted to the other folds' images.
-
-    Each class is spread evenly over the folds, in the order of hashes of the names. The first probe chooses the penalty of all.
-    """
-    order = np.lexsort((np.array([place(name) for name in names]), labels))
-    folds = torch.empty(len(labels), dtype=torch.int64)
-    folds[order] = torch.arange(len(labels)) % FOLDS
-    targets, loss, l2 = torch.from_numpy(labels), partial(cross_entropy, reduction="sum"), None
-    logits = torch.empty(len(labels), int(labels.max()) + 1)
-    for fold in range(FOLDS):
-        inside, head = folds == fold, nn.Linear(features.shape[1], logits.shape[1])
-        l2 = fit(head, features[~inside], targets[~inside], loss, l2)
-        with torch.no_grad():
-            logits[inside] = head(features[inside])
+    """Probabilities [n, classes] of each image by `out_of_fold_logits`, in folds of `deal_folds`, with one penalty."""
+    loss, folds = partial(cross_entropy, reduction="sum"), deal_folds(labels, names)
+    logits = out_of_fold_logits(features, torch.from_numpy(labels), folds, int(labels.max()) + 1, loss, own_l2=False)
     return logits.double().softmax(1).numpy()
 
 

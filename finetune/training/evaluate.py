@@ -30,8 +30,7 @@ def predict_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], labels) of every image once, in their order, on the CPU; the same on every process.
 
-    `epoch` decides how images that are augmented look, `text` stands before the bar. With `flip_test` the logits are the mean
-    of those of the image and of its mirror image.
+    `epoch` decides how images that are augmented look, `text` stands before the bar.
     """
     net.eval()
     # Every process computes on as many, the last image again where there is none: all take part in gathering.
@@ -42,9 +41,7 @@ def predict_logits(
     outputs, targets = [], []
     loaded = load(images, epoch, batches, options.workers, accelerator.device)
     for batch, labels in progress(loaded, len(batches), text, accelerator.is_main_process and not options.quiet):
-        with accelerator.autocast():
-            logits = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
-        outputs.append(logits.float())
+        outputs.append(batch_logits(recipe, net, batch, accelerator))
         targets.append(labels)
     logits, labels = gather_strided(outputs, total, accelerator).cpu(), gather_strided(targets, total, accelerator).cpu()
     if (missing := is_unreadable(labels)).any():
@@ -53,6 +50,13 @@ def predict_logits(
             which = "" if text == "images" else f" ({text})"
             print_error(f"{int(missing.sum())} of {total} images could not be read and were left out{which}")
     return logits, labels
+
+
+def batch_logits(recipe: Recipe, net: nn.Module, batch: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Logits [n, classes] in float32 of a batch of images; with `flip_test` the mean over each image and its mirror image."""
+    with accelerator.autocast():
+        logits: torch.Tensor = (net(batch) + net(batch.flip(-1))) / 2 if recipe.flip_test else net(batch)
+    return logits.float()
 
 
 def check_left_out(images: ImageDataset, missing: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from finetune.models.linear_probe import check_probe
 from finetune.models.pretrained import pretrained_state
 from finetune.models.saved import try_saving
 from finetune.models.sharding import shard
+from finetune.optim.lora import check_called
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import ParamGroup, build_param_groups
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
@@ -197,6 +198,7 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         RecipeError: for whatever is wrong with one of them.
     """
     groups = build_param_groups(recipe, net)
+    check_called(net, recipe.data.image_size)
     if recipe.data.sampling == "balanced" and recipe.class_weights == "balanced":  # here: a run that has both still predicts
         raise RecipeError(
             "class_weights='balanced' and data.sampling='balanced' would make up for rare classes twice: leave out one"
@@ -272,8 +274,9 @@ def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
         early_stop=None,
         data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling),
     )
-    try:
-        meta_backbone(small)
-    except RecipeError:  # a network for one size only
-        small = override(small, [f"data.image_size={recipe.data.image_size}"])
+    for size in (32, 28, recipe.data.image_size):  # 28: patches of 14 pixels; the last: a network for one size only
+        small = override(small, [f"data.image_size={size}"])
+        with suppress(RecipeError):
+            meta_backbone(small)
+            break
     return small

@@ -17,12 +17,11 @@ from finetune.data.decode import ENDINGS, TURNS, USED, open_file, read_image, to
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.transforms import eval_transform
-from finetune.inference.predict import predict
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data
 from finetune.training.setup import build_datasets
 from finetune.utils.errors import RecipeError
-from helpers import PREPROCESSING, small_recipe
+from helpers import PREPROCESSING, predict, small_recipe
 from image_files import PHOTOS, PIXELS
 
 COLOURS, GREY16 = Image.fromarray(PIXELS[0][:16]), np.random.RandomState(1).randint(0, 65536, (16, 32)).astype(np.uint16)

@@ -117,6 +117,28 @@ def test_folds_make_up_the_set(tmp_path):
         load(root, folds=7)
 
 
+@pytest.mark.parametrize("pattern", [None, r"(p\d+)_"])
+def test_folds_of_the_training_images(tmp_path, pattern):
+    """Parts of the size of a holdout make up the training images, once; none validates, and no group is on both sides."""
+    photographs(tmp_path / "data" / "train", 40, 24)
+    photographs(tmp_path / "data" / "val", 12, 12)
+    root, own = tmp_path / "data", load(tmp_path / "data", group_pattern=pattern)
+    parts = [load(root, holdout=0.25, holdout_fold=fold, group_pattern=pattern) for fold in range(4)]
+    assert Counter(path for data in parts for path in data.val.items) == Counter(own.train.items)
+    for data in parts:
+        assert set(data.train.items) | set(data.val.items) == set(own.train.items) and set(data.val.labels) == {0, 1}
+        assert not pattern or not set(data.train.groups) & set(data.val.groups)
+
+
+@pytest.mark.parametrize(
+    "options", [{"holdout_fold": 0}, {"holdout": 0.3, "holdout_fold": 0}, {"holdout": 0.25, "holdout_fold": 4}]
+)
+def test_a_fold_of_the_training_images_that_is_none_is_refused(options):
+    """Without a holdout, with one that is no equal part, and past the last part."""
+    with pytest.raises(RecipeError, match="holdout_fold=. is not among the parts of holdout=.*, counted from 0"):
+        small_recipe(data=Data("digits", 24, 8, **options))
+
+
 def table(tmp_path, split=False, group=True, several=False):
     """A CSV of 48 images of 12 patients; where a split is asked for, patient 0 is on both sides."""
     labels = ("a", "b", "a;b", "c") if several else ("a", "b")

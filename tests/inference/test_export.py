@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.models import squeezenet1_1
 
 from finetune.__main__ import VERBS
-from finetune.cli import arguments
+from finetune.cli.parser import arguments
 from finetune.inference import export as exporting
 from finetune.inference.export import Examples, compare_logits, export
 from finetune.inference.model_card import describe_origin

@@ -17,13 +17,14 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from finetune.data.folders import find_images
 from finetune.data.sources import load_data
 from finetune.inference.evaluate import evaluate, evaluation_as_text, load_labelled_images
-from finetune.inference.predict import predict, predictions_as_csv, predictions_as_table
+from finetune.inference.predict import predictions_as_table
+from finetune.inference.predictions import predictions_as_csv
 from finetune.models.saved import load_model
 from finetune.models.saving import save_model
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from helpers import PREPROCESSING, ROOT, timm_alone
+from helpers import PREPROCESSING, ROOT, predict, timm_alone
 
 
 @pytest.fixture
@@ -120,16 +121,21 @@ def test_images_are_found_in_files_folders_and_patterns(image_folder, monkeypatc
             find_images(["val", nothing])
 
 
-def test_an_unreadable_image_is_named_counted_and_left_out(run_folder, image_folder, tmp_path, capsys):
-    """The others keep their predictions; where none can be read, that is the error."""
+def test_an_unreadable_image_has_a_row_with_the_reason(run_folder, image_folder, tmp_path, capsys):
+    """It is named and counted on stderr, the others keep their predictions; where none can be read, that is the error."""
     good, bad = tmp_path / "b.png", tmp_path / "a.png"
     shutil.copyfile(image_folder / "val" / "red" / "0.png", good)
     bad.write_bytes(good.read_bytes()[:200])
     rows = predict(run_folder, [tmp_path])
     err = capsys.readouterr().err
     alone = predict(run_folder, [image_folder / "val" / "red" / "0.png"])[0]
-    assert [row["file"] for row in rows] == [str(good)] and dict(rows[0]["top"]) == pytest.approx(dict(alone["top"]), abs=1e-6)
-    assert f"can't read the image {bad}" in err and "1 of 2 images could not be read and were left out" in err
+    assert [row["file"] for row in rows] == [str(bad), str(good)]
+    assert dict(rows[1]["top"]) == pytest.approx(dict(alone["top"]), abs=1e-6) and "error" not in rows[1]
+    assert (
+        rows[0]["predicted"] is None and rows[0]["top"] == [] and rows[0]["error"].startswith(f"can't read the image {bad}: ")
+    )
+    assert f"can't read the image {bad}" in err and "1 of 2 images could not be read" in err
+    assert predictions_as_table(rows).splitlines()[1].split(maxsplit=2)[1:] == ["-", "can't be read"]
     with pytest.raises(RecipeError, match="no image could be read"):
         predict(run_folder, [bad])
 

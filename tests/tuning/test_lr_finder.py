@@ -19,10 +19,10 @@ from finetune.data.loader import load, plan_epoch
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, Group, LayerDecay, Step
 from finetune.recipe.load import FLAGS, override
-from finetune.tools import lr_finder
-from finetune.tools.lr_finder import compare_factors, line_to_paste, plot_range_test, range_test, smooth, suggest_factors
 from finetune.training.logger import Logger
 from finetune.training.loop import train
+from finetune.tuning import lr_finder
+from finetune.tuning.lr_finder import compare_factors, line_to_paste, plot_range_test, range_test, smooth, suggest_factors
 from finetune.utils.errors import RecipeError
 from helpers import SmallNet, prepare, same_tensors, small_recipe
 

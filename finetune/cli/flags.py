@@ -1,85 +1,13 @@
-"""What can be typed after finetune: the parser of its verbs."""
+"""What can be typed after each verb."""
 
 import argparse
-import importlib.metadata
-import os
-import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, flag_name
 from finetune.run import add_resume_anyway, add_run_arguments
 from finetune.training.run_dir import RESUME_FLAGS
-from finetune.utils.errors import RecipeError
-from finetune.utils.text import nearest, print_error
-
-Verb: TypeAlias = Callable[[argparse.Namespace], int | None]
-
-OTHER_WORDS = {"run": "train", "fit": "train", "launch": "train", "finetune": "train", "list": "ls", "copy": "cp",
-               "eval": "evaluate", "test": "evaluate", "continue": "resume", "lr": "find-lr"}  # fmt: skip
-OTHER_FLAGS = {  # of other programs
-    "--lr": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
-    "--learning-rate": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
-    "--model": "--backbone NAME",
-    "--device": "CUDA_VISIBLE_DEVICES=N before the command: a run takes the GPUs that it sees",
-    "--gpus": "--processes N",
-    "--num-processes": "--processes N",
-    "--config": "a recipe's name or file, without a flag",
-    "--pretrained": "--weights FILE|none",
-    "--name": "--output DIR",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for what is wrong and the nearest word that is right; options are written whole."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options, allow_abbrev=False)  # --lr would be --lr-scale
-
-    def error(self, message: str) -> NoReturn:
-        text = message
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
-            flag, flags = unknown[1].partition("=")[0], [flag for action in self._actions for flag in action.option_strings]
-            there = OTHER_FLAGS.get(flag.replace("_", "-"))
-            text = f"no option {flag}." + (f" Here: {there}." if there else nearest(flag, flags))
-        print_error(f"{text} All options: {self.prog} --help")
-        self.exit(2)
-
-
-def arguments(argv: list[str] | None, verbs: dict[str, Verb]) -> argparse.Namespace:
-    """The arguments of a command; `verb` of them is the function that does it."""
-    words = sys.argv[1:] if argv is None else argv
-    parser = Parser(
-        prog="finetune",
-        description="Fine-tune pretrained vision backbones by recipes.",
-        epilog="start here: finetune train --data DIR, on your own images; or finetune ls, then finetune train NAME",
-    )
-    parser.add_argument("--version", action="version", version=f"finetune-recipes {version()}")
-    subs = parser.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
-
-    parsers = {name: subs.add_parser(name, help=verb.__doc__, description=verb.__doc__) for name, verb in verbs.items()}
-
-    def add(name: str, example: str) -> argparse.ArgumentParser:
-        sub = parsers[name]
-        sub.epilog = f"example: finetune {name} {example}"
-        sub.set_defaults(verb=verbs[name])
-        sub.add_argument("--json", action="store_true", help="print the result as JSON")
-        return sub
-
-    add_run_verbs(add)
-    add_model_verbs(add)
-    add_recipe_verbs(add)
-    add_result_verbs(add)
-    complete(parser)
-    if words and not words[0].startswith("-") and words[0] not in subs.choices:
-        raise RecipeError(unknown_verb(words[0], list(subs.choices)))
-    args, rest = parser.parse_known_args(words)
-    if rest:
-        subs.choices[words[0]].error(f"unrecognized arguments: {rest[0]}")
-    return args
 
 
 def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -102,6 +30,9 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     orders = ("started", "result", "run")
     sub.add_argument("--sort", choices=orders, default="started", help="what the last line has most of (default: started)")
     sub.add_argument("--wide", action="store_true", help="all columns, whole")
+    sub = add("compare", "runs/one runs/other --output pictures")
+    add_run(sub, "runs", nargs="+", help="finished runs' names or folders; the first is what others are compared with")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="draw their curves there")
 
 
 def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -109,9 +40,24 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     model = "a run's name or folder, a timm model's folder, hf-hub:OWNER/NAME or its address"
     on_images = add("predict", "last photographs/ 'more/*.jpg' --top 3 --csv")
     add_run(on_images, "model", help=model)
-    on_images.add_argument("paths", nargs="+", metavar="PATH", help="images, folders of images, globs")
     on_images.add_argument("--top", type=int, default=5, metavar="N", help="classes to name for each image (default: 5)")
     on_images.add_argument("--csv", action="store_true", help="print comma-separated values")
+    on_images.add_argument(
+        "--output", type=Path, metavar="FILE", help="write FILE.csv, .jsonl or .parquet as they come; cut off, it goes on"
+    )
+    on_images.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
+    to_features = add("embed", "last photographs/ --output features.safetensors --picture features.png")
+    add_run(to_features, "model", help=model)
+    for sub in (on_images, to_features):
+        text = "images, folders, globs; a .txt or .csv of paths; - for paths on stdin"
+        sub.add_argument("paths", nargs="+", metavar="PATH", help=text)
+    to_features.add_argument(
+        "--output", type=Path, default=Path("features.safetensors"), metavar="FILE.safetensors",
+        help="the file to write: features, and in its metadata the images' paths (default: features.safetensors)",
+    )  # fmt: skip
+    to_features.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw two principal components, coloured by folder"
+    )
     on_classes = add("evaluate", "last --data DIR")
     add_run(on_classes, "model", help=model)
     on_classes.add_argument(
@@ -122,16 +68,58 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     add_run(to_format, "model", help="a finished run's name or folder")
     to_format.add_argument("--to", metavar="timm|onnx|torch", required=True, help="timm: a folder for the hub, too")
     to_format.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
-    for sub in (on_images, on_classes, to_format):
+    add_soup(add("soup", "runs/mine-1 runs/mine-2 runs/mine-3 --output runs/soup"))
+    for sub in (on_images, to_features, on_classes, to_format):
         sub.add_argument(
             "--checkpoint", choices=("last", "best"), help="insist on the last or the best epoch (default: what the run says)"
         )
+
+
+def add_soup(parser: argparse.ArgumentParser) -> None:
+    """The arguments of an average of runs."""
+    add_run(parser, "runs", nargs="+", help="finished runs of one recipe, such as with several seeds")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: runs/NAME-soup-TIME)")
+    text = "add the runs one by one, the best first, each if the average gets no worse"
+    parser.add_argument("--greedy", action="store_true", help=f"{text}: on images that are not measured on")
+    parser.add_argument("--toward", choices=("pretrained",), help="mix in the runs' start: pretrained, under the linear probe")
+    text = "the start's part, 0 to 1 (default: the best of eight on images that are not measured on)"
+    parser.add_argument("--share", type=float, metavar="X", help=text)
+    parser.add_argument("--data", metavar="DIR", help="where the runs' images lie now: the same ones")
+    parser.description = (
+        f"{parser.description} What --greedy, and --toward without --share, choose is chosen on the runs' held-out training "
+        "images (data.holdout); of runs without any, on half of their validation images, and the metrics are of the other half."
+    )
 
 
 def add_minutes(parser: argparse.ArgumentParser) -> None:
     """How long the run of a suggested recipe may take."""
     text = "suggest what this machine trains in about M minutes (default: what the number of images asks for)"
     parser.add_argument("--minutes", type=float, metavar="M", help=text)
+
+
+def add_rank(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """The verb that compares networks."""
+    sub = add("rank", "--data DIR --shelf small --minutes 30")
+    sub.add_argument(
+        "--data", required=True, metavar="DIR", help="your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV"
+    )
+    which = sub.add_mutually_exclusive_group()
+    text = "timm's names, or torchvision/NAME (default: those whose weights are installed or in the Hugging Face cache)"
+    which.add_argument("--backbones", metavar="NAME,NAME,...", help=text)
+    which.add_argument("--shelf", choices=("small", "large"), help="a list of today's networks; weights are downloaded")
+    text = "a network with a file of weights, too; may be given again"
+    sub.add_argument("--weights", action="append", default=[], metavar="NAME=FILE", help=text)
+    sub.add_argument(
+        "--minutes", type=float, metavar="M", help="for all, the fastest first; say what is left out (default: no limit)"
+    )
+    text = "pixels of each side, for all (default: what suggest takes for each)"
+    sub.add_argument("--image-size", type=int, metavar="N", help=text)
+    sub.add_argument(
+        "--output", type=Path, default=Path(), metavar="DIR", help="where to write rank.json and rank.png (default: here)"
+    )
+    text = "keep features there, for a second call (default: ~/.cache/finetune/features)"
+    sub.add_argument("--cache", type=Path, metavar="DIR", help=text)
+    sub.add_argument("--wide", action="store_true", help="all columns, whole: also licences")
 
 
 def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -143,6 +131,8 @@ def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     )
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     add_minutes(sub)
+    text = "take backbone, weights and image size from the first row of what finetune rank wrote, or from --backbone's"
+    sub.add_argument("--from", type=Path, dest="ranking", metavar="rank.json", help=text)
     sub.add_argument("--output", type=Path, metavar="FILE.py", help="the file to write (default: printed)")
     sub = add("check", "--data DIR --fix good.csv")
     sub.add_argument(
@@ -184,12 +174,30 @@ def add_result_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
         sub.add_argument("--output", type=Path, metavar="DIR", help=where)
         if name == "plan":
             sub.add_argument("--wide", action="store_true", help="all columns and epochs, whole")
+    add_tune(add("tune", "mine.py --trials 20 --space lr_scale=0.1..10:log,epochs=3|5"))
     sub = add("reproduce", "efficientnet_lite0_digits --seeds 3")
     add_recipe(sub, help="a recipe with a number")
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="runs to compare with it (default: 1)")
     sub.add_argument("--output", type=Path, metavar="DIR", help="where the runs lie (default: runs/NAME-reproduce)")
     sub.add_argument("--data", metavar="DIR", help="the images, where the recipe was measured on a folder")
     sub.add_argument("--weights", metavar="FILE", help="the weights, where it was measured with a file")
+
+
+def add_tune(sub: argparse.ArgumentParser) -> None:
+    """The arguments of a search."""
+    add_recipe(sub)
+    add_recipe_arguments(sub)
+    sub.add_argument("--trials", type=int, metavar="N", help="values to try, the recipe's own first; of all such commands")
+    sub.add_argument("--folds", type=int, metavar="K", help="score by the mean of K folds of the training images")
+    sub.add_argument("--holdout", type=float, metavar="X", help="or on this share of them (default: 0.2)")
+    sub.add_argument(
+        "--space",
+        metavar="FIELDS",
+        help="FIELD=LOW..HIGH, FIELD=LOW..HIGH:log, FIELD=A|B|C, divided by commas (default: learning rates, weight decay, "
+        "label smoothing)",
+    )
+    sub.add_argument("--minutes", type=float, metavar="M", help="start no trial after so long; two last runs come on top")
+    sub.add_argument("--output", type=Path, metavar="DIR", help="the study's folder (default: runs/NAME-tune)")
 
 
 def add_recipe(parser: argparse.ArgumentParser, name: str = "recipe", **options: Any) -> None:
@@ -205,29 +213,3 @@ def add_run(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
     parser.add_argument(name, metavar="RUN", **options).completer = (  # type: ignore[attr-defined]  # argcomplete's
         lambda **typed: ["last", *(file.parent.name for file in Path("runs").glob("*/recipe.json"))]
     )
-
-
-def complete(parser: argparse.ArgumentParser) -> None:
-    """Where a shell asks what may come next, answer and exit."""
-    if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
-
-
-def unknown_verb(word: str, verbs: list[str]) -> str:
-    """What may have been meant."""
-    if word == "help":
-        return "finetune --help, or finetune VERB --help"
-    if word.endswith(".py") or (RECIPES / f"{word}.py").is_file():
-        return f"'{word}' is a recipe: finetune train {word}"
-    meant = f" Did you mean {OTHER_WORDS[word]}?" if word in OTHER_WORDS else nearest(word, verbs)
-    return f"no command '{word}'.{meant} There are: {', '.join(verbs)}"
-
-
-def version() -> str:
-    """The version that is installed, or that of a clone that is not."""
-    try:
-        return importlib.metadata.version("finetune-recipes")
-    except importlib.metadata.PackageNotFoundError:
-        return "of this clone"

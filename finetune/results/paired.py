@@ -1,0 +1,96 @@
+"""Whether one network is better than another on the same images, or chance explains the difference."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from finetune.data.loader import is_unreadable
+from finetune.recipe import Recipe
+from finetune.results.runs import wilson
+from finetune.training.evaluate import compute_metrics
+
+DRAWS = 1000  # of the bootstrap
+Score = Callable[[torch.Tensor], float]  # the metric of the images at these positions
+
+
+def score(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> Score:
+    """The recipe's metric of these logits, as a function of the positions of the images that count."""
+    if recipe.metric == "top1":
+        right = (logits.argmax(1) == labels).double()
+        return lambda at: right[at].mean().item()
+    return lambda at: compute_metrics(recipe, logits[at], labels[at])[recipe.metric]
+
+
+def compare(recipe: Recipe, ours: torch.Tensor, others: Sequence[torch.Tensor], labels: torch.Tensor) -> dict[str, Any]:
+    """How much better `ours` is than the mean of `others`, logits [n, classes] of the same images: difference, 95 % interval.
+
+    Top-1 against one other: exact, of the images that only one of the two has right (McNemar 1947), with the two-sided
+    "p_value". All else: the bootstrap of the images (Efron 1979), with the same draws for all. "verdict" is "gain", "loss" or
+    "chance".
+    """
+    seen = ~is_unreadable(labels)
+    labels, ours, others = labels[seen], ours[seen], [one[seen] for one in others]
+    if recipe.metric == "top1" and len(others) == 1:
+        right, other = (one.argmax(1) == labels for one in (ours, others[0]))
+        found = mcnemar(int((right & ~other).sum()), int((other & ~right).sum()), len(labels))
+    else:
+        own, rest = score(recipe, ours, labels), [score(recipe, one, labels) for one in others]
+        found = bootstrap(lambda at: own(at) - sum(one(at) for one in rest) / len(rest), len(labels))
+    low, high = found["interval"]
+    return found | {"verdict": "gain" if low > 0 else "loss" if high < 0 else "chance"}
+
+
+def mcnemar(wins: int, losses: int, images: int) -> dict[str, Any]:
+    """The difference of two top-1 of as many images, where one alone is right on `wins` and the other alone on `losses`.
+
+    Given how many these are, wins are binomial: the p-value is that of 1/2, the interval Clopper and Pearson's (1934).
+    """
+    number = wins + losses
+    tail = sum(math.comb(number, i) for i in range(min(wins, losses) + 1)) / 2**number
+    low, high = exact_interval(wins, number)
+    interval = [number * (2 * end - 1) / images + 0.0 for end in (low, high)]  # no -0.0
+    return {"difference": (wins - losses) / images, "interval": interval, "p_value": min(1.0, 2 * tail)}
+
+
+def exact_interval(hits: int, number: int) -> tuple[float, float]:
+    """The 95 % interval of a share, of `hits` in a `number` (Clopper and Pearson 1934); 0 to 1 of none."""
+
+    def at_most(most: int, share: float) -> float:
+        """The probability of so many hits or fewer."""
+        yes, no, ways = math.log(share), math.log1p(-share), math.lgamma(number + 1)
+        logs = (ways - math.lgamma(i + 1) - math.lgamma(number - i + 1) + i * yes + (number - i) * no for i in range(most + 1))
+        return math.fsum(map(math.exp, logs))
+
+    def solve(most: int, wanted: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_most(most, middle) > wanted else (low, middle)
+        return low
+
+    return solve(hits - 1, 0.975) if hits else 0.0, solve(hits, 0.025) if hits < number else 1.0
+
+
+def bootstrap(statistic: Callable[[torch.Tensor], float], images: int) -> dict[str, Any]:
+    """A statistic of all images, and where 95 % of those of as many, drawn with replacement, lie."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([statistic(torch.randint(images, (images,), generator=generator)) for _ in range(DRAWS)])
+    ends = draws.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"difference": statistic(torch.arange(images)), "interval": ends}
+
+
+def interval_of(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """The 95 % interval of the recipe's metric: of top-1 Wilson's, of all else the bootstrap's."""
+    seen = ~is_unreadable(labels)
+    own = score(recipe, logits[seen], labels[seen])
+    if recipe.metric == "top1":
+        return [*wilson(own(torch.arange(int(seen.sum()))), int(seen.sum()))]
+    return bootstrap(own, int(seen.sum()))["interval"]
+
+
+def in_points(found: dict[str, Any]) -> str:
+    """A difference in points of a percent, with its interval."""
+    points, low, high = (round(100 * value, 1) + 0.0 for value in (found["difference"], *found["interval"]))  # no -0.0
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -20,7 +20,7 @@ MISTAKES = [
     ("copy", "Did you mean cp?"),
     ("eval", "Did you mean evaluate?"),
     ("trian", "Did you mean train?"),
-    ("xyz", "There are: train, predict, evaluate"),
+    ("xyz", "There are: train, predict, embed"),
     ("help", "finetune --help"),
     ("resnet18_cifar", "is a recipe: finetune train resnet18_cifar"),
     ("mine.py", "is a recipe: finetune train mine.py"),

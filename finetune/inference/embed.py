@@ -138,27 +138,12 @@ def plot_features(embedding: Embedding, file: Path) -> Path:
     names = sorted(set(folders), key=lambda name: (-folders.count(name), name))
     shown = names if len(names) <= COLOURED else names[: COLOURED - 1]
     figure, axes = new_figure()
-    for i, name in enumerate(shown):
-        rows = [row for row, folder in enumerate(folders) if folder == name]
-        axes.scatter(
-            points[rows, 0],
-            points[rows, 1],
-            s=14,
-            alpha=0.7,
-            linewidths=0,
-            label=shorten(name, 24),
-            color=colour_of(i, len(shown)),
-        )
-    if others := [row for row, folder in enumerate(folders) if folder not in shown]:
-        axes.scatter(
-            points[others, 0],
-            points[others, 1],
-            s=14,
-            alpha=0.5,
-            linewidths=0,
-            label=f"{len(names) - len(shown)} more",
-            color="0.75",
-        )
+    parts = [(shorten(name, 24), colour_of(i, len(shown)), {name}) for i, name in enumerate(shown)]
+    if others := set(names) - set(shown):
+        parts.append((f"{len(others)} more", (0.75, 0.75, 0.75), others))
+    for label, colour, members in parts:
+        rows = [row for row, folder in enumerate(folders) if folder in members]
+        axes.scatter(points[rows, 0], points[rows, 1], s=14, alpha=0.7, linewidths=0, label=label, color=colour)
     axes.set(xlabel=f"first component, {shares[0]:.0%} of the variance", ylabel=f"second component, {shares[1]:.0%}")
     words = "".join(shorten(name, 24) for name in shown)
     axes.legend(

@@ -69,7 +69,7 @@ def write_line(lines: TextIO, value: Row) -> None:
 
 
 def read_part(part: Path, begun: Row, files: Sequence[Path]) -> int:
-    """How many of the files have their rows in a .part; a last line that was cut is removed.
+    """How many of the files have their rows in a .part; what comes after a line that was cut is removed.
 
     Raises:
         RecipeError: if it was begun with another model, `top` or list of images.
@@ -77,9 +77,12 @@ def read_part(part: Path, begun: Row, files: Sequence[Path]) -> int:
     with open(part, "rb+") as lines:
         whole = done = 0
         for number, line in enumerate(lines):
-            if not line.endswith(b"\n"):
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:  # a power cut can leave zeros
+                row = None
+            if row is None:
                 break
-            row = json.loads(line)
             if number == 0 and row != begun or number > 0 and (number > len(files) or row["file"] != str(files[number - 1])):
                 what = "with another model or --top" if number == 0 else "for other images"
                 raise RecipeError(f"{part} was begun {what}: delete it, or name another file than {part.stem}")

@@ -21,16 +21,14 @@ from finetune.optim.loss import binary_losses
 from finetune.ranking.candidates import Candidate
 from finetune.ranking.features import digest_array, digest_images, keep, place_of, recall
 from finetune.recipe import Recipe
-from finetune.results.runs import wilson
+from finetune.results.paired import interval_of
 from finetune.tools.label_errors import features_of, out_of_fold_logits
 from finetune.training.distributed import default_workers
 from finetune.training.evaluate import compute_metrics
 from finetune.training.setup import RunOptions, make_accelerator
-from finetune.utils.seed import keyed_seed
 from finetune.utils.text import progress
 
 UNEVEN = 1.5  # largest class / smallest, from which macro F1 stands beside top-1
-RESAMPLES = 200
 
 
 class Task(NamedTuple):
@@ -121,7 +119,7 @@ def score(task: Task, one: Candidate, dataset: ImageDataset, speed: float) -> di
     row: dict[str, Any] = {"name": one.label, "backbone": one.recipe.backbone, "weights": one.recipe.weights}
     row |= {"image_size": one.recipe.data.image_size, "parameters": one.parameters, "features": features.shape[1]}
     row |= {metric: metrics[metric] for metric in task.metrics}
-    interval = interval_of(one.recipe, logits, targets, metrics[task.base.metric])
+    interval = interval_of(one.recipe, logits, targets)
     return row | {"interval": interval, "images_per_second": speed, "licence": one.licence}
 
 
@@ -143,17 +141,6 @@ def loss_of(recipe: Recipe, called: Callable[[], Any] = lambda: None) -> Loss:
     return loss
 
 
-def interval_of(recipe: Recipe, logits: torch.Tensor, targets: torch.Tensor, value: float) -> tuple[float, float]:
-    """The 95 % interval of the recipe's metric: Wilson's of top-1, else of resampled images (bootstrap, percentiles)."""
-    if recipe.metric == "top1":
-        return wilson(value, len(targets))
-    random = np.random.RandomState(keyed_seed("bootstrap"))
-    draws = (torch.from_numpy(random.randint(0, len(targets), len(targets))) for _ in range(RESAMPLES))
-    values = [compute_metrics(recipe, logits[draw], targets[draw])[recipe.metric] for draw in draws]
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def validate(task: Task, one: Candidate) -> dict[str, Any]:
     """The metric on the validation images of the network that was chosen without them; its head is fitted to all training
     images."""
@@ -171,5 +158,5 @@ def validate(task: Task, one: Candidate) -> dict[str, Any]:
     with torch.no_grad():
         logits = head(val)
     value = compute_metrics(one.recipe, logits, targets)[task.base.metric]
-    interval = interval_of(one.recipe, logits, targets, value)
+    interval = interval_of(one.recipe, logits, targets)
     return {"name": one.label, "images": len(targets), task.base.metric: value, "interval": interval, "l2": l2}

@@ -1,6 +1,5 @@
 """A study: trials of a recipe, kept in a file that several processes and later commands share, and what the best is worth."""
 
-import math
 import shutil
 import statistics
 import sys
@@ -9,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
-
-import numpy as np
 
 from finetune.recipe.load import load_recipe, override
 from finetune.recipe.recipe import METRICS
@@ -211,6 +208,8 @@ def compare(plan: Plan, changes: Sequence[str], start: Start) -> dict[str, Any]:
     Raises:
         RecipeError: if a run fails.
     """
+    from finetune.results.compare import predictions_of
+    from finetune.results.paired import mcnemar
     from finetune.results.runs import wilson
 
     metric, final = plan.recipe.metric, dict[str, Any]()
@@ -229,21 +228,9 @@ def compare(plan: Plan, changes: Sequence[str], start: Start) -> dict[str, Any]:
             final[name]["interval"] = wilson(result[metric], result["val_images"])
     final["p_value"] = None
     if changes and plan.recipe.loss != "multi_label":
-        right = [read_right(job.folder) for job in jobs.values()]
-        final["only_recipe"], final["only_best"] = (int((one & ~other).sum()) for one, other in (right, right[::-1]))
-        final["p_value"] = mcnemar(final["only_recipe"], final["only_best"])
+        known = [predictions_of(job.folder) for job in jobs.values()]
+        right = [(logits.argmax(1) == labels)[labels >= 0] for logits, labels in known]
+        only_recipe, only_best = (int((one & ~other).sum()) for one, other in (right, right[::-1]))
+        found = mcnemar(only_best, only_recipe, len(right[0]))
+        final |= {"only_recipe": only_recipe, "only_best": only_best, "p_value": found["p_value"]}
     return final
-
-
-def read_right(run: Path) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """Whether a run's network was right, of each validation image that has a label and could be read."""
-    from safetensors.numpy import load_file
-
-    said = load_file(run / "predictions.safetensors")
-    return (said["logits"].argmax(1) == said["labels"])[said["labels"] >= 0]
-
-
-def mcnemar(one: int, other: int) -> float:
-    """The p-value of McNemar's exact test: of so many images on which the one, or the other, alone is right."""
-    number = one + other
-    return min(1.0, 2 * sum(math.comb(number, i) for i in range(min(one, other) + 1)) / 2**number)

@@ -71,9 +71,10 @@ def test_a_file_holds_what_is_predicted(run_folder, images, tmp_path, capsys, en
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", target.name]
 
 
-@pytest.mark.parametrize("cut", [0, 1, 7])
-def test_what_was_cut_off_goes_on(run_folder, images, tmp_path, monkeypatch, capsys, cut):
-    """Killed before any image or within a row, the same command computes the rest alone, and ends with the same file."""
+@pytest.mark.parametrize("torn", [b'{"file": "cut in the mid', b"\0" * 40 + b"\n"])
+@pytest.mark.parametrize("cut", [0, 7])
+def test_what_was_cut_off_goes_on(run_folder, images, tmp_path, monkeypatch, capsys, cut, torn):
+    """Killed before an image or within a row, or without power, the same command does the rest and ends with the same file."""
     files, target, seen = find_inputs([images]), tmp_path / "said.csv", []
     write_predictions(run_folder, files, tmp_path / "whole.csv")
 
@@ -92,7 +93,7 @@ def test_what_was_cut_off_goes_on(run_folder, images, tmp_path, monkeypatch, cap
     with pytest.raises(KeyboardInterrupt):
         write_predictions(run_folder, files, target)
     part = tmp_path / "said.csv.part"
-    part.write_bytes(part.read_bytes() + b'{"file": "cut in the mid')
+    part.write_bytes(part.read_bytes() + torn)
     monkeypatch.setattr(predictions, "predict_rows", counted)
     write_predictions(run_folder, files, target)
     assert seen == files[cut:] and target.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not part.exists()

@@ -134,7 +134,7 @@ def draw(sections: dict[str, dict], file: Path) -> None:
     """Top-1 over time, a panel for each table: a line for each peer, the range over seeds as a band."""
     from matplotlib.figure import Figure
 
-    from finetune.results.plots import save_figure
+    from finetune.report.drawing import save_figure
 
     figure = Figure(figsize=(4 * len(sections), 4.4), layout="constrained")
     panels = figure.subplots(1, len(sections), squeeze=False, sharey=True)

@@ -26,7 +26,8 @@ from typing import Any
 from benchmarks.docs import powercuts as table
 from benchmarks.kills import RECIPE, ROOT, contents, start, wait
 from finetune.data.builtin import patch
-from finetune.results import sheets, summary
+from finetune.report import sheets
+from finetune.results import summary
 from finetune.training import loop
 
 RESULT = ROOT / "benchmarks" / "results" / "powercuts.json"

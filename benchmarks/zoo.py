@@ -45,7 +45,7 @@ WORKS, BROKEN, NAMES = "works", "BROKEN", (*ODD, *LIBRARIES)
 OF_ITS_BATCH = ("many norms", "always random", "spectral norm", "spectral norm by hook")
 NO_PROBE = ("repvgg_a0", "extra state")  # features that are the same for every image, as its weights are random; scaled logits
 CUT_AT = 6  # steps are taken by then
-PICTURES = ("finetune.results.summary.try_to", "finetune.results.sheets.plot_augmented")  # they tell nothing of a network
+PICTURES = ("finetune.results.summary.try_to", "finetune.report.sheets.plot_augmented")  # they tell nothing of a network
 
 
 class Cut(Exception):

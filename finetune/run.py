@@ -217,7 +217,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     from finetune.data.dataset import changed_files, file_rows, fingerprint, record_files
     from finetune.models.sharding import blocks, is_sharded
     from finetune.optim.param_groups import build_param_groups, describe_param_groups
-    from finetune.results.sheets import plot_augmented
+    from finetune.report.sheets import plot_augmented
     from finetune.results.summary import copy_params, describe_result, finish_run
     from finetune.tools.plan import describe_classes, describe_run, describe_validation
     from finetune.training.checkpoint import check_resumable

@@ -77,7 +77,7 @@ def export(args: argparse.Namespace) -> None:
     """Write a finished run's network for timm, ONNX or torch.export, checked against the original."""
     model = find_model_run(args)  # before the seconds that torch takes
 
-    from finetune.inference.export import export
+    from finetune.export.export import export
 
     folder = str(export(Path(model), args.to, args.output))
     show_result(args, {"folder": folder, "format": args.to}, lambda: folder)

@@ -76,7 +76,7 @@ def show_plan(args: argparse.Namespace) -> None:
         check_folder(args.output)
     recipe, _, name = chosen_recipe(args)
 
-    from finetune.results.plots import plot_plan
+    from finetune.report.curves import plot_plan
     from finetune.tools.plan import describe_plan, epoch_lrs, make_plan
 
     plan = make_plan(recipe)

@@ -20,7 +20,7 @@ from finetune.inference.predict import compute_logits, name_of, open_any
 from finetune.models.backbone import head_name, is_timm
 from finetune.models.saved import SavedModel, load_model
 from finetune.recipe.serialize import to_dict
-from finetune.results.plots import new_figure, save_figure, shorten, style
+from finetune.report.drawing import new_figure, save_figure, shorten, style
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_new, write_file
 from finetune.utils.seed import keep_random_state, seed_all

@@ -17,14 +17,16 @@ from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
+from finetune.metrics.compute import compute_metrics, subgroup_metrics
+from finetune.metrics.counts import confusion_matrix, count_classes
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
-from finetune.results.plots import plot_confusion_matrix, shorten
-from finetune.training.evaluate import compute_metrics, confusion_matrix, count_classes, subgroup_metrics
+from finetune.report.confusion import plot_confusion_matrix
+from finetune.report.drawing import shorten
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder, file_digest

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.export.export import export
 from finetune.inference.embed import Embedding, embed_images
 from finetune.inference.evaluate import evaluate_model
-from finetune.inference.export import export
 from finetune.inference.inputs import find_inputs
 from finetune.inference.predict import predict_images
 from finetune.models.saved import SavedModel, choose_model, find_model, load_model

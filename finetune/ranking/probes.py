@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.dataset import ImageData
 from finetune.data.loader import ImageDataset
 from finetune.data.transforms import eval_transform
+from finetune.metrics.compute import compute_metrics
 from finetune.models.backbone import build_backbone, memory_format
 from finetune.models.linear_probe import Loss, fit
 from finetune.models.pretrained import pretrained_state
@@ -24,7 +25,6 @@ from finetune.recipe import Recipe
 from finetune.results.paired import interval_of
 from finetune.tools.label_errors import features_of, out_of_fold_logits
 from finetune.training.distributed import default_workers
-from finetune.training.evaluate import compute_metrics
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.text import progress
 

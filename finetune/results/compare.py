@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.recipe.serialize import diff, flatten, to_dict
+from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.results.paired import compare, in_points, interval_of
-from finetune.results.plots import legend_above, new_figure, save_figure, shorten
 from finetune.results.runs import Run
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from finetune.data.loader import is_unreadable
+from finetune.metrics.compute import compute_metrics
+from finetune.metrics.intervals import exact_interval, wilson
 from finetune.recipe import Recipe
-from finetune.results.runs import wilson
-from finetune.training.evaluate import compute_metrics
 
 DRAWS = 1000  # of the bootstrap
 Score = Callable[[torch.Tensor], float]  # the metric of the images at these positions
@@ -52,25 +52,6 @@ def mcnemar(wins: int, losses: int, images: int) -> dict[str, Any]:
     low, high = exact_interval(wins, number)
     interval = [number * (2 * end - 1) / images + 0.0 for end in (low, high)]  # no -0.0
     return {"difference": (wins - losses) / images, "interval": interval, "p_value": min(1.0, 2 * tail)}
-
-
-def exact_interval(hits: int, number: int) -> tuple[float, float]:
-    """The 95 % interval of a share, of `hits` in a `number` (Clopper and Pearson 1934); 0 to 1 of none."""
-
-    def at_most(most: int, share: float) -> float:
-        """The probability of so many hits or fewer."""
-        yes, no, ways = math.log(share), math.log1p(-share), math.lgamma(number + 1)
-        logs = (ways - math.lgamma(i + 1) - math.lgamma(number - i + 1) + i * yes + (number - i) * no for i in range(most + 1))
-        return math.fsum(map(math.exp, logs))
-
-    def solve(most: int, wanted: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_most(most, middle) > wanted else (low, middle)
-        return low
-
-    return solve(hits - 1, 0.975) if hits else 0.0, solve(hits, 0.025) if hits < number else 1.0
 
 
 def bootstrap(statistic: Callable[[torch.Tensor], float], images: int) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from finetune.metrics.intervals import wilson
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS
 from finetune.recipe.serialize import from_dict, to_dict
-from finetune.results.plots import draw_curves
+from finetune.report.curves import draw_curves
 from finetune.training.run_dir import lock, newest_checkpoint, run_name, started
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import WIDTH, align_columns
@@ -100,13 +101,6 @@ def state(run: Path) -> str:
 def start_time(run: Path) -> str:
     """When the run was started, if it was written down."""
     return str(started(run).get("started", ""))
-
-
-def wilson(share: float, images: int) -> tuple[float, float]:
-    """The 95 % interval of a share of so many images (Wilson 1927)."""
-    z = 1.96
-    centre, spread = share + z * z / (2 * images), z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return (centre - spread) / (1 + z * z / images), (centre + spread) / (1 + z * z / images)
 
 
 def runs_as_table(rows: list[dict[str, Any]], wide: bool = False) -> str:

@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.data.loader import ImageDataset
+from finetune.metrics.compute import best_row, subgroup_metrics
+from finetune.metrics.intervals import wilson
 from finetune.models.backbone import head_parameters, is_timm
 from finetune.models.saved import beyond_chance, model_to_use
 from finetune.models.saving import save_model
@@ -26,11 +28,11 @@ from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.report.confusion import plot_confusion_matrix
+from finetune.report.curves import plot_curves
+from finetune.report.drawing import run_title
+from finetune.report.sheets import plot_mistakes, plot_predictions
 from finetune.results.baseline import describe_verdict
-from finetune.results.plots import plot_confusion_matrix, plot_curves, run_title
-from finetune.results.runs import wilson
-from finetune.results.sheets import plot_mistakes, plot_predictions
-from finetune.training.evaluate import best_row, subgroup_metrics
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
 from finetune.utils.files import write_file

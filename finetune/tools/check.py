@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 
 from finetune.data.sources import load_data
 from finetune.recipe.load import check_source
-from finetune.results.plots import shorten
-from finetune.results.sheets import NUMBER, WIDTH, Tile, draw_sheet
+from finetune.report.drawing import shorten
+from finetune.report.sheets import NUMBER, WIDTH, Tile, draw_sheet
 from finetune.tools.defaults import LITE0, choose_backbone, choose_image_size
 from finetune.tools.image_stats import Collection, Look, count_classes, look_at, recipe_for, stats_of
 from finetune.tools.label_errors import compute_features, find_label_errors, find_outliers, out_of_fold_probs

@@ -10,6 +10,7 @@ from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
+from finetune.metrics.compute import best_row, compute_metrics
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.kept_images import stage_inputs
 from finetune.models.linear_probe import fit, head_layer, returns_features
@@ -24,7 +25,7 @@ from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Recipe
 from finetune.training.checkpoint import restore, save_checkpoint
 from finetune.training.distributed import Stopped, StopRequest, broadcast, check_same_weights, wrap
-from finetune.training.evaluate import best_row, compute_metrics, predict_logits
+from finetune.training.evaluate import predict_logits
 from finetune.training.logger import Logger
 from finetune.training.memory import find_micro_batches
 from finetune.training.setup import DEFAULTS, RunOptions

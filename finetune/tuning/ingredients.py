@@ -15,6 +15,7 @@ from finetune.data.folders import class_difference
 from finetune.data.loader import ImageDataset, epoch_batches, load_batches
 from finetune.data.sources import load_data, whole_data
 from finetune.data.split import held_out
+from finetune.metrics.compute import compute_metrics
 from finetune.models.backbone import INPUTS, build_backbone, memory_format
 from finetune.models.batch_norm import has_statistics, recompute_statistics
 from finetune.models.pretrained import pretrained_state
@@ -24,7 +25,7 @@ from finetune.optim.loss import Criterion
 from finetune.recipe import Recipe
 from finetune.recipe.load import override, recipe_of_run
 from finetune.recipe.serialize import to_dict
-from finetune.training.evaluate import compute_metrics, predict_logits
+from finetune.training.evaluate import predict_logits
 from finetune.training.loop import fit_linear_probe
 from finetune.training.run_dir import started, weights_digest
 from finetune.training.setup import DEFAULTS, build_datasets

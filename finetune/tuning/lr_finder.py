@@ -19,7 +19,7 @@ from finetune.optim.loss import Criterion
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups, set_lrs
 from finetune.recipe import Lambda, Recipe
-from finetune.results.plots import new_figure, save_figure
+from finetune.report.drawing import new_figure, save_figure
 from finetune.tools.memory_estimate import keep_state
 from finetune.training.loop import train_step
 from finetune.training.memory import find_micro_batches

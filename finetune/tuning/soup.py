@@ -14,12 +14,13 @@ from typing import Any
 import safetensors.torch
 
 from finetune.data.dataset import file_rows, fingerprint, record_files
+from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.models.saving import save_model
 from finetune.recipe.recipe import METRICS
+from finetune.report.confusion import plot_confusion_matrix
+from finetune.report.drawing import run_title
 from finetune.results.paired import compare, in_points, interval_of
-from finetune.results.plots import plot_confusion_matrix, run_title
 from finetune.results.summary import environment, fold, peak_memory, try_to
-from finetune.training.evaluate import compute_metrics, subgroup_metrics
 from finetune.training.run_dir import run_name, start_run_dir, weights_digest
 from finetune.training.setup import make_accelerator, own_accelerator_state
 from finetune.tuning.ingredients import Pot, Runs, fill_pot, read_runs, start_state

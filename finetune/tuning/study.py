@@ -208,9 +208,9 @@ def compare(plan: Plan, changes: Sequence[str], start: Start) -> dict[str, Any]:
     Raises:
         RecipeError: if a run fails.
     """
+    from finetune.metrics.intervals import wilson
     from finetune.results.compare import predictions_of
     from finetune.results.paired import mcnemar
-    from finetune.results.runs import wilson
 
     metric, final = plan.recipe.metric, dict[str, Any]()
     jobs = {"recipe": Job(plan.file, [], plan.folder / "final-recipe")}

@@ -150,7 +150,7 @@ def plot_trials(file: Path, rows: Sequence[dict[str, Any]], space: Sequence[Dime
     """Draw the score of each trial against each field; a pruned trial has its last score."""
     from matplotlib.figure import Figure
 
-    from finetune.results.plots import save_figure, shorten, style
+    from finetune.report.drawing import save_figure, shorten, style
 
     columns = min(2, len(space))
     lines = math.ceil(len(space) / columns)
@@ -198,7 +198,7 @@ def set_ticks(axes: Any, field: Dimension, kinds: Sequence[str]) -> None:
     """The field's name below its choices, or its range with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    from finetune.results.plots import style
+    from finetune.report.drawing import style
 
     axes.set_xlabel(field.path, **style(field.path))
     if kinds:

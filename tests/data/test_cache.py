@@ -12,7 +12,7 @@ import pytest
 
 from finetune.data import decode
 from finetune.data.decode import BOOT, CHUNK, FLUSHED, DiskCache
-from finetune.results import sheets
+from finetune.report import sheets
 from finetune.run import main
 from helpers import ROOT, on_folder
 

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from finetune.data.sources import load_data
+from finetune.export.export import export
 from finetune.inference.evaluate import evaluate
-from finetune.inference.export import export
 from finetune.inference.predict import compute_logits
 from finetune.models.backbone import build_backbone
 from finetune.models.saved import beyond_chance, choose_model, find_model, load_model, model_to_use

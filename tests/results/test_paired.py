@@ -7,8 +7,8 @@ from scipy.stats import binomtest
 from scipy.stats import bootstrap as reference
 from sklearn.metrics import f1_score
 
+from finetune.metrics.intervals import wilson
 from finetune.results.paired import bootstrap, compare, interval_of, mcnemar
-from finetune.results.runs import wilson
 from helpers import small_recipe
 
 

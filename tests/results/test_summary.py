@@ -14,11 +14,11 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from finetune.__main__ import main as verb
 from finetune.data import builtin, sources
+from finetune.metrics.intervals import wilson
 from finetune.recipe import SGD, Group, Step
 from finetune.recipe.load import load_recipe
 from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import prediction_interval
-from finetune.results.runs import wilson
 from finetune.results.summary import copy_params, describe_gain, describe_result, drift
 from finetune.run import main
 from helpers import on_folder, prepare, run_here, small_recipe

@@ -11,9 +11,10 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, to
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import load, plan_epoch
+from finetune.metrics.compute import compute_metrics
 from finetune.recipe import SGD, Constant, Data, Group, Optimizer, Plateau
 from finetune.training import loop
-from finetune.training.evaluate import compute_metrics, predict_logits
+from finetune.training.evaluate import predict_logits
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from helpers import ALL, Cut, SmallNet, prepare, run_here, same_tensors, small_recipe

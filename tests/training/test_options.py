@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import hflip
 
 from finetune.data.loader import load
+from finetune.metrics.compute import compute_metrics
 from finetune.models.backbone import build_backbone
 from finetune.recipe import SGD, Data, EarlyStop, Group
 from finetune.training import loop as train_loop
-from finetune.training.evaluate import compute_metrics, predict_logits
+from finetune.training.evaluate import predict_logits
 from finetune.utils.errors import RecipeError
 from helpers import (
     ALL,

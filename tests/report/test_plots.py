@@ -14,12 +14,12 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix as theirs
 
 from figures import assert_readable, figure_of
+from finetune.metrics.counts import confusion_matrix, count_pairs
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, Data, Group, Step, Switch
 from finetune.recipe.serialize import to_dict
-from finetune.results import plots
+from finetune.report import confusion, curves, drawing
 from finetune.results.runs import Run
-from finetune.training.evaluate import confusion_matrix, count_pairs
 from helpers import ROOT, SmallNet, run_here, small_recipe
 
 ROWS = (
@@ -32,7 +32,7 @@ ROWS = (
 
 def drawn(monkeypatch, draw):
     """The lines of the learning-rate panel of the picture that `draw` makes, {group: (epochs, lrs)}, and the marked epochs."""
-    axes = figure_of(monkeypatch, plots, draw).axes[-1]
+    axes = figure_of(monkeypatch, curves, draw).axes[-1]
     lines = {line.get_label(): line.get_xydata() for line in axes.lines if not line.get_label().startswith("_")}
     marks = sorted(line.get_xdata()[0] for line in axes.lines if line.get_label().startswith("_"))
     return lines, marks
@@ -43,9 +43,9 @@ def test_the_runs_picture_is_the_plans(tmp_path, monkeypatch, changes):
     """Every group's learning rate and first epoch, and every stage's mark, are in the run's picture as in the plan's before."""
     recipe = small_recipe(**changes)
     groups = build_param_groups(recipe, SmallNet())
-    before, marks = drawn(monkeypatch, lambda: plots.plot_plan(tmp_path / "mine-plan.png", groups, 3, recipe.epochs))
+    before, marks = drawn(monkeypatch, lambda: curves.plot_plan(tmp_path / "mine-plan.png", groups, 3, recipe.epochs))
     run_here(recipe, tmp_path)
-    after, same_marks = drawn(monkeypatch, lambda: plots.plot_curves(tmp_path, recipe.metric))
+    after, same_marks = drawn(monkeypatch, lambda: curves.plot_curves(tmp_path, recipe.metric))
     assert before.keys() == after.keys() and marks == same_marks == [1, 2]
     for name, line in before.items():
         np.testing.assert_array_equal(line, after[name])
@@ -58,28 +58,28 @@ def test_titles_say_what_it_is(tmp_path, monkeypatch):
     """A run's pictures have its recipe, its images and its result in their titles, the plan's its name."""
     pytest.importorskip("matplotlib", minversion="3.8", reason="get_suptitle")
     run = write_run(tmp_path)
-    title = figure_of(monkeypatch, plots, lambda: plots.plot_curves(run, "top1")).get_suptitle()
+    title = figure_of(monkeypatch, curves, lambda: curves.plot_curves(run, "top1")).get_suptitle()
     assert title == "resnet18_cifar on photos\ntop-1 70.00 % after epoch 4"
     same = run.rename(tmp_path / "photos-20260101-000000")
     (same / "run.json").write_text('{"name": "photos"}')
-    assert plots.run_title(same) == "photos"  # of a recipe that was suggested for its images
+    assert drawing.run_title(same) == "photos"  # of a recipe that was suggested for its images
     run = same.rename(run)
     (run / "run.json").write_text('{"name": "resnet18_cifar"}')
     logits, labels = predictions_of(3)
-    draw = lambda: plots.plot_confusion_matrix(run, logits, labels, "abc", plots.run_title(run))  # noqa: E731
+    draw = lambda: confusion.plot_confusion_matrix(run, logits, labels, "abc", drawing.run_title(run))  # noqa: E731
     right = int((logits.argmax(1) == labels).sum())
-    assert figure_of(monkeypatch, plots, draw).get_suptitle() == (
+    assert figure_of(monkeypatch, confusion, draw).get_suptitle() == (
         f"resnet18_cifar on photos\n{right} of 30 images predicted as they are labelled"
     )
     groups = build_param_groups(small_recipe(), SmallNet())
-    draw = lambda: plots.plot_plan(tmp_path / "mine-plan.png", groups, 3, 4)  # noqa: E731
-    assert figure_of(monkeypatch, plots, draw).get_suptitle() == "mine: learning rates as planned"
+    draw = lambda: curves.plot_plan(tmp_path / "mine-plan.png", groups, 3, 4)  # noqa: E731
+    assert figure_of(monkeypatch, curves, draw).get_suptitle() == "mine: learning rates as planned"
 
 
 def test_epochs_count_from_1(tmp_path, monkeypatch):
     """What came after the first epoch stands at 1, the linear probe at 0; the best and the last are named with their epochs."""
     run = write_run(tmp_path)
-    validation = figure_of(monkeypatch, plots, lambda: plots.plot_curves(run, "top1")).axes[1]
+    validation = figure_of(monkeypatch, curves, lambda: curves.plot_curves(run, "top1")).axes[1]
     np.testing.assert_allclose(validation.lines[0].get_xydata(), [(0, 80), (1, 82), (2, 84), (3, 86), (4, 70)])
     marked = {line.get_label(): tuple(line.get_xydata()[0]) for line in validation.lines[1:]}
     assert marked == {
@@ -131,27 +131,29 @@ def test_a_confusion_matrix_of_any_size_can_be_read(tmp_path, monkeypatch, class
     logits, labels = predictions_of(classes)
     names = [f"class {i}" if i % 3 else f"a long name with a $ of number {i}" for i in range(classes)]
     counts = theirs(labels, logits.argmax(1), labels=range(classes))
-    figure = figure_of(monkeypatch, plots, lambda: plots.plot_confusion_matrix(tmp_path, logits, labels, names, "mine"))
+    figure = figure_of(monkeypatch, confusion, lambda: confusion.plot_confusion_matrix(tmp_path, logits, labels, names, "mine"))
     assert_readable(figure)
     axes, *below = figure.axes
     cells = {text.get_position()[::-1]: int(text.get_text()) for text in axes.texts}
     if classes <= 20:
-        assert [text.get_text() for text in axes.get_yticklabels()] == [plots.shorten(name, 24) for name in names]
+        assert [text.get_text() for text in axes.get_yticklabels()] == [drawing.shorten(name, 24) for name in names]
         assert not below and cells == {(i, j): counts[i, j] for i, j in zip(*counts.nonzero(), strict=True)}
         return
     assert not cells
     listed = below[0].texts[0].get_text().splitlines()[3:]
     wrong = counts - np.diag(counts.diagonal())
-    assert f"{plots.shorten(names[0], 32)} (0)" in listed[0] and "class 1 (1)" in listed[0]
+    assert f"{drawing.shorten(names[0], 32)} (0)" in listed[0] and "class 1 (1)" in listed[0]
     assert f"{wrong[0, 1]} of 10, {wrong[0, 1] / 10:.0%}" in listed[0]
     assert [int(line.split(" of 10")[0].split()[-1]) for line in listed] == sorted(wrong.flatten(), reverse=True)[: len(listed)]
 
 
 def test_a_confusion_matrix_without_confusions_says_so(tmp_path, monkeypatch):
     """Of many classes, all predicted rightly, there is no list."""
-    logits = torch.eye(30)
+    logits, names = torch.eye(30), [str(i) for i in range(30)]
     figure = figure_of(
-        monkeypatch, plots, lambda: plots.plot_confusion_matrix(tmp_path, logits, torch.arange(30), [str(i) for i in range(30)])
+        monkeypatch,
+        confusion,
+        lambda: confusion.plot_confusion_matrix(tmp_path, logits, torch.arange(30), names),
     )
     assert figure.axes[1].texts[0].get_text() == "no image was predicted as another class"
 
@@ -159,7 +161,7 @@ def test_a_confusion_matrix_without_confusions_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize("groups,epochs", [(2, 1), (4, 8), (16, 30)])
 def test_curves_can_be_read(tmp_path, groups, epochs):
     """Legends stand above their diagrams, nothing is written over a line, and no text is cut or overlaps another."""
-    figure = plots.draw_curves(write_run(tmp_path, [f"blocks.{i}" for i in range(groups)], epochs), "top1")
+    figure = curves.draw_curves(write_run(tmp_path, [f"blocks.{i}" for i in range(groups)], epochs), "top1")
     assert_readable(figure)
     assert not [text for axes in figure.axes for text in axes.texts]
 
@@ -174,8 +176,8 @@ GROWTH = """
 import resource, sys
 import torch
 from finetune.inference.evaluate import class_metrics
-from finetune.results.plots import plot_confusion_matrix
-from finetune.training.evaluate import single_label_metrics
+from finetune.report.confusion import plot_confusion_matrix
+from finetune.metrics.compute import single_label_metrics
 
 def run(classes):
     logits, labels = torch.eye(classes)[:30].roll(1, 0), torch.arange(30)

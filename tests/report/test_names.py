@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from finetune.recipe import Data, LinearProbe
-from finetune.results import plots, sheets
-from finetune.results.plots import drawable, plot_confusion_matrix, style
-from finetune.results.sheets import Tile, draw_sheet
+from finetune.report import confusion, sheets
+from finetune.report.confusion import plot_confusion_matrix
+from finetune.report.drawing import drawable, style
+from finetune.report.sheets import Tile, draw_sheet
 from finetune.run import main
 from finetune.utils.errors import RecipeError
 from helpers import on_folder, run_here, small_recipe
@@ -38,7 +39,7 @@ def test_any_name_is_drawn_as_text(tmp_path):
 def test_long_names_that_are_cut_to_the_same_are_told_apart(tmp_path, monkeypatch):
     """On the axes of the confusion matrix they have their numbers."""
     shown = []
-    monkeypatch.setattr(plots, "write_cells", lambda axes, cells, names: shown.extend(names))
+    monkeypatch.setattr(confusion, "write_cells", lambda axes, cells, names: shown.extend(names))
     names = ["a" * 20 + middle + "b" * 20 for middle in ("one", "two")] + ["short"]
     plot_confusion_matrix(tmp_path, torch.eye(3), torch.arange(3), names)
     assert len(set(shown)) == 3 and shown[0].startswith("0: aaa") and shown[1].startswith("1: aaa") and shown[2] == "short"

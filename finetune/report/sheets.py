@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.dataset import name_others
 from finetune.data.decode import to_rgb
 from finetune.data.loader import ImageDataset, is_unreadable
-from finetune.results.plots import run_title, save_figure, shorten, style
+from finetune.report.drawing import run_title, save_figure, shorten, style
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import readable
 

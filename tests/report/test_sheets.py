@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score
 from figures import assert_readable, figure_of, overlap
 from finetune.data.loader import UNREADABLE, epoch_batches, load_batches
 from finetune.recipe import Augment
-from finetune.results import sheets
+from finetune.report import sheets
 from helpers import prepare, small_recipe
 from image_files import put_image, source
 

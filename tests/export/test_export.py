@@ -18,9 +18,10 @@ from torchvision.models import squeezenet1_1
 
 from finetune.__main__ import VERBS
 from finetune.cli.parser import arguments
-from finetune.inference import export as exporting
-from finetune.inference.export import Examples, compare_logits, export
-from finetune.inference.model_card import describe_origin
+from finetune.export import describe
+from finetune.export.describe import Examples, compare_logits
+from finetune.export.export import export
+from finetune.export.model_card import describe_origin
 from finetune.models.saved import load_model
 from finetune.models.saving import save_model
 from finetune.recipe.load import chosen_recipe, load_recipe, override
@@ -234,7 +235,7 @@ class TwoAtOnce(torch.nn.Module):
 def test_a_network_that_torch_can_not_export_is_one_message(foreign, tmp_path, monkeypatch):
     """A network that does not take any number of images is refused in one sentence, and no folder is left."""
     refused = load_model(foreign)._replace(net=TwoAtOnce().eval())
-    monkeypatch.setattr(exporting, "load_model", lambda source: refused)
+    monkeypatch.setattr(describe, "load_model", lambda source: refused)
     with pytest.raises(RecipeError, match="torch can't export this network for any number of images: .+"):
         export(foreign, "torch", tmp_path / "exported")
     assert not list(tmp_path.iterdir())
@@ -247,7 +248,7 @@ def test_a_file_whose_logits_differ_is_not_handed_over(run_folder, tmp_path, mon
     for wrong in (lambda batch: net(batch) + 3e-4, lambda batch: net(batch) * torch.nan, lambda batch: net(batch.flip(1))):
         with pytest.raises(RecipeError, match="differ from the original's"):
             compare_logits(net, wrong, noise)
-    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    monkeypatch.setattr(describe, "TOLERANCE", -1.0)
     with pytest.raises(RecipeError, match="nothing was written"):
         export(run_folder, "torch", tmp_path / "exported")
     assert not list(tmp_path.iterdir())

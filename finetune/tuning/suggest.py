@@ -30,7 +30,7 @@ from finetune.training.setup import build_datasets, make_accelerator, own_accele
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import duration
 
-SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short
+SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short, in whole patches
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 SIDES = {"left", "right", "clockwise", "counterclockwise", "anticlockwise"}
 TEMPLATE = '''"""{backbone} on {train:,} images of {num_classes} classes, as written by finetune suggest.
@@ -169,7 +169,8 @@ def suggest_recipe(
 def fit_minutes(recipe: Recipe, minutes: float) -> tuple[Recipe, int, str]:
     """(recipe, epochs, the reason): the largest image size of which 3 epochs, or else 1, fit into so many minutes here."""
     usual, found, data = recipe.data.image_size, None, load_data(recipe)
-    for size in (usual, *(size for size in SMALLER_SIZES if size < usual)):
+    patch = patch_size(meta_backbone(recipe, len(data.classes)))
+    for size in (usual, *(size - size % patch for size in SMALLER_SIZES if size < usual)):
         smaller = override(recipe, [f"data.image_size={size}"])
         try:
             meta_backbone(smaller, len(data.classes))
@@ -184,6 +185,12 @@ def fit_minutes(recipe: Recipe, minutes: float) -> tuple[Recipe, int, str]:
     if not found:
         raise RecipeError(f"{minutes:g} minutes are too few for these images: at {size} px {each}")
     return found
+
+
+def patch_size(net: nn.Module) -> int:
+    """The side in pixels of the patches that an attention network cuts an image into; 1 of a network without."""
+    side = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
+    return int(side if isinstance(side, int) else max(side))
 
 
 def time_training(recipe: Recipe, data: ImageData) -> tuple[float, float]:

@@ -122,6 +122,12 @@ def test_choices_follow_the_images(written):
     assert [written(side=side).data.image_size for side in (8, 28, 32, 50, 60, 1000)] == [64, 128, 128, 224, 224, 224]
     for own in ("vit_small_patch16_224", "torchvision/vit_b_16", "halonet26t"):  # networks for one size, or not for every one
         assert written(own, side=8).data.image_size in (224, 256), own
+    for own in (
+        "vit_tiny_patch16_384",
+        "vit_small_patch14_dinov2",
+        "swin_base_patch4_window12_384",
+    ):  # large, but not to be kept
+        assert written(own, side=300).data.image_size == 224, own
     for classes, flip in {
         ("0", "1"): 0,
         ("a", "b"): 0,
@@ -265,6 +271,16 @@ def test_minutes_choose_epochs_and_image_size(tmp_path, monkeypatch, minutes, si
     assert (recipe.data.image_size, recipe.epochs) == (size, epochs)
     with pytest.raises(RecipeError, match="0.1 minutes are too few for these images: at 64 px an epoch takes about 8 s"):
         suggest_recipe(PHOTOS, "resnet18", minutes=0.1)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("vit_small_patch14_dinov2", 154), ("eva02_tiny_patch14_336", 154), ("vit_tiny_patch16_384", 160)]
+)
+def test_short_of_time_images_are_whole_patches(monkeypatch, backbone, size):
+    """Smaller images are cut into patches without a rest, which the network would not see."""
+    monkeypatch.setattr(suggest, "time_training", lambda recipe, _: (recipe.data.image_size, recipe.data.image_size))
+    text = suggest_recipe(PHOTOS, backbone, minutes=13.5)  # two epochs of 224 px
+    assert f"image_size={size}," in text and "epochs=4," in text
 
 
 def test_a_network_of_one_size_keeps_it(monkeypatch):

@@ -15,6 +15,7 @@ from finetune.data.dataset import ImageList, Images
 from finetune.data.decode import open_file, read_image
 from finetune.data.loader import ImageDataset, is_unreadable, load
 from finetune.data.transforms import eval_transform
+from finetune.metrics.calibration import probabilities
 from finetune.models.backbone import memory_format
 from finetune.models.saved import SavedModel
 from finetune.recipe import Recipe
@@ -35,7 +36,7 @@ def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recip
 
     A run in fp16 is evaluated in float32 where there is no GPU.
     """
-    net, classes, preprocessing, recipe = model
+    net, classes, preprocessing, recipe, _ = model
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
         recipe = replace(recipe, mixed_precision="no")
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
@@ -57,7 +58,8 @@ def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, worke
 
     Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W]; "file" is a path's own.
 
-    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label. With several labels an
+    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
+    model's temperature. With several labels an
     image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read has neither, an empty
     "top" and an "error"; it is named on stderr and counted there.
 
@@ -89,8 +91,8 @@ def predict_rows(model: SavedModel, images: Sequence[Any], top: int = 5, workers
     with progress(None, total, "images") as bar:
         for indices, (batch, labels) in zip(batches, loaded, strict=True):
             with torch.no_grad():
-                logits = batch_logits(recipe, model.net, batch, accelerator).double().cpu()
-            probs = logits.softmax(1) if recipe.loss == "cross_entropy" else logits.sigmoid()
+                logits = batch_logits(recipe, model.net, batch, accelerator).cpu()
+            probs = probabilities(recipe.loss, logits, model.temperature)
             for i, row, unreadable in zip(indices, probs, is_unreadable(labels).tolist(), strict=True):
                 yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top)
             bar.update(len(indices))

@@ -82,7 +82,7 @@ def test_a_torchvision_network_comes_back_from_its_run(tmp_path):
     net = build_backbone(recipe, 3).eval()
     save_model(tmp_path / "model", net, PREPROCESSING, ("a", "b", "c"))
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
-    loaded, classes, preprocessing, _ = load_model(tmp_path)
+    loaded, classes, preprocessing, *_ = load_model(tmp_path)
     images = torch.randn(2, 3, 64, 64)
     assert loaded(images).equal(net(images)) and classes == ("a", "b", "c") and preprocessing["std"] == [0.5] * 3
     assert not loaded.training

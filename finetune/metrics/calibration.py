@@ -27,12 +27,15 @@ def targets(loss: str, labels: torch.Tensor, classes: int) -> torch.Tensor:
 def fit_temperature(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature, from 0.05 to 20, by which logits are divided for the least log loss on these labels.
 
-    Guo et al. 2017 (arXiv 1706.04599). The log loss is convex in its inverse: found where the slope is 0. Images without a
-    label are left out; without any other the temperature is 1.
+    Guo et al. 2017 (arXiv 1706.04599). The log loss is convex in its inverse: found where the slope is 0. Of n images,
+    1 / (n + 2) of each label is spread over all classes, as Platt 1999 does it: a few images that are all right don't make the
+    network certain. Images without a label are left out; without any other the temperature is 1.
     """
     if not len(labels) or (unread := is_unreadable(labels)).all() or not logits[~unread].isfinite().all():
         return 1.0
     logits, truth = logits[~unread].double(), targets(loss, labels[~unread], logits.shape[1])
+    spread = 1 / (len(logits) + 2)
+    truth = (1 - spread) * truth + spread / (logits.shape[1] if loss == "cross_entropy" else 2)
     low, high = math.log(1 / HOTTEST), math.log(1 / COLDEST)
     for _ in range(40):
         middle = (low + high) / 2

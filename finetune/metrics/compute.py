@@ -30,7 +30,7 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
     compute = multi_label_metrics if recipe.loss == "multi_label" else single_label_metrics
     metrics = {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
     if recipe.metric not in metrics:
-        value = metrics_of(recipe.loss, logits, labels)[recipe.metric](torch.ones(1, len(labels))).item()
+        value = metrics_of(recipe.loss, logits, labels)[recipe.metric](torch.ones(1, len(labels), dtype=torch.float64)).item()
         if value != value:
             raise RecipeError(f"metric='{recipe.metric}' is not defined here: it takes images of two classes or more")
         metrics[recipe.metric] = value

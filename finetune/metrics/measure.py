@@ -37,7 +37,7 @@ def measure(
     owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
     calibration = calibrate(recipe.loss, logits, labels, temperature)
     metrics = metrics_of(recipe.loss, logits, labels, calibration["temperature"])
-    whole = torch.ones(1, len(labels))
+    whole = torch.ones(1, len(labels), dtype=torch.float64)
     values = {name: metric(whole).item() for name, metric in metrics.items()}
     values = {name: value for name, value in values.items() if value == value}
     intervals: dict[str, list[float]] = {
@@ -81,7 +81,9 @@ def metrics_of(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperatur
         guess, several = (logits > 0).float(), truth.float()
         found: dict[str, Metric] = {
             "mean_average_precision": lambda weights: over_classes(precision, weights, logits, truth, absent=0.0),
-            "macro_f1": lambda weights: f1(weights @ (several * guess), weights @ several, weights @ guess).mean(1),
+            "macro_f1": lambda weights: f1(sums(weights, several * guess), sums(weights, several), sums(weights, guess)).mean(
+                1
+            ),
         }
     else:
         found = single_label(logits, labels)
@@ -96,22 +98,22 @@ def single_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric
     right = (truth * guess).sum(1)
 
     def balanced(weights: torch.Tensor) -> torch.Tensor:
-        return (weights @ (truth * guess) / (weights @ truth)).nanmean(1)  # of the classes that are there
+        return (sums(weights, truth * guess) / sums(weights, truth)).nanmean(1)  # of the classes that are there
 
     def kappa(weights: torch.Tensor) -> torch.Tensor:
-        total = weights.sum(1).double()
-        by_chance = ((weights @ truth).double() * (weights @ guess).double()).sum(1) / total**2
-        return ((weights @ right) / total - by_chance) / (1 - by_chance)
+        images = weights.sum(1).double()
+        by_chance = (sums(weights, truth).double() * sums(weights, guess).double()).sum(1) / images**2
+        return (sums(weights, right) / images - by_chance) / (1 - by_chance)
 
     found: dict[str, Metric] = {
-        "top1": lambda weights: (weights @ right) / weights.sum(1),
+        "top1": lambda weights: sums(weights, right) / weights.sum(1),
         "balanced_accuracy": balanced,
-        "macro_f1": lambda weights: f1(weights @ (truth * guess), weights @ truth, weights @ guess).mean(1),
+        "macro_f1": lambda weights: f1(sums(weights, truth * guess), sums(weights, truth), sums(weights, guess)).mean(1),
         "kappa": kappa,
     }
     if classes > 5:
         among = (logits.topk(5).indices == labels[:, None]).any(1).float()
-        found["top5"] = lambda weights: (weights @ among) / weights.sum(1)
+        found["top5"] = lambda weights: sums(weights, among) / weights.sum(1)
     return found
 
 
@@ -127,13 +129,18 @@ def of_probabilities(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> d
     gaps = torch.zeros(len(labels), BINS, dtype=torch.float64).scatter_add_(1, place, right - confidence) / confidence.shape[1]
 
     def mean(values: torch.Tensor) -> Metric:
-        return lambda weights: (weights.double() @ values) / weights.sum(1)
+        return lambda weights: sums(weights.double(), values) / weights.sum(1)
 
     return {
         "log_loss": mean(losses),
         "brier": mean(squares(loss, probs, truth)),
-        "ece": lambda weights: (weights.double() @ gaps).abs().sum(1) / weights.sum(1),
+        "ece": lambda weights: sums(weights.double(), gaps).abs().sum(1) / weights.sum(1),
     }
+
+
+def sums(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The weighted sums, [draws, ...], of values of the images, [n, ...]."""
+    return weights @ values.to(weights.dtype)
 
 
 def f1(hits: torch.Tensor, labelled: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:

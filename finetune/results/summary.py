@@ -143,7 +143,7 @@ def describe_calibration(result: dict[str, Any]) -> str:
         return ""
     before, after = result["calibration"]["ece"]
     temperature = result["calibration"]["temperature"]
-    return f"probabilities off by {before:.1%} on average, by {after:.1%} at the model's temperature, {temperature:.2f}"
+    return f"probabilities off by {100 * before:.1f} % on average, by {100 * after:.1f} % at the model's temperature, {temperature:.2f}"
 
 
 def highlight(label: str, text: str) -> str:

@@ -149,6 +149,7 @@ def test_the_temperature_is_that_of_an_independent_fit(loss, scale):
     """The log loss is no higher than at scipy's, which minimizes it with its own formula."""
     logits, labels = made(loss, scale=scale)
     truth = labels.numpy() if loss == "multi_label" else np.eye(7)[labels.numpy()]
+    truth = truth * (1 - 1 / 302) + 1 / 302 / (7 if loss == "cross_entropy" else 2)  # Platt's targets
 
     def cost(log_temperature):
         scaled = logits.double().numpy() / np.exp(log_temperature)
@@ -164,7 +165,9 @@ def test_the_temperature_is_that_of_an_independent_fit(loss, scale):
 def test_what_can_not_be_fitted_is_bounded():
     """Logits that are always right, always wrong or no numbers, no image, and one."""
     right = 5.0 * torch.eye(4)
-    assert fit_temperature("cross_entropy", right, torch.arange(4)) == pytest.approx(COLDEST, rel=1e-4)
+    few, many = (fit_temperature("cross_entropy", right.repeat(n, 1), torch.arange(4).repeat(n)) for n in (1, 10_000))
+    assert many < few and probabilities("cross_entropy", right, few).max().item() == pytest.approx(1 - 1 / 6 + 1 / 24)
+    assert fit_temperature("cross_entropy", right * 100, torch.arange(4)) == pytest.approx(HOTTEST, rel=1e-4)
     assert fit_temperature("cross_entropy", right, torch.arange(4).flip(0)) == pytest.approx(HOTTEST, rel=1e-4)
     assert fit_temperature("cross_entropy", right * torch.nan, torch.arange(4)) == 1
     assert fit_temperature("cross_entropy", right, torch.full((4,), UNREADABLE)) == 1

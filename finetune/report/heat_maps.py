@@ -12,14 +12,14 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 from torch import nn
+from torch.autograd.graph import Node
 
 from finetune.data.decode import to_rgb
 from finetune.data.transforms import eval_transform
 from finetune.models.batch_norm import eval_mode
 from finetune.utils.seed import keep_random_state
 
-TOLERANCE = 1e-3  # of logits that must be another image's, relative to how far those of the two images differ
-TRIES = 32  # tensors, the last first; most networks need up to 4
+CANCELLED = 1e-3  # of what is added up: a sum of so little is rounding
 PREFIX_TOKENS = range(9)  # class and register tokens before those of the places, where a network does not say how many
 COLOURS, OPACITY = "inferno", 0.65  # of the heat, over the image
 
@@ -58,7 +58,7 @@ def heat_maps(net: nn.Module, images: torch.Tensor, classes: torch.Tensor, place
 
     def keep(output: torch.Tensor) -> torch.Tensor:
         torch.set_grad_enabled(True)  # from here on: what comes before needs no graph, and a frozen layer is no matter
-        kept[:] = output.detach(), torch.zeros_like(output, requires_grad=True)
+        kept[:] = output.detach().clone(), torch.zeros_like(output, requires_grad=True)
         return kept[0] + kept[1]
 
     with eval_mode(net), keep_random_state(), torch.no_grad(), changing(net, places, keep):
@@ -75,34 +75,60 @@ def prepare(net: nn.Module, images: torch.Tensor) -> tuple[nn.Module, torch.Tens
     return own, images.to(next(own.parameters()).device).contiguous()  # a network of a recipe's function may call view
 
 
-def find_places(net: nn.Module, images: torch.Tensor) -> Places | None:
-    """The last tensor with places that is all that the logits see of an image; None if there is none.
+class Output(NamedTuple):
+    """A module's output with places, the zeros that were added to it, whose gradient is its own, and its node in the graph.
 
-    Found by trial on the first image and on noise, in float32: the logits must have a gradient at its places, and with these
-    tensors of the two swapped they must be those of the other. So a tensor within a branch is none, nor are the last tokens
-    where the class token alone goes on: then it is what the last block is given.
+    `pooled`: it lies within a module that pools, as the keys of attention pooling do.
+    """
+
+    places: Places
+    value: torch.Tensor
+    offset: torch.Tensor
+    node: Node | None
+    pooled: bool = False
+
+
+def find_places(net: nn.Module, images: torch.Tensor) -> Places | None:
+    """The last tensor with places that is all that the logits see of an image, or what a norm makes of it; None without one.
+
+    Found by trial on the first image: the logits have a gradient at its places, and no way in autograd's graph leads from them to
+    the image past it. So a tensor within a branch is none, nor are the last tokens where the class token alone goes on, which
+    leaves those of the patches without a gradient: then it is what the last block is given.
+
+    A norm of each token hides how long it is, so that activation times gradient adds up to 0 over the channels of what the norm
+    is given (Euler's theorem). As blocks begin with one, it is then what this norm returns.
     """
     net, images = prepare(net, images)
-    noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(0))
-    pair = torch.cat([images[:1], noise.to(images)])
-    with eval_mode(net), keep_random_state(), torch.autocast(pair.device.type, enabled=False):
-        outputs, logits = outputs_with_places(net, pair)
-        with torch.no_grad():
-            for places in outputs[: -TRIES - 1 : -1]:
-                with changing(net, places, partial(torch.flip, dims=(0,))):
-                    swapped = net.forward(pair)
-                if (swapped.flip(0) - logits).abs().max() <= TOLERANCE * (logits[0] - logits[1]).abs().max():
-                    return places
+    autocast = torch.autocast(images.device.type, enabled=False)
+    with eval_mode(net), keep_random_state(), torch.enable_grad(), autocast:
+        image = images[:1] + torch.zeros_like(images[:1], requires_grad=True)
+        outputs, logits = outputs_with_places(net, image)
+        # Not their plain sum, which has no gradient where logits add up to a constant.
+        score = (logits * torch.linspace(1, 2, logits.numel(), device=logits.device)).sum()
+        offsets = [output.offset for output in outputs]
+        gradients = torch.autograd.grad(score, offsets, retain_graph=True, allow_unused=True) if offsets else ()
+    with_gradient = [
+        (output, output.value * gradient)
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if gradient is not None and output.places.sum_channels(gradient.abs()).any()
+    ]
+    for last in reversed(range(len(with_gradient))):
+        output = with_gradient[last][0]
+        if not output.pooled and not leads_to(score.grad_fn, image.grad_fn, past=output.node):
+            break
+    else:
+        return None
+    for (places, *_), products in with_gradient[last:]:
+        whole, apart = places.sum_channels(products).abs().sum(), places.sum_channels(products.abs()).sum()
+        if whole > CANCELLED * apart:
+            return places
     return None
 
 
-def outputs_with_places(net: nn.Module, images: torch.Tensor) -> tuple[list[Places], torch.Tensor]:
-    """(modules' outputs with places at which the logits have a gradient, in the order of their calls; the logits).
-
-    What lies within a module that pools, such as the keys of attention pooling, is left out.
-    """
+def outputs_with_places(net: nn.Module, images: torch.Tensor) -> tuple[list[Output], torch.Tensor]:
+    """(modules' outputs with places in the order in which they return, the logits)."""
     size, calls = (images.shape[2], images.shape[3]), Counter[str]()
-    found, grids = list[tuple[Places, torch.Tensor]](), set[tuple[int, int]]()
+    found, grids = list[Output](), set[tuple[int, int]]()
     own = getattr(net, "num_prefix_tokens", None)  # timm's
     prefixes = [own, *PREFIX_TOKENS] if isinstance(own, int) else PREFIX_TOKENS
 
@@ -112,25 +138,35 @@ def outputs_with_places(net: nn.Module, images: torch.Tensor) -> tuple[list[Plac
         if layout and len(output) == len(images):
             if layout != "NLC":
                 grids.add(grid)
-            found.append((Places(name, calls[name] - 1, layout, grid), torch.zeros_like(output, requires_grad=True)))
-            return output + found[-1][1]
+            offset = torch.zeros_like(output, requires_grad=True)
+            changed: torch.Tensor = output + offset
+            places = Places(name, calls[name] - 1, layout, grid)
+            found.append(Output(places, output.detach(), offset, changed.grad_fn))
+            return changed
         if lay_out(inputs[0] if inputs else None, size, grids)[0] and inputs[0].shape[1] != 3:
-            found[:] = [row for row in found if not row[0].module.startswith(f"{name}.")]
+            found[:] = [one._replace(pooled=one.pooled or one.places.module.startswith(f"{name}.")) for one in found]
         return None
 
     hooks = [part.register_forward_hook(partial(record, name)) for name, part in net.named_modules() if name]
     try:
-        with torch.enable_grad():
-            logits = net.forward(images)
-            recorded = [*found]  # checkpointing calls modules again in the backward pass
-            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-            offsets = [offset for _, offset in recorded]
-            gradients = torch.autograd.grad((logits * weights).sum(), offsets, allow_unused=True) if offsets else ()
+        logits = net.forward(images)
     finally:
         for hook in hooks:
             hook.remove()
-    pairs = [(places, gradient) for (places, _), gradient in zip(recorded, gradients, strict=True) if gradient is not None]
-    return [places for places, gradient in pairs if places.sum_channels(gradient.abs()).any()], logits.detach()
+    return [*found], logits  # checkpointing calls modules again in the backward pass
+
+
+def leads_to(start: Node | None, end: Node | None, past: Node | None) -> bool:
+    """Whether a way in autograd's graph leads from one node to another without the node `past`."""
+    ahead, seen = [start], {past, None}
+    while ahead:
+        node = ahead.pop()
+        if node is end and end is not None:
+            return True
+        if node not in seen and node is not None:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return False
 
 
 def lay_out(

@@ -72,7 +72,7 @@ def heat_maps(net: nn.Module, images: torch.Tensor, classes: torch.Tensor, place
 def prepare(net: nn.Module, images: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
     """The network as it was before torch.compile, whose code runs no hooks, and the images where it computes."""
     own: nn.Module = getattr(net, "_orig_mod", net)
-    return own, images.to(next(own.parameters()).device).contiguous()  # a network of a recipe's function may call view
+    return own, images.to(next(own.parameters(), images).device).contiguous()  # a network of a recipe's function may call view
 
 
 class Output(NamedTuple):
@@ -91,9 +91,9 @@ class Output(NamedTuple):
 def find_places(net: nn.Module, images: torch.Tensor) -> Places | None:
     """The last tensor with places that is all that the logits see of an image, or what a norm makes of it; None without one.
 
-    Found by trial on the first image: the logits have a gradient at its places, and no way in autograd's graph leads from them to
-    the image past it. So a tensor within a branch is none, nor are the last tokens where the class token alone goes on, which
-    leaves those of the patches without a gradient: then it is what the last block is given.
+    Found by trial on the first image: the logits have a gradient at its places, and no way in autograd's graph leads from them
+    to the image past it. So a tensor within a branch is none, nor are the last tokens where the class token alone goes on,
+    which leaves those of the patches without a gradient: then it is what the last block is given.
 
     A norm of each token hides how long it is, so that activation times gradient adds up to 0 over the channels of what the norm
     is given (Euler's theorem). As blocks begin with one, it is then what this norm returns.
@@ -218,19 +218,20 @@ def changing(net: nn.Module, places: Places, change: Callable[[torch.Tensor], to
 
 def overlay(image: Image.Image | np.ndarray, heat: torch.Tensor, preprocessing: dict[str, Any]) -> Image.Image:
     """The image as the network sees it, resized and cropped, with the heat [h, w] over it."""
-    seen = as_seen(image, preprocessing)
-    heat = heat.detach().float().cpu()[None, None]
-    heat = nn.functional.interpolate(heat, seen.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-    colours = torch.from_numpy(colormaps[COLOURS](heat.numpy())[..., :3])
-    mixed = (1 - OPACITY) * torch.from_numpy(seen) / 255 + OPACITY * colours
-    return Image.fromarray((255 * mixed).round().byte().numpy())
+    pixels = eval_transform(preprocessing).image(np.array(to_rgb(image)) if isinstance(image, Image.Image) else image)
+    return blend(pixels if pixels.dtype == torch.uint8 else to_pixels(pixels, preprocessing), heat)
 
 
-def as_seen(image: Image.Image | np.ndarray, preprocessing: dict[str, Any]) -> np.ndarray:
-    """The pixels, uint8 [H, W, 3], that the network gets for an image."""
-    transform = eval_transform(preprocessing)
-    pixels = transform.image(np.asarray(to_rgb(image)) if isinstance(image, Image.Image) else image)
-    if pixels.dtype == torch.uint8:
-        return np.asarray(pixels)
+def to_pixels(normalised: torch.Tensor, preprocessing: dict[str, Any]) -> torch.Tensor:
+    """What a network gets for an image, [3, H, W], as pixels, uint8 [H, W, 3]."""
     mean, std = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
-    return (255 * (pixels * std + mean).clamp(0, 1)).round().byte().permute(1, 2, 0).numpy()
+    return (255 * (normalised.float().cpu() * std + mean).clamp(0, 1)).round().byte().permute(1, 2, 0)
+
+
+def blend(pixels: torch.Tensor, heat: torch.Tensor) -> Image.Image:
+    """An image of these pixels, uint8 [H, W, 3], with the heat [h, w] over it."""
+    heat = heat.detach().float().cpu()[None, None]
+    heat = nn.functional.interpolate(heat, pixels.shape[:2], mode="bilinear", align_corners=False)[0, 0]
+    colours = torch.from_numpy(colormaps[COLOURS](heat.numpy())[..., :3])
+    mixed = (1 - OPACITY) * pixels / 255 + OPACITY * colours
+    return Image.fromarray((255 * mixed).round().byte().numpy())

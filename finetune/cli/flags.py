@@ -171,7 +171,11 @@ def add_result_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
         sub = add(name, example)
         add_recipe(sub)
         add_recipe_arguments(sub)
-        where = "where to draw the picture (default: here)" if name == "find-lr" else "draw a picture there, too"
+        where = (
+            "where to draw the picture (default: here)"
+            if name == "find-lr"
+            else "draw pictures there, too: learning rates, images, classes"
+        )
         sub.add_argument("--output", type=Path, metavar="DIR", help=where)
         if name == "plan":
             sub.add_argument("--wide", action="store_true", help="all columns and epochs, whole")

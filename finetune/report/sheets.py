@@ -51,7 +51,12 @@ def draw_sheet(tiles: Sequence[Tile], title: str, file: Path, columns: int = 4, 
 
 
 def plot_augmented(run: Path, images: ImageDataset, epochs: int) -> Path | None:
-    """augmented.png: some training images as they are, and as the network gets them in its first epochs, up to 3.
+    """augmented.png of a run: see `draw_augmented`."""
+    return draw_augmented(run / "augmented.png", run_title(run), images, epochs)
+
+
+def draw_augmented(file: Path, title: str, images: ImageDataset, epochs: int) -> Path | None:
+    """Some training images as they are, and as the network gets them in its first epochs, up to 3.
 
     These are the run's own augmentations, which depend on seed, epoch and image alone; mixup and cutmix come after them. None
     if no image can be read.
@@ -74,7 +79,7 @@ def plot_augmented(run: Path, images: ImageDataset, epochs: int) -> Path | None:
     if not tiles:
         return None
     seen = "in epoch 1" if epochs == 1 else f"in epochs 1 to {epochs}"
-    return draw_sheet(tiles, run_title(run, f"training images, and as augmented {seen}"), run / "augmented.png", 1 + epochs)
+    return draw_sheet(tiles, f"{title}\ntraining images, and as augmented {seen}", file, 1 + epochs)
 
 
 def as_augmented(images: ImageDataset, epoch: int, index: int) -> np.ndarray:

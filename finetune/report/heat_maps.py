@@ -218,7 +218,7 @@ def changing(net: nn.Module, places: Places, change: Callable[[torch.Tensor], to
 
 def overlay(image: Image.Image | np.ndarray, heat: torch.Tensor, preprocessing: dict[str, Any]) -> Image.Image:
     """The image as the network sees it, resized and cropped, with the heat [h, w] over it."""
-    pixels = eval_transform(preprocessing).image(np.array(to_rgb(image)) if isinstance(image, Image.Image) else image)
+    pixels = eval_transform(preprocessing).image(np.array(to_rgb(image) if isinstance(image, Image.Image) else image))
     return blend(pixels if pixels.dtype == torch.uint8 else to_pixels(pixels, preprocessing), heat)
 
 

@@ -62,7 +62,7 @@ def test_plan_shows_everything_and_trains_nothing(here, monkeypatch, capsys):
 
 
 def test_a_plan_shows_the_images_that_are_there(here, image_folder, capsys, asked):
-    """Of a folder it draws images as augmented and the sizes of classes; what can't be read ends no plan, and none is fetched."""
+    """Of a folder it draws images as augmented and the sizes of classes; what can't be read ends no plan; nobody is asked."""
     words = ["plan", "resnet18_cifar", "--set", "data.image_size=32", "--data"]
     assert verb([*words, str(image_folder), "--output", "plans"]) == 0
     wanted = [f"resnet18_cifar-{what}.png" for what in ("augmented", "classes", "plan")]

@@ -19,6 +19,7 @@ from finetune.data.transforms import eval_transform
 from finetune.models.batch_norm import eval_mode
 from finetune.utils.seed import keep_random_state
 
+AT_ONCE = 32  # images
 CANCELLED = 1e-3  # of what is added up: a sum of so little is rounding
 PREFIX_TOKENS = range(9)  # class and register tokens before those of the places, where a network does not say how many
 COLOURS, OPACITY = "inferno", 0.65  # of the heat, over the image
@@ -54,6 +55,14 @@ def heat_maps(net: nn.Module, images: torch.Tensor, classes: torch.Tensor, place
     places = places or find_places(net, images)
     if places is None:
         return None
+    parts = zip(images.split(AT_ONCE), classes.split(AT_ONCE), strict=True)
+    with eval_mode(net), keep_random_state():
+        heat = torch.cat([contributions(net, *part, places).relu() for part in parts])
+    return (heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)).cpu()
+
+
+def contributions(net: nn.Module, images: torch.Tensor, classes: torch.Tensor, places: Places) -> torch.Tensor:
+    """Activation times gradient of the class's logit at the places, summed over channels: float32 [n, h, w], of any sign."""
     kept: list[torch.Tensor] = []
 
     def keep(output: torch.Tensor) -> torch.Tensor:
@@ -61,12 +70,11 @@ def heat_maps(net: nn.Module, images: torch.Tensor, classes: torch.Tensor, place
         kept[:] = output.detach().clone(), torch.zeros_like(output, requires_grad=True)
         return kept[0] + kept[1]
 
-    with eval_mode(net), keep_random_state(), torch.no_grad(), changing(net, places, keep):
+    with torch.no_grad(), changing(net, places, keep):
         logits = net.forward(images)
         score = logits.gather(1, classes.to(logits.device)[:, None]).sum()  # no image changes another's logits
         (gradient,) = torch.autograd.grad(score, kept[1])
-    heat = places.sum_channels(kept[0].float() * gradient.float()).relu()
-    return (heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo().tiny)).cpu()
+    return places.sum_channels(kept[0].float() * gradient.float())
 
 
 def prepare(net: nn.Module, images: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:

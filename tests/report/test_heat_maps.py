@@ -4,9 +4,7 @@ import random
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torchvision
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
@@ -15,59 +13,14 @@ from torch.nn.functional import cross_entropy
 from finetune.models.batch_norm import set_train_mode
 from finetune.optim.lora import add_adapters
 from finetune.recipe import Lora
-from finetune.report.heat_maps import OPACITY, Places, changing, find_places, heat_maps, overlay
-from helpers import PREPROCESSING, SmallNet
-
-FAMILIES = [  # name, image size, the grid
-    ("convnext_atto", 64, (2, 2)),  # NCHW
-    ("vit_tiny_patch16_224", 64, (4, 4)),  # the class token
-]
-MORE = [
-    ("resnet18", 64, (2, 2)),
-    ("efficientnet_lite0", 64, (2, 2)),
-    ("mobilenetv3_small_050", 64, (2, 2)),
-    ("vgg11", 64, (2, 2)),
-    ("swin_tiny_patch4_window7_224", 224, (7, 7)),  # NHWC
-    ("mambaout_femto", 64, (2, 2)),
-    ("deit_tiny_distilled_patch16_224", 64, (4, 4)),  # two tokens before those of the patches
-    ("vit_small_patch14_reg4_dinov2", 56, (4, 4)),  # five
-    ("vit_small_patch16_dinov3", 64, (4, 4)),
-    ("vit_base_patch32_siglip_256", 128, (4, 4)),  # attention pooling
-    ("eva02_tiny_patch14_224", 56, (4, 4)),
-    ("beit_base_patch16_224", 64, (4, 4)),
-    ("mixer_s32_224", 224, (7, 7)),
-    ("levit_128s", 224, (4, 4)),
-    ("hiera_tiny_224", 224, (7, 7)),
-    ("xcit_nano_12_p16_224", 64, (4, 4)),
-    ("cait_xxs24_224", 64, (4, 4)),
-    ("naflexvit_base_patch16_gap", 64, (4, 4)),
-]
-
-
-def seeded(name, size, **options):
-    """A timm network of 5 classes with random weights, none of them 0, in eval mode."""
-    torch.manual_seed(0)
-    sized = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    net = timm.create_model(name, num_classes=5, **sized | options).eval()
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear) and not layer.weight.any():  # heads and gates that timm starts at 0
-            nn.init.normal_(layer.weight, std=0.02)
-    return net
-
-
-def noise(n, *size, seed=0):
-    return torch.randn(n, 3, *(size * 2)[:2], generator=torch.Generator().manual_seed(seed))
+from finetune.report.heat_maps import OPACITY, find_places, heat_maps, overlay
+from helpers import PREPROCESSING, SmallNet, likeliest, noise, seeded
 
 
 def of_largest(maps):
     """The positive part of maps [n, h, w], as a share of the largest value of each."""
     maps = maps.relu()
     return maps / maps.amax((1, 2), keepdim=True)
-
-
-def likeliest(net, images):
-    with torch.no_grad():
-        return net(images).argmax(1)
 
 
 def test_with_pooling_and_a_linear_layer_it_is_the_weight_times_the_features():
@@ -98,28 +51,6 @@ def test_it_is_the_hirescam_of_the_package_grad_cam(name, pool):
     theirs = torch.from_numpy(cam.get_cam_image(images, layer, None, activations.numpy(), gradients.numpy(), False))
     assert find_places(net, images).grid == theirs.shape[1:]
     torch.testing.assert_close(heat_maps(net, images, classes), of_largest(theirs), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name,size,grid", [*FAMILIES, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)])
-def test_each_family_has_a_map_of_its_places(name, size, grid):
-    """Some class has places that speak for it, and the place of pixels that are changed is the one that changes most."""
-    net, images = seeded(name, size), noise(1, size)
-    places = find_places(net, images)
-    heat = heat_maps(net, images.expand(5, -1, -1, -1), torch.arange(5), places)
-    assert heat.shape == (5, *grid) and heat.dtype == torch.float32 and heat.isfinite().all() and heat.max() == 1
-    other, side = images.clone(), size // grid[0]
-    other[..., :side, -side:] *= -3  # the upper right corner
-    one, two = (output_at(net, places, pixels) for pixels in (images, other))
-    if not name.startswith(("levit", "vgg", "mobilenetv3", "efficientnet", "resnet")):  # whose last places see all of an image
-        assert places.sum_channels((one - two).abs()).flatten().argmax() == grid[1] - 1
-
-
-def output_at(net, places, images):
-    """The tensor that a network's maps are made of."""
-    outputs = []
-    with torch.no_grad(), changing(net, places, lambda output: outputs.append(output) or output):
-        net(images)
-    return outputs[0]
 
 
 def state_of(net):
@@ -190,6 +121,22 @@ def test_how_a_network_is_trained_does_not_matter(change, pool):
     torch.testing.assert_close(heat_maps(change(net), images, classes), heat_maps(plain, images, classes))
 
 
+def test_images_do_not_depend_on_one_another():
+    """However many there are, each has the map that it has alone."""
+    net, images, classes = SmallNet(), noise(40, 24), torch.arange(40) % 7
+    alone = torch.cat([heat_maps(net, *one) for one in zip(images.split(1), classes.split(1), strict=True)])
+    torch.testing.assert_close(heat_maps(net, images, classes), alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_gpu_gives_the_same_map(name):
+    """Of a network on the GPU, and images on the CPU, the map is on the CPU and as computed there."""
+    net, images, classes = seeded(name, 64), noise(2, 64), torch.tensor([1, 3])
+    here = heat_maps(net, images, classes)
+    torch.testing.assert_close(heat_maps(net.cuda(), images, classes), here, rtol=0, atol=1e-2)
+
+
 def test_autocast_rounds_the_map_and_no_more():
     """In bf16, which keeps 8 bits, it is the map in float32 within a few hundredths, and float32 itself."""
     net, images, classes = seeded("resnet18", 96), noise(2, 96), torch.tensor([1, 3])
@@ -198,65 +145,6 @@ def test_autocast_rounds_the_map_and_no_more():
         rounded = heat_maps(net, images, classes)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0, atol=0.05)
-
-
-class Tokens(torchvision.models.VisionTransformer):
-    def __init__(self):
-        super().__init__(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5)
-        nn.init.normal_(self.heads.head.weight)
-
-
-class Windows(torchvision.models.SwinTransformer):
-    def __init__(self):
-        super().__init__([2, 2], 8, [2, 2], [2, 2], [4, 4], num_classes=5)
-
-
-class TwoLevels(nn.Module):
-    """Pools a feature map and one made of it: what the logits see of an image passes through the first."""
-
-    def __init__(self):
-        super().__init__()
-        self.early, self.late = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
-        self.fc = nn.Linear(16, 5)
-
-    def forward(self, images):
-        early = self.early(images).relu()
-        return self.fc(torch.cat([early.mean((2, 3)), self.late(early).relu().mean((2, 3))], 1))
-
-
-class Pixels(nn.Sequential):
-    """A network without places."""
-
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
-
-
-@pytest.mark.parametrize(
-    "net,expected",
-    [
-        (SmallNet, ("body", "NCHW", (7, 7))),
-        (TwoLevels, ("early", "NCHW", (8, 8))),
-        (Tokens, ("encoder.layers.encoder_layer_1.ln_1", "NLC", (4, 4))),
-        (Windows, ("permute", "NCHW", (8, 8))),
-        (lambda: torchvision.models.resnet18(num_classes=5), ("layer3", "NCHW", (2, 2))),  # of layer4 a single place is left
-        (Pixels, None),
-    ],
-    ids=["own", "branches", "torchvision's tokens", "torchvision's windows", "torchvision's convolutions", "none"],
-)
-def test_networks_of_other_sources_have_a_map_too(net, expected):
-    """The tensor is the last that all goes through, found without a name; a network that sees no places has no map."""
-    torch.manual_seed(0)
-    net, images = net(), noise(2, 32)
-    places = find_places(net, images)
-    assert places == (expected and Places(expected[0], 0, *expected[1:]))
-    heat = heat_maps(net, images, likeliest(net.eval(), images))
-    assert heat is None if expected is None else heat.shape == (2, *expected[2])
-
-
-def test_images_need_not_be_square():
-    """Tokens are laid out as the patches are: 2 rows of 4 from an image of 32 x 64 pixels."""
-    net = seeded("vit_tiny_patch16_224", (32, 64), depth=2)
-    assert find_places(net, torch.rand(1, 3, 32, 64)) == Places("blocks.1.norm1", 0, "NLC", (2, 4))
 
 
 def squares(n, seed):

@@ -24,6 +24,9 @@ from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import align_columns, print_error, progress
 
+# Given a batch: the indices of its images that could be read, what the network gets for them, their probabilities [n, classes].
+Look = Callable[[Sequence[int], torch.Tensor, torch.Tensor], None]
+
 
 def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [n, classes], labels) of a map-style set of (PIL image, label), as the run's own evaluation computes them."""
@@ -53,21 +56,22 @@ def check_top(top: int) -> None:
         raise RecipeError(f"--top starts at 1, not {top}")
 
 
-def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
+def predict_images(
+    model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0, look: Look | None = None
+) -> list[dict[str, Any]]:
     """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
     Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W]; "file" is a path's own.
 
     Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
-    model's temperature. With several labels an
-    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read has neither, an empty
-    "top" and an "error"; it is named on stderr and counted there.
+    model's temperature. With several labels an image, "predicted" lists the classes above 0.5, and "probability" theirs. An
+    image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and counted there. `look` is called with each batch.
 
     Raises:
         RecipeError: if no image could be read, and for a `top` below 1.
     """
     check_top(top)
-    rows = list(predict_rows(model, images, top, workers))
+    rows = list(predict_rows(model, images, top, workers, look))
     count_unreadable(sum("error" in row for row in rows), len(rows))
     return rows
 
@@ -80,7 +84,9 @@ def count_unreadable(unreadable: int, total: int) -> None:
         print_error(f"{unreadable} of {total} images could not be read")
 
 
-def predict_rows(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> Iterator[dict[str, Any]]:
+def predict_rows(
+    model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0, look: Look | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
     read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
     recipe, dataset, accelerator = prepare(model, ImageList(images, [0] * len(images), read), "skip")
@@ -92,8 +98,10 @@ def predict_rows(model: SavedModel, images: Sequence[Any], top: int = 5, workers
         for indices, (batch, labels) in zip(batches, loaded, strict=True):
             with torch.no_grad():
                 logits = batch_logits(recipe, model.net, batch, accelerator).cpu()
-            probs = probabilities(recipe.loss, logits, model.temperature)
-            for i, row, unreadable in zip(indices, probs, is_unreadable(labels).tolist(), strict=True):
+            probs, missing = probabilities(recipe.loss, logits, model.temperature), is_unreadable(labels).cpu()
+            if look and not missing.all():
+                look([i for i, gone in zip(indices, missing, strict=True) if not gone], batch[~missing], probs[~missing])
+            for i, row, unreadable in zip(indices, probs, missing.tolist(), strict=True):
                 yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top)
             bar.update(len(indices))
 

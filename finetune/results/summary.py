@@ -69,7 +69,7 @@ def finish_run(
     try_to(plot_predictions, folder, logits, labels, images)
     if recipe.loss != "multi_label":
         try_to(plot_confusion_matrix, folder, logits, labels, images.classes, run_title(folder))
-        try_to(plot_mistakes, folder, logits, labels, images)
+        try_to(plot_mistakes, folder, logits, labels, images, net)
     return result
 
 

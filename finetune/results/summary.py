@@ -31,6 +31,7 @@ from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.curves import plot_curves
 from finetune.report.drawing import run_title
+from finetune.report.page import PAGE, write_page
 from finetune.report.sheets import plot_mistakes, plot_predictions
 from finetune.results.baseline import describe_verdict
 from finetune.training.logger import Logger
@@ -43,12 +44,18 @@ ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then 
 
 
 def finish_run(
-    recipe: Recipe, net: nn.Module, start: ParamsByGroup, images: ImageDataset, logger: Logger, smoke: bool
+    recipe: Recipe,
+    file: Path | None,
+    net: nn.Module,
+    start: ParamsByGroup,
+    images: ImageDataset,
+    logger: Logger,
+    smoke: bool,
 ) -> dict[str, Any]:
     """Write the finished run's last files and return its result; result.json makes it a finished run, pictures come after it.
 
-    `net` is the network whose metrics were logged, `start` its parameters from before the run, `images` are the validation
-    images.
+    `file` is the recipe's, `net` the network whose metrics were logged, `start` its parameters from before the run, `images`
+    are the validation images.
     """
     folder = logger.folder
     with merged(net):
@@ -68,15 +75,16 @@ def finish_run(
     if recipe.loss != "multi_label":
         try_to(plot_confusion_matrix, folder, logits, labels, images.classes, run_title(folder))
         try_to(plot_mistakes, folder, logits, labels, images)
+    try_to(write_page, folder, images.images, describe_verdicts(recipe, file, result))
     return result
 
 
 def try_to(plot: Callable[..., Path | None], *arguments: Any) -> None:
-    """Draw a picture, or say why not: the result is there without it."""
+    """Draw a picture or write the page, or say why not: the result is there without it."""
     try:
         plot(*arguments)
     except Exception as error:
-        print_error(f"no picture by {plot.__name__}: {type(error).__name__}: {error}")
+        print_error(f"{plot.__name__} failed: {type(error).__name__}: {error}")
 
 
 def run_result(recipe: Recipe, logger: Logger) -> dict[str, Any]:
@@ -114,7 +122,6 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         reached[0] += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     early = f"; stopped early, after {result['epochs']} of {recipe.epochs} epochs" if result["epochs"] < recipe.epochs else ""
     cost = f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB"
-    baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[metric])
     lines = [
         ("result", f"{reached[0]} of {images} images"),
         ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
@@ -123,16 +130,29 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
             for name, part in result.get("by_subgroup", {}).items()
         ),
         ("cost", cost + early),
-        ("baseline", baseline),
-        ("probe", describe_gain(metric, result, recipe.lr_scale)),
-        ("use", f"{result['use']}: {result['use_reason']}"),
+        *describe_verdicts(recipe, file, result),
     ]
+    if (page := folder / PAGE).is_file():
+        lines.append(("report", str(page)))
     if verbose:
         lines.append(("moved", ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["drift"].items())))
         lines.append(("files", f"in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*')))}"))
     run, formats = shlex.quote(str(folder)), "timm" if is_timm(recipe) else "torch"
     steps = [f"predict {run} PHOTO", f"evaluate {run} --data DIR", f"export {run} --to {formats}"]
     return "\n".join(["", *(highlight(*line) for line in lines if line[1]), "", *(f"finetune {step}" for step in steps)])
+
+
+def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How a result is to be read, as (label, sentence): against recorded runs and the linear probe, and which network to use.
+
+    `file` is the recipe's.
+    """
+    baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[recipe.metric])
+    return [
+        ("baseline", baseline),
+        ("probe", describe_gain(recipe.metric, result, recipe.lr_scale)),
+        ("use", f"{result['use']}: {result['use_reason']}"),
+    ]
 
 
 def highlight(label: str, text: str) -> str:

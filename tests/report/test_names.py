@@ -80,7 +80,7 @@ def test_a_picture_that_fails_is_a_warning(image_folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(Figure, "savefig", fail)
     assert main([*on_folder(image_folder, tmp_path / "run"), "--set", "epochs=1"]) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["val_images"] == 15
-    assert "no picture by plot_confusion_matrix: RuntimeError: no font" in capsys.readouterr().err
+    assert "plot_confusion_matrix failed: RuntimeError: no font" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad,said", [(2, "2 of 15 images could not be read and were left out (validation)"), (5, "")])

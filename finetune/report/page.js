@@ -11,16 +11,14 @@ function element(tag, text, ...children) {
   return made;
 }
 
-function titleOf([label, guess, count, shown]) {
-  const name = (index) => element("bdi", data.classes[index]);
-  const all = count.toLocaleString("en");
-  const number = element("small", shown.length < count ? ` ${shown.length} of ${all} shown` : ` ${all}`);
-  if (label === null) return [name(guess), " predicted, not labelled", number];
-  if (guess === null) return [name(label), " labelled, not predicted", number];
-  return ["labelled ", name(label), ", predicted ", name(guess), number];
+const nameOf = (index) => element("bdi", data.classes[index]);
+
+function numberOf(shown, all) {
+  const text = all.toLocaleString("en");
+  return element("small", shown < all ? ` ${shown.toLocaleString("en")} of ${text} shown` : ` ${text}`);
 }
 
-function figureOf([image, probability]) {
+function figureOf([image, probability], ...words) {
   const [file, picture] = data.images[image];
   const figure = element("figure");
   if (picture) {
@@ -31,20 +29,41 @@ function figureOf([image, probability]) {
   }
   const name = element("bdi", file);
   name.className = "file";
-  figure.append(element("figcaption", "", name, element("span", `${(100 * probability).toFixed(1)} %`)));
+  figure.append(element("figcaption", "", name, element("span", "", ...words, `${(100 * probability).toFixed(1)}\u00a0%`)));
   return figure;
 }
 
-function show(groups, title) {
-  document.getElementById("dialog-title").replaceChildren(...(title ?? titleOf(groups[0])));
-  const parts = groups.map((group) => {
-    const gallery = element("div", "", ...group[3].map(figureOf));
-    gallery.className = "gallery small";
-    return element("section", "", ...(title ? [element("h3", "", ...titleOf(group))] : []), gallery);
-  });
-  document.getElementById("dialog-body").replaceChildren(...parts);
+function galleryOf(figures) {
+  const gallery = element("div", "", ...figures);
+  gallery.className = "gallery small";
+  return gallery;
+}
+
+function open(title, ...body) {
+  document.getElementById("dialog-title").replaceChildren(...title);
+  document.getElementById("dialog-body").replaceChildren(...body);
   dialog.showModal();
   dialog.scrollTop = 0;
+}
+
+function showGroup([label, guess, count, images]) {
+  const title = ["labelled ", nameOf(label), ", predicted ", nameOf(guess), numberOf(images.length, count)];
+  open(title, galleryOf(images.map((image) => figureOf(image))));
+}
+
+function showClass(number) {
+  const mistakes = data.groups.filter(([label, guess]) => label !== guess);
+  const parts = [];
+  for (const [side, other, words] of [[0, 1, [" not predicted", "predicted ", " "]], [1, 0, [" wrongly predicted", "labelled ", ", "]]]) {
+    const groups = mistakes.filter((group) => group[side] === number);
+    const figures = groups.flatMap((group) => {
+      const named = () => (group[other] === null ? [] : [words[1], nameOf(group[other]), words[2]]);
+      return group[3].map((image) => figureOf(image, ...named()));
+    });
+    const all = groups.reduce((sum, group) => sum + group[2], 0);
+    if (all) parts.push(element("h3", "", nameOf(number), words[0], numberOf(figures.length, all)), galleryOf(figures));
+  }
+  open(["Mistakes with ", nameOf(number)], ...parts);
 }
 
 function sortBy(heading) {
@@ -66,13 +85,9 @@ function sortBy(heading) {
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (event.target === dialog) dialog.close(); // beside it
-  else if (button?.dataset.group) {
-    show([data.groups[Number(button.dataset.group)]]);
-  } else if (button?.dataset.class) {
-    const number = Number(button.dataset.class);
-    const mistakes = data.groups.filter(([label, guess]) => label !== guess && (label === number || guess === number));
-    show(mistakes, ["Mistakes with ", element("bdi", data.classes[number])]);
-  } else if (button?.closest(".sortable thead")) sortBy(button.closest("th"));
+  else if (button?.dataset.group) showGroup(data.groups[Number(button.dataset.group)]);
+  else if (button?.dataset.class) showClass(Number(button.dataset.class));
+  else if (button?.closest(".sortable thead")) sortBy(button.closest("th"));
 });
 
 document.addEventListener("input", (event) => {

@@ -89,6 +89,18 @@ def hold_batch_norm(net: nn.Module, batch_norm: str) -> None:
 
 
 @contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """Within, the whole network is in eval mode; in the end each module is in the mode that it was in."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def keep_buffers(net: nn.Module) -> Iterator[None]:
     """Give the buffers in the end the values they have now: a second forward pass must not move statistics a second time."""
     before = [buffer.clone() for buffer in net.buffers()]

@@ -16,15 +16,21 @@ from torch.nn.functional import cross_entropy
 from finetune.data.dataset import ImageList, Images
 from finetune.data.decode import Colour, to_rgb
 from finetune.data.loader import is_unreadable
+from finetune.data.transforms import eval_transform
+from finetune.models.saved import load_model
 from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe
-from finetune.utils.text import readable
+from finetune.report.heat_maps import find_places, heat_maps, overlay
+from finetune.utils.errors import first_line
+from finetune.utils.text import print_error, readable
 
 WORST, UNSURE, OF_A_GROUP = 24, 12, 24  # images shown, at the most
 MATRIX_CLASSES = 20  # up to which every cell of the confusion matrix has its images; of more, confusions alone
 LISTED = 10_000  # images named in all groups together
 LARGE, SMALL = 224, 112  # pixels of a picture's longer side: in a gallery, in a group
 ROOM, SECONDS = 3_000_000, 20.0  # characters of all pictures together, and the time they may take
+HEAT_SECONDS = 10.0  # that heat maps may take
+PLACES = 4  # along a side: a heat map of fewer says little
 CHUNK = 1000  # images of which the probabilities are in memory at a time
 
 
@@ -154,11 +160,9 @@ class Pictures:
     seconds: float = SECONDS
 
     def __post_init__(self) -> None:
-        self.made = self.unreadable = 0
+        self.made, self.unreadable = 0, set[int]()
         self.end = time.monotonic() + self.seconds
-        self.fast = self.images
-        if isinstance(self.images, ImageList):
-            self.fast = self.images.read_with(shortest=2 * LARGE)
+        self.fast = self.images.read_with(shortest=2 * LARGE) if isinstance(self.images, ImageList) else self.images
 
     def name(self, index: int) -> str:
         """A file with the folder it lies in, or its number in the data set."""
@@ -168,14 +172,18 @@ class Pictures:
 
     def picture(self, index: int, side: int) -> str:
         """An image as a data URL of a JPEG, no larger than `side`; "" without one."""
-        if self.fast is None or self.room <= 0 or time.monotonic() > self.end:
-            return ""
+        image = self.read(index) if self.room > 0 and time.monotonic() < self.end else None
+        return self.encode(image, side) if image else ""
+
+    def read(self, index: int) -> Image.Image | None:
+        """An image, a large JPEG at a part of its size; None if it can't be read."""
+        if self.fast is None:
+            return None
         try:
-            image = to_rgb(self.fast[index][0], self.background)
+            return to_rgb(self.fast[index][0], self.background)
         except Exception:  # moved, cut, or of whatever a data set of one's own raises
-            self.unreadable += 1
-            return ""
-        return self.encode(image, side)
+            self.unreadable.add(index)
+            return None
 
     def encode(self, image: Image.Image, side: int) -> str:
         """The same of an image that is in memory."""
@@ -185,6 +193,35 @@ class Pictures:
         self.room -= len(url)
         self.made += 1
         return url
+
+
+def heat_pictures(run: Path, indices: Sequence[int], classes: torch.Tensor, pictures: Pictures) -> dict[int, str]:
+    """What speaks for each image's class, as data URLs, as far as the time goes; none of a network without places,
+    or with few.
+
+    The network is that of the last epoch, whose predictions the page shows.
+    """
+    found, end = dict[int, str](), time.monotonic() + HEAT_SECONDS
+    if pictures.images is None:
+        return found
+    try:
+        model = load_model(run / "model")
+        net, transform, places = model.net, eval_transform(model.preprocessing), None
+        for index in indices:
+            if time.monotonic() > end or pictures.room <= 0:
+                break
+            image = pictures.read(index)
+            if image is None:
+                continue
+            batch = transform.batch(transform.image(np.array(image))[None])
+            places = places or find_places(net, batch)
+            heat = heat_maps(net, batch, classes[index : index + 1], places) if places else None
+            if heat is None or min(heat.shape[1:]) < PLACES:
+                break
+            found[index] = pictures.encode(overlay(image, heat[0], model.preprocessing), LARGE)
+    except Exception as error:  # of a network of one's own, which may do anything
+        print_error(f"no heat maps: {type(error).__name__}: {first_line(error)}")
+    return found
 
 
 def name_classes(labels: torch.Tensor, classes: Sequence[str]) -> str:

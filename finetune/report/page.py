@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import math
 import os
 import shlex
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ import safetensors.torch
 import torch
 
 from finetune.data.dataset import Images
-from finetune.metrics.counts import class_metrics
 from finetune.metrics.intervals import wilson
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
@@ -24,13 +22,12 @@ from finetune.recipe.serialize import from_dict, to_dict
 from finetune.report import gallery
 from finetune.report.charts import run_charts
 from finetune.report.gallery import Group, Pictures
+from finetune.report.tables import describe_classes
 from finetune.training.run_dir import run_name, started
 from finetune.utils.files import read_json, write_file
 from finetune.utils.text import duration, readable
 
 PAGE = "report.html"
-ROWS = 1000  # of the table of classes
-CONFUSIONS = 200  # in the list of them, of more classes than a matrix has
 FILES = {
     "recipe.py": "the recipe as given",
     "recipe.json": "the recipe with every default and change filled in",
@@ -45,7 +42,7 @@ FILES = {
     "predictions.png": "predictions drawn evenly",
     "augmented.png": "images as augmented",
 }
-LABELS = {"baseline": "Recorded runs", "probe": "Linear probe", "use": "Network to use"}  # of what the terminal says
+LABELS = {"baseline": "Recorded runs", "probe": "Linear probe", "soup": "Soup", "measured": "Measured", "use": "Network to use"}
 Said = Sequence[tuple[str, str]]  # what is said of a result, as (label, sentence)
 
 
@@ -72,16 +69,16 @@ def write_page(run: Path, images: Images | None, said: Said, output: Path | None
     names = started(run).get("classes") or read_json(run / "model" / "config.json")["label_names"]
     classes = [readable(str(name)) for name in names]
     judged, pictures = gallery.judge(recipe, logits, labels), Pictures(images, recipe.data.background)
-    figures = {
-        name: [as_figure(recipe, i, logits, labels, pictures, classes) for i in find(judged)]
-        for name, find in (("worst", gallery.worst_mistakes), ("unsure", gallery.most_unsure))
-    }
+    worst, unsure = gallery.worst_mistakes(judged), gallery.most_unsure(judged)
+    figures = {i: as_figure(recipe, i, logits, labels, pictures, classes) for i in dict.fromkeys([*worst, *unsure])}
+    heats = gallery.heat_pictures(run, worst, judged.guesses, pictures) if labels.ndim == 1 else {}
     groups = gallery.find_groups(judged, logits, labels)
     data = group_data(groups, pictures, classes)
     page = output or run / PAGE
     content = render(
         **describe_run(run, page, recipe, result),
-        **figures,
+        worst=[figures[i]._replace(heat=heats.get(i, "")) for i in worst],
+        unsure=[figures[i] for i in unsure],
         **describe_classes(recipe, result, logits, labels, groups, classes),
         charts=run_charts(run, recipe.metric),
         said=[(LABELS.get(label, label), readable(text)) for label, text in said if text],
@@ -158,7 +155,7 @@ def lost_images(images: Images | None, pictures: Pictures, lost: str) -> str:
         return f"Without images: {lost or 'they are not known'}."
     if pictures.unreadable and not pictures.made:
         return "Without images: none of them can be read. Where they lie now: finetune report RUN --data DIR."
-    return f"{count(pictures.unreadable)} images can't be read, and have no picture." if pictures.unreadable else ""
+    return f"{count(len(pictures.unreadable))} images can't be read, and have no picture." if pictures.unreadable else ""
 
 
 def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
@@ -221,67 +218,3 @@ def describe_environment(result: dict[str, Any]) -> list[tuple[str, str]]:
 def address(file: Path, page: Path) -> str:
     """A link from the page to a file."""
     return quote(Path(os.path.relpath(file, page.parent)).as_posix())
-
-
-def describe_classes(
-    recipe: Recipe,
-    result: dict[str, Any],
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    groups: Sequence[Group],
-    classes: Sequence[str],
-) -> dict[str, Any]:
-    """The tables: the confusion matrix or the largest confusions, the classes, the subgroups."""
-    several, numbers = labels.ndim == 2, class_metrics(logits, labels, classes)
-    columns = {name: [row[name] for row in numbers] for name in ("precision", "recall", "f1")}
-    if several:
-        columns = {"average precision": result["class_average_precision"], **columns}
-    mistaken = {number for group in groups for number in (group.label, group.guess) if group.label != group.guess}
-    sorted_by = 0 if several else 2
-    worst = sorted(range(len(classes)), key=lambda i: [*columns.values()][sorted_by][i])[:ROWS]
-    rows = [
-        {"name": classes[i], "number": i, "images": numbers[i]["images"], "mistaken": i in mistaken,
-         "shares": [column[i] for column in columns.values()]}
-        for i in worst
-    ]  # fmt: skip
-    metrics = {
-        name: word for name, word in {recipe.metric: METRICS[recipe.metric], **REPORTED_METRICS}.items() if name in result
-    }
-    subgroups = [
-        {"name": readable(name), "images": part["val_images"], "shares": [part.get(metric) for metric in metrics]}
-        for name, part in result.get("by_subgroup", {}).items()
-    ]
-    wrong = [(number, group) for number, group in enumerate(groups) if group.label != group.guess]
-    labelled = [row["images"] for row in numbers]
-    few = not several and len(classes) <= gallery.MATRIX_CLASSES
-    return {
-        "several": several,
-        "classes": classes,
-        "matrix": matrix_rows(groups, labelled, classes) if few else [],
-        "confusions": [] if several else [
-            {"group": number, "label": classes[group.label or 0], "guess": classes[group.guess or 0], "count": group.number,
-             "share": group.number / labelled[group.label or 0]}
-            for number, group in wrong[:CONFUSIONS]
-        ],
-        "num_confusions": len(wrong),
-        "columns": ["F1" if name == "f1" else name for name in columns],
-        "sorted_by": sorted_by,
-        "rows": rows,
-        "subgroups": subgroups,
-        "subgroup_words": [*metrics.values()],
-    }  # fmt: skip
-
-
-def matrix_rows(groups: Sequence[Group], labelled: Sequence[int], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The confusion matrix by rows: of each cell its images, its group, and a shade of 0 to 10 by its share of the row."""
-    at = {(group.label, group.guess): number for number, group in enumerate(groups)}
-    rows = []
-    for label, name in enumerate(classes):
-        cells = []
-        for guess in range(len(classes)):
-            number = at.get((label, guess))
-            images = groups[number].number if number is not None else 0
-            shade = round(10 * math.sqrt(images / max(1, labelled[label])))
-            cells.append({"count": images, "group": number, "right": label == guess, "shade": shade})
-        rows.append({"name": name, "images": labelled[label], "cells": cells})
-    return rows

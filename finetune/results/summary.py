@@ -34,6 +34,7 @@ from finetune.report.drawing import run_title
 from finetune.report.page import PAGE, write_page
 from finetune.report.sheets import plot_mistakes, plot_predictions
 from finetune.results.baseline import describe_verdict
+from finetune.results.paired import in_points
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
 from finetune.utils.files import write_file
@@ -145,13 +146,17 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
 def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any]) -> list[tuple[str, str]]:
     """How a result is to be read, as (label, sentence): against recorded runs and the linear probe, and which network to use.
 
-    `file` is the recipe's.
+    `file` is the recipe's. A soup is compared with the runs it was made of.
     """
+    use = ("use", f"{result['use']}: {result['use_reason']}")
+    if soup := result.get("soup"):
+        against = f"{in_points(soup['soup_minus_best'])} points against {soup['best_run']}, the best run on these very images"
+        return [("soup", against), ("measured", f"on {soup['measured_on']}"), use]
     baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[recipe.metric])
     return [
         ("baseline", baseline),
         ("probe", describe_gain(recipe.metric, result, recipe.lr_scale)),
-        ("use", f"{result['use']}: {result['use_reason']}"),
+        use,
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from finetune.recipe.recipe import METRICS
+from finetune.utils.text import readable
 
 WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 30  # around the lines
@@ -60,7 +61,8 @@ def run_charts(run: Path, metric: str) -> list[Chart]:
     ]
     groups = list(steps[0]["lr"]) if steps else []
     lrs = [
-        Line(name, ramp(i / max(1, len(groups) - 1)), over_steps(partial(lr_of, name), max)) for i, name in enumerate(groups)
+        Line(readable(name), ramp(i / max(1, len(groups) - 1)), over_steps(partial(lr_of, name), max))
+        for i, name in enumerate(groups)
     ]
     norm = Line("before clipping", "plain", over_steps(lambda row: row["grad_norm"], max))
     charts = [

@@ -202,7 +202,7 @@ def heat_pictures(run: Path, indices: Sequence[int], classes: torch.Tensor, pict
     The network is that of the last epoch, whose predictions the page shows.
     """
     found, end = dict[int, str](), time.monotonic() + HEAT_SECONDS
-    if pictures.images is None:
+    if pictures.images is None or not (run / "model").is_dir():
         return found
     try:
         model = load_model(run / "model")

@@ -28,7 +28,7 @@ WORST, UNSURE, OF_A_GROUP = 24, 12, 24  # images shown, at the most
 MATRIX_CLASSES = 20  # up to which every cell of the confusion matrix has its images; of more, confusions alone
 LISTED = 10_000  # images named in all groups together
 LARGE, SMALL = 224, 112  # pixels of a picture's longer side: in a gallery, in a group
-ROOM, SECONDS = 3_000_000, 20.0  # characters of all pictures together, and the time they may take
+ROOM, SECONDS = 3_000_000, 15.0  # characters of all pictures together, and the time they may take
 HEAT_SECONDS = 10.0  # that heat maps may take
 PLACES = 4  # along a side: a heat map of fewer says little
 CHUNK = 1000  # images of which the probabilities are in memory at a time
@@ -162,7 +162,6 @@ class Pictures:
     def __post_init__(self) -> None:
         self.made, self.unreadable = 0, set[int]()
         self.end = time.monotonic() + self.seconds
-        self.fast = self.images.read_with(shortest=2 * LARGE) if isinstance(self.images, ImageList) else self.images
 
     def name(self, index: int) -> str:
         """A file with the folder it lies in, or its number in the data set."""
@@ -172,15 +171,16 @@ class Pictures:
 
     def picture(self, index: int, side: int) -> str:
         """An image as a data URL of a JPEG, no larger than `side`; "" without one."""
-        image = self.read(index) if self.room > 0 and time.monotonic() < self.end else None
+        image = self.read(index, side) if self.room > 0 and time.monotonic() < self.end else None
         return self.encode(image, side) if image else ""
 
-    def read(self, index: int) -> Image.Image | None:
-        """An image, a large JPEG at a part of its size; None if it can't be read."""
-        if self.fast is None:
+    def read(self, index: int, side: int) -> Image.Image | None:
+        """An image, a large JPEG at a part of its size, for a picture of this side; None if it can't be read."""
+        if self.images is None:
             return None
         try:
-            return to_rgb(self.fast[index][0], self.background)
+            fast = self.images.read_with(shortest=2 * side) if isinstance(self.images, ImageList) else self.images
+            return to_rgb(fast[index][0], self.background)
         except Exception:  # moved, cut, or of whatever a data set of one's own raises
             self.unreadable.add(index)
             return None
@@ -210,7 +210,7 @@ def heat_pictures(run: Path, indices: Sequence[int], classes: torch.Tensor, pict
         for index in indices:
             if time.monotonic() > end or pictures.room <= 0:
                 break
-            image = pictures.read(index)
+            image = pictures.read(index, model.preprocessing["input_size"][1])
             if image is None:
                 continue
             batch = transform.batch(transform.image(np.array(image))[None])

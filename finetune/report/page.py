@@ -81,7 +81,7 @@ def write_page(run: Path, images: Images | None, said: Said, output: Path | None
         unsure=[figures[i] for i in unsure],
         **describe_classes(recipe, result, logits, labels, groups, classes),
         charts=run_charts(run, recipe.metric),
-        said=[(LABELS.get(label, label), readable(text)) for label, text in said if text],
+        said=[(LABELS.get(label, label), readable(text)) for label, text in [*said, *describe_calibration(result)] if text],
         data=data,
         wrong=int((judged.seen & ~judged.right).sum()),
         unreadable=int((~judged.seen).sum()),
@@ -173,10 +173,6 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
     about = [str(to_dict(recipe.backbone)), epochs or f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"]
     about += [f"images of {recipe.data.image_size} px", str(begun.get("started", ""))]
     others = [*shown[1:], ("loss", f"{result['loss']:.4f}", "")]
-    if calibration := result.get("calibration"):
-        before, after = (percent(share, 1) for share in calibration["ece"])
-        scaled = f"{after} with logits divided by {calibration['temperature']:.2f}"
-        others.append(("calibration error", before, scaled))
     recipe_file = run / "recipe.py"
     return {
         "title": readable(name if place in ("", name) else f"{name} on {place}"),
@@ -191,6 +187,15 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
         "files": [(name, address(run / name, page)) for name in FILES if (run / name).is_file()],
         "recipe_text": recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
     }
+
+
+def describe_calibration(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How far probabilities are from how often they are right, where a result has it."""
+    if not (found := result.get("calibration")):
+        return []
+    before, after = (percent(share, 1) for share in found["ece"])
+    scaled = f"{after} with logits divided by {found['temperature']:.2f}"
+    return [("Calibration", f"probabilities are off by {before} on average, by {scaled}")]
 
 
 def interval_text(interval: Sequence[float] | None) -> str:

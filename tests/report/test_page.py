@@ -136,7 +136,7 @@ def test_the_page_stands_alone(tmp_path):
 
 def test_what_a_run_does_not_know_is_left_out(tmp_path):
     """Intervals, calibration, subgroups and SMOKE RUN stand on the page of a run that has them, and on no other."""
-    words = ("SMOKE RUN", "61.2 to 66.6", "calibration error", "Subgroups", "stopped early")
+    words = ("SMOKE RUN", "61.2 to 66.6", "Calibration", "Subgroups", "stopped early")
     part = {"val_images": 7, "top1": 0.51, "macro_f1": 0.5}
     result = {"smoke": True, "intervals": {"top1": [0.612, 0.666]}, "by_subgroup": {"<left>": part}, "epochs": 3}
     result |= {"calibration": {"temperature": 1.31, "log_loss": [1, 0.9], "ece": [0.081, 0.024]}}
@@ -144,7 +144,7 @@ def test_what_a_run_does_not_know_is_left_out(tmp_path):
     new, _, _ = page_of(tmp_path, result=result)
     assert not [word for word in words if word in old.text] and not [word for word in words if word not in new.text]
     assert new.table(id="subgroup-table")[1] == ["<left>", "7", "51.00\N{NO-BREAK SPACE}%", "50.00\N{NO-BREAK SPACE}%"]
-    assert "8.1\N{NO-BREAK SPACE}%" in new.text and "2.4\N{NO-BREAK SPACE}% with logits divided by 1.31" in new.text
+    assert "off by 8.1\N{NO-BREAK SPACE}%" in new.text and "2.4\N{NO-BREAK SPACE}% with logits divided by 1.31" in new.text
     assert "accelerate launch finetune/run.py --data &#39;a b&#39;" in old.text
 
 

@@ -57,6 +57,10 @@ def test_a_click_shows_the_images(page):
         button.first.focus()
         page.keyboard.press("Enter")
         assert page.locator("dialog").is_visible()
+        number = button.first.get_attribute("data-class")
+        if number:  # of a cell: the test below
+            mistakes = f"data.groups.filter(([a, b]) => a !== b && (a === {number} || b === {number}))"
+            assert page.locator("dialog figure").count() == page.evaluate(f"{mistakes}.flatMap((group) => group[3]).length")
         sections = page.locator("dialog h2 small, dialog h3 small").all_inner_texts()
         assert sum(int(text.split()[0].replace(",", "")) for text in sections) == page.locator("dialog figure").count() > 0
         assert page.evaluate("[...document.querySelectorAll('dialog img')].every(one => one.naturalWidth > 0)")

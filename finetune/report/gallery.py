@@ -213,12 +213,13 @@ def heat_pictures(run: Path, indices: Sequence[int], classes: torch.Tensor, pict
             image = pictures.read(index, model.preprocessing["input_size"][1])
             if image is None:
                 continue
-            batch = transform.batch(transform.image(np.array(image))[None])
+            pixels = np.array(image)
+            batch = transform.batch(transform.image(pixels)[None])
             places = places or find_places(net, batch)
             heat = heat_maps(net, batch, classes[index : index + 1], places) if places else None
             if heat is None or min(heat.shape[1:]) < PLACES:
                 break
-            found[index] = pictures.encode(overlay(image, heat[0], model.preprocessing), LARGE)
+            found[index] = pictures.encode(overlay(pixels, heat[0], model.preprocessing), LARGE)
     except Exception as error:  # of a network of one's own, which may do anything
         print_error(f"no heat maps: {type(error).__name__}: {first_line(error)}")
     return found

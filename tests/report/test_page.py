@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -9,14 +10,20 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from sklearn.metrics import average_precision_score, classification_report, confusion_matrix
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from finetune.__main__ import main as verb
+from finetune.data.transforms import eval_transform
+from finetune.models.saving import save_model
 from finetune.report import gallery
 from finetune.report.charts import binned, run_charts
+from finetune.report.heat_maps import heat_maps, overlay
 from finetune.report.page import write_page
+from helpers import ALL, PREPROCESSING
 from pages import HOSTILE, Page, images_named, predictions_of, write_finished_run
 
 
@@ -181,6 +188,29 @@ def test_a_large_run_has_a_small_page(tmp_path):
     assert sum(bool(picture) for _, picture in page.data["images"]) > 200
 
 
+def test_mistakes_have_heat_maps(tmp_path):
+    """Beside each of the worst mistakes is what heat_maps and overlay make of its image for the class that was predicted."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=3)
+    inputs = PREPROCESSING | {"input_size": (3, 128, 128)}
+    (tmp_path / "run").mkdir()
+    save_model(tmp_path / "run" / "model", net, inputs, ("class 0", "class 1", "class 2"))
+    page, logits, labels = page_of(tmp_path, changes={"backbone": "test_resnet", "head": None, "groups": ALL})
+    pixels = np.array(images_named(["x"])[0][0])
+    transform = eval_transform(inputs)
+    batch = transform.batch(transform.image(pixels)[None])
+    heats = [picture for picture in page.all("img") if picture["alt"]]
+    worst = cross_entropy(logits, labels, reduction="none").argsort(descending=True)
+    worst = [i for i in worst.tolist() if logits[i].argmax() != labels[i]][:24]
+    assert len(heats) == len(worst)
+    for picture, i in zip(heats, worst, strict=True):
+        expected = np.asarray(overlay(pixels, heat_maps(net.eval(), batch, logits[i : i + 1].argmax(1))[0], inputs))
+        with Image.open(io.BytesIO(base64.b64decode(picture["src"].partition(",")[2]))) as shown:
+            assert (
+                np.abs(np.asarray(shown, float) - expected).mean() < 8
+            )  # JPEG's part is 3.6; with another class it is 15 or more
+
+
 def test_pictures_go_round_the_groups():
     """Wrong images come before right ones, and each group has its first before any has its second."""
     groups = [
@@ -229,5 +259,11 @@ def test_a_page_is_made_again(run_folder, tmp_path, monkeypatch, capsys):
     missing = [sum(not picture for _, picture in page.data["images"]) for page in pages]
     assert missing == [0, 1] and "1 images can" in again.text
     assert "run/result.json" in {link["href"] for link in again.all("a")}
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    (tmp_path / "run" / "result.json").write_text(json.dumps({key: result[key] for key in result if not key.startswith("use")}))
+    (tmp_path / "run" / "run.json").unlink()  # as of a run of an early version
+    assert verb(["report", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": "run/report.html", "without_images": ""}
+    assert Page(tmp_path / "run" / "report.html").table(id="class-table") == own.table(id="class-table")
     (tmp_path / "run" / "result.json").unlink()
     assert verb(["report", "run"]) == 2 and "is no finished run" in capsys.readouterr().err

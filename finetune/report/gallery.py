@@ -55,8 +55,8 @@ class Judged(NamedTuple):
 
 
 def probabilities(recipe: Recipe, logits: torch.Tensor) -> torch.Tensor:
-    """As `predict` has them: a softmax over the classes, or sigmoids where the loss is binary or multi_label."""
-    return logits.softmax(-1) if recipe.loss == "cross_entropy" else logits.sigmoid()
+    """As `predict` has them: a softmax over the classes, or sigmoids where the loss is binary or multi_label; for NaN, 0."""
+    return (logits.softmax(-1) if recipe.loss == "cross_entropy" else logits.sigmoid()).nan_to_num()
 
 
 def judge(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> Judged:

@@ -177,6 +177,14 @@ def test_images_that_can_not_be_read_are_said(tmp_path, images):
     assert any(pictures) == (images == "some") and not all(pictures)
 
 
+def test_a_run_that_diverged_has_a_page(tmp_path):
+    """Logits and metrics that are NaN leave a page whose script can read what it is given."""
+    labels = torch.arange(30) % 3
+    run = write_finished_run(tmp_path / "run", torch.full((30, 3), torch.nan), labels, "abc")
+    page = Page(write_page(run, images_named([f"{i}.jpg" for i in range(30)]), []))
+    assert sum(group[2] for group in page.data["groups"]) == 30 and "NaN" not in page.all("script", id="data")[0]["text"]
+
+
 def test_a_large_run_has_a_small_page(tmp_path):
     """Of 10,000 images of 1,000 classes, all noise, it stays under 5 MB, and says how many of the mistakes it shows."""
     page, logits, labels = page_of(

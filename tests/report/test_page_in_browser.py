@@ -127,6 +127,15 @@ def test_it_fits_every_screen(page, width, scheme):
     assert min(page.evaluate(contrast)) >= 4.5
 
 
+def test_it_prints_on_white(page):
+    """On paper it is light, whatever the screen is, all of a table is there, and it is no wider than A4 between its margins."""
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700 and not page.locator("nav").is_visible()
+    assert page.evaluate("[...document.querySelectorAll('.tall')].every(one => one.scrollHeight <= one.clientHeight + 1)")
+
+
 def test_a_class_is_found_by_its_name(page):
     """What is typed leaves the rows whose name has it; the field is there for many classes alone."""
     field = page.locator("input[type=search]")

@@ -12,10 +12,10 @@ from finetune.data.dataset import ImageList, Images, fingerprint, recorded_rows
 from finetune.data.decode import read_image
 from finetune.data.sources import load_data
 from finetune.models.saved import model_to_use
+from finetune.page.write import write_page
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, recipe_of_run
 from finetune.recipe.serialize import to_dict
-from finetune.report.page import write_page
 from finetune.results.compare import predictions_of
 from finetune.results.runs import Run
 from finetune.results.summary import describe_verdicts

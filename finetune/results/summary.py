@@ -26,12 +26,12 @@ from finetune.models.saving import save_model
 from finetune.models.sharding import gather_state
 from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
+from finetune.page.write import PAGE, write_page
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.curves import plot_curves
 from finetune.report.drawing import run_title
-from finetune.report.page import PAGE, write_page
 from finetune.report.sheets import plot_mistakes, plot_predictions
 from finetune.results.baseline import describe_verdict
 from finetune.results.paired import in_points

@@ -16,10 +16,10 @@ import safetensors.torch
 from finetune.data.dataset import file_rows, fingerprint, record_files
 from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.models.saving import save_model
+from finetune.page.write import write_page
 from finetune.recipe.recipe import METRICS
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import run_title
-from finetune.report.page import write_page
 from finetune.results.paired import compare, in_points, interval_of
 from finetune.results.summary import describe_verdicts, environment, fold, peak_memory, try_to
 from finetune.training.run_dir import run_name, start_run_dir, weights_digest

@@ -11,8 +11,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from finetune.page import gallery
 from finetune.recipe import Data, LinearProbe
-from finetune.report import confusion, gallery, sheets
+from finetune.report import confusion, sheets
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import drawable, style
 from finetune.report.sheets import Tile, draw_sheet

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from finetune.report.page import write_page
+from finetune.page.write import write_page
 from pages import HOSTILE, images_named, predictions_of, write_finished_run
 
 playwright = pytest.importorskip("playwright.sync_api")

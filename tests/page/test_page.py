@@ -19,10 +19,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetune.__main__ import main as verb
 from finetune.data.transforms import eval_transform
 from finetune.models.saving import save_model
-from finetune.report import gallery
-from finetune.report.charts import binned, run_charts
+from finetune.page import gallery
+from finetune.page.charts import binned, run_charts
+from finetune.page.write import write_page
 from finetune.report.heat_maps import heat_maps, overlay
-from finetune.report.page import write_page
 from helpers import ALL, PREPROCESSING
 from pages import HOSTILE, Page, images_named, predictions_of, write_finished_run
 
@@ -151,7 +151,10 @@ def test_what_a_run_does_not_know_is_left_out(tmp_path):
     new, _, _ = page_of(tmp_path, result=result)
     assert not [word for word in words if word in old.text] and not [word for word in words if word not in new.text]
     assert new.table(id="subgroup-table")[1] == ["<left>", "7", "51.00\N{NO-BREAK SPACE}%", "50.00\N{NO-BREAK SPACE}%"]
-    assert "off by 8.1\N{NO-BREAK SPACE}%" in new.text and "2.4\N{NO-BREAK SPACE}% with logits divided by 1.31" in new.text
+    assert (
+        "off by 8.1\N{NO-BREAK SPACE}%" in new.text
+        and "2.4\N{NO-BREAK SPACE}% with logits divided by 1.31, as they are here" in new.text
+    )
     assert "accelerate launch finetune/run.py --data &#39;a b&#39;" in old.text
 
 

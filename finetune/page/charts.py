@@ -45,7 +45,7 @@ def run_charts(run: Path, metric: str) -> list[Chart]:
     """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps, epochs = [row for row in rows if "grad_norm" in row], [row for row in rows if "train_loss" in row]
-    measured = [(row["epoch"] + 1, 100 * row[metric]) for row in rows if metric in row]
+    measured = [(row["epoch"] + 1, 100 * row[metric]) for row in rows if row.get(metric) is not None]
     if not epochs:
         return []
     per_epoch = epochs[0]["step"] / (epochs[0]["epoch"] + 1)

@@ -16,13 +16,13 @@ import torch
 
 from finetune.data.dataset import Images
 from finetune.metrics.intervals import wilson
+from finetune.page import gallery
+from finetune.page.charts import run_charts
+from finetune.page.gallery import Group, Pictures
+from finetune.page.tables import describe_classes
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.recipe.serialize import from_dict, to_dict
-from finetune.report import gallery
-from finetune.report.charts import run_charts
-from finetune.report.gallery import Group, Pictures
-from finetune.report.tables import describe_classes
 from finetune.training.run_dir import run_name, started
 from finetune.utils.files import read_json, write_file
 from finetune.utils.text import duration, readable
@@ -65,7 +65,8 @@ def write_page(run: Path, images: Images | None, said: Said, output: Path | None
     """
     recipe, result = from_dict(read_json(run / "recipe.json")), read_json(run / "result.json")
     kept = safetensors.torch.load_file(run / "predictions.safetensors")
-    logits, labels = kept["logits"], kept["labels"]
+    temperature = result.get("calibration", {}).get("temperature", 1.0)  # with which `predict` gives its probabilities
+    logits, labels = kept["logits"] / temperature, kept["labels"]
     names = started(run).get("classes") or read_json(run / "model" / "config.json")["label_names"]
     classes = [readable(str(name)) for name in names]
     judged, pictures = gallery.judge(recipe, logits, labels), Pictures(images, recipe.data.background)
@@ -109,9 +110,9 @@ def own_file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def percent(share: float, digits: int = 2) -> str:
-    """0.9876 as 98.76 %, with a space that does not break."""
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+def percent(share: float | None, digits: int = 2) -> str:
+    """0.9876 as 98.76 %, with a space that does not break; a dash for what is not defined."""
+    return "-" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def count(number: int) -> str:
@@ -164,14 +165,13 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
     if metric == "top1":
         intervals.setdefault(metric, wilson(result[metric], result["val_images"]))
     words = {metric: METRICS[metric], **REPORTED_METRICS}
-    shown = [
-        (word, percent(result[name]), interval_text(intervals.get(name))) for name, word in words.items() if name in result
-    ]
+    known = {name: word for name, word in words.items() if name in result}
+    shown = [(word, percent(result[name]), interval_text(intervals.get(name))) for name, word in known.items()]
     source, name = str(to_dict(recipe.data.source)), run_name(run)
     place = Path(source).name or source
     epochs = f"{result['epochs']} of {recipe.epochs} epochs, stopped early" if result["epochs"] < recipe.epochs else ""
     about = [str(to_dict(recipe.backbone)), epochs or f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"]
-    about += [f"images of {recipe.data.image_size} px", str(begun.get("started", ""))]
+    about += [f"images of {recipe.data.pixels} px", str(begun.get("started", ""))]
     others = [*shown[1:], ("loss", f"{result['loss']:.4f}", "")]
     recipe_file = run / "recipe.py"
     return {
@@ -194,8 +194,10 @@ def describe_calibration(result: dict[str, Any]) -> list[tuple[str, str]]:
     if not (found := result.get("calibration")):
         return []
     before, after = (percent(share, 1) for share in found["ece"])
-    scaled = f"{after} with logits divided by {found['temperature']:.2f}"
-    return [("Calibration", f"probabilities are off by {before} on average, by {scaled}")]
+    scaled = f"by {after} with logits divided by {found['temperature']:.2f}, as they are here"
+    if why_not := found.get("note"):
+        scaled = f"no temperature mends that: {why_not}"
+    return [("Calibration", f"probabilities are off by {before} on average; {scaled}")]
 
 
 def interval_text(interval: Sequence[float] | None) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from finetune.metrics.counts import class_metrics
+from finetune.page.gallery import MATRIX_CLASSES, Group
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
-from finetune.report.gallery import MATRIX_CLASSES, Group
 from finetune.utils.text import readable
 
 ROWS = 1000  # of the table of classes

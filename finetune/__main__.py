@@ -5,7 +5,7 @@ import sys
 from finetune.cli.models import embed, evaluate, export, predict, soup
 from finetune.cli.parser import Verb, arguments
 from finetune.cli.recipes import check, cp, diff, find_lr, ls, rank, show, show_plan, suggest, tune, validate
-from finetune.cli.training import compare, reproduce, resume, runs, train
+from finetune.cli.training import compare, report, reproduce, resume, runs, train
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import REFUSED
 from finetune.utils.text import STDOUT, drop_output, escape_output, print_error
@@ -19,6 +19,7 @@ VERBS: dict[str, Verb] = {
     "soup": soup,
     "runs": runs,
     "compare": compare,
+    "report": report,
     "rank": rank,
     "suggest": suggest,
     "check": check,

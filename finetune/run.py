@@ -274,7 +274,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
         accelerator.end_training()
         return STOPPED
     if accelerator.is_main_process:
-        result = finish_run(recipe, evaluated, start, datasets[1], logger, args.smoke)
+        result = finish_run(recipe, file, evaluated, start, datasets[1], logger, args.smoke)
         described = describe_result(recipe, file, result, folder, args.verbose)
         logger.say(json.dumps({"run": str(folder)} | result, indent=1) if args.json else described, even_if_quiet=True)
     accelerator.wait_for_everyone()

@@ -33,6 +33,10 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     sub = add("compare", "runs/one runs/other --output pictures")
     add_run(sub, "runs", nargs="+", help="finished runs' names or folders; the first is what others are compared with")
     sub.add_argument("--output", type=Path, metavar="DIR", help="draw their curves there")
+    sub = add("report", "last")
+    add_run(sub, "run", help="a finished run's name or folder")
+    sub.add_argument("--output", type=Path, metavar="FILE.html", help="the file to write (default: RUN/report.html)")
+    sub.add_argument("--data", metavar="DIR", help="where its images lie now: the same ones")
 
 
 def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:

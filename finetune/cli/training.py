@@ -5,10 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+from finetune.recipe.load import check_source
 from finetune.run import resolve, start, suggested_recipe
 from finetune.training.run_dir import find_run
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder
+from finetune.utils.files import check_folder, check_new
 from finetune.utils.text import show_result
 
 
@@ -60,6 +61,20 @@ def compare(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         picture = plot_runs(folders, found["metric"], args.output / "compare.png")
         print(f"\npicture  {picture}", file=sys.stderr if args.json else sys.stdout)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write a finished run's page again: report.html, with what it got wrong."""
+    run = find_run(args.run, "finished")
+    if args.data:
+        check_source(args.data)
+    if args.output:
+        check_new(args.output, ".html")
+
+    from finetune.results.report import write_report
+
+    found = write_report(run, args.output, args.data)
+    show_result(args, found, lambda: str(found["file"]))
 
 
 def reproduce(args: argparse.Namespace) -> int:

@@ -289,7 +289,12 @@ def changed_files(file: Path, rows: Sequence[FileRow]) -> list[str]:
 
 def recorded_digests(file: Path, split: str) -> list[str]:
     """The digests of a run's files of a split; [] where no table of them was written."""
+    return [row["digest"] for row in recorded_rows(file, split)]
+
+
+def recorded_rows(file: Path, split: str) -> list[dict[str, str]]:
+    """The rows of a run's table of files that are of a split; [] where none was written."""
     if not file.is_file():
         return []
     with open(file, newline="", encoding="utf-8", errors="surrogateescape") as lines:
-        return [row["digest"] for row in csv.DictReader(lines) if row["split"] == split]
+        return [row for row in csv.DictReader(lines) if row["split"] == split]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
 from finetune.data.external import has_shards
@@ -18,7 +17,7 @@ from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
 from finetune.metrics.compute import compute_metrics, subgroup_metrics
-from finetune.metrics.counts import confusion_matrix, count_classes
+from finetune.metrics.counts import class_metrics, confusion_matrix
 from finetune.metrics.measure import measure
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
@@ -159,26 +158,6 @@ def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
     if seen:
         note(f"{seen} of these {len(images)} images were trained on: the metrics will be better than on new ones")
     return images
-
-
-def class_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Images, precision, recall and F1 of each class, of labels [n], or [n, classes] of 0 and 1, that could be read."""
-    seen = ~is_unreadable(labels)
-    logits, labels = logits[seen], labels[seen]
-    if labels.ndim == 2:
-        truth, guess = labels.bool(), logits.sigmoid() > 0.5
-        true_positives, labelled, predicted = (part.sum(0) for part in (truth & guess, truth, guess))
-    else:
-        true_positives, labelled, predicted = count_classes(logits, labels)
-    columns = {
-        "images": labelled,
-        "precision": true_positives / predicted.clamp(min=1),
-        "recall": true_positives / labelled.clamp(min=1),
-        "f1": 2 * true_positives / (predicted + labelled).clamp(min=1),
-    }
-    return [
-        {"class": name, **{key: column[label].item() for key, column in columns.items()}} for label, name in enumerate(classes)
-    ]
 
 
 def evaluation_as_text(result: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from finetune.models.saving import save_model
 from finetune.models.sharding import gather_state
 from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
+from finetune.page.write import PAGE, write_page
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.report.confusion import plot_confusion_matrix
@@ -33,6 +34,7 @@ from finetune.report.curves import plot_curves
 from finetune.report.drawing import run_title
 from finetune.report.sheets import plot_mistakes, plot_predictions
 from finetune.results.baseline import describe_verdict
+from finetune.results.paired import in_points
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
 from finetune.utils.files import write_file
@@ -43,12 +45,18 @@ ParamsByGroup = dict[str, dict[str, torch.Tensor]]  # by the group's name, then 
 
 
 def finish_run(
-    recipe: Recipe, net: nn.Module, start: ParamsByGroup, images: ImageDataset, logger: Logger, smoke: bool
+    recipe: Recipe,
+    file: Path | None,
+    net: nn.Module,
+    start: ParamsByGroup,
+    images: ImageDataset,
+    logger: Logger,
+    smoke: bool,
 ) -> dict[str, Any]:
     """Write the finished run's last files and return its result; result.json makes it a finished run, pictures come after it.
 
-    `net` is the network whose metrics were logged, `start` its parameters from before the run, `images` are the validation
-    images.
+    `file` is the recipe's, `net` the network whose metrics were logged, `start` its parameters from before the run, `images`
+    are the validation images.
     """
     folder = logger.folder
     predictions = safetensors.torch.load_file(logger.predictions_file)
@@ -66,19 +74,21 @@ def finish_run(
         result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups)
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
-    try_to(plot_predictions, folder, logits, labels, images)
+    certain = logits / temperature  # as predict has them
+    try_to(plot_predictions, folder, certain, labels, images)
     if recipe.loss != "multi_label":
         try_to(plot_confusion_matrix, folder, logits, labels, images.classes, run_title(folder))
-        try_to(plot_mistakes, folder, logits, labels, images, net)
+        try_to(plot_mistakes, folder, certain, labels, images, net)
+    try_to(write_page, folder, images.images, describe_verdicts(recipe, file, result))
     return result
 
 
 def try_to(plot: Callable[..., Path | None], *arguments: Any) -> None:
-    """Draw a picture, or say why not: the result is there without it."""
+    """Draw a picture or write the page, or say why not: the result is there without it."""
     try:
         plot(*arguments)
     except Exception as error:
-        print_error(f"no picture by {plot.__name__}: {type(error).__name__}: {error}")
+        print_error(f"{plot.__name__} failed: {type(error).__name__}: {error}")
 
 
 def run_result(recipe: Recipe, logger: Logger) -> dict[str, Any]:
@@ -115,7 +125,6 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         reached[0] += f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
     early = f"; stopped early, after {result['epochs']} of {recipe.epochs} epochs" if result["epochs"] < recipe.epochs else ""
     cost = f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB"
-    baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[metric])
     lines = [
         ("result", f"{reached[0]} of {images} images"),
         ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
@@ -125,10 +134,10 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
             for name, part in result.get("by_subgroup", {}).items()
         ),
         ("cost", cost + early),
-        ("baseline", baseline),
-        ("probe", describe_gain(metric, result, recipe.lr_scale)),
-        ("use", f"{result['use']}: {result['use_reason']}"),
+        *describe_verdicts(recipe, file, result),
     ]
+    if (page := folder / PAGE).is_file():
+        lines.append(("report", str(page)))
     if verbose:
         lines.append(("moved", ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["drift"].items())))
         lines.append(("files", f"in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*')))}"))
@@ -141,9 +150,26 @@ def describe_calibration(result: dict[str, Any]) -> str:
     """How far the probabilities are from the shares that are right, as they come and at the model's temperature."""
     if "calibration" not in result:
         return ""
-    before, after = result["calibration"]["ece"]
+    before, after = (f"{100 * value:.1f} %" for value in result["calibration"]["ece"])
     temperature = result["calibration"]["temperature"]
-    return f"probabilities off by {100 * before:.1f} % on average, by {100 * after:.1f} % at the model's temperature, {temperature:.2f}"
+    return f"probabilities off by {before} on average, by {after} at the model's temperature, {temperature:.2f}"
+
+
+def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any]) -> list[tuple[str, str]]:
+    """How a result is to be read, as (label, sentence): against recorded runs and the linear probe, and which network to use.
+
+    `file` is the recipe's. A soup is compared with the runs it was made of.
+    """
+    use = ("use", f"{result['use']}: {result['use_reason']}")
+    if soup := result.get("soup"):
+        against = f"{in_points(soup['soup_minus_best'])} points against {soup['best_run']}, the best run on these very images"
+        return [("soup", against), ("measured", f"on {soup['measured_on']}"), use]
+    baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[recipe.metric])
+    return [
+        ("baseline", baseline),
+        ("probe", describe_gain(recipe.metric, result, recipe.lr_scale)),
+        use,
+    ]
 
 
 def highlight(label: str, text: str) -> str:

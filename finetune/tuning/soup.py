@@ -17,11 +17,12 @@ from finetune.data.dataset import file_rows, fingerprint, record_files
 from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.metrics.measure import measure
 from finetune.models.saving import save_model
+from finetune.page.write import write_page
 from finetune.recipe.recipe import METRICS
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import run_title
 from finetune.results.paired import compare, in_points, interval_of
-from finetune.results.summary import environment, fold, peak_memory, try_to
+from finetune.results.summary import describe_verdicts, environment, fold, peak_memory, try_to
 from finetune.training.run_dir import run_name, start_run_dir, weights_digest
 from finetune.training.setup import make_accelerator, own_accelerator_state
 from finetune.tuning.ingredients import Pot, Runs, fill_pot, read_runs, start_state
@@ -198,6 +199,7 @@ def write_run(folder: Path, first: Path, pot: Pot, shares: Sequence[float], resu
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     if recipe.loss != "multi_label":
         try_to(plot_confusion_matrix, folder, logits, labels, classes, run_title(folder))
+    try_to(write_page, folder, pot.measure.images, describe_verdicts(recipe, None, result))
 
 
 def soup_as_text(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import sys
 import textwrap
 import unicodedata
@@ -107,7 +108,8 @@ def fill_lines(text: str, width: float = WIDTH) -> str:
 
 
 def readable(name: str) -> str:
-    """A name in one line: as UTF-8, with a mark for bytes that are not that, and escapes for line breaks and their like."""
+    """A name in one line: as UTF-8, with a mark for what is not that, and escapes for line breaks and their like."""
+    name = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", name)  # lone surrogates, but for those that stand for bytes
     text = name.encode(errors="surrogateescape").decode(errors="replace")
     return "".join(ascii(one)[1:-1] if unicodedata.category(one) in ("Cc", "Zl", "Zp") else one for one in text)
 

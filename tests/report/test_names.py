@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from finetune.page import gallery
 from finetune.recipe import Data, LinearProbe
 from finetune.report import confusion, sheets
 from finetune.report.confusion import plot_confusion_matrix
@@ -70,17 +71,20 @@ def test_names_of_any_kind_end_in_a_result(image_folder, tmp_path, capsys):
 
 
 def test_a_picture_that_fails_is_a_warning(image_folder, tmp_path, monkeypatch, capsys):
-    """result.json is there before the first picture, and a fault in one is said in a line."""
+    """result.json is there before the first picture, and a fault in one, or in the page, is said in a line."""
 
-    def fail(self, file, **options):
+    def fail(self, *given, **options):
         assert (tmp_path / "run" / "result.json").is_file()
         raise RuntimeError("no font")
 
     monkeypatch.setattr(sheets, "plot_augmented", lambda *given: None)  # which is drawn before the first step
     monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(gallery.Pictures, "encode", fail)
     assert main([*on_folder(image_folder, tmp_path / "run"), "--set", "epochs=1"]) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["val_images"] == 15
-    assert "no picture by plot_confusion_matrix: RuntimeError: no font" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "plot_confusion_matrix failed: RuntimeError: no font" in err
+    assert "write_page failed: RuntimeError: no font" in err and "report.html" not in out
 
 
 @pytest.mark.parametrize("bad,said", [(2, "2 of 15 images could not be read and were left out (validation)"), (5, "")])

@@ -179,7 +179,7 @@ def test_a_run_ends_with_words_that_fit_and_commands_that_work(here, image_folde
     assert verb(typed) == 0
     out, err = capsys.readouterr()
     labels = [line[:10].strip() for line in out.splitlines() if line[:1].strip() and not line.startswith("finetune ")]
-    assert labels == ["result", "cost", "baseline", "probe", "use"] and not err
+    assert labels == ["result", "cost", "baseline", "probe", "use", "report"] and not err
     assert max(map(len, out.splitlines())) <= 80
     result = json.loads((here / "out" / "result.json").read_text())
     assert f"use       {result['use']}: {result['use_reason'].split()[0]}" in out

@@ -201,13 +201,16 @@ def test_statistics_that_moved_are_computed_anew(three, tmp_path, capsys):
 
 
 def test_the_folder_is_a_runs(three, kitchen, tmp_path, monkeypatch, capsys):
-    """timm, finetune.load, evaluate, export and the list of runs take it; evaluation finds the images it is measured on; a
-    record of its recipe does not."""
+    """timm, finetune.load, evaluate, export, report and the list of runs take it; evaluation finds the images it is measured
+    on; a record of its recipe does not."""
     folder = tmp_path / "runs" / "soup"
     monkeypatch.chdir(tmp_path)
     assert verb(["soup", *map(str, three), "--greedy", "--output", str(folder), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {key: value for key, value in result.items() if key != "run"} == json.loads((folder / "result.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert verb(["report", "soup"]) == 0 and (folder / "report.html").read_text() == page
+    assert f"points against {result['soup']['best_run']}, the best run" in page
     files = sorted((kitchen.root / "images" / "val").rglob("*.png"))[:8]
     model = finetune.load("soup")
     assert model.classes == CLASSES and read_runs([folder]).recipe.data.holdout == 0

@@ -34,6 +34,7 @@ def test_lines_are_filled_and_names_stay_whole():
 def test_names_are_readable_in_one_line():
     """Bytes that are no UTF-8 have a mark; line breaks, tabs and terminals' commands are escaped; all else stays."""
     assert readable("a\udce9\n\t\x1b[1m\u2028\x85") == "a\ufffd\\n\\t\\x1b[1m\\u2028\\x85"
+    assert readable("\ud83d is half of \udc26") == "\ufffd is half of \ufffd"
     assert readable("猫 café\u200b 🐦") == "猫 café\u200b 🐦"
 
 

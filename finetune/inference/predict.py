@@ -65,8 +65,8 @@ def predict_images(
 
     Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
     model's temperature. With several labels an image, "predicted" lists the classes above 0.5, and "probability" theirs. An
-    image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and counted there. `look` hears of
-    each batch.
+    image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and counted there. `look` is
+    called with each batch.
 
     Raises:
         RecipeError: if no image could be read, and for a `top` below 1.

@@ -49,6 +49,8 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     on_images.add_argument(
         "--output", type=Path, metavar="FILE", help="write FILE.csv, .jsonl or .parquet as they come; cut off, it goes on"
     )
+    text = "mark the images whose class has a probability below P, and count them"
+    on_images.add_argument("--unsure-below", type=float, metavar="P", help=text)
     on_images.add_argument("--explain", type=Path, metavar="DIR", help="draw there what in each image speaks for its class")
     on_images.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
     to_features = add("embed", "last photographs/ --output features.safetensors --picture features.png")

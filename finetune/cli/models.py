@@ -40,17 +40,19 @@ def predict(args: argparse.Namespace) -> None:
     model = find_model_run(args)  # before the seconds that torch takes
 
     from finetune.inference.explain import picture_writer
-    from finetune.inference.predict import predict_images, predictions_as_table
+    from finetune.inference.predict import count_unsure, predict_images, predictions_as_table
     from finetune.inference.predictions import predictions_as_csv, write_predictions
     from finetune.models.saved import load_model
 
     if args.output:
-        done = write_predictions(model, files, args.output, args.top, args.workers, pictures)
+        done = write_predictions(model, files, args.output, args.top, args.workers, pictures, args.unsure_below)
+        count_unsure(done.get("unsure", 0), done["images"], args.unsure_below)
         show_result(args, done, lambda: f"{done['file']}: {done['images']:,} images, {done['unreadable']:,} of them unreadable")
         return
     loaded = load_model(model)
     look = picture_writer(loaded, files, pictures) if pictures else None
-    rows = predict_images(loaded, files, args.top, args.workers, look)
+    rows = predict_images(loaded, files, args.top, args.workers, look, args.unsure_below)
+    count_unsure(sum(row.get("unsure", False) for row in rows), len(rows), args.unsure_below)
     show_result(args, rows, lambda: predictions_as_csv(rows).rstrip("\n") if args.csv else predictions_as_table(rows))
 
 

@@ -18,7 +18,8 @@ from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
 from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.metrics.counts import class_metrics, confusion_matrix
-from finetune.metrics.measure import measure
+from finetune.metrics.coverage import coverage_table
+from finetune.metrics.measure import NAMES, NUMBERS, measure
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
@@ -26,6 +27,7 @@ from finetune.recipe.load import check_source
 from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.report.confusion import plot_confusion_matrix
+from finetune.report.coverage import plot_coverage
 from finetune.report.drawing import shorten
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
@@ -68,6 +70,8 @@ def evaluate_model(
         "classes": class_metrics(logits, labels, classes),
     }
     result.pop("class_accuracy", None)  # recall
+    if labels.ndim == 1:
+        result["coverage"] = coverage_table(recipe.loss, logits, labels, model.temperature)
     if images.subgroups:
         result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, images.subgroups)
     if labels.ndim == 1:
@@ -76,9 +80,9 @@ def evaluate_model(
             result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
-            plot_confusion_matrix(
-                output, logits, labels, classes, shorten(f"{to_dict(recipe.backbone)} on {Path(data).name}", 80)
-            )
+            title = shorten(f"{to_dict(recipe.backbone)} on {Path(data).name}", 80)
+            plot_confusion_matrix(output, logits, labels, classes, title)
+            plot_coverage(output, recipe.loss, logits, labels, model.temperature, title)
     return result
 
 
@@ -160,6 +164,21 @@ def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
     return images
 
 
+def describe_metrics(result: dict[str, Any]) -> str:
+    """A line for each metric: its value and its 95 % interval."""
+    rows = [("metric", "value", "95 % interval")]
+    for name, words in NAMES.items():
+        if name in result:
+            value, *ends = (
+                f"{number:.4f}" if name in NUMBERS else f"{number:.2%}"
+                for number in (result[name], *result["intervals"].get(name, ()))
+            )
+            rows.append((words, value, " to ".join(ends)))
+    temperature = result["calibration"]["temperature"]
+    at = f"\nlog loss, Brier score and calibration error at the model's temperature, {temperature:.2f}" * (temperature != 1)
+    return align_columns(rows, numbers=True) + at
+
+
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The metrics in a line, a table of the classes and, of few classes, the confusion matrix."""
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
@@ -168,7 +187,8 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
         (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))
         for row in result["classes"]
     ]
-    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{align_columns(rows, numbers=True)}"
+    text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{describe_metrics(result)}"
+    text += f"\n\n{align_columns(rows, numbers=True)}"
     if parts := result.get("by_subgroup"):
         words = [word for word in REPORTED_METRICS if word in result]
         rows = [("subgroup", "images", *(REPORTED_METRICS[word] for word in words))]
@@ -176,6 +196,10 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
             (name, str(part["val_images"]), *(f"{part[word]:.2%}" if word in part else "-" for word in words))
             for name, part in parts.items()
         ]
+        text += f"\n\n{align_columns(rows, numbers=True)}"
+    if kept := result.get("coverage"):
+        rows = [("images kept", "probability from", "wrong among them")]
+        rows += [tuple(f"{row[key]:.2%}" for key in ("coverage", "threshold", "error")) for row in kept]
         text += f"\n\n{align_columns(rows, numbers=True)}"
     names = [row["class"] for row in result["classes"]]
     if "confusion" in result and len(names) <= 20:

@@ -57,7 +57,12 @@ def check_top(top: int) -> None:
 
 
 def predict_images(
-    model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0, look: Look | None = None
+    model: SavedModel,
+    images: Sequence[Any],
+    top: int = 5,
+    workers: int = 0,
+    look: Look | None = None,
+    unsure_below: float | None = None,
 ) -> list[dict[str, Any]]:
     """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
@@ -66,13 +71,15 @@ def predict_images(
     Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
     model's temperature. With several labels an image, "predicted" lists the classes above 0.5, and "probability" theirs. An
     image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and counted there. `look` is
-    called with each batch.
+    called with each batch. With `unsure_below` each row has "unsure": whether the probability is below that; of several labels,
+    whether for some class neither its probability nor that of its absence reaches it.
 
     Raises:
-        RecipeError: if no image could be read, and for a `top` below 1.
+        RecipeError: if no image could be read, for a `top` below 1, and for an `unsure_below` that is no probability.
     """
     check_top(top)
-    rows = list(predict_rows(model, images, top, workers, look))
+    check_unsure(unsure_below)
+    rows = list(predict_rows(model, images, top, workers, look, unsure_below))
     count_unreadable(sum("error" in row for row in rows), len(rows))
     return rows
 
@@ -85,8 +92,19 @@ def count_unreadable(unreadable: int, total: int) -> None:
         print_error(f"{unreadable} of {total} images could not be read")
 
 
+def count_unsure(unsure: int, total: int, below: float | None) -> None:
+    """Say on stderr of how many images the network is unsure."""
+    if below is not None:
+        print_error(f"unsure of {unsure:,} of {total:,} images: a probability below {below:g}")
+
+
 def predict_rows(
-    model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0, look: Look | None = None
+    model: SavedModel,
+    images: Sequence[Any],
+    top: int = 5,
+    workers: int = 0,
+    look: Look | None = None,
+    unsure_below: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
     read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
@@ -103,17 +121,27 @@ def predict_rows(
             if look and not missing.all():
                 look([i for i, gone in zip(indices, missing, strict=True) if not gone], batch[~missing], probs[~missing])
             for i, row, unreadable in zip(indices, probs, missing.tolist(), strict=True):
-                yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top)
+                yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top, unsure_below)
             bar.update(len(indices))
 
 
-def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int) -> dict[str, Any]:
+def check_unsure(below: float | None) -> None:
+    """Raise RecipeError for no probability."""
+    if below is not None and not 0 < below <= 1:
+        raise RecipeError(f"--unsure-below {below:g}: a probability above 0, up to 1")
+
+
+def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int, unsure_below: float | None = None) -> dict[str, Any]:
     """What is predicted of an image, from the probabilities [classes]."""
     ranked = [[model.classes[label], probs[label].item()] for label in probs.argsort(descending=True, stable=True).tolist()]
     row = {"file": file_of(image), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
     if model.recipe.loss == "multi_label":
         yes = [pair for pair in ranked if pair[1] > 0.5]
         row |= {"predicted": [name for name, _ in yes], "probability": [prob for _, prob in yes]}
+        probs = torch.maximum(probs, 1 - probs)  # that a class is there, or that it is not
+    if unsure_below is not None:
+        surest = probs.min() if model.recipe.loss == "multi_label" else probs.max()
+        row["unsure"] = bool(surest < unsure_below)
     return row
 
 
@@ -154,7 +182,8 @@ def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[tuple[str, ...]] = [("file", "predicted", "probabilities")]
     for row in rows:
         probs = ", ".join(f"{name} {prob:.1%}" for name, prob in row["top"])
-        lines.append((row["file"], joined(row["predicted"], ", ") or "-", "can't be read" if "error" in row else probs))
+        predicted = (joined(row["predicted"], ", ") or "-") + " (unsure)" * row.get("unsure", False)
+        lines.append((row["file"], predicted, "can't be read" if "error" in row else probs))
     return align_columns(lines)
 
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from finetune.inference.explain import picture_writer
 from finetune.inference.inputs import part_of
-from finetune.inference.predict import check_top, count_unreadable, joined, predict_rows
+from finetune.inference.predict import check_top, check_unsure, count_unreadable, joined, predict_rows
 from finetune.models.saved import find_model, load_model
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import aside_of, check_new, file_digest, flush
@@ -41,20 +41,23 @@ def write_predictions(
     top: int = 5,
     workers: int = 0,
     pictures: Sequence[Path] = (),
+    unsure_below: float | None = None,
 ) -> dict[str, Any]:
     """Write what `predict_images` says of each file, in their order; the memory this takes does not grow with their number.
 
     Until all are done the rows are in TARGET.part, a JSON object a line; the same call goes on with it. `pictures` has
     a file for each image, to draw what speaks for its class.
-    Returns {"file", "images", "unreadable"}.
+    Returns {"file", "images", "unreadable"} and, with `unsure_below`, "unsure".
 
     Raises:
         RecipeError: for a target that is there, a .part of another model, images or `top`, and if no image could be read.
     """
     check_top(top)
+    check_unsure(unsure_below)
     check_target(target)
     part = part_of(target)
     begun = {"weights": file_digest(find_model(source)[0] / "model.safetensors"), "top": top}
+    begun |= {} if unsure_below is None else {"unsure_below": unsure_below}
     done = read_part(part, begun, files) if part.exists() else 0
     model = load_model(source)
     look = picture_writer(model, files[done:], pictures[done:]) if pictures else None
@@ -62,14 +65,15 @@ def write_predictions(
         if not done:
             lines.truncate(0)
             write_line(lines, begun)
-        for row in predict_rows(model, files[done:], top, workers, look):
+        for row in predict_rows(model, files[done:], top, workers, look, unsure_below):
             write_line(lines, row)
         lines.flush()
-    finish(part, target, min(top, len(model.classes)))
-    unreadable = sum("error" in row for row in rows_of(part))
+    finish(part, target, columns_of(min(top, len(model.classes)), unsure_below is not None))
+    unreadable, unsure = (sum(bool(row.get(what)) for row in rows_of(part)) for what in ("error", "unsure"))
     part.unlink()
     count_unreadable(unreadable, len(files))
-    return {"file": str(target), "images": len(files), "unreadable": unreadable}
+    result = {"file": str(target), "images": len(files), "unreadable": unreadable}
+    return result if unsure_below is None else result | {"unsure": unsure}
 
 
 def write_line(lines: TextIO, value: Row) -> None:
@@ -93,7 +97,7 @@ def read_part(part: Path, begun: Row, files: Sequence[Path]) -> int:
             if row is None:
                 break
             if number == 0 and row != begun or number > 0 and (number > len(files) or row["file"] != str(files[number - 1])):
-                what = "with another model or --top" if number == 0 else "for other images"
+                what = "with another model, --top or --unsure-below" if number == 0 else "for other images"
                 raise RecipeError(f"{part} was begun {what}: delete it, or name another file than {part.stem}")
             whole, done = whole + len(line), number
         lines.truncate(whole)
@@ -108,15 +112,15 @@ def rows_of(part: Path) -> Iterator[Row]:
         yield from map(json.loads, islice(lines, 1, None))
 
 
-def finish(part: Path, target: Path, top: int) -> None:
+def finish(part: Path, target: Path, columns: Sequence[str]) -> None:
     """Write the rows of a .part in the target's format, aside, and rename it."""
     aside = aside_of(target)
     if target.suffix.lower() == ".parquet":
-        write_parquet(aside, rows_of(part), top)
+        write_parquet(aside, rows_of(part), columns)
     else:
         with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as lines:
             if target.suffix.lower() == ".csv":
-                write_csv(lines, rows_of(part), top)
+                write_csv(lines, rows_of(part), columns)
             else:
                 for row in rows_of(part):
                     write_line(lines, row)
@@ -124,45 +128,50 @@ def finish(part: Path, target: Path, top: int) -> None:
     aside.replace(target)
 
 
-def columns_of(top: int) -> list[str]:
-    """file, predicted, class_1, probability_1, class_2, ..., error."""
+def columns_of(top: int, unsure: bool = False) -> list[str]:
+    """file, predicted, class_1, probability_1, class_2, ..., unsure if that was asked for, error."""
     return [
         "file",
         "predicted",
         *(f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")),
+        *["unsure"] * unsure,
         "error",
     ]
 
 
-def cells_of(row: Row, top: int) -> list[str | float | None]:
+def cells_of(row: Row, columns: Sequence[str]) -> list[str | float | None]:
     """A row's cells in the columns of `columns_of`; several classes are joined by ;."""
-    ranked = [value for pair in row["top"] for value in pair]
-    return [row["file"], joined(row["predicted"], ";"), *ranked, *[None] * (2 * top - len(ranked)), row.get("error")]
+    cells = row | {"predicted": joined(row["predicted"], ";")}
+    for rank, (name, probability) in enumerate(row["top"], 1):
+        cells |= {f"class_{rank}": name, f"probability_{rank}": probability}
+    return [cells.get(column) for column in columns]
 
 
-def write_csv(lines: TextIO, rows: Iterable[Row], top: int) -> None:
+def write_csv(lines: TextIO, rows: Iterable[Row], columns: Sequence[str]) -> None:
     """A header and a line an image, each as soon as it comes."""
     table = csv.writer(lines, lineterminator="\n")
-    table.writerow(columns_of(top))
+    table.writerow(columns)
     for row in rows:
-        table.writerow(cells_of(row, top))
+        table.writerow(cells_of(row, columns))
 
 
 def predictions_as_csv(rows: Sequence[Row]) -> str:
     """What `write_csv` writes of these rows."""
-    write_csv(text := io.StringIO(), rows, max(len(row["top"]) for row in rows))
+    columns = columns_of(max(len(row["top"]) for row in rows), any("unsure" in row for row in rows))
+    write_csv(text := io.StringIO(), rows, columns)
     return text.getvalue()
 
 
-def write_parquet(file: Path, rows: Iterable[Row], top: int) -> None:
-    """A Parquet file with the CSV's columns, classes as text and probabilities as doubles."""
+def write_parquet(file: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """A Parquet file with the CSV's columns, classes as text, probabilities as doubles."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    kinds = [pyarrow.float64() if name.startswith("probability") else pyarrow.string() for name in columns_of(top)]
-    schema = pyarrow.schema(list(zip(columns_of(top), kinds, strict=True)))
+    numbers = {name: pyarrow.float64() for name in columns if name.startswith("probability")} | {"unsure": pyarrow.bool_()}
+    kinds = [numbers.get(name, pyarrow.string()) for name in columns]
+    schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
     with ParquetWriter(file, schema) as table:
         rows = iter(rows)
-        while some := [cells_of(row, top) for row in islice(rows, ROWS_AT_ONCE)]:
-            columns = [pyarrow.array(cells, kind) for cells, kind in zip(zip(*some, strict=True), kinds, strict=True)]
-            table.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+        while some := [cells_of(row, columns) for row in islice(rows, ROWS_AT_ONCE)]:
+            arrays = [pyarrow.array(cells, kind) for cells, kind in zip(zip(*some, strict=True), kinds, strict=True)]
+            table.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))

@@ -14,6 +14,20 @@ from finetune.recipe import Recipe
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
 CURVES = 300_000  # logits, beyond which the intervals of AUROC and average precision would take minutes
+NAMES = {  # in words, in the order of a table
+    "top1": "top-1",
+    "top5": "top-5",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "mean_average_precision": "mean average precision",
+    "average_precision": "average precision",
+    "auroc": "AUROC",
+    "kappa": "kappa",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "ece": "calibration error",
+}
+NUMBERS = ("kappa", "log_loss", "brier")  # all else are shares
 OF_CURVES = ("auroc", "average_precision", "mean_average_precision")
 Metric = Callable[[torch.Tensor], torch.Tensor]  # weights of images [draws, n] -> [draws]; NaN where it is not defined
 

@@ -78,13 +78,13 @@ def test_what_was_cut_off_goes_on(run_folder, images, tmp_path, monkeypatch, cap
     files, target, seen = find_inputs([images]), tmp_path / "said.csv", []
     write_predictions(run_folder, files, tmp_path / "whole.csv")
 
-    def killed(model, images, top, workers):
+    def killed(model, images, top, workers, *more):
         for i, row in enumerate(predict_rows(model, images, top, workers)):
             if i == cut:
                 raise KeyboardInterrupt
             yield row
 
-    def counted(model, images, top, workers):
+    def counted(model, images, top, workers, *more):
         seen.extend(images)
         return predict_rows(model, images, top, workers)
 
@@ -105,7 +105,7 @@ def test_what_was_begun_otherwise_is_not_mixed(run_folder, images, tmp_path):
     files, target, part = find_inputs([images]), tmp_path / "said.csv", tmp_path / "said.csv.part"
     write_predictions(run_folder, files, tmp_path / "there.csv")
     part.write_text('{"weights": "other", "top": 5}\n')
-    for files_now, top, fault in ((files, 5, "with another model"), (files, 2, "with another model or --top")):
+    for files_now, top, fault in ((files, 5, "with another model"), (files, 2, "with another model, --top or --unsure-below")):
         with pytest.raises(RecipeError, match=f"{part} was begun {fault}"):
             write_predictions(run_folder, files_now, target, top)
     weights = predictions.file_digest(run_folder / "model" / "model.safetensors")

@@ -228,3 +228,25 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 def predict(source, paths, top=5):
     """The rows of a model's predictions for images, folders and globs."""
     return predict_images(load_model(source), find_inputs(paths), top)
+
+
+def seeded(name, size, **options):
+    """A timm network of 5 classes with random weights, none of them 0, in eval mode."""
+    torch.manual_seed(0)
+    sized = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    net = timm.create_model(name, num_classes=5, **sized | options).eval()
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():  # heads and gates that timm starts at 0
+            nn.init.normal_(layer.weight, std=0.02)
+    return net
+
+
+def noise(n, size, seed=0):
+    """Images [n, 3, size, size]."""
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def likeliest(net, images):
+    """The class that a network gives the largest logit, of each image."""
+    with torch.no_grad():
+        return net(images).argmax(1)

@@ -49,6 +49,7 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     on_images.add_argument(
         "--output", type=Path, metavar="FILE", help="write FILE.csv, .jsonl or .parquet as they come; cut off, it goes on"
     )
+    on_images.add_argument("--explain", type=Path, metavar="DIR", help="draw there what in each image speaks for its class")
     on_images.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
     to_features = add("embed", "last photographs/ --output features.safetensors --picture features.png")
     add_run(to_features, "model", help=model)
@@ -174,7 +175,11 @@ def add_result_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
         sub = add(name, example)
         add_recipe(sub)
         add_recipe_arguments(sub)
-        where = "where to draw the picture (default: here)" if name == "find-lr" else "draw a picture there, too"
+        where = (
+            "where to draw the picture (default: here)"
+            if name == "find-lr"
+            else "draw pictures there, too: learning rates, images, classes"
+        )
         sub.add_argument("--output", type=Path, metavar="DIR", help=where)
         if name == "plan":
             sub.add_argument("--wide", action="store_true", help="all columns and epochs, whole")

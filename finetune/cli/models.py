@@ -32,19 +32,25 @@ def predict(args: argparse.Namespace) -> None:
     if args.output and args.csv:
         raise RecipeError("--output writes the format that its name says: leave out --csv")
 
-    from finetune.inference.inputs import find_inputs
+    from finetune.inference.inputs import find_inputs, name_pictures, part_of
 
-    files, model = find_inputs(args.paths), find_model_run(args)  # before the seconds that torch takes
+    files, pictures = find_inputs(args.paths), list[Path]()
+    if args.explain:
+        pictures = name_pictures(files, args.explain, going_on=bool(args.output) and part_of(args.output).exists())
+    model = find_model_run(args)  # before the seconds that torch takes
 
+    from finetune.inference.explain import picture_writer
     from finetune.inference.predict import predict_images, predictions_as_table
     from finetune.inference.predictions import predictions_as_csv, write_predictions
     from finetune.models.saved import load_model
 
     if args.output:
-        done = write_predictions(model, files, args.output, args.top, args.workers)
+        done = write_predictions(model, files, args.output, args.top, args.workers, pictures)
         show_result(args, done, lambda: f"{done['file']}: {done['images']:,} images, {done['unreadable']:,} of them unreadable")
         return
-    rows = predict_images(load_model(model), files, args.top, args.workers)
+    loaded = load_model(model)
+    look = picture_writer(loaded, files, pictures) if pictures else None
+    rows = predict_images(loaded, files, args.top, args.workers, look)
     show_result(args, rows, lambda: predictions_as_csv(rows).rstrip("\n") if args.csv else predictions_as_table(rows))
 
 

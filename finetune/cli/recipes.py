@@ -77,7 +77,7 @@ def show_plan(args: argparse.Namespace) -> None:
     recipe, _, name = chosen_recipe(args)
 
     from finetune.report.curves import plot_plan
-    from finetune.tools.plan import describe_plan, epoch_lrs, make_plan
+    from finetune.tools.plan import describe_plan, epoch_lrs, make_plan, plot_images
 
     plan = make_plan(recipe)
     steps = recipe.data.steps_per_epoch(plan.size[0])
@@ -85,7 +85,8 @@ def show_plan(args: argparse.Namespace) -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         picture = plot_plan(args.output / f"{name}-plan.png", plan.groups, steps, recipe.epochs)
-        print(f"\npicture  {picture}", file=sys.stderr if args.json else sys.stdout)
+        lines = [f"picture  {file}" for file in (picture, *plot_images(args.output, name, recipe, plan))]
+        print("", *lines, sep="\n", file=sys.stderr if args.json else sys.stdout)
 
 
 def suggest(args: argparse.Namespace) -> None:

@@ -108,13 +108,13 @@ def known_size(recipe: Recipe) -> tuple[int, int] | None:
     return None if callable(recipe.data.source) else known.get(recipe.data.source)
 
 
-def data_size(recipe: Recipe) -> tuple[int, int]:
-    """Training images and classes, without having a named set that is still to be downloaded."""
-    options = recipe.data
-    if (known := known_size(recipe)) and not (options.holdout or options.val_share or options.folds):
-        return known
+def data_and_size(recipe: Recipe) -> tuple[ImageData | None, tuple[int, int]]:
+    """(images, (training images, classes)); images are None for a named set, whose size is known without having it."""
+    drawn = recipe.data.holdout or recipe.data.val_share or recipe.data.folds
+    if (known := known_size(recipe)) and not drawn:
+        return None, known
     data = load_data(recipe)
-    return len(data.train), len(data.classes)
+    return data, (len(data.train), len(data.classes))
 
 
 NAMED: dict[str, Callable[[], ImageData]] = {

@@ -69,7 +69,8 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
         "classes": list(model.classes),
         "input": "images",
         "output": "logits",
-        "probabilities": f"the logits' {'softmax' if model.recipe.loss == 'cross_entropy' else 'sigmoid'}",
+        "temperature": model.temperature,
+        "probabilities": f"the {'softmax' if model.recipe.loss == 'cross_entropy' else 'sigmoid'} of logits / temperature",
         "preprocessing": {**inputs, "resize": resize[0] if high == wide else resize, "steps": steps},
         "flip_test": model.recipe.flip_test,
     }

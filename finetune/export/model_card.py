@@ -23,7 +23,15 @@ LICENCES = {
     "cifar10": "none stated",
     "cifar100": "none stated",
 }
-METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "macro_f1": "f1", "mean_average_precision": "mean_average_precision"}
+METRICS = {
+    "top1": "accuracy",
+    "top5": "top_5_accuracy",
+    "macro_f1": "f1",
+    "mean_average_precision": "mean_average_precision",
+    "balanced_accuracy": "balanced_accuracy",
+    "auroc": "roc_auc",
+    "kappa": "cohen_kappa",
+}
 CARD = """\
 ---
 {front}

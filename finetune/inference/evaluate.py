@@ -18,6 +18,7 @@ from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
 from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.metrics.counts import class_metrics, confusion_matrix
+from finetune.metrics.measure import measure
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
@@ -31,6 +32,7 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder, file_digest
 from finetune.utils.text import align_columns, note
 
+COLUMNS = ("items", "labels", "subgroups", "groups")  # of an ImageList
 MATRIX_CLASSES = 1000  # up to which a result has the confusion matrix: it grows with their square
 
 
@@ -61,6 +63,7 @@ def evaluate_model(
     logits, labels = compute_logits(model, images, recipe.data.on_bad_image, workers)
     result = {
         "data": str(data),
+        **measure(recipe, logits, labels, images.groups, model.temperature),
         **compute_metrics(recipe, logits, labels),
         "classes": class_metrics(logits, labels, classes),
     }
@@ -101,7 +104,7 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
         labels: Values = np.asarray(images.labels)[:, [names.index(name) for name in classes]]
     else:
         labels = [classes.index(names[label]) for label in images.labels]
-    return ImageList(images.items, labels, images.read, images.subgroups).on_background(recipe.data.background)
+    return ImageList(images.items, labels, images.read, images.subgroups, images.groups).on_background(recipe.data.background)
 
 
 def load_named(data: str, recipe: Recipe, run: Path | None) -> tuple[ImageList, Sequence[str]]:
@@ -132,9 +135,9 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
         parts = [images]
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image)
-    columns = ([value for part in parts for value in getattr(part, name) or ()] for name in ("items", "labels", "subgroups"))
-    items, labels, subgroups = columns
-    return ImageList(items, labels, parts[0].read, subgroups or None), names
+    columns = ([value for part in parts for value in getattr(part, name) or ()] for name in COLUMNS)
+    items, labels, subgroups, groups = columns
+    return ImageList(items, labels, parts[0].read, subgroups or None, groups or None), names
 
 
 def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:

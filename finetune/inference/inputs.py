@@ -1,11 +1,15 @@
 """The images that a command names: files, folders, globs, lists and tables of paths."""
 
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 
 from finetune.data.folders import find_images
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import check_folder
 
 LISTS = (".csv", ".txt")
 
@@ -54,3 +58,31 @@ def named_in(lines: Iterable[str], where: str, folder: Path) -> list[Path]:
     if not any(names):
         raise RecipeError(f"no paths in {where}")
     return [folder / name for name in names if name]
+
+
+def part_of(target: Path) -> Path:
+    """Where rows of predictions are until all are done."""
+    return target.with_name(f"{target.name}.part")
+
+
+def name_pictures(files: Sequence[Path], folder: Path, going_on: bool = False) -> list[Path]:
+    """A file in the folder for a picture of each image: NAME.png; FOLDER-NAME.png where several images have that name, and
+    numbers where that is not enough.
+
+    Raises:
+        RecipeError: if the folder can't be written into, or has one of them, unless `going_on`.
+    """
+    check_folder(folder)
+    often = Counter(file.stem.casefold() for file in files)  # not every disk tells upper case from lower
+    taken, named = set[str](), list[Path]()
+    for file in files:
+        name = file.stem if often[file.stem.casefold()] == 1 else f"{file.absolute().parent.name}-{file.stem}"
+        name = os.fsdecode(os.fsencode(name)[:200])  # with its ending, and while it is written, no longer than names may be
+        if name.casefold() in taken:
+            name = next(one for one in (f"{name}-{i}" for i in count(2)) if one.casefold() not in taken)
+        taken.add(name.casefold())
+        named.append(folder / f"{name}.png")
+    there = [] if going_on else [file for file in named if os.path.lexists(file)]
+    if there:
+        raise RecipeError(f"{folder} has {len(there)} of these pictures already, such as {there[0].name}: name another folder")
+    return named

@@ -8,6 +8,7 @@ from typing import Any
 from finetune.export.export import export
 from finetune.inference.embed import Embedding, embed_images
 from finetune.inference.evaluate import evaluate_model
+from finetune.inference.explain import Explanation, explain_images
 from finetune.inference.inputs import find_inputs
 from finetune.inference.predict import predict_images
 from finetune.models.saved import SavedModel, choose_model, find_model, load_model
@@ -32,6 +33,13 @@ class Model:
         Images are paths, PIL images, arrays or tensors, uint8 [H, W, 3].
         """
         return predict_images(self.saved, list(images), top, workers)
+
+    def explain(self, images: Sequence[Any], workers: int = 0) -> list[Explanation | None]:
+        """What in each image speaks for its likeliest class: (predicted, probability, heat [h, w], picture).
+
+        Images are those of `predict`; None for one that can't be read.
+        """
+        return explain_images(self.saved, list(images), workers)
 
     def embed(self, images: str | Path | Sequence[Any], workers: int = 0) -> Embedding:
         """(features [n, d], files): what the network gives to its head for each image.

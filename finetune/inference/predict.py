@@ -15,6 +15,7 @@ from finetune.data.dataset import ImageList, Images
 from finetune.data.decode import open_file, read_image
 from finetune.data.loader import ImageDataset, is_unreadable, load
 from finetune.data.transforms import eval_transform
+from finetune.metrics.calibration import probabilities
 from finetune.models.backbone import memory_format
 from finetune.models.saved import SavedModel
 from finetune.recipe import Recipe
@@ -22,6 +23,9 @@ from finetune.training.evaluate import batch_logits, predict_logits
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import align_columns, print_error, progress
+
+# Given a batch: the indices of its images that could be read, what the network gets for them, their probabilities [n, classes].
+Look = Callable[[Sequence[int], torch.Tensor, torch.Tensor], None]
 
 
 def compute_logits(model: SavedModel, images: Images, on_bad_image: str, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +39,7 @@ def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recip
 
     A run in fp16 is evaluated in float32 where there is no GPU.
     """
-    net, classes, preprocessing, recipe = model
+    net, classes, preprocessing, recipe, _ = model
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
         recipe = replace(recipe, mixed_precision="no")
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
@@ -52,20 +56,23 @@ def check_top(top: int) -> None:
         raise RecipeError(f"--top starts at 1, not {top}")
 
 
-def predict_images(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
+def predict_images(
+    model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0, look: Look | None = None
+) -> list[dict[str, Any]]:
     """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
     Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W]; "file" is a path's own.
 
-    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label. With several labels an
-    image, "predicted" lists the classes above 0.5, and "probability" theirs. An image that can't be read has neither, an empty
-    "top" and an "error"; it is named on stderr and counted there.
+    Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
+    model's temperature. With several labels an image, "predicted" lists the classes above 0.5, and "probability" theirs. An
+    image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and counted there. `look` is
+    called with each batch.
 
     Raises:
         RecipeError: if no image could be read, and for a `top` below 1.
     """
     check_top(top)
-    rows = list(predict_rows(model, images, top, workers))
+    rows = list(predict_rows(model, images, top, workers, look))
     count_unreadable(sum("error" in row for row in rows), len(rows))
     return rows
 
@@ -78,7 +85,9 @@ def count_unreadable(unreadable: int, total: int) -> None:
         print_error(f"{unreadable} of {total} images could not be read")
 
 
-def predict_rows(model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0) -> Iterator[dict[str, Any]]:
+def predict_rows(
+    model: SavedModel, images: Sequence[Any], top: int = 5, workers: int = 0, look: Look | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
     read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
     recipe, dataset, accelerator = prepare(model, ImageList(images, [0] * len(images), read), "skip")
@@ -89,9 +98,11 @@ def predict_rows(model: SavedModel, images: Sequence[Any], top: int = 5, workers
     with progress(None, total, "images") as bar:
         for indices, (batch, labels) in zip(batches, loaded, strict=True):
             with torch.no_grad():
-                logits = batch_logits(recipe, model.net, batch, accelerator).double().cpu()
-            probs = logits.softmax(1) if recipe.loss == "cross_entropy" else logits.sigmoid()
-            for i, row, unreadable in zip(indices, probs, is_unreadable(labels).tolist(), strict=True):
+                logits = batch_logits(recipe, model.net, batch, accelerator).cpu()
+            probs, missing = probabilities(recipe.loss, logits, model.temperature), is_unreadable(labels).cpu()
+            if look and not missing.all():
+                look([i for i, gone in zip(indices, missing, strict=True) if not gone], batch[~missing], probs[~missing])
+            for i, row, unreadable in zip(indices, probs, missing.tolist(), strict=True):
                 yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top)
             bar.update(len(indices))
 

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from finetune.inference.explain import picture_writer
+from finetune.inference.inputs import part_of
 from finetune.inference.predict import check_top, count_unreadable, joined, predict_rows
 from finetune.models.saved import find_model, load_model
 from finetune.utils.errors import RecipeError
@@ -33,11 +35,17 @@ def check_target(target: Path) -> None:
 
 
 def write_predictions(
-    source: str | Path, files: Sequence[Path], target: Path, top: int = 5, workers: int = 0
+    source: str | Path,
+    files: Sequence[Path],
+    target: Path,
+    top: int = 5,
+    workers: int = 0,
+    pictures: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Write what `predict_images` says of each file, in their order; the memory this takes does not grow with their number.
 
-    Until all are done the rows are in TARGET.part, a JSON object a line; the same call goes on with it.
+    Until all are done the rows are in TARGET.part, a JSON object a line; the same call goes on with it. `pictures` has
+    a file for each image, to draw what speaks for its class.
     Returns {"file", "images", "unreadable"}.
 
     Raises:
@@ -45,15 +53,16 @@ def write_predictions(
     """
     check_top(top)
     check_target(target)
-    part = target.with_name(f"{target.name}.part")
+    part = part_of(target)
     begun = {"weights": file_digest(find_model(source)[0] / "model.safetensors"), "top": top}
     done = read_part(part, begun, files) if part.exists() else 0
     model = load_model(source)
+    look = picture_writer(model, files[done:], pictures[done:]) if pictures else None
     with open(part, "a", encoding="utf-8", errors="surrogateescape") as lines:
         if not done:
             lines.truncate(0)
             write_line(lines, begun)
-        for row in predict_rows(model, files[done:], top, workers):
+        for row in predict_rows(model, files[done:], top, workers, look):
             write_line(lines, row)
         lines.flush()
     finish(part, target, min(top, len(model.classes)))

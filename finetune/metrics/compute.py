@@ -8,8 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import is_unreadable
 from finetune.metrics.counts import count_classes
+from finetune.metrics.measure import metrics_of
 from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe
+from finetune.utils.errors import RecipeError
 
 
 def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -26,7 +28,13 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
     else:
         loss = binary_losses(logits, labels, 0.0, recipe.loss == "multi_label").sum() / len(labels)
     compute = multi_label_metrics if recipe.loss == "multi_label" else single_label_metrics
-    return {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
+    metrics = {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
+    if recipe.metric not in metrics:
+        value = metrics_of(recipe.loss, logits, labels)[recipe.metric](torch.ones(1, len(labels), dtype=torch.float64)).item()
+        if value != value:
+            raise RecipeError(f"metric='{recipe.metric}' is not defined here: it takes images of two classes or more")
+        metrics[recipe.metric] = value
+    return metrics
 
 
 def subgroup_metrics(

@@ -36,6 +36,7 @@ class SavedModel(NamedTuple):
     classes: tuple[str, ...]
     preprocessing: dict[str, Any]  # arguments of timm's create_transform
     recipe: Recipe  # the run's; of a model without a run, a minimal one
+    temperature: float = 1.0  # that logits are divided by for probabilities
 
 
 def load_model(source: str | Path) -> SavedModel:
@@ -55,7 +56,7 @@ def load_model(source: str | Path) -> SavedModel:
         net: TimmModel = load_network(folder, config)
         inputs = resolve_model_data_config(net)
         preprocessing = {key: inputs[key] for key in INPUTS}
-        recipe = recipe or minimal_recipe(config["architecture"], "(unknown)", inputs["input_size"][1], batch_size=32)
+        recipe = recipe or minimal_recipe(config["architecture"], "(unknown)", tuple(inputs["input_size"][1:]), batch_size=32)
         classes = config.get("label_names") or net.pretrained_cfg.get("label_names")
         if not classes and (subset := infer_imagenet_subset(net)):
             classes = ImageNetInfo(subset).label_descriptions()
@@ -71,7 +72,15 @@ def load_model(source: str | Path) -> SavedModel:
             f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
             "of a function is loaded from the whole run folder"
         )
-    return SavedModel(net.eval(), classes, preprocessing, recipe)
+    return SavedModel(net.eval(), classes, preprocessing, recipe, read_temperature(folder, config))
+
+
+def read_temperature(folder: Path, config: dict[str, Any]) -> float:
+    """The temperature that a model's config.json states; 1 of a model that has none, such as one of an earlier version."""
+    found = config.get("temperature", 1.0)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise RecipeError(f"{folder / 'config.json'}: temperature must be a number above 0, not {found!r}")
+    return float(found)
 
 
 def load_network(folder: Path, config: dict[str, Any], recipe: Recipe | None = None) -> nn.Module:

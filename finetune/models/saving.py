@@ -26,26 +26,32 @@ OF_SOURCE = (
 )  # true of the pretrained weights alone
 
 
-def save_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
+def save_model(
+    folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str], temperature: float = 1.0
+) -> None:
     """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
 
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
-    model.safetensors (its state dict) and config.json (classes and preprocessing).
+    model.safetensors (its state dict) and config.json (classes and preprocessing). For probabilities,
+    logits are divided by the `temperature`.
     """
-    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes))
+    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature))
 
 
-def write_model(folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str]) -> None:
+def write_model(
+    folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str], temperature: float = 1.0
+) -> None:
     """Write model.safetensors and config.json into a folder."""
     # Made in memory first: on a full disk safetensors' own writer fails in words of its own.
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-    if not write_timm_config(folder, net, preprocessing, classes):
-        config = {"label_names": list(classes), "preprocessing": preprocessing}
+    about = {"label_names": list(classes), "temperature": round(temperature, 4)}
+    if not write_timm_config(folder, net, preprocessing, about):
+        config = about | {"preprocessing": preprocessing}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any], classes: Sequence[str]) -> bool:
-    """Write the config.json from which timm makes this network again; returns whether it does.
+def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Write the config.json from which timm makes this network again, with `about` in it; returns whether it does.
 
     It does not for a network that hands on the pretrained_cfg of a timm model within it, or one that was changed by hand.
     """
@@ -58,7 +64,7 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
     options = {"img_size": height if height == width else [height, width]} if source.get("fixed_input_size") else None
     file: Any = folder / "config.json"  # said to be a str, but timm 1.0.26 takes a Path alone
     try:
-        save_config_for_hf(plain, file, {"label_names": list(classes)}, options)
+        save_config_for_hf(plain, file, about, options)
         with torch.device("meta"):
             again = timm.create_model(f"local-dir:{folder}")
     except OSError:

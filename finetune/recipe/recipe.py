@@ -11,8 +11,17 @@ from finetune.recipe.legacy import reads_old_names
 from finetune.recipe.schedules import Cosine, Schedule
 from finetune.utils.errors import RecipeError
 
-METRICS = {"top1": "top-1", "macro_f1": "macro F1", "mean_average_precision": "mean average precision"}  # in words
-REPORTED_METRICS = {"top1": "top-1", "top5": "top-5", **METRICS}  # in the order in which a run reports them
+MEAN_AP = {"mean_average_precision": "mean average precision"}
+METRICS = {  # that can choose model-best, in words; of each, more is better
+    "top1": "top-1",
+    "macro_f1": "macro F1",
+    **MEAN_AP,
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC",
+    "kappa": "kappa",
+}
+REPORTED_METRICS = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", **MEAN_AP}  # as a run's last lines name them
+SEVERAL_LABELS = ("mean_average_precision", "auroc")  # the metrics of several labels an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +90,8 @@ class Recipe(Checked):
     ema_decay: Annotated[float, "(0, 1)"] | None = None  # evaluate and save a moving average of the weights
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
-    # Evaluation
-    metric: Literal["top1", "macro_f1", "mean_average_precision"] = "top1"  # chooses model-best
+    # Evaluation: the metric chooses model-best
+    metric: Literal["top1", "macro_f1", "mean_average_precision", "balanced_accuracy", "auroc", "kappa"] = "top1"
     early_stop: EarlyStop | None = None
     flip_test: bool = False  # average each image's logits with those of its mirror image
     seed: Annotated[int, "[0, 4294967296)"] = 0  # 32 bits: numpy takes no more
@@ -107,10 +116,12 @@ class Recipe(Checked):
             yield "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure"
         if self.data.sampling == "balanced" and self.loss == "multi_label":
             yield "data: sampling='balanced' needs one label an image"
-        if (self.metric == "mean_average_precision") != (self.loss == "multi_label"):
+        several = self.loss == "multi_label"
+        if several and self.metric not in SEVERAL_LABELS or not several and self.metric == "mean_average_precision":
+            one = ", ".join(f"'{name}'" for name in METRICS if name != "mean_average_precision")
             yield (
                 f"metric='{self.metric}' and loss='{self.loss}' do not go together: several labels an image are measured by "
-                "'mean_average_precision', one label by 'top1' or 'macro_f1'"
+                f"'{SEVERAL_LABELS[0]}' or '{SEVERAL_LABELS[1]}', one label by {one}"
             )
         if self.data.on_bad_image == "skip" and self.augment.mixes:
             yield "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix"
@@ -159,7 +170,7 @@ class Recipe(Checked):
                 yield f"{path}: warmup_epochs={warmup} does not end within epochs={self.epochs}"
 
 
-def minimal_recipe(backbone: str, source: str, image_size: int, batch_size: int = 1) -> Recipe:
+def minimal_recipe(backbone: str, source: str, image_size: int | tuple[int, int], batch_size: int = 1) -> Recipe:
     """A recipe with this network and these images; what else a recipe must say is arbitrary."""
     return Recipe(
         backbone=backbone,

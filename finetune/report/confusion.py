@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from finetune.data.loader import is_unreadable
 from finetune.metrics.counts import count_pairs
-from finetune.report.drawing import save_figure, shorten, style
+from finetune.report.drawing import save_figure, shorten, shorten_apart, style
 from finetune.utils.text import align_columns
 
 NAMED_CLASSES = 20  # in a confusion matrix; of more, names and numbers would be too small to read
@@ -41,9 +41,11 @@ def plot_confusion_matrix(
     figure.suptitle(title, fontsize="medium", **style(title))
     axes.set(xlabel="predicted", ylabel="labelled")
     if few:
-        names = [shorten(name, 24) for name in classes]
-        names = [name if names.count(name) == 1 else f"{i}: {shorten(classes[i], 20)}" for i, name in enumerate(names)]
-        write_cells(axes, zip(rows.tolist(), columns.tolist(), counts.tolist(), shares.tolist(), strict=True), names)
+        write_cells(
+            axes,
+            zip(rows.tolist(), columns.tolist(), counts.tolist(), shares.tolist(), strict=True),
+            shorten_apart(classes, 24),
+        )
     else:
         axes.set_xlabel(f"predicted: the number of the class, from 0{f'; of {size} x {size} the largest share' * (size > 1)}")
         wrong = rows != columns

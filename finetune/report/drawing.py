@@ -68,6 +68,12 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
 
 
+def shorten_apart(names: Sequence[str], length: int) -> list[str]:
+    """The names, shortened; those that are the same then begin with their number."""
+    short = [shorten(name, length) for name in names]
+    return [one if short.count(one) == 1 else f"{i}: {shorten(names[i], length - 4)}" for i, one in enumerate(short)]
+
+
 def drawable(text: str) -> str:
     """The text with an escape such as \\u732b for each character that is no print, or that no font here has."""
     missing = missing_characters(text)

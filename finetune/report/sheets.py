@@ -8,15 +8,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import name_others
 from finetune.data.decode import to_rgb
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.report.drawing import run_title, save_figure, shorten, style
-from finetune.utils.errors import RecipeError
-from finetune.utils.text import readable
+from finetune.report.heat_maps import heat_maps, overlay
+from finetune.utils.errors import RecipeError, first_line
+from finetune.utils.text import print_error, readable
 
 NUMBER = 24  # images on a sheet
 AUGMENTED = 6  # images that are shown as augmented
@@ -31,10 +33,11 @@ class Tile(NamedTuple):
     colour: str = "black"
 
 
-def draw_sheet(tiles: Sequence[Tile], title: str, file: Path, columns: int = 4) -> Path:
-    """Write the tiles as a sheet, row by row."""
+def draw_sheet(tiles: Sequence[Tile], title: str, file: Path, columns: int = 4, wide: int = 1) -> Path:
+    """Write the tiles as a sheet, row by row; `wide`: of how many squares side by side a tile is."""
     rows, lines = math.ceil(len(tiles) / columns), max(tile.text.count("\n") + 1 for tile in tiles)
-    figure = Figure(figsize=(8, (8 / columns + 0.1 + 0.17 * lines) * rows + 0.6), layout="constrained")
+    height = (8 / columns / wide + 0.1 + 0.17 * lines) * rows + 0.4 + 0.2 * (title.count("\n") + 1)
+    figure = Figure(figsize=(8, height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(tiles) :]:
         axes.set_axis_off()
@@ -48,7 +51,12 @@ def draw_sheet(tiles: Sequence[Tile], title: str, file: Path, columns: int = 4) 
 
 
 def plot_augmented(run: Path, images: ImageDataset, epochs: int) -> Path | None:
-    """augmented.png: some training images as they are, and as the network gets them in its first epochs, up to 3.
+    """augmented.png of a run: see `draw_augmented`."""
+    return draw_augmented(run / "augmented.png", run_title(run), images, epochs)
+
+
+def draw_augmented(file: Path, title: str, images: ImageDataset, epochs: int) -> Path | None:
+    """Some training images as they are, and as the network gets them in its first epochs, up to 3.
 
     These are the run's own augmentations, which depend on seed, epoch and image alone; mixup and cutmix come after them. None
     if no image can be read.
@@ -71,7 +79,7 @@ def plot_augmented(run: Path, images: ImageDataset, epochs: int) -> Path | None:
     if not tiles:
         return None
     seen = "in epoch 1" if epochs == 1 else f"in epochs 1 to {epochs}"
-    return draw_sheet(tiles, run_title(run, f"training images, and as augmented {seen}"), run / "augmented.png", 1 + epochs)
+    return draw_sheet(tiles, f"{title}\ntraining images, and as augmented {seen}", file, 1 + epochs)
 
 
 def as_augmented(images: ImageDataset, epoch: int, index: int) -> np.ndarray:
@@ -98,20 +106,60 @@ def plot_predictions(run: Path, logits: torch.Tensor, labels: torch.Tensor, imag
     return draw_sheet(tiles, run_title(run, counted), run / "predictions.png")
 
 
-def plot_mistakes(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset) -> Path | None:
-    """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none."""
+def plot_mistakes(
+    run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset, net: nn.Module | None = None
+) -> Path | None:
+    """mistakes.png: the wrongly classified images of the highest loss, worst first, as the data set has them; None if none.
+
+    With the network that gave the logits, and a heat map can be had of it, beside each image stands what in it speaks for the
+    predicted class, and what for the labelled one.
+    """
     losses = cross_entropy(logits.double(), labels, reduction="none")
-    wrong = (logits.argmax(1) != labels) & ~is_unreadable(labels)
+    guesses = logits.argmax(1)
+    wrong = (guesses != labels) & ~is_unreadable(labels)
     worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:NUMBER]
     if not worst:
         return None
-    columns, probs = max(2, min(4, len(worst))), logits.softmax(1)
-    tiles = [
-        Tile(picture(images, i), describe(images, i, labels[i], [int(logits[i].argmax())], probs[i], columns)) for i in worst
-    ]
+    asked = torch.stack([guesses[worst], labels[worst]])
+    heats = heats_of(net, images, worst, asked) if net else None
+    columns = max(2, min(4 if heats is None else 3, len(worst)))
+    pictures, probs = [picture(images, i) for i in worst], logits.softmax(1)
+    if heats is not None:
+        inputs = images.transform.preprocessing
+        pictures = [
+            side_by_side(one, [overlay(one, heat, inputs) for heat in both])
+            for one, both in zip(pictures, heats.transpose(0, 1), strict=True)
+        ]
+    texts = [describe(images, i, labels[i], [int(guesses[i])], probs[i], columns) for i in worst]
     total = int(wrong.sum())
     shown_of = f"the {len(worst)} worst of {total} mistakes" if total > len(worst) else f"{total} mistake{'s' * (total > 1)}"
-    return draw_sheet(tiles, run_title(run, f"{shown_of} in {len(labels)} images"), run / "mistakes.png", columns)
+    title = run_title(run, f"{shown_of} in {len(labels)} images")
+    if heats is not None:
+        title += "\nthe image; what in it speaks for the predicted class (bright: most); for the labelled class"
+    tiles = [Tile(one, text) for one, text in zip(pictures, texts, strict=True)]
+    return draw_sheet(tiles, title, run / "mistakes.png", columns, 1 if heats is None else 3)
+
+
+def heats_of(net: nn.Module, images: ImageDataset, indices: Sequence[int], classes: torch.Tensor) -> torch.Tensor | None:
+    """Heat maps [k, n, h, w] of n images for classes [k, n]; None for a network without places, or where it fails."""
+    try:
+        pixels = images.transform.batch(torch.stack([images[0, i][0] for i in indices]))
+        heats = heat_maps(net, pixels.repeat(len(classes), 1, 1, 1), classes.flatten())
+    except Exception as error:  # the sheet is worth more than what is beside its images
+        print_error(f"no heat maps of the mistakes: {type(error).__name__}: {first_line(error)}")
+        return None
+    return None if heats is None else heats.unflatten(0, classes.shape)
+
+
+def side_by_side(image: Image.Image, others: Sequence[Image.Image], gap: int = 4) -> Image.Image:
+    """An image, brought to the height of the others or as wide as high, and the others, on white."""
+    side = max(others[0].size)
+    whole = Image.new("RGB", (side + sum(gap + other.width for other in others), side), "white")
+    fitting = ImageOps.contain(image, (side, side))
+    whole.paste(fitting, ((side - fitting.width) // 2, (side - fitting.height) // 2))
+    for i, other in enumerate(others):
+        whole.paste(other, (side + gap + i * (gap + other.width), (side - other.height) // 2))
+    return whole
 
 
 def describe(

@@ -19,7 +19,7 @@ from torch import nn
 
 from finetune.data.loader import ImageDataset
 from finetune.metrics.compute import best_row, subgroup_metrics
-from finetune.metrics.intervals import wilson
+from finetune.metrics.measure import measure
 from finetune.models.backbone import head_parameters, is_timm
 from finetune.models.saved import beyond_chance, model_to_use
 from finetune.models.saving import save_model
@@ -59,23 +59,26 @@ def finish_run(
     are the validation images.
     """
     folder = logger.folder
-    with merged(net):
-        save_model(folder / "model", net, images.transform.preprocessing, images.classes)
-    if adapters(net):
-        save_adapter(folder / "adapter", net, {name.rpartition(".")[0] for name in head_parameters(recipe, net)})
     predictions = safetensors.torch.load_file(logger.predictions_file)
     logits, labels = predictions["logits"], predictions["labels"]
-    result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **run_result(recipe, logger)}
+    measured = measure(recipe, logits, labels, getattr(images.images, "groups", None))
+    with merged(net):
+        temperature = measured["calibration"]["temperature"]
+        save_model(folder / "model", net, images.transform.preprocessing, images.classes, temperature)
+    if adapters(net):
+        save_adapter(folder / "adapter", net, {name.rpartition(".")[0] for name in head_parameters(recipe, net)})
+    result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **measured, **run_result(recipe, logger)}
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
         result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups)
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
-    try_to(plot_predictions, folder, logits, labels, images)
+    certain = logits / temperature  # as predict has them
+    try_to(plot_predictions, folder, certain, labels, images)
     if recipe.loss != "multi_label":
         try_to(plot_confusion_matrix, folder, logits, labels, images.classes, run_title(folder))
-        try_to(plot_mistakes, folder, logits, labels, images)
+        try_to(plot_mistakes, folder, certain, labels, images, net)
     try_to(write_page, folder, images.images, describe_verdicts(recipe, file, result))
     return result
 
@@ -118,14 +121,14 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
     metric, images = recipe.metric, result["val_images"]
     words = {metric: METRICS[metric], **REPORTED_METRICS}
     reached = [f"{words[name]} {100 * result[name]:.2f} %" for name in words if name in result]
-    if metric == "top1":
-        low, high = wilson(result[metric], images)
-        reached[0] += f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    if interval := result.get("intervals", {}).get(metric):
+        reached[0] += f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
     early = f"; stopped early, after {result['epochs']} of {recipe.epochs} epochs" if result["epochs"] < recipe.epochs else ""
     cost = f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB"
     lines = [
         ("result", f"{reached[0]} of {images} images"),
         ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
+        ("", describe_calibration(result)),
         *(
             ("", f"{name}: {METRICS[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images")
             for name, part in result.get("by_subgroup", {}).items()
@@ -141,6 +144,15 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
     run, formats = shlex.quote(str(folder)), "timm" if is_timm(recipe) else "torch"
     steps = [f"predict {run} PHOTO", f"evaluate {run} --data DIR", f"export {run} --to {formats}"]
     return "\n".join(["", *(highlight(*line) for line in lines if line[1]), "", *(f"finetune {step}" for step in steps)])
+
+
+def describe_calibration(result: dict[str, Any]) -> str:
+    """How far the probabilities are from the shares that are right, as they come and at the model's temperature."""
+    if "calibration" not in result:
+        return ""
+    before, after = (f"{100 * value:.1f} %" for value in result["calibration"]["ece"])
+    temperature = result["calibration"]["temperature"]
+    return f"probabilities off by {before} on average, by {after} at the model's temperature, {temperature:.2f}"
 
 
 def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any]) -> list[tuple[str, str]]:

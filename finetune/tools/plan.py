@@ -2,38 +2,67 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from finetune.data.dataset import Images
-from finetune.data.sources import data_size
+from finetune.data.dataset import ImageData, Images
+from finetune.data.sources import data_and_size, is_downloaded, load_data
 from finetune.models.backbone import meta_backbone
 from finetune.optim.param_groups import ParamGroup, describe_param_groups, planned_lrs
 from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
+from finetune.report.class_sizes import plot_class_sizes
+from finetune.report.drawing import shorten
+from finetune.report.sheets import draw_augmented
 from finetune.tools.memory_estimate import layer_table, memory_table
-from finetune.training.setup import check_recipe
-from finetune.utils.text import WIDTH, align_columns, fill_lines
+from finetune.training.setup import build_datasets, check_recipe
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import WIDTH, align_columns, fill_lines, note
 
 
 class Plan(NamedTuple):
-    """A run that is still to come: its network on the meta device, its groups, its data's images and classes."""
+    """A run that is still to come: its network on the meta device, its groups, its data's images and classes.
+
+    `data` are the images, if they had to be looked at for their number.
+    """
 
     net: nn.Module
     groups: Sequence[ParamGroup]
     size: tuple[int, int]
+    data: ImageData | None
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe, which is checked; neither weights nor images are read.
+    """The plan of a recipe, which is checked; no weights are read, and of image files no more than their headers.
 
     Raises:
         RecipeError: for a recipe that does not fit its network, and for data that is not there.
     """
-    size = data_size(recipe)
+    data, size = data_and_size(recipe)
     net = meta_backbone(recipe, size[1])
-    return Plan(net, check_recipe(recipe, net), size)
+    return Plan(net, check_recipe(recipe, net), size, data)
+
+
+def plot_images(folder: Path, name: str, recipe: Recipe, plan: Plan) -> list[Path]:
+    """NAME-augmented.png and NAME-classes.png: training images as the network gets them, and the number of each class.
+
+    Nothing is downloaded for them: of a set that may have to be there is none. Why there is none is said on stderr.
+    """
+    drawn = list[Path]()
+    try:
+        if plan.data is None and is_downloaded(recipe.data.source):
+            raise RecipeError(f"{recipe.data.source} may have to be downloaded; a run draws augmented.png")
+        data, title = plan.data or load_data(recipe), shorten(name, 60)
+        images, _ = build_datasets(recipe, plan.net, data)
+        images.on_bad_image = "skip"  # a run says which can't be read
+        if sheet := draw_augmented(folder / f"{name}-augmented.png", title, images, recipe.epochs):
+            drawn.append(sheet)
+        drawn.append(plot_class_sizes(folder / f"{name}-classes.png", title, data))
+    except RecipeError as error:
+        note(f"no {'more pictures' if drawn else 'picture'} of the images: {error}")
+    return drawn
 
 
 def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
@@ -62,7 +91,7 @@ def describe_classes(classes: Sequence[str]) -> str:
 
 def describe_plan(name: str, recipe: Recipe, plan: Plan, wide: bool = False) -> str:
     """The plan: groups, learning rates, stages with their memory, layers; all of it if `wide`, else what 80 columns hold."""
-    net, groups, size = plan
+    net, groups, size, _ = plan
     steps = recipe.data.steps_per_epoch(size[0])
     return "\n\n".join(
         [

@@ -10,6 +10,7 @@ from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
+from finetune.metrics.calibration import fit_temperature
 from finetune.metrics.compute import best_row, compute_metrics
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.kept_images import stage_inputs
@@ -65,7 +66,7 @@ def train(
                 ema.set(net)
             logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
             logger.log_linear_probe({**compute_metrics(recipe, logits, labels), "linear_probe_l2": l2})
-            save_if_best(recipe, evaluated, val_images, logger)
+            save_if_best(recipe, evaluated, val_images, logger, logits, labels)
         first_epoch = len(logger.history)
         stop.stepping = True
         for epoch in range(first_epoch, recipe.epochs):
@@ -104,7 +105,7 @@ def train(
             seen = inputs.model(evaluated), inputs.val
             logits, labels = predict_logits(recipe, *seen, accelerator, options, text="validation")
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
-            save_if_best(recipe, evaluated, val_images, logger)
+            save_if_best(recipe, evaluated, val_images, logger, logits, labels)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
     return whole(evaluated)
 
@@ -215,11 +216,14 @@ def fit_linear_probe(
     return l2
 
 
-def save_if_best(recipe: Recipe, net: nn.Module, images: ImageDataset, logger: Logger) -> None:
-    """Write model-best/ if the metrics logged last are the best so far."""
+def save_if_best(
+    recipe: Recipe, net: nn.Module, images: ImageDataset, logger: Logger, logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    """Write model-best/ if the metrics logged last, of these logits, are the best so far."""
     rows = logger.rows()
     if best_row(rows, recipe.metric) is rows[-1]:
         net = whole(net)
         if logger.accelerator.is_main_process:
+            temperature = fit_temperature(recipe.loss, logits, labels)
             with merged(net):
-                save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes)
+                save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes, temperature)

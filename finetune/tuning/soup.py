@@ -15,6 +15,7 @@ import safetensors.torch
 
 from finetune.data.dataset import file_rows, fingerprint, record_files
 from finetune.metrics.compute import compute_metrics, subgroup_metrics
+from finetune.metrics.measure import measure
 from finetune.models.saving import save_model
 from finetune.page.write import write_page
 from finetune.recipe.recipe import METRICS
@@ -159,6 +160,7 @@ def result_of(pot: Pot, shares: Sequence[float], name: str, begun: float) -> dic
     return {
         "recipe": name,
         **metrics,
+        **measure(recipe, logits, labels, getattr(pot.measure.images, "groups", None)),
         "epochs": recipe.epochs,
         "best_epoch": last,
         f"best_{recipe.metric}": metrics[recipe.metric],
@@ -188,8 +190,9 @@ def write_run(folder: Path, first: Path, pot: Pot, shares: Sequence[float], resu
     text = groups.read_text(encoding="utf-8").rstrip("\n") if groups.is_file() else ""
     name = run_name(first)
     start_run_dir(folder, file if file.is_file() else None, name, recipe, text, {"images": images, "classes": classes})
-    save_model(folder / "model", pot.mean(shares).cpu(), pot.measure.transform.preprocessing, classes)
     logits, labels = pot.logits(pot.measure, shares, "soup")
+    inputs, temperature = pot.measure.transform.preprocessing, result["calibration"]["temperature"]
+    save_model(folder / "model", pot.mean(shares).cpu(), inputs, classes, temperature)
     write_file(folder / "predictions.safetensors", safetensors.torch.save({"logits": logits, "labels": labels}))
     row = {key: value for key, value in result.items() if key in ("loss", "val_images", *METRICS, "top5")}
     write_file(folder / "metrics.jsonl", json.dumps({"epoch": result["best_epoch"], "step": 0, **row}) + "\n")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from finetune.data.loader import load
-from finetune.data.sources import data_size, is_downloaded, load_data
+from finetune.data.sources import data_and_size, is_downloaded, load_data
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
 from helpers import prepare, small_recipe
@@ -262,7 +262,7 @@ def test_loader_workers_see_the_same_images(tmp_path, monkeypatch, kind):
     assert all(torch.equal(a, b) for x, y in zip(here, there, strict=True) for a, b in zip(x, y, strict=True))
     sent = pickle.loads(pickle.dumps(load_data(recipe).train))
     assert np.array_equal(sent[3][0], PIXELS[3]) and list(images.labels()) == [0] * 4 + [1] * 4
-    assert data_size(recipe) == ((1880, 47) if kind == "torchvision" else (8, 2))
+    assert data_and_size(recipe)[1] == ((1880, 47) if kind == "torchvision" else (8, 2))
 
 
 @pytest.mark.parametrize("kind,workers", [*((kind, 0) for kind in KINDS), ("folder", 2)])

@@ -13,7 +13,7 @@ import torchvision
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from finetune.data.external import TORCHVISION
-from finetune.data.sources import data_size, is_downloaded, known_size, load_data
+from finetune.data.sources import data_and_size, is_downloaded, known_size, load_data
 from finetune.utils.errors import RecipeError
 from image_files import NAMES, PIXELS, assert_same_set, put, put_image, source
 
@@ -176,7 +176,7 @@ def test_a_set_that_can_not_be_downloaded_is_named(torchvision_folder, monkeypat
     message = str(caught.value)
     assert f"torchvision/{name}" in message and str(torchvision_folder / TORCHVISION[name][-1]) in message
     assert "no network" in message or name == "MNIST"  # torchvision prints its mirrors' faults
-    assert data_size(recipe) == known_size(recipe) == TORCHVISION[name][2:4] and is_downloaded(f"torchvision/{name}")
+    assert data_and_size(recipe)[1] == known_size(recipe) == TORCHVISION[name][2:4] and is_downloaded(f"torchvision/{name}")
 
 
 @pytest.fixture(params=[CIFAR10, CIFAR100])

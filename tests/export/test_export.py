@@ -217,7 +217,7 @@ def test_any_network_is_exported(foreign, to):
     pytest.importorskip("onnxscript")
     about = json.loads((export(foreign, to) / "model.json").read_text())
     assert about["checked"]["on"] == "8 generated images" and about["classes"] == ["a", "b"]
-    assert about["probabilities"] == "the logits' sigmoid"
+    assert about["probabilities"] == "the sigmoid of logits / temperature"
     assert about["preprocessing"]["steps"][3] == "RGB; resized by PIL, bilinear: 64 x 64 pixels, whatever the shape"
 
 

@@ -28,7 +28,13 @@ def test_what_fine_tuning_spoilt_is_not_used(harmed, image_folder, tmp_path, cap
     assert result["top1"] < result["linear_probe_top1"] == result["best_top1"] and result["use"] == "model-best"
     file = str(image_folder / "val" / "red" / "0.png")
     said = f"using model-best: the linear probe had top-1 {100 * result['best_top1']:.2f} %, the last epoch "
-    probs = {name: timm_alone(harmed / name, [file]).softmax(1).max().item() for name in ("model", "model-best")}
+    probs = {
+        name: (timm_alone(harmed / name, [file]) / json.loads((harmed / name / "config.json").read_text())["temperature"])
+        .softmax(1)
+        .max()
+        .item()
+        for name in ("model", "model-best")
+    }
     assert abs(probs["model"] - probs["model-best"]) > 0.01
     for asked, name, line in (
         ([], "model-best", said),

@@ -85,9 +85,10 @@ def test_a_run_is_not_evaluated_on_what_it_was_trained_on(image_folder):
 
 
 def test_predictions_are_those_of_timm_alone(run_folder, image_folder):
-    """Each file's classes and probabilities are the softmax of timm's network on timm's transform, the likeliest first."""
+    """Each file's classes and probabilities are the softmax of timm's logits over the temperature, the likeliest first."""
     files = sorted((image_folder / "val").rglob("*.png"))
-    probs = timm_alone(run_folder / "model", files).softmax(1)
+    temperature = json.loads((run_folder / "model" / "config.json").read_text())["temperature"]
+    probs = (timm_alone(run_folder / "model", files) / temperature).softmax(1)
     rows = predict(run_folder / "model", [image_folder / "val"], top=3)
     assert [row["file"] for row in rows] == list(map(str, files))
     for row, expected in zip(rows, probs, strict=True):

@@ -70,7 +70,11 @@ def test_timm_is_not_said_to_make_what_it_does_not(tmp_path, name):
     """A network that timm would make with other activations, or not at all, is kept as the recipe's own."""
     recipe = recipe_of(ODD[name][0])
     save_model(tmp_path / "model", build_backbone(recipe, 5), PREPROCESSING, CLASSES)
-    assert json.loads((tmp_path / "model" / "config.json").read_text()).keys() == {"label_names", "preprocessing"}
+    assert json.loads((tmp_path / "model" / "config.json").read_text()).keys() == {
+        "label_names",
+        "preprocessing",
+        "temperature",
+    }
 
 
 @pytest.mark.parametrize(

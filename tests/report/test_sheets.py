@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import same_color
 from PIL import Image
 from sklearn.metrics import accuracy_score
+from torch import nn
 
 from figures import assert_readable, figure_of, overlap
 from finetune.data.loader import UNREADABLE, epoch_batches, load_batches
 from finetune.recipe import Augment
 from finetune.report import sheets
+from finetune.report.heat_maps import heat_maps, overlay
 from helpers import prepare, small_recipe
 from image_files import put_image, source
 
@@ -26,17 +28,18 @@ class Sheet(list):
         self.items = files
 
 
-@pytest.mark.parametrize("number", [1, 3, 30])
-def test_mistakes_are_named_by_their_files(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number,with_heat", [(1, False), (3, True), (30, True)])
+def test_mistakes_are_named_by_their_files(tmp_path, monkeypatch, number, with_heat):
     """Under each image stand its file's name, its label and what it was predicted as; all of it can be read."""
     long, last = "a_name_that_is_as_long_as_names_may_be_" * 2, number - 1
     logits, labels = torch.zeros(number, 4), torch.full((number,), 2)
     guesses = torch.where(torch.arange(number) == last, 1, 3)
     logits[range(number), guesses], labels[last] = 3.0 + torch.arange(number) / 100, 0
-    images = prepare(small_recipe())[2][1]
+    net, _, (_, images) = prepare(small_recipe())
     images.images = Sheet([Path(f"/photos/bees/IMG_{'' if i == last else long}{i}.jpg") for i in range(number)])
     images.classes = ("bees", "ants", long, f"another_{long}")
-    figure = figure_of(monkeypatch, sheets, lambda: sheets.plot_mistakes(tmp_path, logits, labels, images))
+    net = net if with_heat else None
+    figure = figure_of(monkeypatch, sheets, lambda: sheets.plot_mistakes(tmp_path, logits, labels, images, net))
     assert_readable(figure)
     boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes if axes.get_xlabel()]
     assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if overlap(box, other)]
@@ -45,7 +48,7 @@ def test_mistakes_are_named_by_their_files(tmp_path, monkeypatch, number):
     shown = [axes for axes in figure.axes if axes.get_xlabel()]
     assert len(shown) == min(24, number)
     worst = f"the {len(shown)} worst of {number} mistakes" if number > len(shown) else f"{number} mistake{'s' * (number > 1)}"
-    assert figure.get_suptitle().splitlines()[-1] == f"{worst} in {number} images"
+    assert figure.get_suptitle().splitlines()[1] == f"{worst} in {number} images"
 
 
 def test_the_worst_mistakes_come_first(tmp_path, monkeypatch):
@@ -66,6 +69,37 @@ def test_the_worst_mistakes_come_first(tmp_path, monkeypatch):
     assert titles[0].splitlines()[::2] == ["image 5", f"predicted patch {(labels[5] + 1) % 10} ({prob:.0f} %)"]
     np.testing.assert_array_equal(shown[0], np.asarray(images.images[5][0]))
     assert sheets.plot_mistakes(tmp_path, torch.nn.functional.one_hot(labels.clamp(min=0), 10) * 4.0, labels, images) is None
+
+
+def test_mistakes_stand_beside_what_speaks_for_their_classes(tmp_path, monkeypatch, capsys):
+    """Right of each image is the heat for the predicted class, then for the labelled one; if that fails, the images alone."""
+    net, _, (_, images) = prepare(small_recipe())
+    labels = torch.tensor([images.images[i][1] for i in range(len(images))])
+    logits = torch.nn.functional.one_hot((labels + torch.tensor([1, 1, *[0] * (len(labels) - 2)])) % 10, 10) * 4.0
+    logits[1] *= 2
+    shown = []
+    monkeypatch.setattr(Axes, "imshow", lambda self, image, **kwargs: shown.append(np.asarray(image)))
+    sheets.plot_mistakes(tmp_path, logits, labels, images, net)
+    assert len(shown) == 2
+    pixels = images.transform.batch(torch.stack([images[0, 1][0]]))
+    for i, classes in enumerate((logits[1:2].argmax(1), labels[1:2])):
+        wanted = overlay(images.images[1][0], heat_maps(net, pixels, classes)[0], images.transform.preprocessing)
+        side = wanted.width
+        found = shown[0][:, (i + 1) * (side + 4) :][:, :side]
+        assert np.abs(found.astype(int) - np.asarray(wanted)).max() <= 2
+    capsys.readouterr()
+    for net, words in ((DoesNotRun(), "no heat maps of the mistakes: RuntimeError: not today"), (nn.Flatten(), "")):
+        assert sheets.plot_mistakes(tmp_path, logits, labels, images, net)
+        assert words in (said := capsys.readouterr().err) and bool(words) == bool(said)
+        assert shown[-1].shape == shown[-2].shape == np.asarray(images.images[0][0]).shape
+
+
+class DoesNotRun(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, images):
+        raise RuntimeError("not today")
 
 
 @pytest.mark.parametrize("augment", [Augment(), Augment(randaugment="rand-m9", erasing=1.0)], ids=["pixels", "timm"])

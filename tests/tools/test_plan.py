@@ -1,6 +1,8 @@
 """What is shown before a run."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -56,7 +58,23 @@ def test_plan_shows_everything_and_trains_nothing(here, monkeypatch, capsys):
         assert text in out
     with Image.open(here / "plans" / "resnet18_cifar-plan.png") as picture:
         assert picture.size[0] > 600
-    assert [path.name for path in here.iterdir()] == ["plans"]
+    assert [path.name for path in here.rglob("*")] == ["plans", "resnet18_cifar-plan.png"]
+
+
+def test_a_plan_shows_the_images_that_are_there(here, image_folder, capsys, asked):
+    """Of a folder it draws images as augmented and the sizes of classes; what can't be read ends no plan; nobody is asked."""
+    words = ["plan", "resnet18_cifar", "--set", "data.image_size=32", "--data"]
+    assert verb([*words, str(image_folder), "--output", "plans"]) == 0
+    wanted = [f"resnet18_cifar-{what}.png" for what in ("augmented", "classes", "plan")]
+    assert sorted(path.name for path in Path("plans").iterdir()) == wanted
+    said = capsys.readouterr().out
+    assert all(f"picture  {Path('plans', name)}" in said for name in wanted)
+    shutil.copytree(image_folder, "photos")
+    for path in Path("photos").glob("train/*/*.png"):
+        path.write_bytes(path.read_bytes()[:80])  # the header can be read
+    assert verb([*words, "photos", "--output", "others"]) == 0
+    assert sorted(path.name for path in Path("others").iterdir()) == wanted[1:]
+    assert not asked
 
 
 def test_a_dry_run_is_the_plan(here, capsys):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from finetune.__main__ import main as verb
-from finetune.data.sources import data_size, load_data
+from finetune.data.sources import data_and_size, load_data
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import LayerDecay
 from finetune.recipe.load import load_recipe
@@ -214,7 +214,7 @@ def test_it_runs_from_any_folder(image_folder, tmp_path, monkeypatch, capsys, ba
     assert verb(["suggest", *words]) == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert data_size(load_recipe("../mine.py")[0]) == (30, 3)
+    assert data_and_size(load_recipe("../mine.py")[0])[1] == (30, 3)
     assert verb(["validate", "../mine.py"]) == 0 and "mine.py is a valid recipe" in capsys.readouterr().out
     assert main(["--recipe", "../mine.py", "--set", "epochs=8", "--output", "run"]) == 0
     assert (tmp_path / "elsewhere" / "run" / "result.json").is_file()

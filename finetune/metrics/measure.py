@@ -1,0 +1,179 @@
+"""Metrics of weighted images, so that one formula gives both a metric and, from resampled images, its interval."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+
+from finetune.data.loader import is_unreadable
+from finetune.metrics.calibration import BINS, bin_of, calibrate, confidences, probabilities, squares, targets
+from finetune.metrics.intervals import wilson
+from finetune.recipe import Recipe
+
+DRAWS = 1000  # of the bootstrap
+AT_ONCE = 4_000_000  # weights of draws in memory
+CURVES = 300_000  # logits, beyond which the intervals of AUROC and average precision would take minutes
+OF_CURVES = ("auroc", "average_precision", "mean_average_precision")
+Metric = Callable[[torch.Tensor], torch.Tensor]  # weights of images [draws, n] -> [draws]; NaN where it is not defined
+
+
+def measure(
+    recipe: Recipe,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    groups: Sequence[str] | None = None,
+    temperature: float | None = None,
+) -> dict[str, Any]:
+    """What is measured once, at the end: all metrics, "intervals" and "calibration" of logits [n, classes] against labels.
+
+    Intervals are of 95 %: Wilson's of top-1 and top-5, of all else the percentiles of 1,000 bootstraps of the images (Efron
+    1979); of the `groups`, where images belong to some, as those of one group are not independent. Log loss, Brier score and
+    calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits. A metric that is not
+    defined, such as the AUROC of one class alone, is left out; so are images without a label.
+    """
+    seen = ~is_unreadable(labels)
+    logits, labels = logits[seen], labels[seen]
+    owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
+    calibration = calibrate(recipe.loss, logits, labels, temperature)
+    metrics = metrics_of(recipe.loss, logits, labels, calibration["temperature"])
+    whole = torch.ones(1, len(labels), dtype=torch.float64)
+    values = {name: metric(whole).item() for name, metric in metrics.items()}
+    values = {name: value for name, value in values.items() if value == value}
+    intervals: dict[str, list[float]] = {
+        name: [*wilson(values[name], len(labels))] for name in ("top1", "top5") if name in values and not owners
+    }
+    drawn = {name: list[torch.Tensor]() for name in values if name not in intervals}
+    if logits.numel() > CURVES:
+        drawn = {name: found for name, found in drawn.items() if name not in OF_CURVES}
+    for weights in resampled(len(labels), owners):
+        for name, found in drawn.items():
+            found.append(metrics[name](weights))
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    intervals |= {name: torch.cat(found).double().nanquantile(ends).tolist() for name, found in drawn.items()}
+    return values | {"intervals": {name: intervals[name] for name in values if name in intervals}, "calibration": calibration}
+
+
+def resampled(images: int, groups: Sequence[str] | None) -> Iterator[torch.Tensor]:
+    """How often each image is drawn, [draws, images], in 1,000 draws with replacement of as many images, or groups."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups or ()))}
+    owner = torch.tensor([numbers[name] for name in groups]) if groups else torch.arange(images)
+    units = len(numbers) or images
+    generator, left = torch.Generator().manual_seed(0), DRAWS
+    while left:
+        draws = min(left, max(1, AT_ONCE // units))
+        drawn = torch.randint(units, (draws, units), generator=generator)
+        yield torch.zeros(draws, units).scatter_add_(1, drawn, torch.ones(draws, units))[:, owner]
+        left -= draws
+
+
+def metrics_of(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> dict[str, Metric]:
+    """Each metric as a function of weights [draws, n] of the images, of logits [n, classes] that have a label.
+
+    Of one label an image: top-1, top-5, balanced accuracy, macro F1, Cohen's kappa, AUROC and average precision (the mean over
+    classes, each against the rest); of several: mean average precision, macro F1 at a probability of 0.5, AUROC. Of both: log
+    loss, Brier score and calibration error, at the temperature. Definitions are scikit-learn's; docs/metrics.md has them.
+    """
+    logits = logits.double()
+    truth, probs = targets(loss, labels, logits.shape[1]), probabilities(loss, logits)
+    curves = {"auroc": lambda weights: over_classes(area_under, weights, probs, truth)}
+    if loss == "multi_label":
+        guess, several = (logits > 0).float(), truth.float()
+        found: dict[str, Metric] = {
+            "mean_average_precision": lambda weights: over_classes(precision, weights, logits, truth, absent=0.0),
+            "macro_f1": lambda weights: f1(sums(weights, several * guess), sums(weights, several), sums(weights, guess)).mean(
+                1
+            ),
+        }
+    else:
+        found = single_label(logits, labels)
+        curves["average_precision"] = lambda weights: over_classes(precision, weights, probs, truth)
+    return found | curves | of_probabilities(loss, logits / temperature, labels)
+
+
+def single_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric]:
+    """Those that depend on which classes are predicted alone, and not on how surely."""
+    classes = logits.shape[1]
+    truth, guess = one_hot(labels, classes).float(), one_hot(logits.argmax(1), classes).float()
+    right = (truth * guess).sum(1)
+
+    def balanced(weights: torch.Tensor) -> torch.Tensor:
+        return (sums(weights, truth * guess) / sums(weights, truth)).nanmean(1)  # of the classes that are there
+
+    def kappa(weights: torch.Tensor) -> torch.Tensor:
+        images = weights.sum(1).double()
+        by_chance = (sums(weights, truth).double() * sums(weights, guess).double()).sum(1) / images**2
+        return (sums(weights, right) / images - by_chance) / (1 - by_chance)
+
+    found: dict[str, Metric] = {
+        "top1": lambda weights: sums(weights, right) / weights.sum(1),
+        "balanced_accuracy": balanced,
+        "macro_f1": lambda weights: f1(sums(weights, truth * guess), sums(weights, truth), sums(weights, guess)).mean(1),
+        "kappa": kappa,
+    }
+    if classes > 5:
+        among = (logits.topk(5).indices == labels[:, None]).any(1).float()
+        found["top5"] = lambda weights: sums(weights, among) / weights.sum(1)
+    return found
+
+
+def of_probabilities(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric]:
+    """Those of the probabilities themselves."""
+    probs, truth = probabilities(loss, logits), targets(loss, labels, logits.shape[1])
+    if loss == "cross_entropy":
+        losses = cross_entropy(logits, labels, reduction="none")
+    else:
+        losses = binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    confidence, right = (part.view(len(labels), -1) for part in confidences(loss, probs, labels))
+    place = bin_of(confidence)
+    gaps = torch.zeros(len(labels), BINS, dtype=torch.float64).scatter_add_(1, place, right - confidence) / confidence.shape[1]
+
+    def mean(values: torch.Tensor) -> Metric:
+        return lambda weights: sums(weights.double(), values) / weights.sum(1)
+
+    return {
+        "log_loss": mean(losses),
+        "brier": mean(squares(loss, probs, truth)),
+        "ece": lambda weights: sums(weights.double(), gaps).abs().sum(1) / weights.sum(1),
+    }
+
+
+def sums(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The weighted sums, [draws, ...], of values of the images, [n, ...]."""
+    return weights @ values.to(weights.dtype)
+
+
+def f1(hits: torch.Tensor, labelled: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """The F1 of each class, 0 of one that is neither labelled nor predicted."""
+    return 2 * hits / (labelled + predicted).clamp(min=1)
+
+
+def over_classes(
+    curve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    weights: torch.Tensor,
+    scores: torch.Tensor,
+    truth: torch.Tensor,
+    absent: float | None = None,
+) -> torch.Tensor:
+    """The mean over classes, [draws], of a number of the curve of each; one that is not defined is left out, or `absent`."""
+    values = []
+    for score, there in zip(scores.T, truth.T, strict=True):
+        levels, place = score.unique(return_inverse=True)  # in order: images of equal scores share a threshold
+        parts = [torch.zeros(len(weights), len(levels), dtype=torch.float64) for _ in range(2)]
+        for part, share in zip(parts, (there, 1 - there), strict=True):
+            part.index_add_(1, place, weights.double() * share)
+        values.append(curve(*parts))
+    table = torch.stack(values, 1)
+    return table.nanmean(1) if absent is None else table.nan_to_num(absent).mean(1)
+
+
+def area_under(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """The area under the ROC curve, [draws], of weights [draws, levels] by rising score: ties count half (Mann-Whitney)."""
+    below = negative.cumsum(1) - negative / 2
+    return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def precision(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """The average precision, [draws]: precision at each threshold, weighted by the recall that it adds."""
+    hits, false = (part.flip(1).cumsum(1) for part in (positive, negative))
+    return (hits / (hits + false).clamp(min=1e-12) * positive.flip(1)).sum(1) / hits[:, -1]

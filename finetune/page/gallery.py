@@ -139,11 +139,7 @@ def groups_of_several(logits: torch.Tensor, labels: torch.Tensor) -> list[Group]
 
 def thumbnail_order(groups: Sequence[Group]) -> list[int]:
     """The images of the groups in the order in which they get a picture: wrong ones first, and one of each group in turn."""
-    ranked = [
-        (group.label == group.guess, rank, i)
-        for group in groups
-        for rank, (i, _) in enumerate(group.images)
-    ]  # fmt: skip
+    ranked = [(group.label == group.guess, rank, i) for group in groups for rank, (i, _) in enumerate(group.images)]
     return list(dict.fromkeys(i for _, _, i in sorted(ranked, key=lambda row: row[:2])))
 
 
@@ -210,7 +206,7 @@ def heat_pictures(run: Path, indices: Sequence[int], classes: torch.Tensor, pict
         for index in indices:
             if time.monotonic() > end or pictures.room <= 0:
                 break
-            image = pictures.read(index, model.preprocessing["input_size"][1])
+            image = pictures.read(index, max(model.preprocessing["input_size"][1:]))
             if image is None:
                 continue
             pixels = np.array(image)
@@ -235,4 +231,4 @@ def name_classes(labels: torch.Tensor, classes: Sequence[str]) -> str:
 def name_predicted(probs: torch.Tensor, several: bool, classes: Sequence[str], percent: Callable[[float], str]) -> str:
     """The class predicted of an image with its probability; of several labels each above 0.5."""
     at = (probs > 0.5).nonzero().flatten().tolist() if several else [int(probs.argmax())]
-    return ", ".join(f"{classes[i]} {percent(probs[i].item())}" for i in at) or "none"
+    return ", ".join(f"{classes[i]} ({percent(probs[i].item())})" for i in at) or "none"

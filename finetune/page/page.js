@@ -29,7 +29,8 @@ function figureOf([image, probability], ...words) {
   }
   const name = element("bdi", file);
   name.className = "file";
-  figure.append(element("figcaption", "", name, element("span", "", ...words, `${(100 * probability).toFixed(1)}\u00a0%`)));
+  const below = words.length ? [element("span", "", ...words)] : [];
+  figure.append(element("figcaption", "", name, ...below, element("span", `${(100 * probability).toFixed(1)}\u00a0%`)));
   return figure;
 }
 
@@ -39,7 +40,7 @@ function galleryOf(figures) {
   return gallery;
 }
 
-function open(title, ...body) {
+function showDialog(title, ...body) {
   document.getElementById("dialog-title").replaceChildren(...title);
   document.getElementById("dialog-body").replaceChildren(...body);
   dialog.showModal();
@@ -48,22 +49,22 @@ function open(title, ...body) {
 
 function showGroup([label, guess, count, images]) {
   const title = ["labelled ", nameOf(label), ", predicted ", nameOf(guess), numberOf(images.length, count)];
-  open(title, galleryOf(images.map((image) => figureOf(image))));
+  showDialog(title, galleryOf(images.map((image) => figureOf(image))));
 }
 
 function showClass(number) {
   const mistakes = data.groups.filter(([label, guess]) => label !== guess);
   const parts = [];
-  for (const [side, other, words] of [[0, 1, [" not predicted", "predicted ", " "]], [1, 0, [" wrongly predicted", "labelled ", ", "]]]) {
+  for (const [side, other, what, word] of [[0, 1, " not predicted", "predicted "], [1, 0, " wrongly predicted", "labelled "]]) {
     const groups = mistakes.filter((group) => group[side] === number);
     const figures = groups.flatMap((group) => {
-      const named = () => (group[other] === null ? [] : [words[1], nameOf(group[other]), words[2]]);
+      const named = () => (group[other] === null ? [] : [word, nameOf(group[other])]); // null with several labels
       return group[3].map((image) => figureOf(image, ...named()));
     });
     const all = groups.reduce((sum, group) => sum + group[2], 0);
-    if (all) parts.push(element("h3", "", nameOf(number), words[0], numberOf(figures.length, all)), galleryOf(figures));
+    if (all) parts.push(element("h3", "", nameOf(number), what, numberOf(figures.length, all)), galleryOf(figures));
   }
-  open(["Mistakes with ", nameOf(number)], ...parts);
+  showDialog(["Mistakes with ", nameOf(number)], ...parts);
 }
 
 function sortBy(heading) {

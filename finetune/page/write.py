@@ -28,20 +28,10 @@ from finetune.utils.files import read_json, write_file
 from finetune.utils.text import duration, readable
 
 PAGE = "report.html"
-FILES = {
-    "recipe.py": "the recipe as given",
-    "recipe.json": "the recipe with every default and change filled in",
-    "result.json": "the numbers on this page",
-    "metrics.jsonl": "each step and each epoch",
-    "groups.txt": "parameter groups",
-    "images.csv": "the files trained and validated on",
-    "predictions.safetensors": "logits of every validation image",
-    "curves.png": "curves",
-    "confusion.png": "the confusion matrix",
-    "mistakes.png": "the worst mistakes",
-    "predictions.png": "predictions drawn evenly",
-    "augmented.png": "images as augmented",
-}
+FILES = (  # of a run's folder, to link to
+    *("recipe.py", "recipe.json", "result.json", "metrics.jsonl", "groups.txt", "images.csv", "predictions.safetensors"),
+    *("curves.png", "confusion.png", "mistakes.png", "predictions.png", "augmented.png"),
+)
 LABELS = {"baseline": "Recorded runs", "probe": "Linear probe", "soup": "Soup", "measured": "Measured", "use": "Network to use"}
 Said = Sequence[tuple[str, str]]  # what is said of a result, as (label, sentence)
 
@@ -125,14 +115,14 @@ def as_figure(
     """An image of a gallery, with what it is labelled and predicted as."""
     several = labels.ndim == 2
     probs = gallery.probabilities(recipe, logits[index].double())
-    guess = ((logits[index] > 0) == labels[index].bool()).all() if several else logits[index].argmax() == labels[index]
+    right = ((logits[index] > 0) == labels[index].bool()).all() if several else logits[index].argmax() == labels[index]
     return Figure(
         pictures.picture(index, gallery.LARGE),
         "",
         pictures.name(index),
         gallery.name_classes(labels[index], classes),
         gallery.name_predicted(probs, several, classes, lambda share: percent(share, 1)),
-        bool(guess),
+        bool(right),
     )
 
 
@@ -156,7 +146,8 @@ def lost_images(images: Images | None, pictures: Pictures, lost: str) -> str:
         return f"Without images: {lost or 'they are not known'}."
     if pictures.unreadable and not pictures.made:
         return "Without images: none of them can be read. Where they lie now: finetune report RUN --data DIR."
-    return f"{count(len(pictures.unreadable))} images can't be read, and have no picture." if pictures.unreadable else ""
+    unreadable = len(pictures.unreadable)
+    return f"Images that can't be read, and have no picture: {count(unreadable)}." if unreadable else ""
 
 
 def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:

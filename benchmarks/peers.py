@@ -39,8 +39,8 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, Ran
 
 from benchmarks.peers_report import report
 from finetune.data.sources import load_data
-from finetune.models.backbone import build_backbone, preprocessing
-from finetune.models.pretrained import pretrained_state
+from finetune.models.backbone import build_backbone
+from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.recipe import AdamW, Constant, Data, LayerDecay, Recipe
 from finetune.recipe.load import load_recipe
 

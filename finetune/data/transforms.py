@@ -1,15 +1,15 @@
 """Transforms: augmentation for training, preprocessing for evaluation, mixup and cutmix."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import InterpolationMode
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from finetune.recipe import Augment, Recipe
@@ -27,25 +27,28 @@ class Pixels:
     """
 
     def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None, colours: ImageTransform | None = None):
-        self.preprocessing, self.augment, self.size = preprocessing, augment, preprocessing["input_size"][-1]
+        self.preprocessing, self.augment, self.size = preprocessing, augment, preprocessing["input_size"][1:]
         self.colours = colours
-        self.resized = math.floor(self.size / preprocessing["crop_pct"])
         self.interpolation = InterpolationMode(preprocessing["interpolation"])
         self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 pixels [H, W, 3] -> uint8 [size, size, 3]."""
-        augment, square = self.augment, [self.size, self.size]
+        """uint8 pixels [H, W, 3] -> uint8 [height, width, 3]."""
+        augment = self.augment
         if augment is None:
-            image = functional.resize_image(channels_first(pixels), [self.resized], self.interpolation, antialias=True)
-            return functional.center_crop_image(image, square).permute(1, 2, 0)
-        box = RandomResizedCropAndInterpolation.get_params(channels_first(pixels), augment.crop_scale, augment.crop_ratio)
-        top, left, height, width = box
-        crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-        image = functional.resize_image(channels_first(crop), square, self.interpolation, antialias=True).permute(1, 2, 0)
+            height, width = resized_sides(pixels.shape[0], pixels.shape[1], self.preprocessing)
+            image = self.resize(pixels, height, width)
+            top, left = (whole - part for whole, part in zip((height, width), self.size, strict=True))
+            return torch.from_numpy(cut(image.numpy(), (middle(top), middle(left), *self.size), border(self.preprocessing)))
+        image = self.resize(random_crop(pixels, augment, self.preprocessing), *self.size)
         if augment.hflip and torch.rand(1) < augment.hflip:
             image = image.flip(1)
         return torch.from_numpy(np.array(self.colours(Image.fromarray(image.numpy())))) if self.colours else image
+
+    def resize(self, pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+        """uint8 pixels of another size."""
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return functional.resize_image(image, [height, width], self.interpolation, antialias=True).permute(1, 2, 0)
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, H, W, 3] -> normalised floats [n, 3, H, W], channels last in memory."""
@@ -68,8 +71,72 @@ class Timm:
         return images
 
 
-def channels_first(pixels: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+class RandomCrop:
+    """`random_crop` in place of timm's, for images of PIL's."""
+
+    def __init__(self, preprocessing: dict[str, Any], augment: Augment):
+        self.preprocessing, self.augment = preprocessing, augment
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        crop = Image.fromarray(random_crop(np.asarray(image), self.augment, self.preprocessing))
+        _, height, width = self.preprocessing["input_size"]
+        return crop.resize((width, height), str_to_pil_interp(self.preprocessing["interpolation"]))
+
+
+def resized_sides(height: int, width: int, preprocessing: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) to which evaluation resizes an image of these sides, before it takes the middle, as timm does."""
+    mode, (_, *sides) = preprocessing["crop_mode"], preprocessing["input_size"]
+    high, wide = (floor(side / preprocessing["crop_pct"]) for side in sides)
+    if mode == "squash":
+        return high, wide
+    if mode == "center" and high == wide:  # as torchvision's Resize
+        short = min(height, width)
+        return int(high * height / short), int(high * width / short)
+    ratio = (max if mode == "border" else min)(height / high, width / wide)
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+
+def random_crop(pixels: np.ndarray, augment: Augment, preprocessing: dict[str, Any]) -> np.ndarray:
+    """A crop of uint8 pixels [H, W, 3] that is still to be resized, drawn as timm draws it.
+
+    It is drawn from what evaluation shows of an image: from the image, from the image with borders, or from the image as it is
+    when squashed to the network's shape. `crop_ratio` is that of the crop as the network sees it.
+    """
+    height, width = pixels.shape[:2]
+    mode, (_, high, wide) = preprocessing["crop_mode"], preprocessing["input_size"]
+    shape = wide / high
+    tall, broad = (height, width) if mode == "center" else (max(height, ceil(width / shape)), max(width, ceil(height * shape)))
+    canvas = torch.empty(1, 1, 1).expand(3, tall, broad)  # takes no memory
+    ratio = tuple(side * shape for side in augment.crop_ratio)
+    box = RandomResizedCropAndInterpolation.get_params(canvas, augment.crop_scale, ratio)
+    if mode == "border":
+        box = box[0] - (tall - height) // 2, box[1] - (broad - width) // 2, *box[2:]
+    elif mode == "squash":
+        down, across = height / tall, width / broad
+        top, left = min(round(box[0] * down), height - 1), min(round(box[1] * across), width - 1)
+        box = top, left, max(1, round(box[2] * down)), max(1, round(box[3] * across))
+    return cut(pixels, box, border(preprocessing))
+
+
+def cut(pixels: np.ndarray, box: tuple[int, int, int, int], colour: Sequence[int]) -> np.ndarray:
+    """The box (top, left, height, width) of uint8 pixels [H, W, 3]; what lies outside of them has the colour."""
+    top, left, height, width = box
+    inside = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    if inside.shape[:2] == (height, width):
+        return np.ascontiguousarray(inside)
+    whole = np.full((height, width, 3), colour, np.uint8)
+    whole[max(0, -top) :, max(0, -left) :][: inside.shape[0], : inside.shape[1]] = inside
+    return whole
+
+
+def middle(rest: int) -> int:
+    """Where a crop begins that leaves `rest` pixels, or one that lacks as many, as timm rounds it."""
+    return round(rest / 2) if rest >= 0 else -(-rest // 2)
+
+
+def border(preprocessing: dict[str, Any]) -> list[int]:
+    """The colour of borders, as timm has it: the mean, which normalises to 0; black where none are meant to be."""
+    return [0, 0, 0] if preprocessing["crop_mode"] == "center" else [round(255 * value) for value in preprocessing["mean"]]
 
 
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
@@ -87,7 +154,9 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
     }
     try:
         if not matches_timm(preprocessing) or augment.erasing:  # which draws noise among normalised floats
-            return Timm(preprocessing, create_transform(**options))
+            first, *rest = create_transform(**options).transforms
+            assert isinstance(first, RandomResizedCropAndInterpolation)
+            return Timm(preprocessing, Compose([RandomCrop(preprocessing, augment), *rest]))
         _, colours, _ = create_transform(**options, separate=True)
         return Pixels(preprocessing, augment, colours if colours.transforms else None)
     except (AssertionError, ValueError) as error:
@@ -102,10 +171,8 @@ def eval_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:
 
 
 def matches_timm(preprocessing: dict[str, Any]) -> bool:
-    """Whether `Pixels` knows how these images are resized and cropped."""
-    _, height, width = preprocessing["input_size"]
-    centred = preprocessing["crop_mode"] == "center" and height == width
-    return centred and preprocessing["interpolation"] in ("bilinear", "bicubic")
+    """Whether `Pixels` knows how these images are resized."""
+    return preprocessing["interpolation"] in ("bilinear", "bicubic")
 
 
 def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # between the logits of the original and of an exported file, as a share of the largest, or of 1
 RESIZE = {
-    "center": "the shorter side becomes {0} pixels, the shape stays",
-    "squash": "{0} x {0} pixels, whatever the shape",
-    "border": "the longer side becomes {0} pixels, the shape stays, the rest is filled with the mean",
+    "center": "the least that covers {0} x {1} pixels, the shape stays",
+    "squash": "{0} x {1} pixels, whatever the shape",
+    "border": "the most that fits into {0} x {1} pixels, the shape stays, the rest is filled with the mean",
 }
 
 
@@ -53,15 +53,15 @@ def example_images(model: SavedModel) -> Examples:
 
 def describe_use(model: SavedModel) -> dict[str, Any]:
     """All that a program needs beside the network to get from an image file to probabilities."""
-    inputs, size = model.preprocessing, model.preprocessing["input_size"][1]
-    resize = math.floor(size / inputs["crop_pct"])
+    inputs, (_, high, wide) = model.preprocessing, model.preprocessing["input_size"]
+    resize = [math.floor(side / inputs["crop_pct"]) for side in (high, wide)]  # height, width
     background = "white" if model.recipe.data.background == WHITE else f"RGB {model.recipe.data.background}"
     steps = [
         "upright, as the EXIF orientation says",
         "8 bits: of 16 the higher 8; of floats from 0 to 1, 255 times as much, rounded",
         f"what is transparent composited on {background}",
-        f"RGB; resized by PIL, {inputs['interpolation']}: {RESIZE[inputs['crop_mode']].format(resize)}",
-        f"the middle {size} x {size} pixels",
+        f"RGB; resized by PIL, {inputs['interpolation']}: {RESIZE[inputs['crop_mode']].format(*resize)}",
+        f"the middle {high} x {wide} pixels",
         "divided by 255, minus mean, divided by std, channel by channel",
         "float32 [batch, 3, height, width]",
     ]
@@ -70,7 +70,7 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
         "input": "images",
         "output": "logits",
         "probabilities": f"the logits' {'softmax' if model.recipe.loss == 'cross_entropy' else 'sigmoid'}",
-        "preprocessing": {**inputs, "resize": resize, "steps": steps},
+        "preprocessing": {**inputs, "resize": resize[0] if high == wide else resize, "steps": steps},
         "flip_test": model.recipe.flip_test,
     }
 

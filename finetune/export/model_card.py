@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
-from finetune.models.backbone import INPUTS
+from finetune.models.pretrained import INPUTS
 from finetune.models.saved import read_recipe
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, recipe_of_run

@@ -1,14 +1,13 @@
 """A backbone with a new head: a timm model, a torchvision model, or what a function of the recipe returns."""
 
 import copy
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import timm
 import torch
-import torchvision
-from timm.data import resolve_data_config
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -20,7 +19,6 @@ from finetune.utils.device import overruns_channels_last, uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import nearest
 
-INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of preprocessing, by timm's names
 TimmModel = Any  # an nn.Module with methods that torch's class does not have
 
 
@@ -68,14 +66,14 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
     Raises:
         RecipeError: if it can't be built, does not take such images, or does not return a logit for each class.
     """
-    name, size, fault = to_dict(recipe.backbone), recipe.data.image_size, ""
+    name, fault = to_dict(recipe.backbone), ""
     for device in ("meta", "cpu"):
         text = f"{name} can't be built"
         try:
             with torch.device(device):
                 net = build_backbone(recipe, num_classes or 10)
                 check_patches(recipe, net)
-                text = f"{name} does not take {size} x {size} images"
+                text = f"{name} does not take {words(recipe.data.sides)} images"
                 try_images(recipe, net, num_classes)
             check_resampling(recipe)
             return net.eval()
@@ -86,6 +84,11 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
     if "take" in fault and (others := {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}):
         fault += f"; images come in float32, some of its weights are {others.pop()}: return net.float()"
     raise RecipeError(fault + other_sizes(recipe) * ("take" in fault))
+
+
+def words(sides: Sequence[int]) -> str:
+    """A size of images, height first: "224 x 224"."""
+    return " x ".join(map(str, sides))
 
 
 def takes_images(recipe: Recipe, size: int) -> bool:
@@ -104,9 +107,11 @@ def other_sizes(recipe: Recipe) -> str:
     """What to set where a timm model does not take images of the recipe's size: the sizes next to it that it takes."""
     if not is_timm(recipe):
         return ""
-    below = recipe.data.image_size // 32 * 32
+    below = recipe.data.sides[0] // 32 * 32
     trained = timm.models.get_pretrained_cfg_value(str(recipe.backbone), "input_size") or (3, 224, 224)
-    sizes = [size for size in (below, below + 32) if size not in (0, recipe.data.image_size) and takes_images(recipe, size)]
+    sizes = [
+        size for size in (below, below + 32) if (size, size) not in ((0, 0), recipe.data.sides) and takes_images(recipe, size)
+    ]
     return "; --set data.image_size=" + " or ".join(map(str, sizes or [trained[-1]]))
 
 
@@ -115,16 +120,18 @@ def check_patches(recipe: Recipe, net: nn.Module) -> None:
 
     timm's would leave out the last rows and columns of pixels without a word.
     """
-    embed, size = getattr(net, "patch_embed", None), recipe.data.image_size
+    embed = getattr(net, "patch_embed", None)
     layer = getattr(embed, "proj", None)
     if not isinstance(layer, nn.Conv2d) or layer.kernel_size != layer.stride or getattr(embed, "dynamic_img_pad", False):
         return
-    side = layer.stride[0]
-    if rest := size % side:
-        fitting = " or ".join(f"{fit}" for fit in (size - rest, size - rest + side) if fit)
+    rests = [side % step for side, step in zip(recipe.data.sides, layer.stride, strict=True)]
+    if any(rests):
+        below = tuple(side - rest for side, rest in zip(recipe.data.sides, rests, strict=True))
+        above = tuple(low + step * (rest > 0) for low, step, rest in zip(below, layer.stride, rests, strict=True))
+        fitting = " or ".join(",".join(map(str, dict.fromkeys(sides))) for sides in (below, above) if all(sides))
         raise RecipeError(
-            f"{to_dict(recipe.backbone)} cuts images into patches of {side} x {side} pixels, into which {size} x {size} does "
-            f"not divide: --set data.image_size={fitting}"
+            f"{to_dict(recipe.backbone)} cuts images into patches of {words(layer.stride)} pixels, into which "
+            f"{words(recipe.data.sides)} does not divide: --set data.image_size={fitting}"
         )
 
 
@@ -134,12 +141,12 @@ def try_images(recipe: Recipe, net: nn.Module, num_classes: int | None = None) -
     Raises:
         RecipeError: if it does not return a logit for each class.
     """
-    size = recipe.data.image_size
+    sides = recipe.data.sides
     set_train_mode(net, recipe.batch_norm)
-    check_logits(recipe, net(torch.zeros(2, 3, size, size)), 2, num_classes)
+    check_logits(recipe, net(torch.zeros(2, 3, *sides)), 2, num_classes)
     try:
         with torch.no_grad():
-            check_logits(recipe, net.eval()(torch.zeros(1, 3, size, size)), 1, num_classes)
+            check_logits(recipe, net.eval()(torch.zeros(1, 3, *sides)), 1, num_classes)
     except ValueError as error:  # which torch's norms raise
         names = [f"{name} ({type(norm).__name__})" for name, norm in net.named_modules() if needs_batch(norm)]
         if "more than 1 value per channel" not in str(error) or not names:
@@ -175,9 +182,8 @@ def function_model(recipe: Recipe) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise RecipeError(f"{to_dict(recipe.backbone)} returns {type(net).__name__}, not a torch.nn.Module")
     if any(map(is_lazy, [*net.parameters(), *net.buffers()])):
-        size = recipe.data.image_size
         with torch.no_grad():
-            net.eval()(torch.zeros(1, 3, size, size))
+            net.eval()(torch.zeros(1, 3, *recipe.data.sides))
     return net
 
 
@@ -193,7 +199,7 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
     fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
     # timm leaves out an option that is None; not every network takes drop_path_rate.
     options: dict[str, Any] = {
-        "img_size": recipe.data.image_size if fixed_size else None,
+        "img_size": recipe.data.sides if fixed_size else None,
         "drop_rate": recipe.dropout or None,
         "drop_path_rate": recipe.drop_path or None,
     }
@@ -281,20 +287,3 @@ def head_name(recipe: Recipe, net: nn.Module) -> str:
     if callable(recipe.backbone):
         return str(recipe.head)
     return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-
-
-def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
-    """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS."""
-    config = getattr(net, "pretrained_cfg", None)
-    config = dict(config) if isinstance(config, dict) else {}
-    if isinstance(recipe.backbone, str) and recipe.backbone.startswith("torchvision/"):
-        preset = torchvision.models.get_model_weights(recipe.backbone.partition("/")[2]).DEFAULT.transforms()
-        config = {
-            "mean": tuple(preset.mean),
-            "std": tuple(preset.std),
-            "interpolation": preset.interpolation.value,
-            "crop_pct": preset.crop_size[0] / preset.resize_size[0],
-        }
-    size = recipe.data.image_size
-    resolved = resolve_data_config({"input_size": (3, size, size), "crop_pct": recipe.data.crop_pct}, pretrained_cfg=config)
-    return {key: resolved[key] for key in INPUTS}

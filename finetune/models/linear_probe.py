@@ -40,7 +40,7 @@ def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
 
     Of a network on torch's meta device, which has no values, the shape alone is known.
     """
-    layer, size = head_layer(recipe, net), recipe.data.image_size
+    layer = head_layer(recipe, net)
     weight = torch.randn(layer.out_features, layer.in_features, generator=torch.Generator().manual_seed(0))
     bias = torch.linspace(-100, 100, layer.out_features)  # so far apart that a limit on logits shows
 
@@ -49,7 +49,7 @@ def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
 
     outputs = []
     with keep_random_state(), torch.no_grad():
-        image = torch.rand(1, 3, size, size).to(layer.weight.device)
+        image = torch.rand(1, 3, *recipe.data.sides).to(layer.weight.device)
         try:
             for head in (nn.Identity(), other_head):
                 seed_all("probe")

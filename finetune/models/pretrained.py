@@ -11,12 +11,16 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from timm.data import resolve_data_config
 from torch import nn
 
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.net import reach
 from finetune.utils.text import nearest
+
+INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of preprocessing, by timm's names
+TIMM_MODES = {"crop": "center", "pad": "border", "squash": "squash"}  # what timm calls the recipe's words
 
 
 def pretrained_state(recipe: Recipe) -> dict[str, torch.Tensor] | None:
@@ -154,6 +158,25 @@ def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], opt
     return net
 
 
+def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
+    """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS."""
+    config = getattr(net, "pretrained_cfg", None)
+    config = dict(config) if isinstance(config, dict) else {}
+    if isinstance(recipe.backbone, str) and recipe.backbone.startswith("torchvision/"):
+        preset = torchvision.models.get_model_weights(recipe.backbone.partition("/")[2]).DEFAULT.transforms()
+        config = {
+            "mean": tuple(preset.mean),
+            "std": tuple(preset.std),
+            "interpolation": preset.interpolation.value,
+            "crop_pct": preset.crop_size[0] / preset.resize_size[0],
+        }
+    data, mode = recipe.data, TIMM_MODES.get(recipe.data.resize or "")
+    crop_pct = data.crop_pct or (1.0 if data.resize in ("pad", "squash") else None)  # where all of an image is meant to be seen
+    asked = {"input_size": (3, *data.sides), "crop_pct": crop_pct, "crop_mode": mode}
+    resolved = resolve_data_config(asked, pretrained_cfg=config)
+    return {key: resolved[key] for key in INPUTS}
+
+
 def check_resampling(recipe: Recipe) -> None:
     """Raise RecipeError if a timm model's weights can't be brought to the recipe's image size, found without a download.
 
@@ -162,12 +185,12 @@ def check_resampling(recipe: Recipe) -> None:
     config = timm.get_pretrained_cfg(recipe.backbone) if isinstance(recipe.backbone, str) else None
     if recipe.weights != "hub" or not config or not config.fixed_input_size:
         return
-    name, size, trained = str(recipe.backbone), recipe.data.image_size, config.input_size[-1]
-    if size == trained:
+    name, sides, trained = str(recipe.backbone), recipe.data.sides, config.input_size[-1]
+    if sides == (trained, trained):
         return
     try:
         with torch.device("meta"):
-            load_timm_model(name, recipe.weights, timm.create_model(name).state_dict(), {"img_size": size})
+            load_timm_model(name, recipe.weights, timm.create_model(name).state_dict(), {"img_size": sides})
     except Exception as error:  # without values some can't be resampled: of these the weights themselves will tell
         if isinstance(error, RecipeError) and "size mismatch" in str(error):
             raise RecipeError(

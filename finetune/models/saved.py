@@ -13,8 +13,8 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
-from finetune.models.backbone import INPUTS, TimmModel, build_backbone, check_logits, memory_format
-from finetune.models.pretrained import fetch_from_hub, load_weights, read_weights
+from finetune.models.backbone import TimmModel, build_backbone, check_logits, memory_format
+from finetune.models.pretrained import INPUTS, fetch_from_hub, load_weights, read_weights
 from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
@@ -189,7 +189,7 @@ def try_saving(recipe: Recipe, net: nn.Module, preprocessing: dict[str, Any], cl
     Raises:
         RecipeError: if it can't be saved or loaded, or then returns other logits of an image.
     """
-    name, size = to_dict(recipe.backbone), recipe.data.image_size
+    name = to_dict(recipe.backbone)
     with tempfile.TemporaryDirectory() as folder, keep_random_state(), torch.no_grad():
         try:
             write_model(Path(folder), net, preprocessing, classes)
@@ -202,7 +202,7 @@ def try_saving(recipe: Recipe, net: nn.Module, preprocessing: dict[str, Any], cl
         except Exception as error:  # each network fails its own way
             text = first_line(error).replace(folder, "its own file")
             raise RecipeError(f"{name} can't be saved and loaded again: {type(error).__name__}: {text}") from error
-        image, logits = torch.rand(1, 3, size, size), []
+        image, logits = torch.rand(1, 3, *recipe.data.sides), []
         for network in (net, again):
             seed_all("image")
             layout = memory_format(recipe, net)

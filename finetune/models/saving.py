@@ -54,7 +54,8 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
     plain: TimmModel = copy.copy(net)  # another pretrained_cfg, the same tensors
     source = {key: value for key, value in net.pretrained_cfg.items() if key not in OF_SOURCE}
     plain.pretrained_cfg = source | preprocessing | {"custom_load": False}
-    options = {"img_size": preprocessing["input_size"][1]} if source.get("fixed_input_size") else None
+    _, height, width = preprocessing["input_size"]
+    options = {"img_size": height if height == width else [height, width]} if source.get("fixed_input_size") else None
     file: Any = folder / "config.json"  # said to be a str, but timm 1.0.26 takes a Path alone
     try:
         save_config_for_hf(plain, file, {"label_names": list(classes)}, options)

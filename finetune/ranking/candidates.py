@@ -12,9 +12,9 @@ import huggingface_hub
 import timm
 import torch
 
-from finetune.models.backbone import build_backbone, preprocessing
+from finetune.models.backbone import build_backbone
 from finetune.models.linear_probe import head_layer
-from finetune.models.pretrained import weights_file
+from finetune.models.pretrained import preprocessing, weights_file
 from finetune.ranking.features import digest_file
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import minimal_recipe

@@ -11,6 +11,7 @@ from finetune.recipe.checks import Checked
 NAMED_SETS = ("digits", "elpv", "cifar10", "cifar100")  # and "generated", for --smoke
 Share = Annotated[float, "(0, 1]", "a share of the area"]
 Byte = Annotated[int, "[0, 255]"]
+Pixels = Annotated[int, "[1, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 
 
@@ -32,12 +33,15 @@ class Data(Checked):
     """
 
     source: str | Callable[[], Any]
-    image_size: Annotated[int, "[1, inf)"]  # pixels of each side of the network's input
+    image_size: Pixels | tuple[Pixels, Pixels]  # of each side of the network's input, or (height, width)
     batch_size: Annotated[int, "[1, inf)"]  # of one step, over all processes
     crop_pct: Annotated[float, "(0, 1]"] | None = None  # share of the resized image that evaluation crops; None: the model's
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every image once, or as many draws, each class as often as any
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: an image that can't be read is named, counted and left out
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # red, green, blue behind what is transparent: white
+    resize: Literal["crop", "pad", "squash"] | None = (
+        None  # images of another shape: cut, bordered, distorted; None: the model's
+    )
     reduced_decode: Annotated[float, "[1, inf)"] | None = None  # JPEGs to train on: decoded to no less than this x image_size
     val_share: Annotated[float, "(0, 1)"] | None = None  # of images without a split of their own; None: a fifth
     folds: Annotated[int, "[2, inf)"] | None = None  # or so many parts, for cross-validation
@@ -62,6 +66,16 @@ class Data(Checked):
             re.compile(self.group_pattern or "")
         except re.error as error:
             yield f"group_pattern is no regular expression: {error}"
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of the network's input in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def pixels(self) -> str:
+        """The sides in words: "224", or "64 x 256", height first."""
+        return " x ".join(str(side) for side in dict.fromkeys(self.sides))
 
     @property
     def holdout_parts(self) -> int:

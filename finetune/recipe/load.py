@@ -32,7 +32,7 @@ FLAGS = {  # a flag of its own for what is changed most: its field, its value, w
     "--data": ("data.source", "DIR", "your images: train/CLASS/* and val/CLASS/*, or CLASS/*; a CSV, ..."),
     "--epochs": ("epochs", "N", "epochs to train"),
     "--batch-size": ("data.batch_size", "N", "images of one step, over all processes"),
-    "--image-size": ("data.image_size", "N", "pixels of each side of the network's input"),
+    "--image-size": ("data.image_size", "N|H,W", "pixels of each side of the network's input, or height,width"),
     "--lr-scale": ("lr_scale", "X", "a factor on every learning rate"),
     "--backbone": ("backbone", "NAME", "another network; the recipe's groups must fit it"),
     "--weights": ("weights", "FILE|none", "a file of weights, or none for random ones"),

@@ -12,9 +12,9 @@ from finetune.data.dataset import Images
 from finetune.data.loader import ImageDataset, unpickled
 from finetune.data.split import place
 from finetune.data.transforms import eval_transform
-from finetune.models.backbone import build_backbone, memory_format, preprocessing
+from finetune.models.backbone import build_backbone, memory_format
 from finetune.models.linear_probe import Loss, check_probe, fit, returns_features
-from finetune.models.pretrained import pretrained_state
+from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.recipe import Recipe
 from finetune.training.evaluate import predict_logits
 from finetune.training.setup import DEFAULTS, RunOptions, make_accelerator

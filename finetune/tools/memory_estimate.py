@@ -43,7 +43,7 @@ def layer_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], wi
 def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
     """The shape that each module returns for one image, by name in the order of the forward pass; idle modules are left out."""
     shapes: dict[str, str] = {}
-    size, names = recipe.data.image_size, {module: name for name, module in net.named_modules()}
+    names = {module: name for name, module in net.named_modules()}
 
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         idle = isinstance(module, nn.Identity) or isinstance(module, nn.Dropout) and module.p == 0
@@ -53,7 +53,7 @@ def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
             shapes.setdefault(names[module], " x ".join(map(str, shape)))
 
     with keep_state(net), torch.no_grad(), register_module_forward_hook(note):
-        net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+        net.eval()(torch.zeros(1, 3, *recipe.data.sides, device=next(net.parameters()).device))
     return shapes
 
 
@@ -137,7 +137,7 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
 
     Found with fake tensors on that device: "cpu", since on "meta" attention keeps matrices that it never makes on a real one.
     """
-    size, kept = recipe.data.image_size, []
+    kept = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(weakref.ref(tensor))  # what a checkpoint of frozen layers keeps is gone with the end of the pass
@@ -155,7 +155,7 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
             for tensors in (module.named_parameters, module.named_buffers)
             for name, tensor in tensors(recurse=False, remove_duplicate=False)
         }
-        batch = torch.empty(images, 3, size, size, device=device).contiguous(memory_format=memory_format(recipe, net))
+        batch = torch.empty(images, 3, *recipe.data.sides, device=device).contiguous(memory_format=memory_format(recipe, net))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits = torch.func.functional_call(net, own, batch, tie_weights=False)
         return num_bytes([*own.values(), batch, logits, *(tensor() for tensor in kept)]) - num_bytes(own.values())

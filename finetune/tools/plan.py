@@ -71,7 +71,7 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     first = f"linear probe on features of {probe.views * num_images} images, then " if probe else ""
     return (
         f"{to_dict(recipe.backbone)} on {to_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
-        f"{recipe.data.image_size} px; {first}{recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images"
+        f"{recipe.data.pixels} px; {first}{recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images"
     )
 
 

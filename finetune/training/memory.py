@@ -75,7 +75,7 @@ def fit_memory(recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumul
             if size > 1:
                 raise
             raise RecipeError(
-                f"out of memory with 2 images of {recipe.data.image_size} px at once, and batch_norm='{recipe.batch_norm}' "
+                f"out of memory with 2 images of {recipe.data.pixels} px at once, and batch_norm='{recipe.batch_norm}' "
                 "can't do with one: --set batch_norm=frozen, or a smaller data.image_size"
             ) from error
         finally:
@@ -85,7 +85,7 @@ def fit_memory(recipe: Recipe, net: nn.Module, accelerator: Accelerator, accumul
             return accumulate
         if size % 2:
             raise RecipeError(
-                f"out of memory with {size} images of {recipe.data.image_size} px at once, an odd number that "
+                f"out of memory with {size} images of {recipe.data.pixels} px at once, an odd number that "
                 "can't be halved; try a smaller data.image_size or a data.batch_size with more factors of 2"
             )
         accumulate *= 2
@@ -105,8 +105,9 @@ def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, si
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     # An Adam's two moments and the buckets in which processes exchange gradients are not there yet at the first try.
     room = torch.empty(3 * sum(parameter.numel() for parameter in trained), device=accelerator.device)
-    shape = (size, 3, recipe.data.image_size, recipe.data.image_size)
-    images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=memory_format(recipe, net))
+    images = torch.zeros(size, 3, *recipe.data.sides, device=accelerator.device).contiguous(
+        memory_format=memory_format(recipe, net)
+    )
     try:
         with keep_buffers(net):
             with accelerator.autocast():

@@ -19,10 +19,10 @@ from finetune.data.dataset import ImageData, ImageList, Images
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
-from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone, preprocessing
+from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import check_probe
-from finetune.models.pretrained import pretrained_state
+from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.models.saved import try_saving
 from finetune.models.sharding import shard
 from finetune.optim.lora import check_called
@@ -163,12 +163,12 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
 def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
     """Shard the network over the processes, and try it on an image; raises RecipeError if it can't be."""
     names = [{name for name, _ in net.named_parameters(remove_duplicate=unique)} for unique in (True, False)]
-    size, fault = recipe.data.image_size, "it ties weights" if names[0] != names[1] else ""
+    fault = "it ties weights" if names[0] != names[1] else ""
     try:
         if not fault:
             shard(net, device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD") != "false")
             with torch.no_grad():
-                net.eval()(torch.zeros(1, 3, size, size, device=device))
+                net.eval()(torch.zeros(1, 3, *recipe.data.sides, device=device))
     except Exception as error:  # whatever this torch says of this network on this device
         fault = first_line(error)
     if fault:
@@ -187,7 +187,7 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
 
     train = data.train
     if recipe.data.reduced_decode and isinstance(train, ImageList):  # what is evaluated is decoded as `predict` does
-        train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * recipe.data.image_size))
+        train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * max(recipe.data.sides)))
     return dataset(train, training_transform(recipe, inputs)), dataset(data.val, eval_transform(inputs))
 
 
@@ -198,7 +198,7 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         RecipeError: for whatever is wrong with one of them.
     """
     groups = build_param_groups(recipe, net)
-    check_called(net, recipe.data.image_size)
+    check_called(net, recipe.data.sides)
     if recipe.data.sampling == "balanced" and recipe.class_weights == "balanced":  # here: a run that has both still predicts
         raise RecipeError(
             "class_weights='balanced' and data.sampling='balanced' would make up for rare classes twice: leave out one"
@@ -233,10 +233,10 @@ def check_micro_batches(recipe: Recipe, images: ImageDataset, processes: int, ac
     fewest = min(len(part) for plan in whole for part in plan.micro_batches)
     if fewest > 1 or recipe.batch_norm == "frozen" or recipe.batch_norm == "sync" and processes > 1:
         return
-    net, size = meta_backbone(recipe, len(images.classes)), recipe.data.image_size
+    net = meta_backbone(recipe, len(images.classes))
     set_train_mode(net, recipe.batch_norm)
     try:
-        net(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
+        net(torch.zeros(1, 3, *recipe.data.sides, device=next(net.parameters()).device))
     except ValueError as error:  # which torch's norms raise
         raise RecipeError(
             f"batch_norm='{recipe.batch_norm}' needs 2 images or more at once; {len(images)} images in batches of "
@@ -272,7 +272,9 @@ def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
         epochs=len(stages) + 1,
         class_weights=None if isinstance(recipe.class_weights, tuple) else recipe.class_weights,  # for other classes
         early_stop=None,
-        data=Data("generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling),
+        data=Data(
+            "generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling, resize=recipe.data.resize
+        ),
     )
     for size in (32, 28, recipe.data.image_size):  # 28: patches of 14 pixels; the last: a network for one size only
         small = override(small, [f"data.image_size={size}"])

@@ -16,9 +16,9 @@ from finetune.data.loader import ImageDataset, epoch_batches, load_batches
 from finetune.data.sources import load_data, whole_data
 from finetune.data.split import held_out
 from finetune.metrics.compute import compute_metrics
-from finetune.models.backbone import INPUTS, build_backbone, memory_format
+from finetune.models.backbone import build_backbone, memory_format
 from finetune.models.batch_norm import has_statistics, recompute_statistics
-from finetune.models.pretrained import pretrained_state
+from finetune.models.pretrained import INPUTS, pretrained_state
 from finetune.models.saved import find_model, load_model
 from finetune.optim.average import mean_state
 from finetune.optim.loss import Criterion

@@ -27,6 +27,7 @@ from finetune.tools.defaults import Choice, choose_backbone, choose_image_size
 from finetune.tools.image_stats import ImageStats
 from finetune.training.loop import train_step
 from finetune.training.setup import build_datasets, make_accelerator, own_accelerator_state
+from finetune.tuning.shape import LONG, choose_resize
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import duration
 
@@ -48,8 +49,8 @@ recipe = Recipe(
         {source},
         image_size={image_size},  # {why_size}
         batch_size={batch_size},  # of one step, over all processes: about the square root of the number of images
-        crop_pct=1.0,  # evaluate on the largest square: what tells classes apart may lie at the edge
-{reduced}    ),
+        crop_pct=1.0,  # evaluate on all of the image, or its largest square: what tells classes apart may lie at the edge
+{resize}{reduced}    ),
     augment=Augment(
 {augment}    ),
 
@@ -107,13 +108,16 @@ def suggest_recipe(
         (recipe, net, _), why_size = choose_image_size(stats, backbone, ranked.image_size), "the size at which it was ranked"
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
     epochs, why_epochs = min(30, max(8, math.ceil(12_000 / stats.train))), "12,000 images in all, but 8 epochs to 30"
-    reduced = 2 if stats.side >= 4 * recipe.data.image_size else None
+    reduced = 2 if stats.side >= 4 * max(recipe.data.sides) else None
     if minutes is not None:
-        usual = recipe.data.image_size
+        usual = max(recipe.data.sides)
         recipe = override(recipe, [f"data.batch_size={batch_size}", f"data.reduced_decode={reduced}"])
         recipe, epochs, why_epochs = fit_minutes(recipe, minutes)
-        if recipe.data.image_size < usual:
+        if max(recipe.data.sides) < usual:
             net, why_size = meta_backbone(recipe, len(stats.classes)), f"{usual} would take too long"
+    resize, why_resize = "crop", ""
+    if stats.aspect >= LONG:
+        resize, why_resize = choose_resize(dataclasses.replace(recipe, weights=weights))
     steps_per_epoch = math.ceil(stats.train / batch_size)
     batch_norm, why_batch_norm = "frozen", "no effect: there is no batch norm in this network"
     if fresh_norms(recipe, net):
@@ -153,7 +157,8 @@ def suggest_recipe(
             "why_size": why_size,
             "batch_size": batch_size,
             "reduced": f"        reduced_decode={reduced},  # large JPEGs: {WHY_REDUCED}\n" if reduced else "",
-            "augment": augment_lines(stats),
+            "resize": f"        resize={json.dumps(resize)},  # {why_resize}\n" if why_resize else "",
+            "augment": augment_lines(stats, resize),
             "linear_probe": linear_probe,
             "groups": groups,
             "batch_norm": batch_norm,
@@ -168,7 +173,7 @@ def suggest_recipe(
 
 def fit_minutes(recipe: Recipe, minutes: float) -> tuple[Recipe, int, str]:
     """(recipe, epochs, the reason): the largest image size of which 3 epochs, or else 1, fit into so many minutes here."""
-    usual, found, data = recipe.data.image_size, None, load_data(recipe)
+    usual, found, data = max(recipe.data.sides), None, load_data(recipe)
     patch = patch_size(meta_backbone(recipe, len(data.classes)))
     for size in (usual, *(size - size % patch for size in SMALLER_SIZES if size < usual)):
         smaller = override(recipe, [f"data.image_size={size}"])
@@ -217,14 +222,14 @@ def time_training(recipe: Recipe, data: ImageData) -> tuple[float, float]:
     return (train + val) * (first + forward), train * (again + step) + val * (again + forward)
 
 
-def augment_lines(stats: ImageStats) -> str:
+def augment_lines(stats: ImageStats, resize: str) -> str:
     """The lines within Augment(...)."""
     signs = all(len(name) == 1 or name.lower() in NUMBERS for name in stats.classes)
     sided = signs or any(SIDES & set(re.split(r"[\W_]+", name.lower())) for name in stats.classes)
     low, high, why = 0.5, 1.0, "at least half of the area, so that the object mostly stays in view"
     if signs:
         low, why = 0.8, "a letter or digit stays whole"
-    if stats.aspect > 1.5:
+    if stats.aspect >= LONG and resize == "crop":
         low, high = round(low / stats.aspect, 2), round(high / stats.aspect, 2)
         why = "of long images at most the area of the square that is evaluated"
     lines = [

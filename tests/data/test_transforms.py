@@ -1,5 +1,6 @@
 """Transforms against timm's; each image is decoded once."""
 
+import math
 import pickle
 import random
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from finetune.data.builtin import elpv
@@ -126,10 +127,55 @@ def test_erasing_is_timms():
         assert torch.equal(seen, levels(Timm(inputs(), theirs), PHOTOGRAPH))
 
 
-def test_the_rarer_ways_to_resize_are_left_to_timm():
-    """Other crops, filters and shapes are none of `Pixels`."""
-    for given in ({"crop_mode": "squash"}, {"crop_mode": "border"}, {"interpolation": "lanczos"}, {"input_size": (3, 48, 64)}):
-        assert isinstance(eval_transform(inputs() | given), Timm)
+def test_the_rarer_filters_are_left_to_timm():
+    """Other interpolations are none of `Pixels`."""
+    assert isinstance(eval_transform(inputs() | {"interpolation": "lanczos"}), Timm)
+
+
+SHAPES = [(48, 48), (32, 64), (60, 20)]  # of the network's input
+IN_WORDS = {"crop": "center", "pad": "border", "squash": "squash"}
+
+
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", IN_WORDS.values())
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_of_another_shape_are_evaluated_as_timm_does_it(name, mode, size):
+    """Cut, with borders of the mean, or distorted, into squares and others, whole or less: as timm's transform."""
+    for crop_pct in (1.0, 0.8):
+        given = inputs(crop_pct=crop_pct) | {"crop_mode": mode, "input_size": (3, *size)}
+        ours, theirs = eval_transform(given), Timm(given, timm.data.create_transform(**given))
+        assert isinstance(ours, Pixels)
+        assert_as_through_pil(levels(ours, pixels(name)), levels(theirs, pixels(name)))
+
+
+def to_shape(image, mode, size):
+    """A photograph of PIL's, brought to the shape of the network's input as in evaluation, at full resolution."""
+    (wide, high), shape = image.size, size[1] / size[0]
+    whole = max(wide, math.ceil(high * shape)), max(high, math.ceil(wide / shape))
+    if mode == "pad":
+        return ImageOps.pad(image, whole, color=tuple(round(255 * value) for value in inputs()["mean"]))
+    return image.resize(whole, Image.Resampling.BICUBIC) if mode == "squash" else image
+
+
+@pytest.mark.parametrize("erasing", [0.0, 0.3])
+@pytest.mark.parametrize("size", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", IN_WORDS)
+def test_random_crops_are_of_what_evaluation_shows(mode, size, erasing):
+    """From the same seed, timm's crop of the image once it has borders, or is distorted; its ratio is that of the input."""
+    augment = Augment(**AUGMENT, erasing=erasing)
+    given = inputs() | {"crop_mode": IN_WORDS[mode], "input_size": (3, *size)}
+    ours, shape = training_transform(small_recipe(augment=augment), given), size[1] / size[0]
+    theirs = timm.data.create_transform(
+        **given, **THEIRS | {"ratio": (0.5 * shape, 2.0 * shape)}, re_prob=erasing, re_mode="pixel"
+    )
+    apart = []
+    for number in range(10):
+        seed_cpu(number)
+        seen = levels(ours, PHOTOGRAPH)
+        seed_cpu(number)
+        image = np.asarray(to_shape(Image.fromarray(PHOTOGRAPH), mode, size))
+        apart.append((seen - levels(Timm(given, theirs), image)).abs().mean().item())
+    assert max(apart) < (3 if mode == "squash" else 0.3)  # squashed, timm's is resampled twice
 
 
 @pytest.mark.parametrize("changes,layout", [({}, torch.contiguous_format), (TIMM, torch.channels_last)])

@@ -21,8 +21,8 @@ from torch import nn
 from finetune.data.builtin import elpv
 from finetune.data.transforms import eval_transform
 from finetune.models import pretrained as weights
-from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
-from finetune.models.pretrained import from_package, pretrained_state, read_weights
+from finetune.models.backbone import build_backbone, meta_backbone
+from finetune.models.pretrained import from_package, preprocessing, pretrained_state, read_weights
 from finetune.recipe import Data, Group, LayerDecay
 from finetune.recipe.recipe import minimal_recipe
 from finetune.training.setup import check_recipe

@@ -8,7 +8,8 @@ import timm
 import torch
 
 from benchmarks.networks import ODD, Base
-from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
+from finetune.models.backbone import build_backbone, meta_backbone
+from finetune.models.pretrained import preprocessing
 from finetune.models.saved import load_network, read_json, try_saving
 from finetune.models.saving import save_model
 from finetune.recipe import Data

@@ -8,7 +8,8 @@ import timm.optim
 import torch
 
 from finetune.data.transforms import training_transform
-from finetune.models.backbone import build_backbone, meta_backbone, preprocessing
+from finetune.models.backbone import build_backbone, meta_backbone
+from finetune.models.pretrained import preprocessing
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups, no_weight_decay, param_group_table, set_lrs
 from finetune.recipe import SGD, AdamW, Constant, Data, Group, LayerDecay, Optimizer, Plateau

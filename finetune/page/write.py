@@ -155,7 +155,7 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
     begun, intervals, metric = started(run), dict(result.get("intervals", {})), recipe.metric
     if metric == "top1":
         intervals.setdefault(metric, wilson(result[metric], result["val_images"]))
-    words = {metric: METRICS[metric], **REPORTED_METRICS}
+    words = {metric: METRICS[metric], **REPORTED_METRICS, **METRICS}
     known = {name: word for name, word in words.items() if name in result}
     shown = [(word, percent(result[name]), interval_text(intervals.get(name))) for name, word in known.items()]
     source, name = str(to_dict(recipe.data.source)), run_name(run)

@@ -27,12 +27,14 @@ class Model:
         """In the order of the logits."""
         return self.saved.classes
 
-    def predict(self, images: Sequence[Any], top: int = 5, workers: int = 0) -> list[dict[str, Any]]:
+    def predict(
+        self, images: Sequence[Any], top: int = 5, workers: int = 0, unsure_below: float | None = None
+    ) -> list[dict[str, Any]]:
         """A row for each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
-        Images are paths, PIL images, arrays or tensors, uint8 [H, W, 3].
+        Images are paths, PIL images, arrays or tensors, uint8 [H, W, 3]. With `unsure_below` rows have "unsure".
         """
-        return predict_images(self.saved, list(images), top, workers)
+        return predict_images(self.saved, list(images), top, workers, unsure_below=unsure_below)
 
     def explain(self, images: Sequence[Any], workers: int = 0) -> list[Explanation | None]:
         """What in each image speaks for its likeliest class: (predicted, probability, heat [h, w], picture).

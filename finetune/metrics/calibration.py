@@ -1,6 +1,7 @@
 """Whether probabilities can be trusted: a temperature, and errors of probabilities before and after it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from finetune.data.loader import is_unreadable
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures: of logits that are always right, or no better than chance, none is the best
 BINS = 15
 FOLDS = 5
+FEWEST = 10  # images to fit a temperature to
 
 
 def probabilities(loss: str, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -80,26 +82,40 @@ def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
     return gaps.abs().sum().item() / len(right)
 
 
-def calibrate(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperature: float | None = None) -> dict[str, Any]:
+def calibrate(
+    loss: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    groups: Sequence[str] | None = None,
+    temperature: float | None = None,
+) -> dict[str, Any]:
     """{"temperature", "log_loss": [before, after], "ece": [before, after]} of logits; without a `temperature`, one is fitted.
 
-    "After" is then measured on each fifth of the images with the temperature of the other four: the fitted one has seen them.
+    "After" is then measured on each fifth of the images, or of their `groups`, with the temperature of the other four: the one
+    that is kept has seen them all. Where it does not help, or there are fewer than 10 images, it is 1.
     """
     seen = ~is_unreadable(labels)
-    logits, labels = logits[seen], labels[seen]
-    fitted = fit_temperature(loss, logits, labels) if temperature is None else temperature
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    cooled = logits.double().clone()
-    for fold in range(FOLDS):
-        inside = torch.zeros(len(labels), dtype=torch.bool)
-        inside[order[fold::FOLDS]] = True
-        cooled[inside] /= temperature or fit_temperature(loss, logits[~inside], labels[~inside])
+    before, labels = logits[seen].double(), labels[seen]
+    after = before / (temperature or 1.0)
+    if temperature is None:
+        temperature, after = fit_temperature(loss, before, labels), before.clone()
+        folds = deal(len(labels), [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None)
+        for fold in range(FOLDS):
+            after[folds == fold] /= fit_temperature(loss, before[folds != fold], labels[folds != fold])
+        if len(labels) < FEWEST or not log_loss(loss, after, labels) < log_loss(loss, before, labels):
+            temperature, after = 1.0, before
 
     def ece(logits: torch.Tensor) -> float:
         return calibration_error(*confidences(loss, probabilities(loss, logits), labels))
 
-    return {
-        "temperature": fitted,
-        "log_loss": [log_loss(loss, logits, labels), log_loss(loss, cooled, labels)],
-        "ece": [ece(logits), ece(cooled)],
-    }
+    both = before, after
+    losses, errors = [log_loss(loss, one, labels) for one in both], [ece(one) for one in both]
+    return {"temperature": temperature, "log_loss": losses, "ece": errors}
+
+
+def deal(images: int, groups: Sequence[str] | None) -> torch.Tensor:
+    """The fold of each image, [n], at random, the same each time; images of one group have the same."""
+    names: Sequence[object] = groups or range(images)
+    units = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(0))
+    return order[[units[name] for name in names]] % FOLDS

@@ -43,13 +43,14 @@ def measure(
 
     Intervals are of 95 %: Wilson's of top-1 and top-5, of all else the percentiles of 1,000 bootstraps of the images (Efron
     1979); of the `groups`, where images belong to some, as those of one group are not independent. Log loss, Brier score and
-    calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits. A metric that is not
-    defined, such as the AUROC of one class alone, is left out; so are images without a label.
+    calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits. The last has no
+    interval, since by chance alone resampled images are further off. A metric that is not defined, such as the AUROC of one
+    class alone, is left out; so are images without a label.
     """
     seen = ~is_unreadable(labels)
     logits, labels = logits[seen], labels[seen]
     owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
-    calibration = calibrate(recipe.loss, logits, labels, temperature)
+    calibration = calibrate(recipe.loss, logits, labels, owners, temperature)
     metrics = metrics_of(recipe.loss, logits, labels, calibration["temperature"])
     whole = torch.ones(1, len(labels), dtype=torch.float64)
     values = {name: metric(whole).item() for name, metric in metrics.items()}
@@ -57,9 +58,8 @@ def measure(
     intervals: dict[str, list[float]] = {
         name: [*wilson(values[name], len(labels))] for name in ("top1", "top5") if name in values and not owners
     }
-    drawn = {name: list[torch.Tensor]() for name in values if name not in intervals}
-    if logits.numel() > CURVES:
-        drawn = {name: found for name, found in drawn.items() if name not in OF_CURVES}
+    left_out = ("ece", *OF_CURVES) if logits.numel() > CURVES else ("ece",)
+    drawn = {name: list[torch.Tensor]() for name in values if name not in (*intervals, *left_out)}
     for weights in resampled(len(labels), owners):
         for name, found in drawn.items():
             found.append(metrics[name](weights))

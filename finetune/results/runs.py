@@ -67,8 +67,8 @@ def list_runs(folder: Path, order: str = "started") -> list[dict[str, Any]]:
 def describe_run(run: Path) -> dict[str, Any]:
     """{"run", "recipe", "state", "metric", "value", "interval", "best", "data", "epochs", "started"} of a run's folder.
 
-    "interval" is the 95 % interval of top-1, a share of so many images (Wilson): what another set of as many validation images
-    could give. Other metrics have none.
+    "interval" is the 95 % interval of the metric: what another set of as many validation images could give. Of runs of earlier
+    versions only top-1 has one.
     """
     row: dict[str, Any] = {"run": run.name, "recipe": run_name(run), "state": state(run)}
     try:
@@ -81,7 +81,9 @@ def describe_run(run: Path) -> dict[str, Any]:
         result = json.loads((run / "result.json").read_text())
         value = result[recipe.metric]
         row |= {"value": value, "best": result.get(f"best_{recipe.metric}", value)}
-        if recipe.metric == "top1":
+        if known := result.get("intervals", {}).get(recipe.metric):
+            row["interval"] = tuple(known)
+        elif recipe.metric == "top1":  # a run of an earlier version
             row["interval"] = wilson(value, result["val_images"])
     return row
 

@@ -152,7 +152,8 @@ def describe_calibration(result: dict[str, Any]) -> str:
         return ""
     before, after = (f"{100 * value:.1f} %" for value in result["calibration"]["ece"])
     temperature = result["calibration"]["temperature"]
-    return f"probabilities off by {before} on average, by {after} at the model's temperature, {temperature:.2f}"
+    cooled = f", by {after} at the model's temperature, {temperature:.2f}" if temperature != 1 else ""
+    return f"probabilities off by {before} on average{cooled}"
 
 
 def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import colour, duration, progress
 
+SHORT = {"mean_average_precision": "mAP", "balanced_accuracy": "balanced"}  # names for a column
 FLUSH_EVERY = 20  # steps between two looks at the losses: each look makes a GPU wait
 
 
@@ -229,7 +230,7 @@ class Logger:
 
     def say_row(self, label: str, train_loss: str, row: dict[str, Any], left: str) -> None:
         """An epoch's line, under the names of its columns: up to 1000 epochs fit 80 columns."""
-        metric = "mAP" if self.metric == "mean_average_precision" else METRICS[self.metric]
+        metric = SHORT.get(self.metric, METRICS[self.metric])
         best = max(metrics[self.metric] for metrics in self.rows())
         cells = (label, train_loss, f"{row['loss']:.4f}", f"{row[self.metric]:.2%}", f"{best:.2%}", left)
         heads = ("", "training loss", "validation loss", metric, "best", "time left")

@@ -10,7 +10,7 @@ from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
-from finetune.metrics.calibration import fit_temperature
+from finetune.metrics.calibration import calibrate
 from finetune.metrics.compute import best_row, compute_metrics
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.kept_images import stage_inputs
@@ -224,6 +224,6 @@ def save_if_best(
     if best_row(rows, recipe.metric) is rows[-1]:
         net = whole(net)
         if logger.accelerator.is_main_process:
-            temperature = fit_temperature(recipe.loss, logits, labels)
+            temperature = calibrate(recipe.loss, logits, labels, getattr(images.images, "groups", None))["temperature"]
             with merged(net):
                 save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes, temperature)

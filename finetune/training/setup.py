@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -15,7 +16,7 @@ from accelerate.tracking import filter_trackers
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from finetune.data.dataset import ImageData, ImageList, Images
+from finetune.data.dataset import ImageData, ImageList, Images, labels_of
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.data.transforms import eval_transform, training_transform
@@ -179,6 +180,8 @@ def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
 def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
     """The training images, augmented, and the validation images, preprocessed, as the network takes them."""
     inputs = preprocessing(recipe, net)
+    if recipe.metric == "auroc" and len(np.unique(labels_of(data.val), axis=0)) < 2:
+        raise RecipeError("metric='auroc' is not defined: all validation images have the same label; name another metric")
 
     def dataset(images: Images, transform: Transform) -> ImageDataset:
         several, layout = recipe.loss == "multi_label", memory_format(recipe, net)

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 from sklearn import metrics as theirs
 
 from finetune.data.loader import UNREADABLE
-from finetune.metrics.calibration import COLDEST, HOTTEST, calibrate, calibration_error, fit_temperature, probabilities
+from finetune.metrics.calibration import COLDEST, HOTTEST, calibrate, calibration_error, deal, fit_temperature, probabilities
 from finetune.metrics.compute import compute_metrics
 from finetune.metrics.measure import measure, metrics_of, resampled
 from finetune.recipe import Recipe
@@ -172,16 +172,30 @@ def test_what_can_not_be_fitted_is_bounded():
     assert fit_temperature("cross_entropy", right * torch.nan, torch.arange(4)) == 1
     assert fit_temperature("cross_entropy", right, torch.full((4,), UNREADABLE)) == 1
     one = measure(recipe_of("cross_entropy"), right[:1], torch.tensor([0]))
+    assert one["calibration"]["temperature"] == 1
     assert one["top1"] == 1 and "auroc" not in one and json.loads(json.dumps(one)) == one
 
 
 def test_after_is_measured_on_images_that_were_not_fitted():
-    """Of labels by chance no temperature is better than the hottest: each fold's error is its own."""
+    """By hand, fold by fold; a temperature that does not help there, or was fitted to few images, is 1."""
     logits, labels = made("cross_entropy", images=500, scale=4.0)
-    found = calibrate("cross_entropy", logits, labels)
-    itself = calibrate("cross_entropy", logits, labels, found["temperature"])
-    assert found["log_loss"][0] == itself["log_loss"][0] > found["log_loss"][1] > itself["log_loss"][1]
-    assert found["ece"][1] < found["ece"][0]
+    found, folds, cooled = calibrate("cross_entropy", logits, labels), deal(500, None), logits.double().clone()
+    assert sorted(folds.bincount().tolist()) == [100] * 5
+    for fold in range(5):
+        cooled[folds == fold] /= fit_temperature("cross_entropy", logits[folds != fold], labels[folds != fold])
+    assert found["temperature"] == fit_temperature("cross_entropy", logits, labels)
+    assert found["log_loss"][1] == pytest.approx(theirs.log_loss(labels, cooled.softmax(1), labels=range(7)))
+    assert found["log_loss"][1] < found["log_loss"][0] and found["ece"][1] < found["ece"][0]
+    once = calibrate("cross_entropy", logits / found["temperature"], labels)
+    assert once["temperature"] == 1 and once["log_loss"][0] == once["log_loss"][1]
+    assert calibrate("cross_entropy", logits[:9], labels[:9])["temperature"] == 1
+
+
+def test_images_of_a_group_are_in_one_fold():
+    """A temperature is not measured on the patient that it was fitted to."""
+    groups = [f"patient {i // 7}" for i in range(140)]
+    folds = deal(140, groups)
+    assert (folds.view(20, 7) == folds.view(20, 7)[:, :1]).all() and sorted(folds.bincount().tolist()) == [28] * 5
 
 
 @pytest.mark.parametrize("metric", ["balanced_accuracy", "auroc", "kappa"])

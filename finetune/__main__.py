@@ -2,7 +2,7 @@
 
 import sys
 
-from finetune.cli.models import embed, evaluate, export, predict, soup
+from finetune.cli.models import embed, evaluate, export, predict, push, soup
 from finetune.cli.parser import Verb, arguments
 from finetune.cli.recipes import check, cp, diff, find_lr, ls, rank, show, show_plan, suggest, tune, validate
 from finetune.cli.training import compare, report, reproduce, resume, runs, train
@@ -16,6 +16,7 @@ VERBS: dict[str, Verb] = {
     "embed": embed,
     "evaluate": evaluate,
     "export": export,
+    "push": push,
     "soup": soup,
     "runs": runs,
     "compare": compare,

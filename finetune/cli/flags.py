@@ -75,8 +75,14 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     add_run(to_format, "model", help="a finished run's name or folder")
     to_format.add_argument("--to", metavar="timm|onnx|torch", required=True, help="timm: a folder for the hub, too")
     to_format.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
+    to_hub = add("push", "last OWNER/NAME --private")
+    add_run(to_hub, "model", help="a finished run's name or folder")
+    to_hub.add_argument("name", metavar="OWNER/NAME", help="the repository: it is made if need be")
+    to_hub.add_argument("--private", action="store_true", help="make a repository that you alone can see")
+    to_hub.add_argument("--revision", metavar="BRANCH", help="upload to a branch of this name (default: main)")
+    to_hub.add_argument("--report", action="store_true", help="upload report.html, too: it shows validation images")
     add_soup(add("soup", "runs/mine-1 runs/mine-2 runs/mine-3 --output runs/soup"))
-    for sub in (on_images, to_features, on_classes, to_format):
+    for sub in (on_images, to_features, on_classes, to_format, to_hub):
         sub.add_argument(
             "--checkpoint", choices=("last", "best"), help="insist on the last or the best epoch (default: what the run says)"
         )

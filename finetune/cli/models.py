@@ -91,6 +91,17 @@ def export(args: argparse.Namespace) -> None:
     show_result(args, {"folder": folder, "format": args.to}, lambda: folder)
 
 
+def push(args: argparse.Namespace) -> None:
+    """Upload a finished run's network, with its card, to the Hugging Face hub."""
+    model = find_model_run(args)  # before the seconds that torch takes
+
+    from finetune.export.push import push
+
+    done = push(Path(model), args.name, args.private, args.revision, args.report)
+    seen = "private" if done["private"] else "public"
+    show_result(args, done, lambda: f"{done['address']} ({seen}): {', '.join(done['files'])}\n{done['load']}")
+
+
 def soup(args: argparse.Namespace) -> None:
     """Average the weights of finished runs of one recipe into one network, and compare it with each."""
     folders = [find_run(name, "finished") for name in args.runs]

@@ -16,7 +16,7 @@ from torch import nn
 
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError, first_line
-from finetune.utils.net import reach
+from finetune.utils.net import OFFLINE, reach
 from finetune.utils.text import nearest
 
 INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of preprocessing, by timm's names
@@ -58,7 +58,12 @@ def from_hub(name: str) -> Path:
     if not repository:
         tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
         raise RecipeError(f"timm has no pretrained weights for {name}. With weights: {tags}")
-    return fetch_from_hub(repository, ["model.safetensors"], purpose=f" for the weights {repository}")[0]
+    try:
+        return fetch_from_hub(repository, ["model.safetensors"], purpose=f" for the weights {repository}")[0]
+    except RecipeError:
+        raise
+    except Exception as error:  # a closed door, a busy hub, a connection that was cut, a full disk
+        raise RecipeError(f"can't fetch the weights {repository}: {hub_fault(error)}\n{OFFLINE}") from error
 
 
 def fetch_from_hub(repository: str, files: Sequence[str], revision: str | None = None, purpose: str = "") -> list[Path]:
@@ -69,6 +74,24 @@ def fetch_from_hub(repository: str, files: Sequence[str], revision: str | None =
         reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub{purpose}")  # the hub's own client retries for 45 s
         paths = [huggingface_hub.hf_hub_download(repository, file, revision=revision) for file in files]
     return [Path(path) for path in paths]
+
+
+def hub_fault(error: Exception) -> str:
+    """Why a download from the hub failed, and what to do about it."""
+    told: BaseException = error
+    while not hasattr(told, "response") and told.__cause__:  # the client says "check your connection" of whatever it was
+        told = told.__cause__
+    response = getattr(told, "response", None)
+    status, code = getattr(response, "status_code", None), getattr(response, "headers", {}).get("X-Error-Code")
+    known: dict[str | int | None, str] = {
+        "GatedRepo": "its owner gives access on request: ask for it on the repository's page, then `hf auth login`",
+        "RepoNotFound": "there is no such repository, or it is private: `hf auth login`",
+        "RevisionNotFound": "there is no such revision",
+        "EntryNotFound": "the repository has no such file",
+        401: "the hub does not know this token: `hf auth login`",
+        429: "the hub has had too many requests from here: try again in some minutes",
+    }
+    return known.get(code) or known.get(status) or first_line(told)
 
 
 def from_package(package: str) -> Path:

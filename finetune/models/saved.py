@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from torch import nn
 
 from finetune.models.backbone import TimmModel, build_backbone, check_logits, memory_format
-from finetune.models.pretrained import INPUTS, fetch_from_hub, load_weights, read_weights
+from finetune.models.pretrained import INPUTS, fetch_from_hub, hub_fault, load_weights, read_weights
 from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
@@ -168,7 +168,7 @@ def fetch_model(source: str) -> Path:
         return fetch_from_hub("/".join(name.split("/")[:2]), FILES, revision or None)[0].parent
     except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
         raise RecipeError(
-            f"can't fetch {' and '.join(FILES)} of {source}: {first_line(error)}\n"
+            f"can't fetch {' and '.join(FILES)} of {source}: {hub_fault(error)}\n"
             "  a copy you have: give the folder with these files"
         ) from error
 

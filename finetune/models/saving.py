@@ -65,6 +65,9 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
     file: Any = folder / "config.json"  # said to be a str, but timm 1.0.26 takes a Path alone
     try:
         save_config_for_hf(plain, file, about, options)
+        config = json.loads(file.read_text())
+        config.get("model_args", {}).pop("num_classes", None)  # it stands beside them; transformers would pass it twice
+        file.write_text(json.dumps(config, indent=2) + "\n")
         with torch.device("meta"):
             again = timm.create_model(f"local-dir:{folder}")
     except OSError:

@@ -44,7 +44,10 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
     known = [predictions_of(run.folder) for run in runs]
     rows = []
     for run, recipe, (logits, labels) in zip(runs, recipes, known, strict=True):
-        row: dict[str, Any] = {"run": run.folder.name, **{key: run.metrics[key] for key in SHOWN if key in run.metrics}}
+        row: dict[str, Any] = {
+            "run": run.folder.name,
+            **{key: run.metrics[key] for key in {**SHOWN, metric: ""} if key in run.metrics},
+        }
         row["interval"] = interval_of(recipe, logits, labels)
         if run is not runs[0]:
             if fault := why_other(runs[0].folder, run.folder, known[0], (logits, labels)):

@@ -11,11 +11,11 @@ OFFLINE = (
 )
 
 
-def reach(url: str, what: str) -> None:
+def reach(url: str, what: str, remedy: str = OFFLINE) -> None:
     """Raise RecipeError, within seconds, unless a server answers at `url`; honours proxy settings."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8).close()
     except urllib.error.HTTPError:
         pass  # it answered
     except OSError as error:
-        raise RecipeError(f"can't reach {what} ({getattr(error, 'reason', error)})\n{OFFLINE}") from None
+        raise RecipeError(f"can't reach {what} ({getattr(error, 'reason', error)})\n{remedy}") from None

@@ -19,6 +19,15 @@ class Repository:
     branches: dict = field(default_factory=lambda: {"main": {}})  # {file: content} by branch
     commits: list = field(default_factory=list)  # (branch, message)
 
+    def sha(self, branch):
+        """The name of a branch's state."""
+        parts = [name.encode() + hashlib.sha1(content).digest() for name, content in sorted(self.branches[branch].items())]
+        return hashlib.sha1(b"".join(parts)).hexdigest()
+
+    def files(self, revision):
+        """The files of a branch, or of the state of one."""
+        return self.branches.get(revision) or next((self.branches[b] for b in self.branches if self.sha(b) == revision), {})
+
 
 class Hub(ThreadingHTTPServer):
     """`repositories` by name; `answers` has (status, headers) for paths that begin so; GET ends after `cut` bytes."""
@@ -97,17 +106,17 @@ class Handler(BaseHTTPRequestHandler):
             name, _, rest = path[1:].partition("/resolve/")
             revision, _, file = rest.partition("/")
             repository = self.server.repositories.get(name)
-            content = repository and repository.branches.get("main" if revision == "0" * 40 else revision, {}).get(file)
+            content = repository and repository.files(revision).get(file)
             if content is None:
                 code = "EntryNotFound" if repository else "RepoNotFound"
                 return self.reply(404, {"error": "not found"}, {"X-Error-Code": code})
-            return self.send_file(content)
+            return self.send_file(content, repository.sha(revision) if revision in repository.branches else revision)
         self.reply(200)  # the address itself
 
-    def send_file(self, content):
+    def send_file(self, content, commit):
         """A file or, as asked for, its rest; cut off after `cut` bytes."""
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         part = content[start:]
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"

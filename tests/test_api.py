@@ -134,7 +134,7 @@ def test_a_loaded_model_predicts_any_kind_of_image(run, image_folder):
     image = Image.open(path).convert("RGB")
     rows = model.predict([path, image, np.asarray(image), torch.from_numpy(np.array(image))])
     assert [row["file"] for row in rows] == [str(path), "", "", ""] and len({row["probability"] for row in rows}) == 1
-    probs = timm_alone(run.folder / "model", [path]).softmax(1)[0]
+    probs = (timm_alone(run.folder / "model", [path]) / finetune.load(run.folder).saved.temperature).softmax(1)[0]
     assert rows[0]["predicted"] == model.classes[int(probs.argmax())]
     assert rows[0]["probability"] == pytest.approx(probs.max().item(), abs=5e-3)
     assert model.evaluate(image_folder)["top1"] == run.metrics["top1"]

@@ -98,7 +98,7 @@ def push(args: argparse.Namespace) -> None:
     from finetune.export.push import push
 
     done = push(Path(model), args.name, args.private, args.revision, args.report)
-    seen = "private" if done["private"] else "public"
+    seen = ("private" if done["private"] else "public") + ("" if done["new"] else ", which was there: a new commit")
     show_result(args, done, lambda: f"{done['address']} ({seen}): {', '.join(done['files'])}\n{done['load']}")
 
 

@@ -24,7 +24,7 @@ def push(model: Path, name: str, private: bool = False, revision: str | None = N
 
     `model` is a run folder, or model-best/ in it. What is uploaded is what `export --to timm` writes, in one commit; with
     `report` the run's page, too, which shows validation images. No image, path or file of the run is else among it. Returns
-    {"repository", "address", "private", "commit", "files", "load"}.
+    {"repository", "address", "private", "new", "commit", "files", "load"}.
 
     Raises:
         RecipeError: for a name that the hub would refuse, a smoke run, no or a refused token, a repository that is public where
@@ -38,6 +38,7 @@ def push(model: Path, name: str, private: bool = False, revision: str | None = N
     reach(api.endpoint, f"the Hugging Face hub, {api.endpoint}", remedy="  nothing was uploaded")
     try:
         api.whoami()
+        known = api.repo_exists(name)
         api.create_repo(name, private=private, exist_ok=True)
         if private and not api.model_info(name).private:
             raise RecipeError(f"{name} is there already, and public: make it private on the hub first, or leave out --private")
@@ -58,6 +59,7 @@ def push(model: Path, name: str, private: bool = False, revision: str | None = N
         "repository": name,
         "address": f"{api.endpoint}/{name}{f'/tree/{revision}' if revision else ''}",
         "private": bool(info.private),
+        "new": not known,
         "commit": commit.oid,
         "files": list(files),
         "load": f'timm.create_model("hf-hub:{name}{at}", pretrained=True)',

@@ -17,7 +17,7 @@ from torch import nn
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.net import OFFLINE, reach
-from finetune.utils.text import nearest
+from finetune.utils.text import nearest, print_error
 
 INPUTS = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # of preprocessing, by timm's names
 TIMM_MODES = {"crop": "center", "pad": "border", "squash": "squash"}  # what timm calls the recipe's words
@@ -66,14 +66,28 @@ def from_hub(name: str) -> Path:
         raise RecipeError(f"can't fetch the weights {repository}: {hub_fault(error)}\n{OFFLINE}") from error
 
 
-def fetch_from_hub(repository: str, files: Sequence[str], revision: str | None = None, purpose: str = "") -> list[Path]:
-    """Files of a repository, from the Hugging Face cache or downloaded into it."""
+def fetch_from_hub(
+    repository: str, files: Sequence[str], revision: str | None = None, purpose: str = "", newest: bool = False
+) -> list[Path]:
+    """Files of a repository, from the Hugging Face cache or downloaded into it.
+
+    What is in the cache is taken as it is; with `newest` only where the hub can't be reached, or is not to be.
+    """
     cached = [huggingface_hub.try_to_load_from_cache(repository, file, None, revision) for file in files]
-    paths = [path for path in cached if isinstance(path, str)]
-    if len(paths) < len(files):
+    paths = [Path(path) for path in cached if isinstance(path, str)]
+    there, offline = len(paths) == len(files), huggingface_hub.constants.HF_HUB_OFFLINE
+    if there and (offline or not newest):
+        return paths
+    if offline:
+        raise RecipeError("HF_HUB_OFFLINE is set, and the Hugging Face cache does not have it: unset it, or fetch it elsewhere")
+    try:
         reach(huggingface_hub.constants.ENDPOINT, f"the Hugging Face hub{purpose}")  # the hub's own client retries for 45 s
-        paths = [huggingface_hub.hf_hub_download(repository, file, revision=revision) for file in files]
-    return [Path(path) for path in paths]
+    except RecipeError:
+        if there:
+            print_error(f"the Hugging Face hub can't be reached: {repository} is as it was when it was fetched")
+            return paths
+        raise
+    return [Path(huggingface_hub.hf_hub_download(repository, file, revision=revision)) for file in files]
 
 
 def hub_fault(error: Exception) -> str:
@@ -85,7 +99,7 @@ def hub_fault(error: Exception) -> str:
     status, code = getattr(response, "status_code", None), getattr(response, "headers", {}).get("X-Error-Code")
     known: dict[str | int | None, str] = {
         "GatedRepo": "its owner gives access on request: ask for it on the repository's page, then `hf auth login`",
-        "RepoNotFound": "there is no such repository, or it is private: `hf auth login`",
+        "RepoNotFound": "there is no such repository, or it is private: `hf auth login`, or set HF_TOKEN",
         "RevisionNotFound": "there is no such revision",
         "EntryNotFound": "the repository has no such file",
         401: "the hub does not know this token: `hf auth login`",

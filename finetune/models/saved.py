@@ -165,7 +165,7 @@ def fetch_model(source: str) -> Path:
     """The folder in the Hugging Face cache with a repository's config.json and model.safetensors, fetched if need be."""
     name, _, revision = source.removeprefix(HUB[0]).removeprefix(HUB[1]).partition("@")
     try:
-        return fetch_from_hub("/".join(name.split("/")[:2]), FILES, revision or None)[0].parent
+        return fetch_from_hub("/".join(name.split("/")[:2]), FILES, revision or None, newest=True)[0].parent
     except Exception as error:  # no network, no such name, repository or file, a closed door, a full disk
         raise RecipeError(
             f"can't fetch {' and '.join(FILES)} of {source}: {hub_fault(error)}\n"

@@ -52,10 +52,28 @@ def test_what_was_pushed_comes_back(hub, run_folder, capsys):
         assert torch.equal(value, again.net.state_dict()[name]), name
 
 
+def test_a_model_is_the_newest_that_can_be_had(hub, run_folder, monkeypatch, capsys):
+    """After another push the other network; without the hub, or told to stay offline, the one in the cache, said in a line."""
+    push(run_folder, "me/flowers")
+    first = load_model("hf-hub:me/flowers")
+    config = hub.repositories["me/flowers"].branches["main"]
+    config["config.json"] = config["config.json"].replace(b'"temperature": ', b'"temperature": 1')
+    assert load_model("hf-hub:me/flowers").temperature != first.temperature
+    capsys.readouterr()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert load_model("hf-hub:me/flowers").temperature != first.temperature
+    assert "can't be reached: me/flowers is as it was when it was fetched" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_model("hf-hub:me/flowers").temperature != first.temperature and not capsys.readouterr().err
+    with pytest.raises(RecipeError, match="HF_HUB_OFFLINE is set"):
+        load_model("hf-hub:me/others")
+
+
 def test_again_and_elsewhere(hub, run_folder):
     """A repository that is there gets a commit; a branch is made; the page goes along when asked for."""
-    push(run_folder, "me/flowers")
-    assert push(run_folder, "me/flowers", report=True)["private"] is False
+    assert push(run_folder, "me/flowers")["new"]
+    again = push(run_folder, "me/flowers", report=True)
+    assert not again["private"] and not again["new"]
     assert "report.html" in hub.repositories["me/flowers"].branches["main"]
     done = push(run_folder, "me/flowers", revision="second")
     assert done["load"] == 'timm.create_model("hf-hub:me/flowers@second", pretrained=True)'

@@ -1,8 +1,10 @@
 """What an exported network needs beside it, and whether it computes what the original does."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,13 +15,15 @@ from torch import nn
 from finetune.data.builtin import generated
 from finetune.data.decode import WHITE, to_rgb
 from finetune.data.sources import load_data
+from finetune.export.inside import Half, Inside, PixelsToProbabilities
 from finetune.models.saved import SavedModel, load_model
 from finetune.utils.errors import RecipeError
 
 if TYPE_CHECKING:
     from tqdm.std import tqdm
 
-TOLERANCE = 1e-4  # between the logits of the original and of an exported file, as a share of the largest, or of 1
+TOLERANCE = 1e-4  # between what the original and an exported file return, as a share of the largest, or of 1
+HALF = 2e-2  # likewise in float16, whose rounding of 5e-4 adds up over some fifty layers
 RESIZE = {
     "center": "the least that covers {0} x {1} pixels, the shape stays",
     "squash": "{0} x {1} pixels, whatever the shape",
@@ -34,10 +38,37 @@ class Examples(NamedTuple):
     kind: str
 
 
-def load_for_export(source: Path) -> tuple[nn.Module, dict[str, Any], Examples]:
-    """(network with its weights laid out as exporters expect, what model.json says of it, images to try it on)."""
+class Prepared(NamedTuple):
+    """A network to export, what is compared with it, what model.json says of it, and images to try it on."""
+
+    net: nn.Module
+    original: nn.Module
+    about: dict[str, Any]
+    examples: Examples
+    tolerance: float
+
+
+def load_for_export(source: Path, inside: Inside) -> Prepared:
+    """The network with its weights laid out as exporters expect, and with what is asked for inside."""
     model = load_model(source)
-    return model.net.to(memory_format=torch.contiguous_format), describe_use(model), example_images(model)
+    net, about, examples = model.net.to(memory_format=torch.contiguous_format), describe_use(model), example_images(model)
+    original = copy.deepcopy(net) if inside.half else net
+    net = Half(net) if inside.half else net
+    if inside.preprocess:
+        wrap = partial(
+            PixelsToProbabilities, preprocessing=model.preprocessing, loss=model.recipe.loss, temperature=model.temperature
+        )
+        net, original = wrap(net), wrap(original)
+        examples = examples._replace(images=to_pixels(examples.images, model.preprocessing))
+        about["preprocessing"]["steps"] = [*about["preprocessing"]["steps"][:-2], "uint8 [batch, height, width, 3]"]
+        about |= {"output": "probabilities", "probabilities": "as they come: the temperature is inside"}
+    return Prepared(net.eval(), original.eval(), about | inside._asdict(), examples, HALF if inside.half else TOLERANCE)
+
+
+def to_pixels(images: torch.Tensor, preprocessing: dict[str, Any]) -> torch.Tensor:
+    """Normalised images [n, 3, H, W] as the uint8 pixels [n, H, W, 3] that they were made of."""
+    mean, std = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
+    return (255 * (images * std + mean)).round().clamp(0, 255).permute(0, 2, 3, 1).contiguous().to(torch.uint8)
 
 
 def example_images(model: SavedModel) -> Examples:
@@ -77,18 +108,21 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare_logits(net: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], examples: Examples) -> dict[str, Any]:
-    """How far the exported network's logits are from the original's, on all images at once and on one alone.
+def compare_logits(
+    net: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], examples: Examples, tolerance: float | None = None
+) -> dict[str, Any]:
+    """How far what the exported network returns is from the original's, on all images at once and on one alone.
 
     Raises:
         RecipeError: if they are too far.
     """
+    tolerance = TOLERANCE if tolerance is None else tolerance
     pairs = [(net(batch), exported(batch)) for batch in (examples.images, examples.images[:1])]
     worst = torch.stack([(theirs - ours).abs().max() / ours.abs().max().clamp(min=1) for ours, theirs in pairs]).max().item()
-    if not worst <= TOLERANCE:
+    if not worst <= tolerance:
         raise RecipeError(
             f"the exported network's logits differ from the original's by {worst:.1e} of the largest, more than "
-            f"{TOLERANCE:g}: nothing was written"
+            f"{tolerance:g}: nothing was written"
         )
     return {"on": examples.kind, "largest_difference": worst, "torch": torch.__version__}
 

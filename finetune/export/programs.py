@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.export.describe import compare_logits, load_for_export, next_step, to_json
+from finetune.export.inside import Inside
 from finetune.utils.errors import RecipeError, first_line
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ net = torch.export.load("model.pt2").module(). It needs torch, not timm nor this
 any number at once, and is in eval mode for good. Loading may run code in the file: load it only from those you trust."""
 
 
-def onnx_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
+def onnx_files(source: Path, bar: "tqdm[Any]", inside: Inside) -> dict[str, bytes]:
     """model.onnx, with classes and preprocessing in its metadata as well, and model.json."""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise RecipeError("--to onnx needs packages that are not installed: pip install onnx onnxscript onnxruntime")
     import onnx
 
-    net, about, examples = load_for_export(source)
+    net, original, about, examples, tolerance = load_for_export(source, inside)
     next_step(bar, "export to onnx: convert")
     about["opset"] = OPSET
     try:
@@ -37,7 +38,7 @@ def onnx_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
             opset_version=OPSET,
             dynamic_shapes=({0: "batch"},),
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[about["output"]],
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
@@ -55,16 +56,16 @@ def onnx_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
         except Exception as error:  # of an operator that it does not have, such as a convolution in double precision
             raise RecipeError(f"onnxruntime can't run this network: {first_line(error)}") from error
         about["checked"] = compare_logits(
-            net, lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0]), examples
+            original, lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0]), examples, tolerance
         )
     else:
         about["checked"] = "no: onnxruntime is not installed"
     return {"model.onnx": content, "model.json": to_json(about)}
 
 
-def torch_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
+def torch_files(source: Path, bar: "tqdm[Any]", inside: Inside) -> dict[str, bytes]:
     """model.pt2 by torch.export, with model.json in it as an extra file as well, and model.json."""
-    net, about, examples = load_for_export(source)
+    net, original, about, examples, tolerance = load_for_export(source, inside)
     next_step(bar, "export to torch: convert")
     about["use"] = TORCH.replace("\n", " ")
     try:
@@ -76,5 +77,5 @@ def torch_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     torch.export.save(program, file, extra_files={"model.json": to_json(about).decode()})
     file.seek(0)
     next_step(bar, "export to torch: compare with the original")
-    about["checked"] = compare_logits(net, torch.export.load(file).module(), examples)
+    about["checked"] = compare_logits(original, torch.export.load(file).module(), examples, tolerance)
     return {"model.pt2": file.getvalue(), "model.json": to_json(about)}

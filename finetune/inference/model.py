@@ -57,9 +57,9 @@ class Model:
         """The metrics on labelled images: class folders, alone or under val/ or test/, or a named set."""
         return evaluate_model(self.saved, data, workers=workers, run=find_model(self.source)[1])
 
-    def export(self, to: str, output: str | Path | None = None) -> Path:
-        """Write the model for "timm", "onnx" or "torch", and return the folder."""
-        return export(Path(self.source), to, Path(output) if output else None)
+    def export(self, to: str, output: str | Path | None = None, preprocess: bool = False, half: bool = False) -> Path:
+        """Write the model for "timm", "onnx" or "torch", and return the folder: see finetune.export.export."""
+        return export(Path(self.source), to, Path(output) if output else None, preprocess, half)
 
 
 def load(source: str | Path, checkpoint: str | None = None) -> Model:

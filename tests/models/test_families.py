@@ -14,6 +14,7 @@ from finetune.__main__ import main
 from finetune.models.backbone import build_backbone, head_parameters, meta_backbone
 from finetune.models.linear_probe import check_probe, head_layer
 from finetune.models.pretrained import check_resampling
+from finetune.models.saved import load_model
 from finetune.optim.lora import adapters, check_called
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import Group, Lora
@@ -245,7 +246,8 @@ def test_a_recipe_on_photographs_is_planned_trained_saved_and_predicts(here, cap
     assert main(["predict", "out", *map(str, files), "--checkpoint", "last", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     names = json.loads((here / "out" / "model" / "config.json").read_text())["label_names"]
-    theirs = timm_alone(here / "out" / "model", files).softmax(1).tolist()
+    temperature = load_model(here / "out").temperature
+    theirs = (timm_alone(here / "out" / "model", files) / temperature).softmax(1).tolist()
     for row, probs in zip(said, theirs, strict=True):
         assert dict(row["top"]) == pytest.approx(dict(zip(names, probs, strict=True)), abs=PIXEL_ROUNDING)
     assert (here / "out" / "adapter").is_dir() == lora

@@ -73,7 +73,9 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     on_classes.add_argument("--output", type=Path, metavar="DIR", help="draw the confusion matrix there")
     to_format = add("export", "last --to onnx")
     add_run(to_format, "model", help="a finished run's name or folder")
-    to_format.add_argument("--to", metavar="timm|onnx|torch", required=True, help="timm: a folder for the hub, too")
+    to_format.add_argument(
+        "--to", metavar="timm|onnx|torch|gradio", required=True, help="timm: a folder for the hub, too; gradio: a page"
+    )
     text = "put normalisation and softmax inside: uint8 pixels in, probabilities out"
     to_format.add_argument("--preprocess", action="store_true", help=text)
     to_format.add_argument("--half", action="store_true", help="weights and computation in float16")

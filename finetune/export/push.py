@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from finetune.export.export import timm_files
+from finetune.export.timm_folder import timm_files
 from finetune.models.saved import find_model
 from finetune.recipe.recipe import METRICS
 from finetune.utils.errors import RecipeError, first_line

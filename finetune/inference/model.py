@@ -58,7 +58,7 @@ class Model:
         return evaluate_model(self.saved, data, workers=workers, run=find_model(self.source)[1])
 
     def export(self, to: str, output: str | Path | None = None, preprocess: bool = False, half: bool = False) -> Path:
-        """Write the model for "timm", "onnx" or "torch", and return the folder: see finetune.export.export."""
+        """Write the model for "timm", "onnx", "torch" or "gradio", and return the folder: see finetune.export.export."""
         return export(Path(self.source), to, Path(output) if output else None, preprocess, half)
 
 

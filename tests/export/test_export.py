@@ -262,7 +262,7 @@ def test_what_is_wrong_is_named(run_folder, foreign, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     for call, fault in (
-        (lambda: export(run_folder, "tflite"), "--to tflite: there are timm, onnx, torch$"),
+        (lambda: export(run_folder, "tflite"), "--to tflite: there are timm, gradio, onnx, torch$"),
         (lambda: export(run_folder, "torchscript"), "deprecated TorchScript: --to torch"),
         (lambda: export(run_folder, "timm", tmp_path / "full"), "full already holds files; name another --output"),
         (lambda: export(foreign, "timm"), "not one of timm's; --to onnx and torch take any"),

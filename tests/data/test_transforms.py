@@ -141,8 +141,9 @@ IN_WORDS = {"crop": "center", "pad": "border", "squash": "squash"}
 @pytest.mark.parametrize("name", IMAGES)
 def test_images_of_another_shape_are_evaluated_as_timm_does_it(name, mode, size):
     """Cut, with borders of the mean, or distorted, into squares and others, whole or less: as timm's transform."""
+    bilinear = mode == "center" and size[0] != size[1]  # as timm 1.0.26 resizes these, whatever is asked for
     for crop_pct in (1.0, 0.8):
-        given = inputs(crop_pct=crop_pct) | {"crop_mode": mode, "input_size": (3, *size)}
+        given = inputs("bilinear" if bilinear else "bicubic", crop_pct) | {"crop_mode": mode, "input_size": (3, *size)}
         ours, theirs = eval_transform(given), Timm(given, timm.data.create_transform(**given))
         assert isinstance(ours, Pixels)
         assert_as_through_pil(levels(ours, pixels(name)), levels(theirs, pixels(name)))

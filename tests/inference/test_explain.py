@@ -117,4 +117,4 @@ def test_a_picture_can_be_read(monkeypatch):
         figure.draw_without_rendering()
         box = figure._supxlabel.get_window_extent()
         assert figure.bbox.fully_containsx(box.x0) and figure.bbox.fully_containsx(box.x1) and box.y0 > 0
-        assert "(99 %)" in figure.get_supxlabel() and figure._supxlabel.get_fontsize() >= 7
+        assert "(99 %)" in figure._supxlabel.get_text() and figure._supxlabel.get_fontsize() >= 7

@@ -64,7 +64,7 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
     options = {"img_size": height if height == width else [height, width]} if source.get("fixed_input_size") else None
     file: Any = folder / "config.json"  # said to be a str, but timm 1.0.26 takes a Path alone
     try:
-        save_config_for_hf(plain, file, about, options)
+        save_config_for_hf(plain, file, {**about}, options)  # timm takes things out of it
         config = json.loads(file.read_text())
         config.get("model_args", {}).pop("num_classes", None)  # it stands beside them; transformers would pass it twice
         file.write_text(json.dumps(config, indent=2) + "\n")

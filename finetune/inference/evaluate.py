@@ -16,7 +16,7 @@ from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
-from finetune.metrics.compute import compute_metrics, subgroup_metrics
+from finetune.metrics.compute import defined_metrics, subgroup_metrics
 from finetune.metrics.counts import class_metrics, confusion_matrix
 from finetune.metrics.coverage import coverage_table
 from finetune.metrics.measure import NAMES, NUMBERS, measure
@@ -66,7 +66,7 @@ def evaluate_model(
     result = {
         "data": str(data),
         **measure(recipe, logits, labels, images.groups, model.temperature),
-        **compute_metrics(recipe, logits, labels),
+        **defined_metrics(recipe, logits, labels),
         "classes": class_metrics(logits, labels, classes),
     }
     result.pop("class_accuracy", None)  # recall

@@ -21,6 +21,14 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
     several: loss, mean average precision, macro F1 at a probability of 0.5 and the average precision of each class. All but
     the loss are fractions; a class without an image, or with none predicted, counts as 0.
     """
+    metrics = defined_metrics(recipe, logits, labels)
+    if recipe.metric not in metrics:
+        raise RecipeError(f"metric='{recipe.metric}' is not defined here: it takes images of two classes or more")
+    return metrics
+
+
+def defined_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Those of `compute_metrics` that are defined on these images: of one class alone the recipe's own may not be."""
     seen = ~is_unreadable(labels)
     logits, labels = logits[seen].double(), labels[seen]
     if recipe.loss == "cross_entropy":
@@ -31,9 +39,7 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
     metrics = {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
     if recipe.metric not in metrics:
         value = metrics_of(recipe.loss, logits, labels)[recipe.metric](torch.ones(1, len(labels), dtype=torch.float64)).item()
-        if value != value:
-            raise RecipeError(f"metric='{recipe.metric}' is not defined here: it takes images of two classes or more")
-        metrics[recipe.metric] = value
+        metrics |= {recipe.metric: value} if value == value else {}
     return metrics
 
 
@@ -42,7 +48,7 @@ def subgroup_metrics(
 ) -> dict[str, dict[str, Any]]:
     """The metrics of the images of each subgroup; `subgroups` names that of each image."""
     return {
-        name: compute_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
+        name: defined_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
         for name in sorted(set(subgroups))
     }
 

@@ -132,6 +132,7 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         *(
             ("", f"{name}: {METRICS[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images")
             for name, part in result.get("by_subgroup", {}).items()
+            if metric in part
         ),
         ("cost", cost + early),
         *describe_verdicts(recipe, file, result),

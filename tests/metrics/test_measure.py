@@ -14,7 +14,7 @@ from sklearn import metrics as theirs
 
 from finetune.data.loader import UNREADABLE
 from finetune.metrics.calibration import COLDEST, HOTTEST, calibrate, calibration_error, deal, fit_temperature, probabilities
-from finetune.metrics.compute import compute_metrics
+from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.metrics.measure import measure, metrics_of, resampled
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
@@ -211,3 +211,11 @@ def test_each_can_choose_the_best_epoch(metric):
     else:
         with pytest.raises(RecipeError, match="do not go together"):
             replace(recipe, loss="multi_label")
+
+
+@pytest.mark.parametrize("metric", ["auroc", "kappa"])
+def test_a_subgroup_of_one_class_ends_no_run(metric):
+    """Where the recipe's metric is not defined it is left out of that subgroup, which keeps its others."""
+    logits, labels = 5.0 * torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 0, 1, 2])
+    found = subgroup_metrics(replace(small_recipe(), metric=metric), logits, labels, ["a", "a", "b", "b"])
+    assert metric not in found["a"] and found["a"]["top1"] == 1 and found["b"][metric] == 1

@@ -2,7 +2,7 @@
 
     python -m benchmarks.soup --cifar DIR --signs DIR --runs DIR
 
-Five seeds of efficientnet_lite0_cifar, as it is, and three of the recipe that `finetune suggest` writes for the second set, at
+Five seeds of efficientnet_lite0_cifar, as it is, and five of the recipe that `finetune suggest` writes for the second set, at
 96 px for 4 epochs, with a fifth of the training images held out. What is finished is neither trained nor averaged again.
 """
 
@@ -22,14 +22,19 @@ SETS = {"cifar": "CIFAR-10, JPEG copy, 100 a class", "signs": "hand signs, 10 cl
 SHORT = ["--set", "epochs=4", "--set", "data.image_size=96", "--set", "data.holdout=0.2"]
 SOUPS = {  # the runs, and make_soup's options
     "cifar": [("uniform", 3, {}), ("uniform", 5, {})],
-    "signs": [("uniform", 3, {}), ("greedy", 3, {"greedy": True}), ("uniform, towards pretrained", 3, {"toward": True})],
-}  # fmt: skip
+    "signs": [
+        ("uniform", 3, {}),
+        ("uniform", 5, {}),
+        ("greedy", 5, {"greedy": True}),
+        ("uniform, towards pretrained", 5, {"toward": True}),
+    ],
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in SETS:
-        parser.add_argument(f"--{name}", metavar="DIR", required=True, help=f"{SETS[name]}: train/CLASS and val/CLASS")
+        parser.add_argument(f"--{name}", metavar="DIR", required=True, help=f"{SETS[name]}: class folders")
     parser.add_argument(
         "--runs", type=Path, metavar="DIR", default=Path("runs"), help="where runs lie, NAME-SEED (default: runs)"
     )

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 import socket
 from base64 import b64decode
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import unquote, urlsplit
 
 TOKEN, READER = "hf_writes", "hf_reads"  # the second may not write
@@ -30,13 +31,18 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """`repositories` by name; `answers` has (status, headers) for paths that begin so; GET ends after `cut` bytes."""
+    """`repositories` by name, data sets as "datasets/NAME"; `answers` has (status, headers) for paths that begin so.
+
+    GET ends after `cut` bytes; `dropped` uploads end half-way; before a file
+    `wait` seconds go by.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.answers, self.cut, self.seen, self.blobs = {}, {}, 0, [], {}
+        self.dropped, self.wait = 0, 0
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
@@ -87,21 +93,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         if path.startswith("/api/whoami"):
             return self.reply(value={"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
-        if path.startswith("/api/models/"):
-            name, _, revision = path.removeprefix("/api/models/").partition("/revision/")
-            if not (repository := self.server.repositories.get(name)):
+        if about := re.fullmatch(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)/?(.*))?", path):
+            kind, name, what, revision, folder = about.groups()
+            if not (repository := self.server.repositories.get((kind or "") + name)):
                 return self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-            files = [{"rfilename": file} for file in repository.branches[revision or "main"]]
-            return self.reply(
-                value={
-                    "id": name,
-                    "modelId": name,
-                    "sha": "0" * 40,
-                    "private": repository.private,
-                    "siblings": files,
-                    "tags": [],
-                }
-            )
+            files = repository.files(revision or "main")
+            if what == "tree":
+                return self.list_folder(files, folder)
+            known = {"id": name, "modelId": name, "sha": repository.sha("main"), "private": repository.private, "tags": []}
+            return self.reply(value=known | {"siblings": [{"rfilename": file} for file in files]})
         if "/resolve/" in path:
             name, _, rest = path[1:].partition("/resolve/")
             revision, _, file = rest.partition("/")
@@ -113,6 +113,20 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_file(content, repository.sha(revision) if revision in repository.branches else revision)
         self.reply(200)  # the address itself
 
+    def list_folder(self, files, folder):
+        """What lies in a folder of a repository, or with `recursive` below it."""
+        start, deep = f"{folder}/" if folder else "", "recursive=true" in self.path.lower()
+        found = {}
+        for file, content in files.items():
+            head, more, _ = file.removeprefix(start).partition("/")
+            if file.startswith(start) and more and not deep:
+                found[start + head] = {"type": "directory", "path": start + head, "oid": "0" * 40, "size": 0}
+            elif file.startswith(start):
+                found[file] = {"type": "file", "path": file, "oid": hashlib.sha1(content).hexdigest(), "size": len(content)}
+        if not found:
+            return self.reply(404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"})
+        return self.reply(value=[*found.values()])
+
     def send_file(self, content, commit):
         """A file or, as asked for, its rest; cut off after `cut` bytes."""
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
@@ -120,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         part = content[start:]
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET":
+            Event().wait(self.server.wait)  # not time.sleep, which tests take from the client
         if self.command == "GET" and self.server.cut and len(part) > self.server.cut:
             self.send_response(206 if start else 200)
             for key, text in {"Content-Length": str(len(part)), **headers}.items():
@@ -180,6 +196,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(value={"commitUrl": f"{self.server.address}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
     def do_PUT(self):
+        if self.server.dropped:
+            self.server.dropped -= 1
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            return self.connection.shutdown(socket.SHUT_RDWR)
         body = self.read()
         if not self.refused(urlsplit(self.path).path):
             self.server.blobs[hashlib.sha256(body).hexdigest()] = body

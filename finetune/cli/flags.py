@@ -79,6 +79,8 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     text = "put normalisation and softmax inside: uint8 pixels in, probabilities out"
     to_format.add_argument("--preprocess", action="store_true", help=text)
     to_format.add_argument("--half", action="store_true", help="weights and computation in float16")
+    text = "so many images at once, no other number (default: any)"
+    to_format.add_argument("--batch-size", type=int, metavar="N", help=text)
     to_format.add_argument("--output", type=Path, metavar="DIR", help="the folder to write (default: RUN/model-FORMAT)")
     to_hub = add("push", "last OWNER/NAME --private")
     add_run(to_hub, "model", help="a finished run's name or folder")

@@ -87,7 +87,7 @@ def export(args: argparse.Namespace) -> None:
 
     from finetune.export.export import export
 
-    folder = str(export(Path(model), args.to, args.output, args.preprocess, args.half))
+    folder = str(export(Path(model), args.to, args.output, args.preprocess, args.half, args.batch_size))
     show_result(args, {"folder": folder, "format": args.to}, lambda: folder)
 
 

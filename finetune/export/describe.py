@@ -62,6 +62,8 @@ def load_for_export(source: Path, inside: Inside) -> Prepared:
         examples = examples._replace(images=to_pixels(examples.images, model.preprocessing))
         about["preprocessing"]["steps"] = [*about["preprocessing"]["steps"][:-2], "uint8 [batch, height, width, 3]"]
         about |= {"output": "probabilities", "probabilities": "as they come: the temperature is inside"}
+    if inside.batch:
+        examples = examples._replace(images=examples.images[[i % 8 for i in range(inside.batch)]])
     return Prepared(net.eval(), original.eval(), about | inside._asdict(), examples, HALF if inside.half else TOLERANCE)
 
 
@@ -109,15 +111,20 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_logits(
-    net: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], examples: Examples, tolerance: float | None = None
+    net: nn.Module,
+    exported: Callable[[torch.Tensor], torch.Tensor],
+    examples: Examples,
+    tolerance: float | None = None,
+    any_number: bool = True,
 ) -> dict[str, Any]:
-    """How far what the exported network returns is from the original's, on all images at once and on one alone.
+    """How far what the exported network returns is from the original's, on all images at once and, if it can, on one alone.
 
     Raises:
         RecipeError: if they are too far.
     """
     tolerance = TOLERANCE if tolerance is None else tolerance
-    pairs = [(net(batch), exported(batch)) for batch in (examples.images, examples.images[:1])]
+    batches = [examples.images, *[examples.images[:1]] * any_number]
+    pairs = [(net(batch), exported(batch)) for batch in batches]
     worst = torch.stack([(theirs - ours).abs().max() / ours.abs().max().clamp(min=1) for ours, theirs in pairs]).max().item()
     if not worst <= tolerance:
         raise RecipeError(

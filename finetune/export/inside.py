@@ -1,4 +1,4 @@
-"""What an exported network may have inside: normalisation and probabilities, or half precision."""
+"""What an exported network may have inside: normalisation and probabilities, half precision, a fixed number of images."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ class Inside(NamedTuple):
 
     preprocess: bool = False  # pixels in, probabilities out
     half: bool = False  # computes in float16
+    batch: int | None = None  # so many images at once, no more and no fewer; None: any number
 
 
 class PixelsToProbabilities(nn.Module):

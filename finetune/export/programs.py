@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OPSET = 18  # of ONNX
 TORCH = """\
 net = torch.export.load("model.pt2").module(). It needs torch, not timm nor this project. It takes images of exactly this size,
-any number at once, and is in eval mode for good. Loading may run code in the file: load it only from those you trust."""
+{} at once, and is in eval mode for good. Loading may run code in the file: load it only from those you trust."""
 
 
 def onnx_files(source: Path, bar: "tqdm[Any]", inside: Inside) -> dict[str, bytes]:
@@ -33,10 +33,10 @@ def onnx_files(source: Path, bar: "tqdm[Any]", inside: Inside) -> dict[str, byte
     try:
         program = torch.onnx.export(
             net,
-            (examples.images[:2],),
+            (examples.images[: inside.batch or 2],),
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=({0: "batch"},),
+            dynamic_shapes=None if inside.batch else ({0: "batch"},),
             input_names=["images"],
             output_names=[about["output"]],
             verbose=False,
@@ -56,7 +56,11 @@ def onnx_files(source: Path, bar: "tqdm[Any]", inside: Inside) -> dict[str, byte
         except Exception as error:  # of an operator that it does not have, such as a convolution in double precision
             raise RecipeError(f"onnxruntime can't run this network: {first_line(error)}") from error
         about["checked"] = compare_logits(
-            original, lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0]), examples, tolerance
+            original,
+            lambda batch: torch.tensor(session.run(None, {"images": batch.numpy()})[0]),
+            examples,
+            tolerance,
+            any_number=not inside.batch,
         )
     else:
         about["checked"] = "no: onnxruntime is not installed"
@@ -67,15 +71,18 @@ def torch_files(source: Path, bar: "tqdm[Any]", inside: Inside) -> dict[str, byt
     """model.pt2 by torch.export, with model.json in it as an extra file as well, and model.json."""
     net, original, about, examples, tolerance = load_for_export(source, inside)
     next_step(bar, "export to torch: convert")
-    about["use"] = TORCH.replace("\n", " ")
+    about["use"] = TORCH.format(inside.batch or "any number").replace("\n", " ")
     try:
         with torch.no_grad():
-            program = torch.export.export(net, (examples.images[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            shapes = None if inside.batch else ({0: torch.export.Dim.DYNAMIC},)
+            program = torch.export.export(net, (examples.images[: inside.batch or 2],), dynamic_shapes=shapes)
     except Exception as error:  # each network fails its own way
-        raise RecipeError(f"torch can't export this network for any number of images: {first_line(error)}") from error
+        remedy = "" if inside.batch else "; for a fixed number: --batch-size 1"
+        number = inside.batch or "any number of"
+        raise RecipeError(f"torch can't export this network for {number} images: {first_line(error)}{remedy}") from error
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"model.json": to_json(about).decode()})
     file.seek(0)
     next_step(bar, "export to torch: compare with the original")
-    about["checked"] = compare_logits(original, torch.export.load(file).module(), examples, tolerance)
+    about["checked"] = compare_logits(original, torch.export.load(file).module(), examples, tolerance, not inside.batch)
     return {"model.pt2": file.getvalue(), "model.json": to_json(about)}

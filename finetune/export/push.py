@@ -52,7 +52,9 @@ def push(model: Path, name: str, private: bool = False, revision: str | None = N
         raise RecipeError(f"the hub takes uploads of those who are logged in: {REMEDY}") from error
     except HfHubHTTPError as error:
         raise RecipeError(f"can't upload to {name}: {explain(error)}") from error
-    except (OSError, ValueError) as error:  # a connection that was cut, a card that the hub does not take
+    except RecipeError:
+        raise
+    except Exception as error:  # a connection that was cut, which the client puts in many words, a card that is not taken
         raise RecipeError(f"can't upload to {name}: {first_line(error)}; the same command begins again") from error
     at = f"@{revision}" if revision else ""
     return {

@@ -16,8 +16,9 @@ from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder
 from finetune.inference.predict import compute_logits
+from finetune.metrics.classes import class_metrics
 from finetune.metrics.compute import defined_metrics, subgroup_metrics
-from finetune.metrics.counts import class_metrics, confusion_matrix
+from finetune.metrics.counts import confusion_matrix
 from finetune.metrics.coverage import coverage_table
 from finetune.metrics.measure import NAMES, NUMBERS, measure
 from finetune.models.saved import SavedModel, find_model, load_model
@@ -41,9 +42,9 @@ MATRIX_CLASSES = 1000  # up to which a result has the confusion matrix: it grows
 def evaluate(source: str | Path, data: str | Path, output: Path | None = None, workers: int = 0) -> dict[str, Any]:
     """Measure a model on labelled images, which are chosen as `load_labelled_images` says.
 
-    Returns what compute_metrics does, "classes" (images, precision, recall and F1 of each, 0 where that is 0 / 0), of a table
-    with that column "by_subgroup" and, of one label an image and up to 1,000 classes, "confusion" (images by label and by
-    predicted class), of any number drawn as confusion.png in `output`.
+    Returns what `measure` and compute_metrics do, "classes" (see class_metrics), of a table with that column "by_subgroup" and,
+    of one label an image and up to 1,000 classes, "confusion" (images by label and by predicted class), of any number drawn as
+    confusion.png in `output`.
 
     Raises:
         RecipeError: if model, images or classes are not in order, or `output` has such a picture.
@@ -67,13 +68,13 @@ def evaluate_model(
         "data": str(data),
         **measure(recipe, logits, labels, images.groups, model.temperature),
         **defined_metrics(recipe, logits, labels),
-        "classes": class_metrics(logits, labels, classes),
+        "classes": class_metrics(logits, labels, classes, images.groups),
     }
     result.pop("class_accuracy", None)  # recall
     if labels.ndim == 1:
         result["coverage"] = coverage_table(recipe.loss, logits, labels, model.temperature)
     if images.subgroups:
-        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, images.subgroups)
+        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, images.subgroups, images.groups)
     if labels.ndim == 1:
         seen = ~is_unreadable(labels)
         if len(classes) <= MATRIX_CLASSES:
@@ -179,23 +180,27 @@ def describe_metrics(result: dict[str, Any]) -> str:
     return align_columns(rows, numbers=True) + at
 
 
+def ends(row: dict[str, Any], name: str) -> str:
+    """The interval of a metric in percent, like "79-85"; "-" without one."""
+    interval = row["intervals"].get(name)
+    return "-".join(f"{100 * end:.0f}" for end in interval) if interval else "-"
+
+
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The metrics in a line, a table of the classes and, of few classes, the confusion matrix."""
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
-    rows: list[tuple[str, ...]] = [("class", "images", "precision", "recall", "F1")]
-    rows += [
-        (row["class"], str(row["images"]), *(f"{row[key]:.2%}" for key in ("precision", "recall", "f1")))
-        for row in result["classes"]
-    ]
+    rows: list[tuple[str, ...]] = [("class", "images", "precision", "95 %", "recall", "95 %", "F1", "95 %")]
+    for row in result["classes"]:
+        cells = (cell for key in ("precision", "recall", "f1") for cell in (f"{row[key]:.1%}", ends(row, key)))
+        rows.append((row["class"], str(row["images"]), *cells))
     text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{describe_metrics(result)}"
     text += f"\n\n{align_columns(rows, numbers=True)}"
     if parts := result.get("by_subgroup"):
         words = [word for word in REPORTED_METRICS if word in result]
-        rows = [("subgroup", "images", *(REPORTED_METRICS[word] for word in words))]
-        rows += [
-            (name, str(part["val_images"]), *(f"{part[word]:.2%}" if word in part else "-" for word in words))
-            for name, part in parts.items()
-        ]
+        rows = [("subgroup", "images", *(cell for word in words for cell in (REPORTED_METRICS[word], "95 %")))]
+        for name, part in parts.items():
+            cells = (cell for word in words for cell in (f"{part[word]:.1%}" if word in part else "-", ends(part, word)))
+            rows.append((name, str(part["val_images"]), *cells))
         text += f"\n\n{align_columns(rows, numbers=True)}"
     if kept := result.get("coverage"):
         rows = [("images kept", "probability from", "wrong among them")]

@@ -57,9 +57,16 @@ class Model:
         """The metrics on labelled images: class folders, alone or under val/ or test/, or a named set."""
         return evaluate_model(self.saved, data, workers=workers, run=find_model(self.source)[1])
 
-    def export(self, to: str, output: str | Path | None = None, preprocess: bool = False, half: bool = False) -> Path:
+    def export(
+        self,
+        to: str,
+        output: str | Path | None = None,
+        preprocess: bool = False,
+        half: bool = False,
+        batch_size: int | None = None,
+    ) -> Path:
         """Write the model for "timm", "onnx", "torch" or "gradio", and return the folder: see finetune.export.export."""
-        return export(Path(self.source), to, Path(output) if output else None, preprocess, half)
+        return export(Path(self.source), to, Path(output) if output else None, preprocess, half, batch_size)
 
 
 def load(source: str | Path, checkpoint: str | None = None) -> Model:

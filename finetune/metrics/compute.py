@@ -8,9 +8,10 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import is_unreadable
 from finetune.metrics.counts import count_classes
-from finetune.metrics.measure import metrics_of
+from finetune.metrics.measure import intervals_of, metrics_of
 from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe
+from finetune.recipe.recipe import REPORTED_METRICS
 from finetune.utils.errors import RecipeError
 
 
@@ -44,13 +45,25 @@ def defined_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) 
 
 
 def subgroup_metrics(
-    recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, subgroups: Sequence[str]
+    recipe: Recipe,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    subgroups: Sequence[str],
+    groups: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The metrics of the images of each subgroup; `subgroups` names that of each image."""
-    return {
-        name: defined_metrics(recipe, *(part[[one == name for one in subgroups]] for part in (logits, labels)))
-        for name in sorted(set(subgroups))
-    }
+    """The metrics of the images of each subgroup, with their "intervals"; `subgroups` names that of each image.
+
+    Where images belong to `groups`, these are drawn for the intervals.
+    """
+    found, readable = dict[str, dict[str, Any]](), ~is_unreadable(labels)
+    for name in sorted(set(subgroups)):
+        own = [i for i, one in enumerate(subgroups) if one == name]
+        found[name] = defined_metrics(recipe, logits[own], labels[own])
+        own = [i for i in own if readable[i]]
+        metrics = metrics_of(recipe.loss, logits[own], labels[own])
+        shown = {key: metrics[key] for key in (*REPORTED_METRICS, recipe.metric) if key in found[name]}
+        found[name]["intervals"] = intervals_of(shown, len(own), [groups[i] for i in own] if groups else None)
+    return found
 
 
 def single_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

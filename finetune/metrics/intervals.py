@@ -7,7 +7,8 @@ def wilson(share: float, images: int) -> tuple[float, float]:
     """The 95 % interval of a share of so many images (Wilson 1927)."""
     z = 1.96
     centre, spread = share + z * z / (2 * images), z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return (centre - spread) / (1 + z * z / images), (centre + spread) / (1 + z * z / images)
+    ends = (centre - spread) / (1 + z * z / images), (centre + spread) / (1 + z * z / images)
+    return max(0.0, ends[0]), min(1.0, ends[1])  # but for rounding they are within
 
 
 def exact_interval(hits: int, number: int) -> tuple[float, float]:

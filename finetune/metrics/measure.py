@@ -55,17 +55,27 @@ def measure(
     whole = torch.ones(1, len(labels), dtype=torch.float64)
     values = {name: metric(whole).item() for name, metric in metrics.items()}
     values = {name: value for name, value in values.items() if value == value}
-    intervals: dict[str, list[float]] = {
-        name: [*wilson(values[name], len(labels))] for name in ("top1", "top5") if name in values and not owners
-    }
     left_out = ("ece", *OF_CURVES) if logits.numel() > CURVES else ("ece",)
-    drawn = {name: list[torch.Tensor]() for name in values if name not in (*intervals, *left_out)}
-    for weights in resampled(len(labels), owners):
-        for name, found in drawn.items():
-            found.append(metrics[name](weights))
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    intervals |= {name: torch.cat(found).double().nanquantile(ends).tolist() for name, found in drawn.items()}
-    return values | {"intervals": {name: intervals[name] for name in values if name in intervals}, "calibration": calibration}
+    wanted = {name: metrics[name] for name in values if name not in left_out}
+    return values | {"intervals": intervals_of(wanted, len(labels), owners), "calibration": calibration}
+
+
+def intervals_of(metrics: dict[str, Metric], images: int, groups: Sequence[str] | None) -> dict[str, list[float]]:
+    """The 95 % interval of each metric of so many images: Wilson's of top-1 and top-5, of all else by the bootstrap.
+
+    With `groups` these are drawn, and no interval is Wilson's.
+    """
+    whole, drawn = torch.ones(1, images, dtype=torch.float64), {name: list[torch.Tensor]() for name in metrics}
+    shares = {name: metrics[name](whole).item() for name in ("top1", "top5") if name in metrics and not groups}
+    for weights in resampled(images, groups):
+        for name in drawn.keys() - shares.keys():
+            drawn[name].append(metrics[name](weights))
+    return {name: [*wilson(shares[name], images)] if name in shares else middle_of(torch.cat(drawn[name])) for name in metrics}
+
+
+def middle_of(drawn: torch.Tensor) -> Any:
+    """Where the middle 95 % of the draws [draws, ...] begin and end, [2, ...] as a list; draws that are NaN are left out."""
+    return drawn.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
 
 
 def resampled(images: int, groups: Sequence[str] | None) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.metrics.counts import class_metrics
+from finetune.metrics.classes import class_metrics
 from finetune.page.gallery import MATRIX_CLASSES, Group
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
@@ -23,9 +23,13 @@ def describe_classes(
     labels: torch.Tensor,
     groups: Sequence[Group],
     classes: Sequence[str],
+    owners: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The tables: the confusion matrix or the largest confusions, the classes, the subgroups."""
-    several, numbers = labels.ndim == 2, class_metrics(logits, labels, classes)
+    """The tables: the confusion matrix or the largest confusions, the classes, the subgroups.
+
+    `owners` names the group of each image, which its interval depends on, where there are such.
+    """
+    several, numbers = labels.ndim == 2, class_metrics(logits, labels, classes, owners)
     columns = {name: [row[name] for row in numbers] for name in ("precision", "recall", "f1")}
     if several:
         columns = {"average precision": result["class_average_precision"], **columns}
@@ -34,16 +38,17 @@ def describe_classes(
     worst = sorted(range(len(classes)), key=lambda i: [*columns.values()][sorted_by][i])[:ROWS]
     rows = [
         {"name": classes[i], "number": i, "images": numbers[i]["images"], "mistaken": i in mistaken,
-         "shares": [column[i] for column in columns.values()]}
+         "shares": [(column[i], interval_text(numbers[i]["intervals"].get(name))) for name, column in columns.items()]}
         for i in worst
     ]  # fmt: skip
     metrics = {
         name: word for name, word in {recipe.metric: METRICS[recipe.metric], **REPORTED_METRICS}.items() if name in result
     }
     subgroups = [
-        {"name": readable(name), "images": part["val_images"], "shares": [part.get(metric) for metric in metrics]}
+        {"name": readable(name), "images": part["val_images"],
+         "shares": [(part.get(metric), interval_text(part.get("intervals", {}).get(metric))) for metric in metrics]}
         for name, part in result.get("by_subgroup", {}).items()
-    ]
+    ]  # fmt: skip
     wrong = [(number, group) for number, group in enumerate(groups) if group.label != group.guess]
     labelled = [row["images"] for row in numbers]
     few = not several and len(classes) <= MATRIX_CLASSES
@@ -63,6 +68,11 @@ def describe_classes(
         "subgroups": subgroups,
         "subgroup_words": [*metrics.values()],
     }  # fmt: skip
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Like '97.2 to 99.6', in percent; "" without one."""
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
 
 
 def matrix_rows(groups: Sequence[Group], labelled: Sequence[int], classes: Sequence[str]) -> list[dict[str, Any]]:

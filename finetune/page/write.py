@@ -19,7 +19,7 @@ from finetune.metrics.intervals import wilson
 from finetune.page import gallery
 from finetune.page.charts import run_charts
 from finetune.page.gallery import Group, Pictures
-from finetune.page.tables import describe_classes
+from finetune.page.tables import describe_classes, interval_text
 from finetune.recipe import Recipe
 from finetune.recipe.recipe import METRICS, REPORTED_METRICS
 from finetune.recipe.serialize import from_dict, to_dict
@@ -70,7 +70,7 @@ def write_page(run: Path, images: Images | None, said: Said, output: Path | None
         **describe_run(run, page, recipe, result),
         worst=[figures[i]._replace(heat=heats.get(i, "")) for i in worst],
         unsure=[figures[i] for i in unsure],
-        **describe_classes(recipe, result, logits, labels, groups, classes),
+        **describe_classes(recipe, result, logits, labels, groups, classes, getattr(images, "groups", None)),
         charts=run_charts(run, recipe.metric),
         said=[(LABELS.get(label, label), readable(text)) for label, text in [*said, *describe_calibration(result)] if text],
         data=data,
@@ -189,11 +189,6 @@ def describe_calibration(result: dict[str, Any]) -> list[tuple[str, str]]:
     if why_not := found.get("note"):
         scaled = f"no temperature mends that: {why_not}"
     return [("Calibration", f"probabilities are off by {before} on average; {scaled}")]
-
-
-def interval_text(interval: Sequence[float] | None) -> str:
-    """Like '97.2 to 99.6', in percent; "" without one."""
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
 
 
 def command_text(words: Sequence[str]) -> str:

@@ -61,7 +61,8 @@ def finish_run(
     folder = logger.folder
     predictions = safetensors.torch.load_file(logger.predictions_file)
     logits, labels = predictions["logits"], predictions["labels"]
-    measured = measure(recipe, logits, labels, getattr(images.images, "groups", None))
+    groups = getattr(images.images, "groups", None)
+    measured = measure(recipe, logits, labels, groups)
     with merged(net):
         temperature = measured["calibration"]["temperature"]
         save_model(folder / "model", net, images.transform.preprocessing, images.classes, temperature)
@@ -71,7 +72,7 @@ def finish_run(
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
-        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups)
+        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups)
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
     certain = logits / temperature  # as predict has them
@@ -121,8 +122,7 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
     metric, images = recipe.metric, result["val_images"]
     words = {metric: METRICS[metric], **REPORTED_METRICS}
     reached = [f"{words[name]} {100 * result[name]:.2f} %" for name in words if name in result]
-    if interval := result.get("intervals", {}).get(metric):
-        reached[0] += f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    reached[0] += around(result, metric)
     early = f"; stopped early, after {result['epochs']} of {recipe.epochs} epochs" if result["epochs"] < recipe.epochs else ""
     cost = f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB"
     lines = [
@@ -130,7 +130,7 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
         ("", describe_calibration(result)),
         *(
-            ("", f"{name}: {METRICS[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images")
+            ("", f"{name}: {words[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images{around(part, metric)}")
             for name, part in result.get("by_subgroup", {}).items()
             if metric in part
         ),
@@ -145,6 +145,12 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
     run, formats = shlex.quote(str(folder)), "timm" if is_timm(recipe) else "torch"
     steps = [f"predict {run} PHOTO", f"evaluate {run} --data DIR", f"export {run} --to {formats}"]
     return "\n".join(["", *(highlight(*line) for line in lines if line[1]), "", *(f"finetune {step}" for step in steps)])
+
+
+def around(result: dict[str, Any], metric: str) -> str:
+    """The interval of a metric in brackets, where a result has it."""
+    interval = result.get("intervals", {}).get(metric)
+    return f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
 
 
 def describe_calibration(result: dict[str, Any]) -> str:

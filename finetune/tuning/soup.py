@@ -154,13 +154,14 @@ def result_of(pot: Pot, shares: Sequence[float], name: str, begun: float) -> dic
     """The soup in numbers, as a run's result has them."""
     recipe, (logits, labels) = pot.recipe, pot.logits(pot.measure, shares, "soup")
     metrics, last = compute_metrics(recipe, logits, labels), recipe.epochs - 1
+    groups = getattr(pot.measure.images, "groups", None)
     if subgroups := getattr(pot.measure.images, "subgroups", None):
-        metrics["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups)
+        metrics["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups)
     seconds, images = time.monotonic() - begun, sum(len(one) for one, _ in pot.kept.values())
     return {
         "recipe": name,
         **metrics,
-        **measure(recipe, logits, labels, getattr(pot.measure.images, "groups", None)),
+        **measure(recipe, logits, labels, groups),
         "epochs": recipe.epochs,
         "best_epoch": last,
         f"best_{recipe.metric}": metrics[recipe.metric],

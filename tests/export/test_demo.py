@@ -34,5 +34,5 @@ def test_the_app_says_what_predict_says(run_folder, image_folder, tmp_path, monk
 
 def test_options_of_other_formats_are_refused(run_folder, tmp_path):
     """Normalisation and float16 are not the app's."""
-    with pytest.raises(RecipeError, match="--preprocess and --half are for --to onnx and torch"):
+    with pytest.raises(RecipeError, match="--preprocess, --half and --batch-size are for --to onnx and torch"):
         export(run_folder, "gradio", tmp_path / "demo", half=True)

@@ -52,9 +52,27 @@ def test_each_pair_of_options_is_exported(run_folder, tmp_path, to, preprocess, 
     assert (size < 0.6 * (run_folder / "model" / "model.safetensors").stat().st_size) == half
 
 
-def test_timm_takes_neither(run_folder, tmp_path):
-    """It normalises by itself."""
-    for options in ({"preprocess": True}, {"half": True}):
-        with pytest.raises(RecipeError, match="--preprocess and --half are for --to onnx and torch"):
+@pytest.mark.parametrize("number", [1, 3, 10])
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_a_fixed_number_of_images(run_folder, tmp_path, to, number):
+    """So many at once give the network's logits, within 1e-4; another number is refused by the program that loads the file."""
+    pytest.importorskip("onnxscript")
+    folder = export(run_folder, to, tmp_path / "exported", batch_size=number)
+    assert json.loads((folder / "model.json").read_text())["batch"] == number
+    images = np.random.RandomState(0).normal(size=(number, 3, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        wanted = load_model(run_folder).net(torch.from_numpy(images)).numpy()
+    found, _ = returned(folder, images)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * max(1, np.abs(wanted).max()))
+    with pytest.raises(Exception, match="(?i)dimension|guard|shape|size"):
+        returned(folder, np.concatenate([images, images]))
+
+
+def test_timm_takes_none_of_them(run_folder, tmp_path):
+    """It normalises by itself, and takes any number; no images at once are none to export for."""
+    for options in ({"preprocess": True}, {"half": True}, {"batch_size": 1}):
+        with pytest.raises(RecipeError, match="--preprocess, --half and --batch-size are for --to onnx and torch"):
             export(run_folder, "timm", tmp_path / "exported", **options)
+    with pytest.raises(RecipeError, match="--batch-size starts at 1, not 0"):
+        export(run_folder, "onnx", tmp_path / "exported", batch_size=0)
     assert not list(tmp_path.iterdir())

@@ -173,3 +173,28 @@ def test_pretrained_weights_come_the_same_way(hub, monkeypatch):
     hub.answers[f"/{name}/resolve"] = (403, {"X-Error-Code": "GatedRepo"})
     with pytest.raises(RecipeError, match=f"can't fetch the weights {name}: its owner gives access on request.*\n.*--weights"):
         pretrained_state(recipe)
+
+
+def test_an_upload_that_is_cut_is_repeated_or_leaves_nothing(hub, run_folder, monkeypatch):
+    """One cut is mended by the client's own retry; a hub that always cuts is one message, and makes no commit."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.dropped = 1
+    push(run_folder, "me/flowers")
+    assert hub.dropped == 0
+    weights = (run_folder / "model" / "model.safetensors").read_bytes()
+    assert hub.repositories["me/flowers"].branches["main"]["model.safetensors"] == weights
+    hub.blobs.clear()
+    hub.dropped = 1000
+    with pytest.raises(RecipeError, match="can't upload to me/others: ") as caught:
+        push(run_folder, "me/others")
+    assert "; the same command begins again" in str(caught.value) and not hub.repositories["me/others"].commits
+
+
+def test_a_hub_that_does_not_answer_in_time_is_one_message(hub, monkeypatch):
+    """Once the client has waited as long as its own HF_HUB_DOWNLOAD_TIMEOUT says."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.repositories["org/slow"] = Repository(False, {"main": {"config.json": b"{}", "model.safetensors": b""}})
+    hub.wait = 0.5
+    with pytest.raises(RecipeError, match="can't fetch config.json and model.safetensors of hf-hub:org/slow: .*timed out"):
+        load_model("hf-hub:org/slow")

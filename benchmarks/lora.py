@@ -27,7 +27,10 @@ LAYERS = {  # of the recipes: Linear and Conv2d without groups
     "efficientnet_lite0_cifar": r"conv_head\.|blocks\..*\.(conv_pw|conv_pwl)\.",
     "resnet18_cifar": r"layer\d\.\d\.(conv\d|downsample\.0)\.",
 }
-WAYS = {"full": (0.33, 1.0, 3.0), "lora": (1e-3, 3e-3, 1e-2)}  # factors on the rows' learning rates; learning rates
+WAYS = {  # factors on the rows' learning rates; learning rates
+    "full": (0.1, 0.33, 1.0, 3.0, 10.0),
+    "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
 APPENDED = """
 from dataclasses import replace
 from benchmarks.lora import changed

@@ -53,6 +53,8 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     on_images.add_argument("--unsure-below", type=float, metavar="P", help=text)
     on_images.add_argument("--explain", type=Path, metavar="DIR", help="draw there what in each image speaks for its class")
     on_images.add_argument("--workers", type=int, default=0, metavar="N", help="processes that load images (default: 0)")
+    text = "with --output: processes that share the images, each with a GPU of its own (default: 1)"
+    on_images.add_argument("--processes", type=int, default=1, metavar="N", help=text)
     to_features = add("embed", "last photographs/ --output features.safetensors --picture features.png")
     add_run(to_features, "model", help=model)
     for sub in (on_images, to_features):

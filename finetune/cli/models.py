@@ -29,23 +29,27 @@ def predict(args: argparse.Namespace) -> None:
     """Say what is on images: the likeliest classes of each."""
     if args.json and args.csv:
         raise RecipeError("--json or --csv, not both")
+    if args.processes != 1 and not args.output:
+        raise RecipeError("--processes is for --output FILE, which each process writes a part of")
     if args.output and args.csv:
         raise RecipeError("--output writes the format that its name says: leave out --csv")
 
-    from finetune.inference.inputs import find_inputs, name_pictures, part_of
+    from finetune.inference.inputs import find_inputs, name_pictures, parts_of
 
     files, pictures = find_inputs(args.paths), list[Path]()
     if args.explain:
-        pictures = name_pictures(files, args.explain, going_on=bool(args.output) and part_of(args.output).exists())
+        pictures = name_pictures(files, args.explain, going_on=bool(args.output and parts_of(args.output)))
     model = find_model_run(args)  # before the seconds that torch takes
 
     from finetune.inference.explain import picture_writer
+    from finetune.inference.parts import Asked
     from finetune.inference.predict import count_unsure, predict_images, predictions_as_table
     from finetune.inference.predictions import predictions_as_csv, write_predictions
     from finetune.models.saved import load_model
 
     if args.output:
-        done = write_predictions(model, files, args.output, args.top, args.workers, pictures, args.unsure_below)
+        asked = Asked(args.top, args.unsure_below, args.workers, args.processes)
+        done = write_predictions(model, files, args.output, asked, pictures)
         count_unsure(done.get("unsure", 0), done["images"], args.unsure_below)
         show_result(args, done, lambda: f"{done['file']}: {done['images']:,} images, {done['unreadable']:,} of them unreadable")
         return

@@ -1,5 +1,6 @@
 """The images that a command names: files, folders, globs, lists and tables of paths."""
 
+import glob
 import os
 import sys
 from collections import Counter
@@ -60,9 +61,14 @@ def named_in(lines: Iterable[str], where: str, folder: Path) -> list[Path]:
     return [folder / name for name in names if name]
 
 
-def part_of(target: Path) -> Path:
-    """Where rows of predictions are until all are done."""
-    return target.with_name(f"{target.name}.part")
+def part_of(target: Path, number: int = 0, processes: int = 1) -> Path:
+    """Where the rows of one of so many processes are until all are done."""
+    return target.with_name(f"{target.name}.part" if processes == 1 else f"{target.name}.{number + 1}-of-{processes}.part")
+
+
+def parts_of(target: Path) -> set[Path]:
+    """The rows that are there of predictions that were begun."""
+    return set(target.parent.glob(f"{glob.escape(target.name)}*.part"))
 
 
 def name_pictures(files: Sequence[Path], folder: Path, going_on: bool = False) -> list[Path]:

@@ -3,24 +3,18 @@
 import csv
 import importlib.util
 import io
-import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from finetune.inference.explain import picture_writer
-from finetune.inference.inputs import part_of
-from finetune.inference.predict import check_top, check_unsure, count_unreadable, joined, predict_rows
-from finetune.models.saved import find_model, load_model
+from finetune.inference.parts import DEFAULTS, Asked, Part, Row, divide, fill, fill_in_processes, rows_of, write_line
+from finetune.inference.predict import count_unreadable, joined
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import aside_of, check_new, file_digest, flush
+from finetune.utils.files import aside_of, check_new, flush
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 ROWS_AT_ONCE = 10_000  # of a Parquet file's row groups
-
-Row = dict[str, Any]
 
 
 def check_target(target: Path) -> None:
@@ -35,94 +29,42 @@ def check_target(target: Path) -> None:
 
 
 def write_predictions(
-    source: str | Path,
-    files: Sequence[Path],
-    target: Path,
-    top: int = 5,
-    workers: int = 0,
-    pictures: Sequence[Path] = (),
-    unsure_below: float | None = None,
+    source: str | Path, files: Sequence[Path], target: Path, asked: Asked = DEFAULTS, pictures: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Write what `predict_images` says of each file, in their order; the memory this takes does not grow with their number.
 
     Until all are done the rows are in TARGET.part, a JSON object a line; the same call goes on with it. `pictures` has
-    a file for each image, to draw what speaks for its class.
+    a file for each image, to draw what speaks for its class. Of several processes each has its part of the images, its own
+    .part and, in turns, one of the GPUs.
     Returns {"file", "images", "unreadable"} and, with `unsure_below`, "unsure".
 
     Raises:
-        RecipeError: for a target that is there, a .part of another model, images or `top`, and if no image could be read.
+        RecipeError: for a target that is there, a .part of another model, images or options, and if no image could be read.
     """
-    check_top(top)
-    check_unsure(unsure_below)
     check_target(target)
-    part = part_of(target)
-    begun = {"weights": file_digest(find_model(source)[0] / "model.safetensors"), "top": top}
-    begun |= {} if unsure_below is None else {"unsure_below": unsure_below}
-    done = read_part(part, begun, files) if part.exists() else 0
-    model = load_model(source)
-    look = picture_writer(model, files[done:], pictures[done:]) if pictures else None
-    with open(part, "a", encoding="utf-8", errors="surrogateescape") as lines:
-        if not done:
-            lines.truncate(0)
-            write_line(lines, begun)
-        for row in predict_rows(model, files[done:], top, workers, look, unsure_below):
-            write_line(lines, row)
-        lines.flush()
-    finish(part, target, columns_of(min(top, len(model.classes)), unsure_below is not None))
-    unreadable, unsure = (sum(bool(row.get(what)) for row in rows_of(part)) for what in ("error", "unsure"))
-    part.unlink()
+    parts = divide(target, files, pictures, asked)
+    fill(parts[0], source, asked) if len(parts) == 1 else fill_in_processes(parts, source, asked)
+    classes = max((len(row["top"]) for row in rows_of(parts)), default=0)
+    finish(parts, target, columns_of(classes, asked.unsure_below is not None))
+    unreadable, unsure = (sum(bool(row.get(what)) for row in rows_of(parts)) for what in ("error", "unsure"))
+    for part in parts:
+        part.path.unlink()
     count_unreadable(unreadable, len(files))
     result = {"file": str(target), "images": len(files), "unreadable": unreadable}
-    return result if unsure_below is None else result | {"unsure": unsure}
+    return result if asked.unsure_below is None else result | {"unsure": unsure}
 
 
-def write_line(lines: TextIO, value: Row) -> None:
-    """One JSON object, in a line of its own."""
-    lines.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def read_part(part: Path, begun: Row, files: Sequence[Path]) -> int:
-    """How many of the files have their rows in a .part; what comes after a line that was cut is removed.
-
-    Raises:
-        RecipeError: if it was begun with another model, `top` or list of images.
-    """
-    with open(part, "rb+") as lines:
-        whole = done = 0
-        for number, line in enumerate(lines):
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:  # a power cut can leave zeros
-                row = None
-            if row is None:
-                break
-            if number == 0 and row != begun or number > 0 and (number > len(files) or row["file"] != str(files[number - 1])):
-                what = "with another model, --top or --unsure-below" if number == 0 else "for other images"
-                raise RecipeError(f"{part} was begun {what}: delete it, or name another file than {part.stem}")
-            whole, done = whole + len(line), number
-        lines.truncate(whole)
-    if done:
-        print(f"going on after {done:,} of {len(files):,} images", file=sys.stderr)
-    return done
-
-
-def rows_of(part: Path) -> Iterator[Row]:
-    """The rows in a .part, after its first line."""
-    with open(part, encoding="utf-8", errors="surrogateescape") as lines:
-        yield from map(json.loads, islice(lines, 1, None))
-
-
-def finish(part: Path, target: Path, columns: Sequence[str]) -> None:
-    """Write the rows of a .part in the target's format, aside, and rename it."""
+def finish(parts: Sequence[Part], target: Path, columns: Sequence[str]) -> None:
+    """Write the rows of all parts in the target's format, aside, and rename it."""
     aside = aside_of(target)
     if target.suffix.lower() == ".parquet":
-        write_parquet(aside, rows_of(part), columns)
+        write_parquet(aside, rows_of(parts), columns)
     else:
         with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as lines:
             if target.suffix.lower() == ".csv":
-                write_csv(lines, rows_of(part), columns)
+                write_csv(lines, rows_of(parts), columns)
             else:
-                for row in rows_of(part):
+                for row in rows_of(parts):
                     write_line(lines, row)
     flush(aside)
     aside.replace(target)

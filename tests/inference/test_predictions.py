@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from finetune.__main__ import main
-from finetune.inference import predictions
+from finetune.inference import parts, predictions
 from finetune.inference.inputs import find_inputs
+from finetune.inference.parts import Asked
 from finetune.inference.predict import predict_images
 from finetune.inference.predictions import write_predictions
 from finetune.models.saved import load_model
@@ -61,7 +62,7 @@ def test_a_file_holds_what_is_predicted(run_folder, images, tmp_path, capsys, en
     if ending == ".parquet":
         pytest.importorskip("pyarrow")
     target = tmp_path / f"said{ending}"
-    done = write_predictions(run_folder, find_inputs([images]), target, top=2)
+    done = write_predictions(run_folder, find_inputs([images]), target, Asked(top=2))
     wanted = predict(run_folder, [images], top=2)
     assert done == {"file": str(target), "images": 11, "unreadable": 1} and "1 of 11 images" in capsys.readouterr().err
     assert read_back(target) == [
@@ -88,13 +89,13 @@ def test_what_was_cut_off_goes_on(run_folder, images, tmp_path, monkeypatch, cap
         seen.extend(images)
         return predict_rows(model, images, top, workers)
 
-    predict_rows = predictions.predict_rows
-    monkeypatch.setattr(predictions, "predict_rows", killed)
+    predict_rows = parts.predict_rows
+    monkeypatch.setattr(parts, "predict_rows", killed)
     with pytest.raises(KeyboardInterrupt):
         write_predictions(run_folder, files, target)
     part = tmp_path / "said.csv.part"
     part.write_bytes(part.read_bytes() + torn)
-    monkeypatch.setattr(predictions, "predict_rows", counted)
+    monkeypatch.setattr(parts, "predict_rows", counted)
     write_predictions(run_folder, files, target)
     assert seen == files[cut:] and target.read_bytes() == (tmp_path / "whole.csv").read_bytes() and not part.exists()
     assert (f"going on after {cut} of 11 images" in capsys.readouterr().err) == (cut > 0)
@@ -107,8 +108,8 @@ def test_what_was_begun_otherwise_is_not_mixed(run_folder, images, tmp_path):
     part.write_text('{"weights": "other", "top": 5}\n')
     for files_now, top, fault in ((files, 5, "with another model"), (files, 2, "with another model, --top or --unsure-below")):
         with pytest.raises(RecipeError, match=f"{part} was begun {fault}"):
-            write_predictions(run_folder, files_now, target, top)
-    weights = predictions.file_digest(run_folder / "model" / "model.safetensors")
+            write_predictions(run_folder, files_now, target, Asked(top))
+    weights = parts.file_digest(run_folder / "model" / "model.safetensors")
     part.write_text(json.dumps({"weights": weights, "top": 5}) + "\n" + json.dumps({"file": str(files[0])}) + "\n")
     for others in (files[1:], []):
         with pytest.raises(RecipeError, match="was begun for other images: delete it"):
@@ -128,7 +129,7 @@ def test_rows_come_one_batch_at_a_time(run_folder, images):
             read.append(index)
             return super().__getitem__(index)
 
-    rows = predictions.predict_rows(model, Recorded(find_inputs([images / "0.png"]) * 200), 1)
+    rows = parts.predict_rows(model, Recorded(find_inputs([images / "0.png"]) * 200), 1)
     next(rows)
     assert len(set(read)) == model.recipe.data.batch_size < 200
 
@@ -149,7 +150,9 @@ def test_lists_name_images(image_folder, run_folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{files[0]}\n{tmp_path / 'gone.png'}\n"))
     assert main(["predict", str(run_folder), "-", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows[0] == predict_images(load_model(run_folder), files[:1])[0] and "gone.png" in rows[1]["error"]
+    (wanted,) = predict_images(load_model(run_folder), files[:1])
+    assert rows[0]["file"] == wanted["file"] and rows[0]["predicted"] == wanted["predicted"]
+    assert rows[0]["probability"] == pytest.approx(wanted["probability"], abs=1e-6) and "gone.png" in rows[1]["error"]
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from finetune.data.decode import DiskCache
 from finetune.data.loader import ImageDataset, load, plan_epoch
 from finetune.data.sources import load_data
-from finetune.data.transforms import training_transform
+from finetune.images.cache import DiskCache
+from finetune.images.transforms import training_transform
 from finetune.recipe import AdamW, Augment, Constant, Data, LayerDecay, Recipe
 
 BATCH, SCALE, RATIO = 32, (0.5, 1.0), (3 / 4, 4 / 3)

@@ -3,7 +3,8 @@
     python -m benchmarks.predict
 
 Images are JPEGs of 400 px made of scikit-learn's photographs, the network a ResNet-18 of random weights at 224 px, without
-loader processes. The two take turns. Memory is the process's peak, of one image and of many, each in a process of its own.
+loader processes. The two take turns. Memory is the process's peak, of one batch and of many, each in a process of its own, with
+a small network and images of 40 px.
 """
 
 import argparse
@@ -45,14 +46,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--many", type=int, default=4000, help="images whose memory is compared with that of one batch")
+    parser.add_argument("--many", type=int, default=100_000, help="images whose memory is compared with that of one batch")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
         print(json.dumps(peak(Path(args.memory), args.many)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        model, files = prepare(Path(folder), args.images)
+        model, files = prepare(Path(folder) / "speed", "resnet18", args.images, 400)
+        prepare(Path(folder) / "memory", "test_resnet", 100, 40)
         ways = {"ours": lambda: ours(model, files), "bare": lambda: bare(model, files)}
         seconds = {name: [] for name in ways}
         for _ in range(args.rounds + 1):
@@ -62,23 +64,24 @@ def main() -> int:
                 seconds[name].append(time.perf_counter() - start)
         rates = {name: len(files) / statistics.median(times[1:]) for name, times in seconds.items()}
         share = statistics.median(bare / ours for ours, bare in zip(seconds["ours"][1:], seconds["bare"][1:], strict=True))
-        memory = {many: in_process(folder, many) for many in (BATCH, args.many)}
+        memory = {many: in_process(f"{folder}/memory", many) for many in (BATCH, args.many)}
     grown = memory[args.many] - memory[BATCH]
     print(f"ours {rates['ours']:.0f} images/s, bare {rates['bare']:.0f}: {share:.2f}")
     print(f"{args.many} images take {grown:.0f} MiB more than {BATCH}")
     holds = {"within_10_percent": share >= 0.9, "memory_constant": grown < 50}
-    print(json.dumps({"share_of_bare": round(share, 3), "mib": memory, "many": args.many, "holds": holds}))
+    rounded = {many: round(mib) for many, mib in memory.items()}
+    print(json.dumps({"share_of_bare": round(share, 3), "mib": rounded, "many": args.many, "holds": holds}))
     return 0
 
 
-def prepare(folder: Path, images: int) -> tuple[Path, list[Path]]:
+def prepare(folder: Path, name: str, images: int, pixels: int) -> tuple[Path, list[Path]]:
     """A model's folder and so many images."""
     torch.manual_seed(0)
-    net = timm.create_model("resnet18", num_classes=10).eval()
-    config = resolve_data_config({"crop_pct": 1.0}, model=net)
+    net = timm.create_model(name, num_classes=10).eval()
+    config = resolve_data_config({"crop_pct": 1.0} | ({} if pixels > 100 else {"img_size": 32}), model=net)
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     save_model(folder / "model", net, {name: config[name] for name in names}, [str(i) for i in range(10)])
-    write_images(folder / "images", images, 400, "jpg")
+    write_images(folder / "images", images, pixels, "jpg")
     return folder / "model", sorted((folder / "images").rglob("*.jpg"))
 
 

@@ -100,7 +100,7 @@ def images(number: int, loaded: int) -> dict:
 
     from finetune.data.dataset import ImageList
     from finetune.data.loader import ImageDataset, load, plan_epoch
-    from finetune.data.transforms import Pixels
+    from finetune.images.transforms import Pixels
     from finetune.recipe import Augment
 
     def draw(index: int) -> Image.Image:

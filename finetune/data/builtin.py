@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.dataset import ImageData, ImageList
-from finetune.data.decode import read_image
+from finetune.images.decode import read_image
 from finetune.utils.errors import RecipeError
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from finetune.data.decode import WHITE, Colour, open_file, reason_of
+from finetune.images.decode import WHITE, Colour, open_file, reason_of
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import file_digest, write_file
 from finetune.utils.text import note, progress

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune.data.dataset import SPLITS, ImageList
-from finetune.data.decode import ENDINGS, read_image
+from finetune.images.decode import ENDINGS, read_image
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import as_seen, note, readable
 

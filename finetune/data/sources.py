@@ -22,10 +22,10 @@ from finetune.data.dataset import (
     drop_unreadable,
     note_same_files,
 )
-from finetune.data.decode import read_image, to_rgb
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards, same_members
 from finetune.data.folders import class_difference
 from finetune.data.split import from_folder, from_lists, held_out, refuse_groups, refuse_split
+from finetune.images.decode import read_image, to_rgb
 from finetune.recipe import Data, Recipe
 from finetune.recipe.load import describe_file
 from finetune.recipe.serialize import to_dict

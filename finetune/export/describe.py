@@ -13,9 +13,9 @@ from timm.data import create_transform
 from torch import nn
 
 from finetune.data.builtin import generated
-from finetune.data.decode import WHITE, to_rgb
 from finetune.data.sources import load_data
 from finetune.export.inside import Half, Inside, PixelsToProbabilities
+from finetune.images.decode import WHITE, to_rgb
 from finetune.models.saved import SavedModel, load_model
 from finetune.utils.errors import RecipeError
 

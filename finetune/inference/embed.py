@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from finetune.data.dataset import ImageList
-from finetune.data.decode import read_image
 from finetune.data.loader import is_unreadable
+from finetune.images.decode import read_image
 from finetune.inference.inputs import find_inputs
 from finetune.inference.predict import compute_logits, name_of, open_any
 from finetune.models.backbone import head_name, is_timm

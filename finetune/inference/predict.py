@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from finetune.data.dataset import ImageList, Images
-from finetune.data.decode import open_file, read_image
 from finetune.data.loader import ImageDataset, is_unreadable, load
-from finetune.data.transforms import eval_transform
+from finetune.images.decode import open_file, read_image
+from finetune.images.transforms import eval_transform
 from finetune.metrics.calibration import probabilities
 from finetune.models.backbone import memory_format
 from finetune.models.saved import SavedModel

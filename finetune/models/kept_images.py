@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from finetune.data.loader import ImageDataset, load
-from finetune.data.transforms import Timm
+from finetune.images.transforms import Timm
 from finetune.models.frozen_prefix import FrozenPrefix, Suffix, find_prefix, frozen_part, share_of_forward
 from finetune.recipe import Recipe
 from finetune.utils.text import progress

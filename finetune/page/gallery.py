@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import ImageList, Images
-from finetune.data.decode import Colour, to_rgb
 from finetune.data.loader import is_unreadable
-from finetune.data.transforms import eval_transform
+from finetune.images.decode import Colour, to_rgb
+from finetune.images.transforms import eval_transform
 from finetune.models.saved import load_model
 from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe

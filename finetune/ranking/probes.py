@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import ImageData
 from finetune.data.loader import ImageDataset
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.metrics.compute import compute_metrics
 from finetune.models.backbone import build_backbone, memory_format
 from finetune.models.linear_probe import Loss, fit

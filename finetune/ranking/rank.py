@@ -13,7 +13,7 @@ from finetune.data.dataset import ImageData, ImageList
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.split import names_of
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.ranking.candidates import Candidate, Wanted, find_candidates, name_networks
 from finetune.ranking.features import cache_folder, digest_array, digest_images, place_of, recall
 from finetune.ranking.probes import Task, feature_file, preprocessing_of, score, speed_of, validate

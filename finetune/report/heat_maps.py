@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 from torch.autograd.graph import Node
 
-from finetune.data.decode import to_rgb
-from finetune.data.transforms import eval_transform
+from finetune.images.decode import to_rgb
+from finetune.images.transforms import eval_transform
 from finetune.models.batch_norm import eval_mode
 from finetune.utils.seed import keep_random_state
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import name_others
-from finetune.data.decode import to_rgb
 from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.images.decode import to_rgb
 from finetune.report.drawing import run_title, save_figure, shorten, style
 from finetune.report.heat_maps import heat_maps, overlay
 from finetune.utils.errors import RecipeError, first_line

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from finetune.data.dataset import ImageList, Images, fingerprint, recorded_rows
-from finetune.data.decode import read_image
 from finetune.data.sources import load_data
+from finetune.images.decode import read_image
 from finetune.models.saved import model_to_use
 from finetune.page.write import write_page
 from finetune.recipe import Recipe

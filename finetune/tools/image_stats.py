@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.dataset import ImageData, ImageList
-from finetune.data.decode import open_file, orientation
 from finetune.data.sources import load_data, read_columns
 from finetune.data.split import has_files, names_of
+from finetune.images.decode import open_file, orientation
 from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.dataset import Images
 from finetune.data.loader import ImageDataset, unpickled
 from finetune.data.split import place
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.models.backbone import build_backbone, memory_format
 from finetune.models.linear_probe import Loss, check_probe, fit, returns_features
 from finetune.models.pretrained import preprocessing, pretrained_state

@@ -19,8 +19,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from finetune.data.dataset import FileRow
-from finetune.data.decode import DiskCache
 from finetune.data.loader import ImageDataset
+from finetune.images.cache import DiskCache
 from finetune.models.backbone import memory_format
 from finetune.models.batch_norm import has_statistics, keep_buffers
 from finetune.models.sharding import is_sharded

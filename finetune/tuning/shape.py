@@ -9,7 +9,7 @@ import torch
 from finetune.data.dataset import ImageList
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.metrics.compute import compute_metrics
 from finetune.models.backbone import build_backbone, is_timm, meta_backbone
 from finetune.models.linear_probe import check_probe

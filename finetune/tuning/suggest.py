@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from finetune.data.dataset import ImageData
-from finetune.data.decode import USED
 from finetune.data.loader import Batch, BatchPlan, load_batches
 from finetune.data.sources import load_data
+from finetune.images.cache import USED
 from finetune.models.backbone import build_backbone, fresh_norms, head_parameters, meta_backbone
 from finetune.models.batch_norm import has_statistics, set_train_mode
 from finetune.models.linear_probe import head_layer

@@ -12,7 +12,7 @@ from finetune.data.builtin import split
 from finetune.data.dataset import ImageList
 from finetune.data.loader import Cut, ImageDataset, load, plan_epoch
 from finetune.data.sources import known_size, load_data
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.models.backbone import meta_backbone
 from finetune.models.pretrained import preprocessing
 from finetune.recipe import Augment

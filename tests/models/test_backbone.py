@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from finetune.data.builtin import elpv
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.models import pretrained as weights
 from finetune.models.backbone import build_backbone, meta_backbone
 from finetune.models.pretrained import from_package, preprocessing, pretrained_state, read_weights

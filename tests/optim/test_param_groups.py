@@ -7,7 +7,7 @@ import timm
 import timm.optim
 import torch
 
-from finetune.data.transforms import training_transform
+from finetune.images.transforms import training_transform
 from finetune.models.backbone import build_backbone, meta_backbone
 from finetune.models.pretrained import preprocessing
 from finetune.optim.optimizers import build_optimizer

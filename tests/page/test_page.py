@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, classification_report, conf
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from finetune.__main__ import main as verb
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.models.saving import save_model
 from finetune.page import gallery
 from finetune.page.charts import binned, run_charts

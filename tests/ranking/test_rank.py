@@ -16,7 +16,7 @@ from finetune.__main__ import main
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.split import names_of
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.models.backbone import build_backbone
 from finetune.models.pretrained import preprocessing
 from finetune.ranking import candidates, probes, rank

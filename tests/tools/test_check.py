@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from finetune.__main__ import main
 from finetune.data.sources import load_data
-from finetune.data.transforms import eval_transform
+from finetune.images.transforms import eval_transform
 from finetune.models.pretrained import preprocessing
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.check import Finding, check, find_odd_ones, left_out, write_table

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from finetune.data import decode
-from finetune.data.decode import BOOT, CHUNK, FLUSHED, DiskCache
+from finetune.images import cache, decode
+from finetune.images.cache import BOOT, CHUNK, FLUSHED, DiskCache
 from finetune.report import sheets
 from finetune.run import main
 from helpers import ROOT, on_folder
@@ -136,6 +136,6 @@ def test_what_can_not_be_kept_is_refused(tmp_path, image_folder, monkeypatch, ca
     elif what == "limit":
         code, said = run(image_folder, tmp_path / "r", tmp_path / "c", "--cache-limit", "0"), "--cache-limit is the GiB"
     else:
-        monkeypatch.setattr(decode, "BOOT_ID", tmp_path / "none")
+        monkeypatch.setattr(cache, "BOOT_ID", tmp_path / "none")
         code, said = run(image_folder, tmp_path / "r", tmp_path / "c"), "on a disk of a Linux machine"
     assert code == 2 and said in capsys.readouterr().err

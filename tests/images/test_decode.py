@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import to_dtype
 
-from finetune.data.decode import ENDINGS, TURNS, USED, open_file, read_image, to_rgb
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
-from finetune.data.transforms import eval_transform
+from finetune.images.cache import USED
+from finetune.images.decode import ENDINGS, TURNS, open_file, read_image, to_rgb
+from finetune.images.transforms import eval_transform
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data
 from finetune.training.setup import build_datasets

@@ -13,9 +13,9 @@ from sklearn.datasets import load_sample_images
 
 from finetune.data.builtin import elpv
 from finetune.data.dataset import ImageList
-from finetune.data.decode import ImageCache
 from finetune.data.loader import ImageDataset, load
-from finetune.data.transforms import Pixels, Timm, eval_transform, training_transform
+from finetune.images.cache import ImageCache
+from finetune.images.transforms import Pixels, Timm, eval_transform, training_transform
 from finetune.recipe import Augment, Data
 from finetune.utils.seed import keyed_seed, seed_cpu
 from helpers import ALL, prepare, small_recipe

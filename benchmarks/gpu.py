@@ -135,11 +135,11 @@ def resident(recipe: Recipe, batches: int = 40, memory_format=torch.channels_las
 
 
 def timm_loader(recipe: Recipe, folder: Path) -> Callable[[], Iterator]:
-    """The loader of timm's train script, with its defaults and this recipe's randaugment."""
+    """The loader of timm's train script, with its defaults and this recipe's auto_augment."""
     dataset = timm.data.create_dataset("", str(folder / "train"))
     loader = timm.data.create_loader(
         dataset, (3, recipe.data.image_size, recipe.data.image_size), recipe.data.batch_size, is_training=True,
-        auto_augment=recipe.augment.randaugment, color_jitter=None, num_workers=8, persistent_workers=True,
+        auto_augment=recipe.augment.auto_augment, color_jitter=None, num_workers=8, persistent_workers=True,
     )  # fmt: skip
     return lambda: iter(loader)
 

@@ -13,7 +13,7 @@ recipe = Recipe(
     backbone="vit_small_patch16_dinov3.lvd1689m",
     drop_path=0.1,
     data=Data("cifar100", image_size=224, batch_size=128),  # any multiple of 16; rotary positions need no resampling
-    augment=Augment(randaugment="rand-m9-mstd0.5-inc1"),
+    augment=Augment(auto_augment="rand-m9-mstd0.5-inc1"),
     linear_probe=LinearProbe(),
     groups=LayerDecay(head_lr=5e-4, stem_ratio=0.024),  # 0.75 ** 13
     optimizer=AdamW(weight_decay=0.05),

@@ -12,7 +12,7 @@ from finetune import SGD, Augment, Data, Group, Plateau, Recipe
 recipe = Recipe(
     backbone="resnet50.a1_in1k",
     data=Data("cifar100", image_size=224, batch_size=128),
-    augment=Augment(randaugment="rand-m7-mstd0.5-inc1"),
+    augment=Augment(auto_augment="rand-m7-mstd0.5-inc1"),
     groups=(
         #     name      parameters                peak lr    first epoch it trains
         Group("head",   r"fc\.",                  lr=1e-1,   unfreeze_at=0),

@@ -11,7 +11,7 @@ from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
 recipe = Recipe(
     backbone="resnet50.a1_in1k",
     data=Data("photos", image_size=224, batch_size=64),
-    augment=Augment(crop_scale=(0.5, 1.0), randaugment="rand-m5-mstd0.5-inc1"),
+    augment=Augment(crop_scale=(0.5, 1.0), auto_augment="rand-m5-mstd0.5-inc1"),
 
     linear_probe=LinearProbe(),
     groups=(

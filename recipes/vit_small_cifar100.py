@@ -11,7 +11,7 @@ from finetune import AdamW, Augment, Cosine, Data, LayerDecay, LinearProbe, Reci
 recipe = Recipe(
     backbone="vit_small_patch16_224.augreg_in21k_ft_in1k",
     data=Data("cifar100", image_size=224, batch_size=128),
-    augment=Augment(randaugment="rand-m9-mstd0.5-inc1"),
+    augment=Augment(auto_augment="rand-m9-mstd0.5-inc1"),
     linear_probe=LinearProbe(),
     groups=LayerDecay(head_lr=1e-3, stem_ratio=0.02),
     optimizer=AdamW(weight_decay=0.05),

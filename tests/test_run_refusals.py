@@ -34,7 +34,7 @@ from helpers import ROOT, Cut, SmallNet, cut_before, on_folder, small_recipe
         (["--recipe", "resnet18_cifar", "--data", "nowhere"], "no data set or folder 'nowhere'"),
         (["--recipe", "resnet18_cifar", "--weights", "none", "--set", "mixed_precision=fp16"], "needs a GPU"),
         (["--recipe", "efficientnet_lite0_digits", "--weights", "nowhere.pth"], "no weights file nowhere.pth"),
-        (["--recipe", "efficientnet_lite0_digits", "--set", "augment.randaugment=rand-x9"], "can't read randaugment='rand-x9'"),
+        (["--recipe", "efficientnet_lite0_digits", "--set", "augment.auto_augment=rand-x9"], "read auto_augment='rand-x9'"),
         (["--recipe", "resnet18_cifar", "--output", "used"], "output folder used already holds files"),
         (["--recipe", "resnet18_cifar", "--resume"], "no run to resume in runs/"),
         (["--recipe", "resnet18_cifar", "--resume", "used"], "no run to resume in used"),

@@ -2,8 +2,6 @@
 
 import errno
 import signal
-import sys
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from finetune.data.dataset import ImageList, Images, labels_of, name_others
 from finetune.images.cache import DiskCache, image_cache
 from finetune.images.decode import WHITE, Colour, read_image
-from finetune.images.transforms import Pixels, Timm
+from finetune.images.transforms import OwnFunction, Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
-from finetune.utils.errors import RecipeError
+from finetune.utils.errors import RecipeError, free_frames
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error
 
@@ -128,6 +126,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     multi_label: bool = False
     memory_format: torch.memory_format = torch.channels_last  # of the batches
     background: Colour = WHITE  # behind what is transparent
+    function: OwnFunction | None = None  # of what is decoded, before the transform
     in_background: ClassVar[bool] = True  # worth the processes that load in the background
 
     def __post_init__(self) -> None:
@@ -143,8 +142,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return len(self.images)
 
     def transformed_as(self, other: "ImageDataset") -> "ImageDataset":
-        """These images with the transform of another dataset."""
-        return unpickled(None, self.__dict__ | {"transform": other.transform, "kept_loader": None})
+        """These images with the function and the transform of another dataset."""
+        return unpickled(None, self.__dict__ | {"function": other.function, "transform": other.transform, "kept_loader": None})
 
     def loader(self, workers: int) -> "BatchLoader":
         """What loads batches in so many processes, which stay from one epoch to the next; without any, one for a single use."""
@@ -158,7 +157,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
-        seed_cpu(keyed_seed(self.seed, epoch, index))
+        seed_cpu(seed := keyed_seed(self.seed, epoch, index))
         try:
             pixels, label = self.read(index)
         except (OSError, RecipeError) as error:
@@ -166,6 +165,9 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
                 raise
             print_error(f"skipped: {error}")
             pixels, label = np.zeros((8, 8, 3), np.uint8), UNREADABLE
+        else:
+            if self.function:
+                pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
         return self.transform.image(pixels), self.target(label, index)
 
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
@@ -277,16 +279,6 @@ def load(
             "none), or more shared memory (docker run --shm-size 8g)",
             one_process=True,
         ) from error
-
-
-def free_frames(error: Exception) -> None:
-    """Free what the frames of an error hold, such as torch's iterator, half made: its `__del__` ends the loader processes, and
-    then fails on what it has not got, which Python would print."""
-    shown, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-    try:
-        traceback.clear_frames(error.__traceback__)
-    finally:
-        sys.unraisablehook = shown
 
 
 def load_batches(

@@ -1,5 +1,7 @@
 """Transforms: augmentation for training, preprocessing for evaluation, mixup and cutmix."""
 
+import pickle
+import traceback
 from collections.abc import Callable, Sequence
 from math import ceil, floor
 from typing import Any
@@ -9,26 +11,30 @@ import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
-from torchvision.transforms import Compose, InterpolationMode
+from torchvision.transforms import Compose, InterpolationMode, RandomRotation, TrivialAugmentWide
 from torchvision.transforms.v2 import functional
 
+from finetune.images.decode import to_rgb
 from finetune.recipe import Augment, Recipe
-from finetune.utils.errors import RecipeError
-from finetune.utils.seed import seed_all
+from finetune.recipe.serialize import function_name
+from finetune.utils.errors import RecipeError, first_line
+from finetune.utils.seed import seed_all, seed_cpu
 
 ImageTransform = Callable[[Image.Image], Any]
+BLUR = 12  # pixels of a side that timm's Gaussian blur needs: its kernel of 23 reflects them at the edges
 
 
 class Pixels:
     """timm's basic transforms, faster: crop, resize and flip uint8 images one by one, then normalise the batch.
 
     From the same seed the results are timm's but for rounding, since timm's pass through PIL. Without `augment`, images are
-    preprocessed for evaluation: resized and cropped in the middle. `colours`, of timm, changes the crop as a PIL image.
+    preprocessed for evaluation: resized and cropped in the middle. `further`, of timm and torchvision, changes the crop as a
+    PIL image.
     """
 
-    def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None, colours: ImageTransform | None = None):
+    def __init__(self, preprocessing: dict[str, Any], augment: Augment | None = None, further: ImageTransform | None = None):
         self.preprocessing, self.augment, self.size = preprocessing, augment, preprocessing["input_size"][1:]
-        self.colours = colours
+        self.further = further
         self.interpolation = InterpolationMode(preprocessing["interpolation"])
         self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
 
@@ -43,7 +49,9 @@ class Pixels:
         image = self.resize(random_crop(pixels, augment, self.preprocessing), *self.size)
         if augment.hflip and torch.rand(1) < augment.hflip:
             image = image.flip(1)
-        return torch.from_numpy(np.array(self.colours(Image.fromarray(image.numpy())))) if self.colours else image
+        if augment.vflip and torch.rand(1) < augment.vflip:
+            image = image.flip(0)
+        return torch.from_numpy(np.array(self.further(Image.fromarray(image.numpy())))) if self.further else image
 
     def resize(self, pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
         """uint8 pixels of another size."""
@@ -83,6 +91,56 @@ class RandomCrop:
         return crop.resize((width, height), str_to_pil_interp(self.preprocessing["interpolation"]))
 
 
+class OwnFunction:
+    """A recipe's own augmentation: `function(image, rng)` of an RGB image of PIL's and a numpy Generator."""
+
+    def __init__(self, function: Callable[[Any, Any], Any]):
+        self.function, self.name = function, f"augment.function: {function_name(function)}"
+
+    def __call__(self, pixels: np.ndarray, seed: int, where: str) -> np.ndarray:
+        """What it makes of uint8 pixels [H, W, 3], which may have other sides; all that it may draw from is seeded.
+
+        Raises:
+            RecipeError: if it fails or returns no image of 8 bits; `where` names the one it was given.
+        """
+        seed_cpu(seed)
+        try:
+            image = self.function(Image.fromarray(pixels), np.random.default_rng(seed))
+            found = np.require(to_rgb(image) if isinstance(image, Image.Image) else image, requirements="W")  # as torch asks
+        except Exception as error:  # whatever a person's function raises is theirs to mend
+            place = "".join(f"{frame.filename}:{frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)[1:2])
+            text = f"{self.name} failed on {where}: {place}{type(error).__name__}: {first_line(error)}"
+            raise RecipeError(text, one_process=True) from error
+        if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != pixels.shape[2] or not found.size:
+            shape = f" {list(found.shape)} of {found.dtype}" if found.ndim else ""
+            text = f"{self.name} must return a PIL image or an array [height, width, {pixels.shape[2]}] of uint8"
+            raise RecipeError(f"{text}; of {where} it returned a {type(image).__name__}{shape}", one_process=True)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a loader process that is started afresh."""
+        try:
+            pickle.dumps(self.function)
+        except Exception as error:  # pickle has several for it
+            text = f"{self.name} can't be sent to loader processes: write it as a def of the recipe's file, or --workers 0"
+            raise RecipeError(text) from error
+        return OwnFunction, (self.function,)
+
+    def try_on(self, read: Callable[[int], tuple[np.ndarray, Any]], number: int) -> None:
+        """Raise RecipeError if, of some of the images that `read` gives, it fails or makes two things from the same draws."""
+        for index in {0, number // 2, number - 1}:
+            try:
+                pixels, _ = read(index)
+            except (OSError, RecipeError):
+                continue  # it is named where it is trained on
+            first, again = (self(pixels, 0, f"image {index}") for _ in range(2))
+            if not np.array_equal(first, again):
+                raise RecipeError(
+                    f"{self.name} made two different images of image {index} with the same rng: draw from rng, or seed the "
+                    "library's own generator with what you draw from it"
+                )
+
+
 def resized_sides(height: int, width: int, preprocessing: dict[str, Any]) -> tuple[int, int]:
     """(height, width) to which evaluation resizes an image of these sides, before it takes the middle, as timm does."""
     mode, (_, *sides) = preprocessing["crop_mode"], preprocessing["input_size"]
@@ -97,11 +155,13 @@ def resized_sides(height: int, width: int, preprocessing: dict[str, Any]) -> tup
 
 
 def random_crop(pixels: np.ndarray, augment: Augment, preprocessing: dict[str, Any]) -> np.ndarray:
-    """A crop of uint8 pixels [H, W, 3] that is still to be resized, drawn as timm draws it.
+    """A crop of uint8 pixels [H, W, 3], first turned by `rot90`, that is still to be resized; drawn as timm draws it.
 
     It is drawn from what evaluation shows of an image: from the image, from the image with borders, or from the image as it is
     when squashed to the network's shape. `crop_ratio` is that of the crop as the network sees it.
     """
+    if augment.rot90 and torch.rand(1) < augment.rot90:
+        pixels = np.rot90(pixels, int(torch.randint(4, (1,))))
     height, width = pixels.shape[:2]
     mode, (_, high, wide) = preprocessing["crop_mode"], preprocessing["input_size"]
     shape = wide / high
@@ -136,33 +196,52 @@ def middle(rest: int) -> int:
 
 def border(preprocessing: dict[str, Any]) -> list[int]:
     """The colour of borders, as timm has it: the mean, which normalises to 0; black where none are meant to be."""
-    return [0, 0, 0] if preprocessing["crop_mode"] == "center" else [round(255 * value) for value in preprocessing["mean"]]
+    return [0, 0, 0] if preprocessing["crop_mode"] == "center" else mean_colour(preprocessing)
+
+
+def mean_colour(preprocessing: dict[str, Any]) -> list[int]:
+    """The colour that normalises to 0."""
+    return [round(255 * value) for value in preprocessing["mean"]]
 
 
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """The augmentation of the training images."""
-    augment = recipe.augment
+    """The augmentation of the training images, without the recipe's own function.
+
+    Raises:
+        RecipeError: for a policy that timm can't read, and for images that are too small to be blurred.
+    """
+    augment, mean, turn = recipe.augment, mean_colour(preprocessing), list[ImageTransform]()
+    if augment.rotation:
+        turn.append(RandomRotation(augment.rotation, InterpolationMode.BILINEAR, fill=mean))
+    trivial = augment.auto_augment == "ta_wide"
+    if trivial:
+        turn.append(TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=mean))
+    if augment.gaussian_blur_prob and min(recipe.data.sides) < BLUR:
+        raise RecipeError(f"augment: gaussian_blur_prob needs an image_size of {BLUR} or more, not {recipe.data.pixels}")
     options = preprocessing | {
         "is_training": True,
+        "separate": True,
         "color_jitter": augment.color_jitter or None,
         "scale": augment.crop_scale,
         "ratio": augment.crop_ratio,
         "hflip": augment.hflip,
-        "auto_augment": augment.randaugment,
+        "vflip": augment.vflip,
+        "auto_augment": None if trivial else augment.auto_augment,
+        "grayscale_prob": augment.grayscale_prob,
+        "gaussian_blur_prob": augment.gaussian_blur_prob,
         "re_prob": augment.erasing,
         "re_mode": "pixel",
     }
     try:
-        if not matches_timm(preprocessing) or augment.erasing:  # which draws noise among normalised floats
-            first, *rest = create_transform(**options).transforms
-            assert isinstance(first, RandomResizedCropAndInterpolation)
-            return Timm(preprocessing, Compose([RandomCrop(preprocessing, augment), *rest]))
-        _, colours, _ = create_transform(**options, separate=True)
-        return Pixels(preprocessing, augment, colours if colours.transforms else None)
+        (crop, *flips), colours, last = (part.transforms for part in create_transform(**options))
+        assert isinstance(crop, RandomResizedCropAndInterpolation)
     except (AssertionError, ValueError) as error:
         raise RecipeError(
-            f"augment: timm can't read randaugment={augment.randaugment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"
+            f"augment: timm can't read auto_augment={augment.auto_augment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"
         ) from error
+    if not matches_timm(preprocessing) or augment.erasing:  # which draws noise among normalised floats
+        return Timm(preprocessing, Compose([RandomCrop(preprocessing, augment), *flips, *turn, *colours, *last]))
+    return Pixels(preprocessing, augment, Compose([*turn, *colours]) if turn or colours else None)
 
 
 def eval_transform(preprocessing: dict[str, Any]) -> Pixels | Timm:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked
+from finetune.recipe.legacy import reads_old_names
 
 NAMED_SETS = ("digits", "elpv", "cifar10", "cifar100")  # and "generated", for --smoke
 Share = Annotated[float, "(0, 1]", "a share of the area"]
@@ -88,20 +89,31 @@ class Data(Checked):
         return math.ceil(num_images / self.batch_size)
 
 
+Probability = Annotated[float, "[0, 1]", "a probability"]
+POLICIES = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")  # timm's
+
+
+@reads_old_names
 @dataclass(frozen=True, kw_only=True)
 class Augment(Checked):
-    """How training images are augmented, by timm's transforms and its Mixup.
+    """How training images are augmented, in this order, by timm's and torchvision's transforms of these names.
 
     With mixup and cutmix each step takes one of them. Each image is mixed with its neighbour in the order of the epoch, so
     the pairs are the same on any number of processes.
     """
 
+    function: Callable[[Any, Any], Any] | None = None  # your own, of a PIL image and a numpy Generator: docs/augmentation.md
+    rot90: Probability = 0.0  # of a turn by 0, 90, 180 or 270 degrees, each as often
     crop_scale: tuple[Share, Share] = (0.35, 1.0)  # of the area: lowest, highest
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width / height: lowest, highest
-    hflip: Annotated[float, "[0, 1]", "a probability"] = 0.5  # of a horizontal flip
-    color_jitter: Annotated[float, "[0, inf)"] = 0.0
-    randaugment: str | None = None  # in timm's notation: "rand-m9-mstd0.5-inc1" (arXiv 1909.13719)
-    erasing: Annotated[float, "[0, 1]", "a probability"] = 0.0  # that a random rectangle becomes noise (arXiv 1708.04896)
+    hflip: Probability = 0.5  # of a horizontal flip
+    vflip: Probability = 0.0
+    rotation: Annotated[float, "[0, 180]"] = 0.0  # by up to so many degrees either way; the corners get the mean colour
+    auto_augment: str | None = None  # a policy in timm's notation, "rand-m9-mstd0.5-inc1", or torchvision's "ta_wide"
+    color_jitter: Annotated[float, "[0, inf)"] = 0.0  # of brightness, contrast and saturation; beside a policy only with "3a"
+    grayscale_prob: Probability = 0.0
+    gaussian_blur_prob: Probability = 0.0  # of a sigma from 0.1 to 2 pixels
+    erasing: Probability = 0.0  # that a random rectangle becomes noise (arXiv 1708.04896)
     mixup: Annotated[float, "[0, inf)"] = 0.0  # alpha of the Beta distribution (arXiv 1710.09412)
     cutmix: Annotated[float, "[0, inf)"] = 0.0  # likewise (arXiv 1905.04899)
     frozen_views: Annotated[int, "[0, inf)"] = (
@@ -117,5 +129,9 @@ class Augment(Checked):
             low, high = getattr(self, name)
             if low > high:
                 yield f"{name} must be (lowest, highest), not {(low, high)}"
-        if self.randaugment is not None and not self.randaugment.startswith("rand-"):
-            yield f"randaugment must start with 'rand-', as in 'rand-m9-mstd0.5-inc1', not {self.randaugment!r}"
+        policy = self.auto_augment
+        if policy is not None and policy != "ta_wide" and policy.partition("-")[0] not in POLICIES:
+            yield (
+                f"auto_augment must be 'ta_wide', or start with {', '.join(map(repr, POLICIES[:-1]))} or '3a', as in "
+                f"'rand-m9-mstd0.5-inc1', not {policy!r}"
+            )

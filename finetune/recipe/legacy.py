@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 from finetune.recipe.groups import Group
 from finetune.utils.errors import RecipeError
 
-RENAMED = {"norm_stats": "batch_norm", "score": "metric"}
+RENAMED = {"norm_stats": "batch_norm", "score": "metric", "randaugment": "auto_augment"}
 T = TypeVar("T")
 
 
 def new_names(fields: dict[str, Any], warn: bool = True) -> dict[str, Any]:
-    """A recipe's fields under today's names. An old name outweighs its new one: dataclasses.replace(score=...) gives both."""
+    """The fields of a recipe or a part of one under today's names. An old name outweighs its new one: replace(score=...) gives
+    both."""
     fields = dict(fields)
     for old, new in RENAMED.items():
         if old in fields:
@@ -25,7 +26,7 @@ def new_names(fields: dict[str, Any], warn: bool = True) -> dict[str, Any]:
 
 
 def reads_old_names(recipe_class: type[T]) -> type[T]:
-    """Let a recipe be made with its fields' old names, too."""
+    """Let a recipe, or a part of one, be made with its fields' old names, too."""
     init = recipe_class.__init__
 
     @functools.wraps(init)

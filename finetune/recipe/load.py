@@ -184,8 +184,9 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise RecipeError(f"--set {assignment}: write FIELD=VALUE, such as epochs=3 or groups.head.lr=5e-3")
-        field, *keys = path.split(".")
-        ((field, value),) = new_names({field: parse_value(text)}).items()
+        *above, last = path.split(".")
+        ((last, value),) = new_names({last: parse_value(text)}).items()
+        field, *keys = *above, last
         try:
             require(field, [f.name for f in dataclasses.fields(recipe)], similar_paths(field, recipe))
             part = changed.get(field, getattr(recipe, field))

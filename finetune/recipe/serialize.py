@@ -44,7 +44,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     Raises:
         RecipeError: for a field that is not known here, and for values that are no valid recipe.
     """
-    return build(new_names(values, warn=False), Recipe)
+    return build(values, Recipe)
 
 
 def build(value: Any, hint: Any) -> Any:
@@ -71,6 +71,8 @@ def build_part(values: dict[str, Any], part: Any) -> Any:
         names = [(name, object) for name in fields]
         unknown = dataclasses.make_dataclass(kind, names, bases=(Schedule,), frozen=True, kw_only=True)
         part = getattr(finetune, kind, unknown)  # a schedule of the recipe's own, or of another version
+    else:
+        fields = new_names(fields, warn=False)
     hints = typing.get_type_hints(part)
     if surplus := sorted(fields.keys() - hints.keys()):
         raise RecipeError(f"{part.__name__} has no field '{surplus[0]}' here: a newer version wrote it, or it was removed")

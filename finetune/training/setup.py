@@ -19,7 +19,7 @@ from torch import nn
 from finetune.data.dataset import ImageData, ImageList, Images, labels_of
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
-from finetune.images.transforms import eval_transform, training_transform
+from finetune.images.transforms import OwnFunction, eval_transform, training_transform
 from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import check_probe
@@ -150,6 +150,8 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
     def try_once() -> None:
         if recipe.linear_probe and accelerator.is_main_process:
             check_probe(recipe, net)  # by values, which the recipe's check had not
+        if (function := datasets[0].function) and accelerator.is_main_process:
+            function.try_on(datasets[0].read, len(datasets[0]))
         if callable(recipe.backbone) and accelerator.is_main_process:
             try_saving(recipe, net, preprocessing(recipe, net), data.classes)
 
@@ -183,15 +185,16 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
     if recipe.metric == "auroc" and len(np.unique(labels_of(data.val), axis=0)) < 2:
         raise RecipeError("metric='auroc' is not defined: all validation images have the same label; name another metric")
 
-    def dataset(images: Images, transform: Transform) -> ImageDataset:
+    def dataset(images: Images, transform: Transform, function: OwnFunction | None = None) -> ImageDataset:
         several, layout = recipe.loss == "multi_label", memory_format(recipe, net)
         bad, background = recipe.data.on_bad_image, recipe.data.background
-        return ImageDataset(images, transform, recipe.seed, data.classes, bad, several, layout, background)
+        return ImageDataset(images, transform, recipe.seed, data.classes, bad, several, layout, background, function)
 
     train = data.train
     if recipe.data.reduced_decode and isinstance(train, ImageList):  # what is evaluated is decoded as `predict` does
         train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * max(recipe.data.sides)))
-    return dataset(train, training_transform(recipe, inputs)), dataset(data.val, eval_transform(inputs))
+    function = recipe.augment.function and OwnFunction(recipe.augment.function)
+    return dataset(train, training_transform(recipe, inputs), function), dataset(data.val, eval_transform(inputs))
 
 
 def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
@@ -208,6 +211,8 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         )
     build_optimizer(groups)
     training_transform(recipe, preprocessing(recipe, net))
+    if recipe.augment.color_jitter and "3a" not in (policy := recipe.augment.auto_augment or "3a"):
+        raise RecipeError(f"augment: timm leaves out color_jitter beside auto_augment={policy!r}: leave out one of them")
     if recipe.batch_norm == "frozen" and recipe.weights != "none" and (fresh := fresh_norms(recipe, net)):
         raise RecipeError(
             f"batch_norm='frozen' keeps pretrained statistics, and {fresh[0]}, in the new head of "

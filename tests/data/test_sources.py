@@ -49,7 +49,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_augmentation_depends_on_epoch_and_image_alone():
     """Workers, order and what else is drawn do not change how an image is augmented; the epoch does."""
-    recipe = source("generated", augment=Augment(randaugment="rand-m9-mstd0.5", color_jitter=0.4))
+    recipe = source("generated", augment=Augment(auto_augment="rand-m9-mstd0.5", color_jitter=0.4))
     images = prepare(recipe)[2][0]
     first = dict(zip(range(6), torch.cat([b for b, _ in load(images, 3, [[0, 1, 2], [3, 4, 5]], 0)]), strict=True))
     torch.rand(7)

@@ -92,7 +92,7 @@ def test_evaluated_images_are_timms(name, crop_pct):
 AUGMENT = {"crop_scale": (0.2, 1.0), "crop_ratio": (0.5, 2.0), "hflip": 0.3}
 THEIRS = {"is_training": True, "scale": (0.2, 1.0), "ratio": (0.5, 2.0), "hflip": 0.3, "color_jitter": None}
 COLOURS = [
-    ({"randaugment": "rand-m9-mstd0.5"}, {"auto_augment": "rand-m9-mstd0.5"}),
+    ({"auto_augment": "rand-m9-mstd0.5"}, {"auto_augment": "rand-m9-mstd0.5"}),
     ({"color_jitter": 0.4}, {"color_jitter": 0.4}),
 ]
 

@@ -220,7 +220,7 @@ def test_what_does_not_go_together(one, other, sentence):
         ({"schedule": Cosine(floor=1.0)}, "schedule.floor must be a share of the peak"),
         ({"augment": Augment(crop_scale=(0.5, 0.4))}, "augment: crop_scale must be (lowest, highest), not (0.5, 0.4)"),
         ({"augment": Augment(crop_ratio=(2.0, 1.0))}, "augment: crop_ratio must be (lowest, highest), not (2.0, 1.0)"),
-        ({"augment": Augment(randaugment="m9-rand-")}, "augment: randaugment must start with 'rand-', as in 'rand-m9"),
+        ({"augment": Augment(auto_augment="m9-rand-")}, "augment: auto_augment must be 'ta_wide', or start with 'rand', 'augm"),
         (
             {"groups": (FIRST, replace(SECOND, name="b.c"))},
             "groups.b.c: the name 'b.c' must consist of letters, digits, '",

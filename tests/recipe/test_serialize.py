@@ -67,7 +67,7 @@ FULL = Recipe(
     weights="none",
     dropout=0.1,
     data=Data("digits", 24, 8, crop_pct=0.9, sampling="balanced", holdout=0.2),
-    augment=Augment(crop_scale=(0.5, 1.0), randaugment="rand-m9", mixup=0.2),
+    augment=Augment(crop_scale=(0.5, 1.0), auto_augment="rand-m9", mixup=0.2),
     linear_probe=LinearProbe(views=2),
     groups=ROWS,
     optimizer=AdamW(weight_decay=0.05, betas=(0.9, 0.99)),

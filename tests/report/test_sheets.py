@@ -102,7 +102,7 @@ class DoesNotRun(nn.Linear):
         raise RuntimeError("not today")
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(randaugment="rand-m9", erasing=1.0)], ids=["pixels", "timm"])
+@pytest.mark.parametrize("augment", [Augment(), Augment(auto_augment="rand-m9", erasing=1.0)], ids=["pixels", "timm"])
 def test_the_sheet_of_augmented_images_shows_what_is_trained_on(tmp_path, monkeypatch, augment):
     """Beside each image stand its name and label, and then, epoch by epoch, the pixels of the run's own batches."""
     recipe = small_recipe(augment=augment)

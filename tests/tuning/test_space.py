@@ -20,7 +20,7 @@ TYPED = {
     "clip_norm=1..3": FloatDistribution(1, 3),
     "epochs=3|4|10": CategoricalDistribution(("3", "4", "10")),
     "optimizer.betas=(0.9,0.99)|(0.9, 0.999)": CategoricalDistribution(("(0.9,0.99)", "(0.9, 0.999)")),
-    "augment.randaugment=none|rand-m9": CategoricalDistribution(("none", "rand-m9")),
+    "augment.auto_augment=none|rand-m9": CategoricalDistribution(("none", "rand-m9")),
     "groups.body.lr=1e-4..1e-2:log": FloatDistribution(1e-4, 1e-2, log=True),
 }
 

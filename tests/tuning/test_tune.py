@@ -73,7 +73,7 @@ def test_a_study_without_a_finished_trial_says_why(here):
 
 def test_the_text_fits_80_columns(here):
     """Also with long names, failed and pruned trials."""
-    plan, study = searched("out", "--trials", "9", "--space", SPACE + ",augment.randaugment=none|rand-m9-mstd0.5-inc1")
+    plan, study = searched("out", "--trials", "9", "--space", SPACE + ",augment.auto_augment=none|rand-m9-mstd0.5-inc1")
     found = report_trials(plan, study) | {"recipe": "out/best.py"}
     final = {"value": 0.9, "images": 100, "run": "x", "interval": (0.83, 0.94)}
     found["final"] = {"recipe": final, "best": final, "only_recipe": 3, "only_best": 5, "p_value": 0.73}

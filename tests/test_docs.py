@@ -23,6 +23,7 @@ from helpers import ROOT, SmallNet, small_recipe
 
 PAGES = docs.pages()
 OPTIONS = (ROOT / "docs" / "recipes.md").read_text().partition("## Options")[2]
+OPTIONS += (ROOT / "docs" / "augmentation.md").read_text()
 IN_RECIPE = re.findall(r"^\| .+? \| `(.+?)` \| .+? \|$", OPTIONS, re.M)
 OF_TIMM = {"groups": finetune.LayerDecay(head_lr=1e-3, stem_ratio=0.1), "backbone": "resnet18", "head": None}
 TOOLS = ("finetune", "accelerate", "python", "pip")
@@ -154,18 +155,18 @@ def test_the_recorded_session_is_of_these_commands():
 @pytest.mark.parametrize("fields", IN_RECIPE)
 def test_every_option_of_the_table_is_a_recipe(fields):
     """What the table of options shows can be written into a recipe, and fits a network."""
-    changes = eval(f"dict({fields})", dict(vars(finetune)))
+    changes = eval(f"dict({fields})", {**vars(finetune), "augment_image": lambda image, rng: image})
     of_timm = "LayerDecay" in fields or changes.keys() & {"dropout", "gradient_checkpointing"}
     made = small_recipe(**{**(OF_TIMM if of_timm else {}), **changes})
     check_recipe(made, meta_backbone(made))
 
 
 def test_the_table_has_every_field():
-    """Each field of a recipe that changes training has its row; the others are in the recipe shown above the table."""
+    """Each field of a recipe that changes training has its row on one of two pages; the others are in the recipe shown above."""
     shown = {name for fields in IN_RECIPE for name in re.findall(r"(\w+)=", fields)}
     fields = {name for kind in (finetune.Recipe, finetune.Group, finetune.Augment) for name in kind.__dataclass_fields__}
     network = {"backbone", "weights", "head", "seed", "epochs", "name", "pattern"}
-    assert fields - shown == network | {"crop_scale", "crop_ratio", "hflip", "color_jitter"}
+    assert fields - shown == network
     kinds = [kind for kind in finetune.Schedule.__subclasses__() if kind.__name__ in finetune.__all__]  # not those of tests
     assert len(kinds) > 5 and all(f"`{kind.__name__}`" in OPTIONS for kind in kinds)
 

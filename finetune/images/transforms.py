@@ -3,6 +3,7 @@
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil, floor
 from typing import Any
 
@@ -210,7 +211,8 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
     Raises:
         RecipeError: for a policy that timm can't read, and for images that are too small to be blurred.
     """
-    augment, mean, turn = recipe.augment, mean_colour(preprocessing), list[ImageTransform]()
+    augment = replace(recipe.augment, function=None)  # another start method than fork could not send every one
+    mean, turn = mean_colour(preprocessing), list[ImageTransform]()
     if augment.rotation:
         turn.append(RandomRotation(augment.rotation, InterpolationMode.BILINEAR, fill=mean))
     trivial = augment.auto_augment == "ta_wide"
@@ -235,9 +237,11 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
     try:
         (crop, *flips), colours, last = (part.transforms for part in create_transform(**options))
         assert isinstance(crop, RandomResizedCropAndInterpolation)
+        Compose(colours)(Image.new("RGB", recipe.data.sides[::-1]))  # timm 1.0.26 has an AugMix for squares alone
     except (AssertionError, ValueError) as error:
         raise RecipeError(
-            f"augment: timm can't read auto_augment={augment.auto_augment!r}, written like 'rand-m9-mstd0.5-inc1' {error}"
+            f"augment: timm can't read auto_augment={augment.auto_augment!r}, written like 'rand-m9-mstd0.5-inc1', or can't "
+            f"apply it at {recipe.data.pixels} px: {error}"
         ) from error
     if not matches_timm(preprocessing) or augment.erasing:  # which draws noise among normalised floats
         return Timm(preprocessing, Compose([RandomCrop(preprocessing, augment), *flips, *turn, *colours, *last]))

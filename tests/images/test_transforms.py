@@ -63,11 +63,11 @@ def assert_as_through_pil(ours, theirs):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_training_images_are_timms(name, interpolation):
-    """From the same seed the same crop, the same size and the same flip as timm's transform."""
-    image, augment = pixels(name), Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=0.5)
+    """From the same seed the same crop, the same size and the same flips as timm's transform."""
+    image, augment = pixels(name), Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=0.5, vflip=0.3)
     given = inputs(interpolation)
     ours = training_transform(small_recipe(augment=augment), given)
-    options = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "hflip": 0.5, "color_jitter": None}
+    options = {"scale": (0.2, 1.0), "ratio": (0.5, 2.0), "hflip": 0.5, "vflip": 0.3, "color_jitter": None}
     theirs = Timm(given, timm.data.create_transform(**given, is_training=True, **options))
     seen = []
     for number in range(20):
@@ -92,16 +92,20 @@ def test_evaluated_images_are_timms(name, crop_pct):
 AUGMENT = {"crop_scale": (0.2, 1.0), "crop_ratio": (0.5, 2.0), "hflip": 0.3}
 THEIRS = {"is_training": True, "scale": (0.2, 1.0), "ratio": (0.5, 2.0), "hflip": 0.3, "color_jitter": None}
 COLOURS = [
-    ({"auto_augment": "rand-m9-mstd0.5"}, {"auto_augment": "rand-m9-mstd0.5"}),
-    ({"color_jitter": 0.4}, {"color_jitter": 0.4}),
+    {"auto_augment": "rand-m9-mstd0.5"},
+    {"auto_augment": "augmix-m5-w4-d2"},
+    {"auto_augment": "original-mstd0.5"},
+    {"auto_augment": "3a", "color_jitter": 0.3},
+    {"color_jitter": 0.4, "grayscale_prob": 0.5},
+    {"gaussian_blur_prob": 0.5},
 ]
 
 
-@pytest.mark.parametrize("changes,options", COLOURS)
-def test_colours_are_timms(changes, options):
-    """RandAugment and colours are drawn as in timm's transform from the same seed, and done by timm to the crop from here."""
+@pytest.mark.parametrize("changes", COLOURS, ids=str)
+def test_colours_are_timms(changes):
+    """Policies and colours are drawn as in timm's transform from the same seed, and done by timm to the crop from here."""
     ours, crop = (training_transform(small_recipe(augment=Augment(**AUGMENT, **more)), inputs()) for more in (changes, {}))
-    theirs = timm.data.create_transform(**inputs(), **THEIRS | options)
+    theirs = timm.data.create_transform(**inputs(), **THEIRS | changes)
     apart = []
     for number in range(20):
         seed_cpu(number)

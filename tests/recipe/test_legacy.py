@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from finetune.recipe import Constant, Cosine, Frozen, Group, LinearProbe
+from finetune.recipe import Augment, Constant, Cosine, Frozen, Group, LinearProbe
 from finetune.recipe.load import load_recipe, override
 from finetune.recipe.serialize import diff, from_dict, to_dict
 from finetune.utils.errors import RecipeError
@@ -22,6 +22,7 @@ recipe = Recipe(
     backbone="test_resnet",
     weights="none",
     data=Data("digits", image_size=24, batch_size=8),
+    augment=Augment(hflip=0.0, randaugment="rand-m9"),
     linear_probe=LinearProbe(),
     groups=(
         Group("head", "fc", lr=1e-2),
@@ -39,6 +40,7 @@ baseline = Baseline(metric="macro_f1", mean=0.9, low=0.8, high=1.0)
 NEW = replace(
     small_recipe(backbone="test_resnet", head=None, groups=(Group("head", "fc", lr=1e-2), Group("rest", ".", lr=0))),
     data=replace(small_recipe().data, source="digits"),
+    augment=Augment(hflip=0.0, auto_augment="rand-m9"),
     linear_probe=LinearProbe(),
     batch_norm="frozen",
     metric="macro_f1",
@@ -50,6 +52,7 @@ def old_values():
     values = to_dict(NEW)
     values["norm_stats"] = {"frozen": "eval"}[values.pop("batch_norm")]
     values["score"] = values.pop("metric")
+    values["augment"]["randaugment"] = values["augment"].pop("auto_augment")
     values["groups"][1] = {"type": "Frozen", "name": "rest", "pattern": "."}
     del values["lr_scale"]
     return values
@@ -69,6 +72,10 @@ def test_a_recipe_file_of_version_01_loads(tmp_path, monkeypatch):
         ('Frozen("rest", "."),', "Frozen('rest', '.') is now Group('rest', '.', lr=0)"),
         ("recipe = Recipe(", "norm_stats='eval' is now batch_norm='frozen'; please rename it"),
         ("recipe = Recipe(", "score='macro_f1' is now metric='macro_f1'; please rename it"),
+        (
+            'augment=Augment(hflip=0.0, randaugment="rand-m9"),',
+            "randaugment='rand-m9' is now auto_augment='rand-m9'; please rename it",
+        ),
         (lines[-1], "baseline = Baseline(...) is no longer read: please delete it"),
     }
     assert {warning.filename for warning in caught} == {str(file)}
@@ -104,14 +111,19 @@ def test_an_old_name_outweighs_its_new_one(old, new):
 
 
 @pytest.mark.parametrize(
-    "assignment,text", [("norm_stats=eval", "batch_norm='frozen'"), ("score=macro_f1", "metric='macro_f1'")]
+    "old,new",
+    [
+        ("norm_stats=eval", "batch_norm='frozen'"),
+        ("score=macro_f1", "metric='macro_f1'"),
+        ("augment.randaugment=rand-m9", "augment.auto_augment='rand-m9'"),
+    ],
 )
-def test_set_reads_old_names(assignment, text):
+def test_set_reads_old_names(old, new):
     """--set with an old name sets the field that it is now, and says so."""
-    name, _, value = text.partition("=")
-    with pytest.warns(FutureWarning, match=f"is now {text}; please rename it"):
-        changed = override(small_recipe(batch_norm="train"), [assignment])
-    assert getattr(changed, name) == value.strip("'")
+    recipe = small_recipe(batch_norm="train")
+    with pytest.warns(FutureWarning, match=f"is now {new.removeprefix('augment.')}; please rename it"):
+        changed = override(recipe, [old])
+    assert changed == override(recipe, [new]) != recipe
 
 
 def test_an_old_value_needs_its_old_name():

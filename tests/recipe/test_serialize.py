@@ -114,14 +114,16 @@ def test_a_recipe_comes_back_from_json_as_it_was(recipe):
         small_recipe(backbone=SmallNet),
         replace(FULL, data=replace(FULL.data, source=my_images)),
         replace(FULL, schedule=Lambda(function=half)),
+        replace(FULL, augment=Augment(function=half)),
     ],
-    ids=["backbone", "data", "Lambda"],
+    ids=["backbone", "data", "Lambda", "augment"],
 )
 def test_functions_come_back_by_name(recipe):
     """Of a function its name comes back: it compares equal by diff, and says where it is when it is called."""
     read = through_json(recipe)
     assert not diff(read, recipe) and read != recipe
-    (function,) = (f for f in (read.backbone, read.data.source, getattr(read.schedule, "function", "")) if callable(f))
+    places = read.backbone, read.data.source, getattr(read.schedule, "function", ""), read.augment.function
+    (function,) = filter(callable, places)
     with pytest.raises(RecipeError, match=r"function \w+ is known by its name alone: it stands in the run's recipe.py"):
         function(1.0)
 

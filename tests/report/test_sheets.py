@@ -102,7 +102,19 @@ class DoesNotRun(nn.Linear):
         raise RuntimeError("not today")
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(auto_augment="rand-m9", erasing=1.0)], ids=["pixels", "timm"])
+def darker(image, rng):
+    """An augmentation of a recipe's own."""
+    return image.point(lambda value: value * rng.uniform(0.2, 0.8))
+
+
+SHOWN = {
+    "pixels": Augment(),
+    "timm": Augment(auto_augment="rand-m9", erasing=1.0),
+    "own": Augment(function=darker, rot90=1.0, gaussian_blur_prob=1.0),
+}
+
+
+@pytest.mark.parametrize("augment", SHOWN.values(), ids=SHOWN)
 def test_the_sheet_of_augmented_images_shows_what_is_trained_on(tmp_path, monkeypatch, augment):
     """Beside each image stand its name and label, and then, epoch by epoch, the pixels of the run's own batches."""
     recipe = small_recipe(augment=augment)

@@ -48,6 +48,8 @@ def test_any_number_of_processes_computes_the_same(tmp_path, image_folder, alone
 SET = (
     "augment.mixup=0.4",
     "augment.cutmix=1.0",
+    "augment.rot90=0.5",
+    "augment.auto_augment=ta_wide",
     "data.sampling=balanced",
     "data.image_size=(24, 40)",
     "data.resize=squash",
@@ -61,17 +63,21 @@ SET = (
 
 
 STEM = "lr=1e-3, unfreeze_at=2"  # as the recipe of launching.py has it
+OWN = {
+    "recipe = ": "def darker(image, rng):\n    return image.point(lambda value: value * rng.uniform(0.5, 1))\n\n\nrecipe = ",
+    "batch_norm=": "augment=Augment(function=darker), batch_norm=",
+}
 
 
 @pytest.mark.parametrize(
     ("fields", "changes"),
     [
-        (SET, {STEM: "lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=2"}),
+        (SET, OWN | {STEM: "lr=1e-3, optimizer=SGD(momentum=0.9), unfreeze_at=2"}),
         (("clip_norm=None",), {'"fc", lr=1e-2': '"fc", lr=0.1, optimizer=Optimizer("LBFGS", max_iter=2)'}),
         (("augment.frozen_views=1", "groups.body.unfreeze_at=2"), {STEM: "lr=0"}),
         (("ema_decay=0.6", "groups.body.rank=2"), {'Group("body"': 'Lora("body"', STEM: "lr=0"}),
     ],
-    ids=["mixing, averaging, two optimizers", "LBFGS", "what frozen layers return is kept", "adapters"],
+    ids=["a function, mixing, averaging, two optimizers", "LBFGS", "what frozen layers return is kept", "adapters"],
 )
 def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields, changes):
     """Whatever option is set, two processes take the steps of one, and their weights are the same to rounding."""
@@ -86,7 +92,7 @@ def test_two_processes_do_alike_with_every_option(tmp_path, image_folder, fields
             [word for field in fields for word in ("--set", field)],
         )
         recipe = Path(line[line.index("--recipe") + 1])
-        text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Lora, Optimizer,")
+        text = recipe.read_text().replace("import AdamW,", "import SGD, AdamW, Augment, Lora, Optimizer,")
         for before, after in changes.items():
             assert before in text
             text = text.replace(before, after)

@@ -127,9 +127,10 @@ def test_names_in_letters_that_the_locale_does_not_know(tmp_path, image_folder):
 
 
 OWN = """
+import numpy as np
 from PIL import Image
 
-from finetune import AdamW, Cosine, Data, LayerDecay, Recipe
+from finetune import AdamW, Augment, Cosine, Data, LayerDecay, Recipe
 
 
 class Squares:
@@ -149,15 +150,19 @@ def images():
     return Squares(16), Squares(4)
 
 
+def noise(image, rng):
+    return (np.asarray(image) * rng.uniform(0.5, 1, 3)).astype(np.uint8)
+
+
 recipe = Recipe(backbone="test_resnet", weights="none", data=Data(images, image_size=32, batch_size=8),
-                groups=LayerDecay(head_lr=1e-2, stem_ratio=0.1), optimizer=AdamW(), schedule=Cosine(), epochs=1,
-                batch_norm="frozen")
+                augment=Augment(function=noise), groups=LayerDecay(head_lr=1e-2, stem_ratio=0.1), optimizer=AdamW(),
+                schedule=Cosine(), epochs=1, batch_norm="frozen")
 """
 
 
 @pytest.mark.launches
 def test_loader_processes_that_are_started_afresh(tmp_path):
-    """As on macOS and Windows, they read the images of a recipe's own class: the run has the bits of one without them."""
+    """As on macOS and Windows, they read images of a recipe's own class and call its own augmentation, as a run without them."""
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "start.py").write_text(
         f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -102,6 +103,11 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path, monkeypatch, unbroken, befor
     assert_same_bits(everything(tmp_path), unbroken[accumulate])
 
 
+def noise(image, rng):
+    """An augmentation of a recipe's own, which draws from its generator and from torch's."""
+    return (np.asarray(image) * rng.uniform(0.5, 1, 3) * torch.rand(1).item()).astype(np.uint8)
+
+
 HEAD, REST = Group("head", "fc", lr=1e-2), Group("rest", ".", lr=1e-3, unfreeze_at=2)
 
 
@@ -113,6 +119,7 @@ OPTIONS = {
     "lbfgs": {"groups": (HEAD, Group("rest", ".", lr=0)), "optimizer": Optimizer("LBFGS", max_iter=3)},
     "steps counted in a row": {"groups": (HEAD, REST), "optimizer": Optimizer("lamb")},
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
+    "a function of its own": {"augment": Augment(function=noise, vflip=0.5, rot90=0.5, rotation=20, grayscale_prob=0.5)},
     "another shape": {"data": Data("generated", (24, 40), 8, resize="pad")},
     "kept images": {"groups": (HEAD, dataclasses.replace(REST, unfreeze_at=3)), "augment": Augment(frozen_views=1)},
     "own columns": {

@@ -115,7 +115,7 @@ class OwnFunction:
         if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != pixels.shape[2] or not found.size:
             shape = f" {list(found.shape)} of {found.dtype}" if found.ndim else ""
             text = f"{self.name} must return a PIL image or an array [height, width, {pixels.shape[2]}] of uint8"
-            raise RecipeError(f"{text}; of {where} it returned a {type(image).__name__}{shape}", one_process=True)
+            raise RecipeError(f"{text}; of {where} it returned {'None' if image is None else type(image).__name__}{shape}", one_process=True)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:

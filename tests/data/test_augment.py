@@ -200,12 +200,12 @@ def fails(image, rng):
 
 
 WRONG = {
-    "nothing": (lambda image, rng: None, "of image 5 in epoch 2 it returned a NoneType"),
-    "a dict": (lambda image, rng: {"image": image}, "it returned a dict"),
-    "floats": (lambda image, rng: np.asarray(image) / 255, "it returned a ndarray [145, 185, 3] of float64"),
-    "a grey array": (lambda image, rng: np.asarray(image.convert("L")), "it returned a ndarray [145, 185] of uint8"),
+    "nothing": (lambda image, rng: None, "of image 5 in epoch 2 it returned None"),
+    "a dict": (lambda image, rng: {"image": image}, "it returned dict"),
+    "floats": (lambda image, rng: np.asarray(image) / 255, "it returned ndarray [145, 185, 3] of float64"),
+    "a grey array": (lambda image, rng: np.asarray(image.convert("L")), "it returned ndarray [145, 185] of uint8"),
     "a tensor": (lambda image, rng: torch.zeros(3, 8, 8), "must return a PIL image or an array [height, width, 3] of uint8"),
-    "an empty image": (lambda image, rng: np.asarray(image)[:0], "it returned a ndarray [0, 185, 3] of uint8"),
+    "an empty image": (lambda image, rng: np.asarray(image)[:0], "it returned ndarray [0, 185, 3] of uint8"),
     "an error": (fails, f"fails failed on image 5 in epoch 2: {__file__}:{fails.__code__.co_firstlineno + 1}: TypeError: "),
     "too few arguments": (lambda image: image, "failed on image 5 in epoch 2: TypeError: "),
     "a partial": (functools.partial(fails, rng=0), "fails(rng=0) failed on image 5 in epoch 2: TypeError: "),

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from finetune.images.decode import read_image
+from finetune.images.read import read_image
 from finetune.utils.errors import RecipeError
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "TIFF": "tif", "BMP": "bmp", "WEBP": "webp", "AVIF": "avif", "PPM": "ppm"}

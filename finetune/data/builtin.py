@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.dataset import ImageData, ImageList
-from finetune.images.decode import read_image
+from finetune.images.decode import WHITE, Colour
+from finetune.images.read import read_image
 from finetune.utils.errors import RecipeError
 
 
@@ -60,9 +61,11 @@ def generated() -> ImageData:
     return ImageData(train, val, tuple(f"patch {i}" for i in range(10)))
 
 
-def patch(number: int) -> Image.Image:
-    noise = np.random.RandomState(number).randint(0, 64, (16, 16, 3))
-    return Image.fromarray((noise + 19 * (number % 10)).astype(np.uint8))
+def patch(number: int, channels: int | None = None, background: Colour = WHITE) -> Any:
+    """A PIL image, or with `channels` an array; nothing of it is transparent."""
+    noise = np.random.RandomState(number).randint(0, 64, (16, 16, channels or 3))
+    values = (noise + 19 * (number % 10)).astype(np.uint8)
+    return values if channels else Image.fromarray(values)
 
 
 def data_folder() -> Path:

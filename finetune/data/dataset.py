@@ -17,13 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from finetune.images.decode import WHITE, Colour, open_file, reason_of
+from finetune.images.arrays import reader_of
+from finetune.images.decode import WHITE, open_file
+from finetune.images.read import check_header, reason_of
+from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import file_digest, write_file
 from finetune.utils.text import note, progress
 
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
-Reader = Callable[..., Image.Image]  # reads an item as an RGB image: read_image with what its first argument is
+Reader = Callable[..., Any]  # reads an item as an RGB image or an array: read_image with what its first argument is
 FIX = "finetune check --data DIR --fix good.csv"
 LEAVE_OUT = f"--set data.on_bad_image=skip; or, for a table without: {FIX}"
 SPLITS = {  # what folders, tables, shards and sets call their parts, in any case
@@ -89,9 +92,11 @@ class ImageList:
         names = (values and part_of(values) for values in (self.subgroups, self.groups))
         return ImageList(part_of(self.items), part_of(self.labels), self.read, *names)
 
-    def on_background(self, background: Colour) -> "ImageList":
-        """The same images, read with another background of what is transparent."""
-        return self if background == WHITE else self.read_with(background=background)
+    def read_as(self, data: Data) -> "ImageList":
+        """The same images, read with a recipe's background and channels."""
+        options: dict[str, Any] = {} if data.background == WHITE else {"background": data.background}
+        options |= {"channels": data.channels} if data.channels else {}
+        return self.read_with(**options) if options else self
 
     def read_with(self, **options: Any) -> "ImageList":
         """The same images, read with these options of `read_image`."""
@@ -125,7 +130,7 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     return f"{len(images)} {digest.hexdigest()}"
 
 
-def check_files(parts: Sequence[ImageList], on_bad_image: str) -> None:
+def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | None = None) -> None:
     """Read the header of every file.
 
     Raises:
@@ -137,7 +142,9 @@ def check_files(parts: Sequence[ImageList], on_bad_image: str) -> None:
     paths, faults = [str(path) for part in parts for path in part.items], {}
     for path in progress(paths, len(paths), "checking the images", main):
         try:
-            open_file(path).close()
+            check_header(path, channels)
+        except RecipeError:
+            raise  # a package is missing, for all files
         except Exception as error:
             faults[path] = reason_of(error)
     if faults:
@@ -251,7 +258,8 @@ def same_files(paths: Sequence[str]) -> list[list[int]]:
 def is_image(path: str) -> bool:
     """Whether a file's header is an image's."""
     try:
-        open_file(path).close()
+        if not reader_of(Path(path)):
+            open_file(path).close()
     except Exception:  # whatever its decoder says; it is named where it is read
         return False
     return True

@@ -20,7 +20,8 @@ from PIL import Image
 from finetune.data.builtin import data_folder, require_package
 from finetune.data.dataset import SPLITS, ImageData, ImageList
 from finetune.data.split import list_shards, used_shards
-from finetune.images.decode import ENDINGS, read_image
+from finetune.images.decode import ENDINGS
+from finetune.images.read import read_image
 from finetune.utils.errors import RecipeError
 from finetune.utils.net import reach
 from finetune.utils.text import list_few, nearest, note

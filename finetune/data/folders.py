@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune.data.dataset import SPLITS, ImageList
-from finetune.images.decode import ENDINGS, read_image
+from finetune.images.arrays import ENDINGS as ARRAYS
+from finetune.images.decode import ENDINGS
+from finetune.images.read import read_image
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import as_seen, note, readable
 
@@ -25,8 +27,8 @@ class Finder:
     With `once`, a file to which several paths lead, by links, is found by the first; `found` has it by its device and number.
     """
 
-    def __init__(self, once: bool = True):
-        self.once = once
+    def __init__(self, once: bool = True, endings: frozenset[str] = ENDINGS):
+        self.once, self.endings = once, endings
         self.found: dict[tuple[int, int], str] = {}
         self.linked: list[tuple[str, str]] = []  # the path by which a file was found first, and another
         self.left_out: dict[str, list[str]] = {}
@@ -62,10 +64,10 @@ class Finder:
         stem, dot, ending = name.rpartition(".")
         ending = (dot + ending).lower() if stem.strip(".") else ""
         if is_hidden(name):
-            if ending in ENDINGS:
+            if ending in self.endings:
                 self.leave_out("hidden files", path)
             return False
-        if ending not in ENDINGS:
+        if ending not in self.endings:
             self.leave_out(f"files that end in {ending}" if ending else "files without an ending", path)
             return False
         if number is None:
@@ -121,13 +123,15 @@ def list_folders(root: Path) -> list[str]:
         raise RecipeError(f"data: can't list the folder {root}: {error.strerror}") from error
 
 
-def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
+def class_folders(root: Path, endings: frozenset[str] = ENDINGS) -> tuple[ImageList, tuple[str, ...]]:
     """(images, classes) of a folder of class folders, in the order of torchvision's ImageFolder.
+
+    Images are pictures; where there is none, files of arrays.
 
     Raises:
         RecipeError: for a class without images, for less than two classes, and for a file in two.
     """
-    classes, finder = list_folders(root), Finder()
+    classes, finder = list_folders(root), Finder(endings=endings)
     if not classes:
         raise RecipeError(f"data: {root} has no class folders. {describe_kind(root)}")
     labels: dict[str, int] = {}
@@ -140,6 +144,8 @@ def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
             empty.append(str(root / name))
     if conflicts:
         raise RecipeError(f"data: {len(conflicts)} files are in two classes, by links: {' is '.join(conflicts[0])}")
+    if not labels and endings is ENDINGS and any(Finder(endings=ARRAYS).find(root / name) for name in classes):
+        return class_folders(root, ARRAYS)
     left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
     if empty:
         raise RecipeError(f"data: no images in class folder{'s' * (len(empty) > 1)} {', '.join(empty)}{left_out}")
@@ -150,7 +156,7 @@ def class_folders(root: Path) -> tuple[ImageList, tuple[str, ...]]:
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if entry.is_dir() and is_hidden(entry.name):
             finder.leave_out("hidden folders", entry.path)
-        elif entry.is_file() and Path(entry.name).suffix.lower() in ENDINGS and not is_hidden(entry.name):
+        elif entry.is_file() and Path(entry.name).suffix.lower() in endings and not is_hidden(entry.name):
             finder.leave_out("images beside the class folders", entry.path)
     if finder.left_out:
         note(f"left out of {root}: {finder.describe()}")
@@ -206,6 +212,8 @@ def class_difference(one: Iterable[str], other: Iterable[str], places: tuple[str
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Files as they are named, folders' images (by their endings) however deep, and globs; each path once.
 
+    Of a folder without a picture the arrays.
+
     Raises:
         RecipeError: for a path that leads to no image.
     """
@@ -215,6 +223,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             raise RecipeError("a path is empty: name images, folders or globs")
         if Path(path).is_dir():
             images = list(map(Path, finder.find(path)))
+            if not images and (images := list(map(Path, Finder(endings=ARRAYS).find(path)))):
+                finder.left_out.clear()
         elif Path(path).exists():
             images = [Path(path)]
         else:  # a bracket may be part of a name

@@ -4,6 +4,7 @@ import errno
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from finetune.data.channels import kind_of, name_of, unchanged
 from finetune.data.dataset import ImageList, Images, labels_of, name_others
-from finetune.images.cache import DiskCache, image_cache
-from finetune.images.decode import WHITE, Colour, read_image
+from finetune.images.cache import PHOTOGRAPHS, DiskCache, PixelKind, image_cache
+from finetune.images.decode import WHITE, Colour
+from finetune.images.read import read_image
 from finetune.images.transforms import OwnFunction, Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
@@ -130,8 +133,13 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     in_background: ClassVar[bool] = True  # worth the processes that load in the background
 
     def __post_init__(self) -> None:
-        self.cache = image_cache(len(self.images)) if isinstance(self.images, ImageList) else None
+        self.cache = image_cache(len(self.images), self.kind or PHOTOGRAPHS) if isinstance(self.images, ImageList) else None
         self.kept_loader: BatchLoader | None = None
+
+    @property
+    def kind(self) -> PixelKind | None:
+        """What its arrays have in common; of photographs None."""
+        return kind_of(self.transform.preprocessing)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For a loader process that is started afresh, as on macOS and Windows: it knows no recipe, and shares no memory."""
@@ -164,19 +172,22 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             if self.on_bad_image == "stop":
                 raise
             print_error(f"skipped: {error}")
-            pixels, label = np.zeros((8, 8, 3), np.uint8), UNREADABLE
+            channels, dtype = self.kind or PHOTOGRAPHS
+            pixels, label = np.zeros((8, 8, channels), dtype), UNREADABLE
         else:
             if self.function:
                 pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
         return self.transform.image(pixels), self.target(label, index)
 
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
-        """(pixels, uint8 [H, W, 3], label) of an image."""
+        """(pixels, [H, W, channels], label) of an image: uint8, or of what kind the set's arrays are."""
         if self.cache is not None and (pixels := self.cache.get(index)) is not None:
             assert isinstance(self.images, ImageList)  # only a list is kept in memory
             return pixels, self.images.labels[index]
         image, label = self.images[index]
-        pixels = np.array(read_image(image, lambda image: image, lambda _: str(index), self.background))
+        options: dict[str, Any] = self.kind._asdict() if self.kind else {}
+        where = partial(name_of, self.images, index)
+        pixels = np.array(read_image(image, unchanged, where, self.background, **options))
         if self.cache is not None:
             self.cache.keep(index, pixels)
         return pixels, label

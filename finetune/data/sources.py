@@ -25,7 +25,7 @@ from finetune.data.dataset import (
 from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torchvision, has_shards, same_members
 from finetune.data.folders import class_difference
 from finetune.data.split import from_folder, from_lists, held_out, refuse_groups, refuse_split
-from finetune.images.decode import read_image, to_rgb
+from finetune.images.read import read_image
 from finetune.recipe import Data, Recipe
 from finetune.recipe.load import describe_file
 from finetune.recipe.serialize import to_dict
@@ -47,10 +47,10 @@ def whole_data(recipe: Recipe) -> ImageData:
         for refuse in (refuse_split, refuse_groups):
             refuse(recipe.data, str(to_dict(source)))
     if callable(source):
-        return from_function(source, recipe.loss == "multi_label")
+        return from_function(source, recipe.loss == "multi_label", recipe.data)
     data = read_source(source, recipe)
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
-    train, val = (part.on_background(recipe.data.background) for part in (data.train, data.val))
+    train, val = (part.read_as(recipe.data) for part in (data.train, data.val))
     if recipe.data.on_bad_image == "skip":
         check_classes(train, data.classes, f"the training images of {source}")
         if data.drawn:
@@ -90,7 +90,7 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
             f"data: no data set or folder '{source}'.{nearest(source, [*NAMED, *DOWNLOADED])} Yours: --data DIR. Named sets: "
             f"{', '.join(NAMED)}, torchvision/NAME, hf/NAME"
         )
-    check_files(parts, recipe.data.on_bad_image)
+    check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
     data = from_lists(parts, classes, source, recipe.data)
     note_same_files(data, source)
     return data
@@ -132,19 +132,20 @@ def is_downloaded(source: str | Callable[[], Any]) -> bool:
     return source in DOWNLOADED or (isinstance(source, str) and source.startswith("hf/") and not Path(source[3:]).is_dir())
 
 
-def from_function(source: Callable[[], Any], multi_label: bool) -> ImageData:
+def from_function(source: Callable[[], Any], multi_label: bool, data: Data) -> ImageData:
     """The images that a function of the recipe file returns, checked."""
     try:
         train, val = source()
         classes, sizes = tuple(map(str, train.classes)), (len(train), len(val))
         image, label = train[0]
-        to_rgb(image), np.asarray(label, dtype=float)
+        read_image(image, lambda image: image, lambda _: "0", data.background, channels=data.channels)
+        np.asarray(label, dtype=float)
         if np.shape(label) not in (((), (len(classes),)) if multi_label else ((),)):
             raise ValueError(
                 f"a label has the shape {np.shape(label)}"
                 + (f", not that of {len(classes)} classes" if multi_label else "; several labels an image: loss='multi_label'")
             )
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, RecipeError) as error:
         raise RecipeError(
             f"data: {to_dict(source)} must return (train, validation), two data sets of (PIL "
             f"image, label) with a length, the first with a list `classes`: {error}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.export.timm_folder import timm_files
 from finetune.models.saved import find_model, load_model
+from finetune.utils.errors import RecipeError
 from finetune.utils.files import read_json
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def demo_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     run = find_model(source)[1]
     assert run is not None  # or there would be no files
     recipe, name = load_model(source).recipe, read_json(run / "result.json")["recipe"]
+    if recipe.data.channels:
+        raise RecipeError("--to gradio makes a page for photographs: this network takes arrays, data.channels")
     function = "softmax(0)" if recipe.loss == "cross_entropy" else "sigmoid()"
     app = APP.format(name=name, function=function)
     return files | {

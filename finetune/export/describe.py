@@ -13,9 +13,14 @@ from timm.data import create_transform
 from torch import nn
 
 from finetune.data.builtin import generated
+from finetune.data.channels import kind_of
+from finetune.data.dataset import ImageList
 from finetune.data.sources import load_data
 from finetune.export.inside import Half, Inside, PixelsToProbabilities
+from finetune.images.cache import PHOTOGRAPHS
 from finetune.images.decode import WHITE, to_rgb
+from finetune.images.read import read_image
+from finetune.images.transforms import eval_transform
 from finetune.models.saved import SavedModel, load_model
 from finetune.utils.errors import RecipeError
 
@@ -60,7 +65,9 @@ def load_for_export(source: Path, inside: Inside) -> Prepared:
         )
         net, original = wrap(net), wrap(original)
         examples = examples._replace(images=to_pixels(examples.images, model.preprocessing))
-        about["preprocessing"]["steps"] = [*about["preprocessing"]["steps"][:-2], "uint8 [batch, height, width, 3]"]
+        kind = kind_of(model.preprocessing) or PHOTOGRAPHS
+        taken = f"{'uint8' if kind.dtype == 'uint8' else 'float32'} [batch, height, width, {kind.channels}]"
+        about["preprocessing"]["steps"] = [*about["preprocessing"]["steps"][:-2], taken]
         about |= {"output": "probabilities", "probabilities": "as they come: the temperature is inside"}
     if inside.batch:
         examples = examples._replace(images=examples.images[[i % 8 for i in range(inside.batch)]])
@@ -68,20 +75,29 @@ def load_for_export(source: Path, inside: Inside) -> Prepared:
 
 
 def to_pixels(images: torch.Tensor, preprocessing: dict[str, Any]) -> torch.Tensor:
-    """Normalised images [n, 3, H, W] as the uint8 pixels [n, H, W, 3] that they were made of."""
+    """Normalised images [n, channels, H, W] as the pixels [n, H, W, channels] that they were made of: uint8, or floats."""
     mean, std = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
-    return (255 * (images * std + mean)).round().clamp(0, 255).permute(0, 2, 3, 1).contiguous().to(torch.uint8)
+    values = (255 * (images * std + mean)).permute(0, 2, 3, 1).contiguous()
+    whole = (kind_of(preprocessing) or PHOTOGRAPHS).dtype == "uint8"
+    return values.round().clamp(0, 255).to(torch.uint8) if whole else values
 
 
 def example_images(model: SavedModel) -> Examples:
     """Validation images of the run's, downloaded if need be, or generated ones where these can't be had."""
+    data = model.recipe.data
     try:
         images, kind = load_data(model.recipe).val, "8 validation images"
     except RecipeError:
-        images, kind = generated().val, "8 generated images"
-    transform = create_transform(**model.preprocessing)
-    chosen = [transform(to_rgb(images[i * len(images) // 8][0], model.recipe.data.background)) for i in range(8)]
-    return Examples(torch.stack(chosen), kind)
+        made = generated().val
+        assert isinstance(made, ImageList)
+        images, kind = made.read_as(data), "8 generated images"
+    chosen = [images[i * len(images) // 8][0] for i in range(8)]
+    if arrays := kind_of(model.preprocessing):
+        transform = eval_transform(model.preprocessing)
+        read = (read_image(image, lambda image: image, channels=arrays.channels) for image in chosen)
+        return Examples(torch.cat([transform.batch(transform.image(array)[None]) for array in read]), kind)
+    by_timm = create_transform(**model.preprocessing)
+    return Examples(torch.stack([by_timm(to_rgb(image, data.background)) for image in chosen]), kind)
 
 
 def describe_use(model: SavedModel) -> dict[str, Any]:
@@ -98,6 +114,12 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
         "divided by 255, minus mean, divided by std, channel by channel",
         "float32 [batch, 3, height, width]",
     ]
+    if kind := kind_of(inputs):
+        steps[:4] = [
+            f"numbers [height, width, {kind.channels}] of {kind.dtype}, upright, as floats",
+            f"resized, {inputs['interpolation']}, with antialiasing: {RESIZE[inputs['crop_mode']].format(*resize)}",
+        ]
+        steps[-1] = f"float32 [batch, {kind.channels}, height, width]"
     return {
         "classes": list(model.classes),
         "input": "images",

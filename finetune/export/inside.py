@@ -15,7 +15,7 @@ class Inside(NamedTuple):
 
 
 class PixelsToProbabilities(nn.Module):
-    """A network that takes uint8 pixels [n, height, width, 3] of its own size, and returns probabilities [n, classes]."""
+    """A network that takes pixels [n, height, width, channels] of its own size, and returns probabilities [n, classes]."""
 
     def __init__(self, net: nn.Module, preprocessing: dict[str, Any], loss: str, temperature: float):
         super().__init__()
@@ -23,7 +23,7 @@ class PixelsToProbabilities(nn.Module):
         self.mean: torch.Tensor
         self.std: torch.Tensor
         for name in ("mean", "std"):
-            self.register_buffer(name, 255 * torch.tensor(preprocessing[name]).view(3, 1, 1), persistent=False)
+            self.register_buffer(name, 255 * torch.tensor(preprocessing[name]).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.net((images.permute(0, 3, 1, 2).float() - self.mean) / self.std) / self.temperature

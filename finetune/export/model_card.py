@@ -51,22 +51,34 @@ That is {spread}.{flip_test} {versions}.
 ![Loss, metric and learning rates of the run](curves.png)
 
 ```python
-import timm
-from PIL import Image
-
-net = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
-logits = net(transform(Image.open("image.jpg").convert("RGB"))[None])
+{code}
 ```
 
 Classes, in the order of the logits: {classes}.
 
-Preprocessing, as that transform does it:
+Preprocessing{as_there}:
 
 {inputs}
 
 Licences. {weights}: {licence}. Data: {data_licence}. The code that trained it: Apache-2.0.
 """
+
+
+PHOTOGRAPHS = """\
+import timm
+from PIL import Image
+
+net = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
+logits = net(transform(Image.open("image.jpg").convert("RGB"))[None])"""
+ARRAYS = """\
+import timm
+import torch
+
+net = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+mean, std = (torch.tensor(net.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+# arrays: floats [n, {channels}, {height}, {width}], of numbers like those of the {pixels} files, resized and cropped
+logits = net((arrays / 255 - mean) / std)"""
 
 
 def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
@@ -108,6 +120,7 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         metrics=[METRICS[key] for key in metrics],
         eval_results=None if result.get("smoke") else results,
     )
+    shape = dict(zip(("channels", "height", "width"), config["pretrained_cfg"]["input_size"], strict=True))
     return CARD.format(
         front=front.to_yaml(),
         name=name,
@@ -121,6 +134,8 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         weights=weights,
         table="\n".join(f"| {REPORTED_METRICS[key]} | {value:.2%} |" for key, value in metrics.items()),
         flip_test=" Each image's logits are averaged with those of its mirror image." if recipe.flip_test else "",
+        code=ARRAYS.format(**shape, pixels=config["pixels"]) if "pixels" in config else PHOTOGRAPHS,
+        as_there="" if "pixels" in config else ", as that transform does it",
         inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in INPUTS),
         licence=licence or ("none" if weights == "random weights" else "not known here"),
         data_licence=LICENCES.get(source, "not known here"),

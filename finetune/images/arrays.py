@@ -27,14 +27,14 @@ KEPT = (np.uint8, np.uint16, np.int16, np.float32)
 def read_array(item: Any, channels: int, load: Callable[[Any], Any] = open_file, background: Colour = WHITE) -> np.ndarray:
     """The numbers of an image, [H, W, channels]: uint8, uint16, int16 or float32, as they come; others become float32.
 
-    `item` is a file, whose content says what reads it, or whatever `load` makes a PIL image or an array of. With one channel a
-    colour picture becomes grey. Arrays are [H, W], [H, W, channels] or [channels, H, W].
+    `item` is a file, whose content says what reads it, or whatever `load` makes a PIL image or an array of. Of pictures one
+    channel is grey, three are red, green and blue. Arrays are [H, W], [H, W, channels] or [channels, H, W].
 
     Raises:
         RecipeError: where a package is missing.
         Exception: of any kind, from whatever reads the file; ValueError for another number of channels.
     """
-    reader = reader_of(Path(item)) if load is open_file else ""
+    reader = reader_of(Path(item)) if isinstance(item, str | Path) else ""
     values: Any = READERS[reader](Path(item)) if reader else load(item)
     if isinstance(values, Image.Image):
         with silent():
@@ -74,6 +74,13 @@ def shape_of(file: Path) -> tuple[int, ...]:
         return height, width, len(image.getbands())
 
 
+def check_shape(file: Path, channels: int) -> None:
+    """Raise an error of any kind unless a file's header has so many channels; a picture may become one or three."""
+    shape = shape_of(file)
+    if reader_of(file) or channels not in (1, 3):
+        as_channels(np.broadcast_to(np.uint8(0), shape), channels)
+
+
 def read_npy(file: Path) -> np.ndarray:
     return np.load(file, allow_pickle=False)
 
@@ -110,15 +117,13 @@ READERS: dict[str, Callable[[Path], Any]] = {"numpy": read_npy, "tifffile": read
 def picture_values(image: Image.Image, channels: int, background: Colour) -> np.ndarray:
     """The numbers of a PIL image, upright: for one channel grey, with all of its bits; of four the transparency as well."""
     image.load()
+    deep = image.mode == "F" or image.mode.startswith("I")
+    if channels == 3 or channels == 1 and not deep:
+        return np.asarray(to_rgb(image, background).convert("L" if channels == 1 else "RGB"))
     turn = TURNS.get(orientation(image))
-    if channels != 1:
-        values = np.asarray(image if turn is None else image.transpose(turn))
-    elif image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image if turn is None else image.transpose(turn))
-        if values.dtype.kind == "i" and values.min() >= 0 and values.max() < 2**16:  # Pillow's form of 16 bits
-            values = values.astype(np.uint16)
-    else:
-        values = np.asarray(to_rgb(image, background).convert("L"))
+    values = np.asarray(image if turn is None else image.transpose(turn))
+    if values.dtype.kind == "i" and values.min() >= 0 and values.max() < 2**16:  # Pillow's form of 16 bits
+        return values.astype(np.uint16)
     return values
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,14 +19,25 @@ HEADER, USED, ROOM, FLUSHED, BOOT = 4, 0, 1, 2, 3  # numbers before the places o
 CACHE_LIMIT = 2**30  # bytes of each set on one machine; what has no room is decoded again each time
 
 
+class PixelKind(NamedTuple):
+    """What all images of a set have in common."""
+
+    channels: int = 3
+    dtype: str = "uint8"  # of their numbers
+
+
+PHOTOGRAPHS = PixelKind()
+
+
 class ImageCache:
-    """Pixels [H, W, 3] of up to `num_images` images, in memory shared with the loader processes forked from this one.
+    """Pixels [H, W, channels] of up to `num_images` images, in memory shared with the loader processes forked from this one.
 
     No memory is used before an image is kept.
     """
 
-    def __init__(self, num_images: int, limit: int | None = None):
+    def __init__(self, num_images: int, limit: int | None = None, kind: PixelKind = PHOTOGRAPHS):
         """`limit` in bytes; by default 1 GiB divided by the training processes of this machine."""
+        self.kind = kind
         self.limit = CACHE_LIMIT // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if limit is None else limit
         self.lay_out(mmap.mmap(-1, max(self.limit, 1)), mmap.mmap(-1, 8 * (HEADER + 3 * num_images)))
         self.lock: AbstractContextManager[Any] = multiprocessing.Lock()
@@ -40,15 +51,19 @@ class ImageCache:
     def get(self, index: int) -> np.ndarray | None:
         """The image, if it is kept."""
         end, height, width = self.places[index]
-        return self.pixels[end - 3 * height * width : end].reshape(height, width, 3) if end else None
+        if not end:
+            return None
+        channels, dtype = self.kind
+        size = int(height * width) * channels * np.dtype(dtype).itemsize
+        return self.pixels[end - size : end].view(dtype).reshape(height, width, channels)
 
     def keep(self, index: int, pixels: np.ndarray) -> None:
         """Keep the image, if there is room."""
         with self.lock:
-            if self.places[index, 0] or not self.has_room(end := int(self.header[USED]) + pixels.size):
+            if self.places[index, 0] or not self.has_room(end := int(self.header[USED]) + pixels.nbytes):
                 return
             self.header[USED], self.header[FLUSHED] = end, 0
-        self.pixels[end - pixels.size : end] = pixels.reshape(-1)
+        self.pixels[end - pixels.nbytes : end] = pixels.reshape(-1).view(np.uint8)
         self.places[index, 1:] = pixels.shape[:2]
         self.places[index, 0] = end  # last: from here on others may read it
         self.header[FLUSHED] = 0
@@ -65,8 +80,9 @@ class DiskCache(ImageCache):
     flushed is forgotten: a power cut may have kept an image's place, and not its pixels.
     """
 
-    def __init__(self, file: Path, num_images: int, limit: int):
+    def __init__(self, file: Path, num_images: int, limit: int, kind: PixelKind = PHOTOGRAPHS):
         """`limit` in bytes of the disk, for the pixels. Raises OSError if the disk can't be used so."""
+        self.kind = kind
         self.file, self.limit, boot = file, limit, int(BOOT_ID.read_text().replace("-", "")[:15], 16)
         file.parent.mkdir(parents=True, exist_ok=True)
         names = (file.with_suffix(end) for end in (".pixels", ".places"))
@@ -82,7 +98,7 @@ class DiskCache(ImageCache):
             os.truncate(pixels.fileno(), int(self.header[ROOM]))  # what is mapped beyond has_room() makes before it is used
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DiskCache, (self.file, len(self.places), self.limit)
+        return DiskCache, (self.file, len(self.places), self.limit, self.kind)
 
     def has_room(self, end: int) -> bool:
         """Whether so many bytes may be used, and the disk has them: writing past its end would end the process."""
@@ -118,9 +134,9 @@ class FileLock:
         fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
 
 
-def image_cache(num_images: int) -> ImageCache | None:
+def image_cache(num_images: int, kind: PixelKind = PHOTOGRAPHS) -> ImageCache | None:
     """A cache for so many images, or none where a limit (ulimit -v, a full /dev/shm) leaves no room for it."""
     try:
-        return ImageCache(num_images)
+        return ImageCache(num_images, kind=kind)
     except OSError:
         return None

@@ -1,16 +1,14 @@
-"""An image file, or what another library has read, as upright 8-bit RGB pixels: the one way in."""
+"""What Pillow reads of a file, as upright 8-bit RGB pixels."""
 
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
-
-from finetune.utils.errors import RecipeError, first_line
 
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
@@ -53,37 +51,6 @@ def silent() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def read_image(
-    item: Any,
-    load: Callable[[Any], Image.Image] = open_file,
-    where: Callable[[Any], str] = str,
-    background: Colour = WHITE,
-    shortest: int = 0,
-) -> Image.Image:
-    """An image file, or what `load` makes of an item, as RGB; `where` names it.
-
-    With `shortest`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size while its shorter side keeps so many pixels; the decoder
-    then leaves out frequencies, which takes a fraction of the time.
-
-    Raises:
-        RecipeError: with that name, for whatever fault its decoder finds.
-    """
-    try:
-        with silent(), load(item) as image:
-            if shortest:
-                image.draft(None, (shortest, shortest))  # of other formats it does nothing
-            return to_rgb(image, background)
-    except RecipeError:
-        raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, RuntimeError, struct.error, ...
-        raise RecipeError(f"can't read the image {where(item)}: {reason_of(error)}", one_process=True) from error
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line and without an object's address."""
-    return first_line(error).partition(" <")[0]
 
 
 def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:

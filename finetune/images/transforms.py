@@ -40,8 +40,10 @@ class Pixels:
         self.mean, self.std = (255 * torch.tensor(preprocessing[name]) for name in ("mean", "std"))
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 pixels [H, W, 3] -> uint8 [height, width, 3]."""
+        """Pixels [H, W, channels] -> [height, width, channels]: uint8 as they are, others as floats."""
         augment = self.augment
+        if pixels.dtype != np.uint8:
+            pixels = pixels.astype(np.float32)
         if augment is None:
             height, width = resized_sides(pixels.shape[0], pixels.shape[1], self.preprocessing)
             image = self.resize(pixels, height, width)
@@ -55,13 +57,13 @@ class Pixels:
         return torch.from_numpy(np.array(self.further(Image.fromarray(image.numpy())))) if self.further else image
 
     def resize(self, pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
-        """uint8 pixels of another size."""
+        """Pixels of another size."""
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         return functional.resize_image(image, [height, width], self.interpolation, antialias=True).permute(1, 2, 0)
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, H, W, 3] -> normalised floats [n, 3, H, W], channels last in memory."""
-        rows = images.flatten(2).float()  # [n, H, 3 W]: long rows are what makes this fast
+        """[n, H, W, channels] -> normalised floats [n, channels, H, W], channels last in memory."""
+        rows = images.flatten(2).float()  # [n, H, channels x W]: long rows are what makes this fast
         mean, std = (values.to(images.device).repeat(images.shape[2]) for values in (self.mean, self.std))
         return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
@@ -93,28 +95,30 @@ class RandomCrop:
 
 
 class OwnFunction:
-    """A recipe's own augmentation: `function(image, rng)` of an RGB image of PIL's and a numpy Generator."""
+    """A recipe's own augmentation: `function(image, rng)` of a photograph of PIL's, or of an array, and a numpy Generator."""
 
     def __init__(self, function: Callable[[Any, Any], Any]):
         self.function, self.name = function, f"augment.function: {function_name(function)}"
 
     def __call__(self, pixels: np.ndarray, seed: int, where: str) -> np.ndarray:
-        """What it makes of uint8 pixels [H, W, 3], which may have other sides; all that it may draw from is seeded.
+        """What it makes of pixels [H, W, channels], which may have other sides; all that it may draw from is seeded.
 
         Raises:
             RecipeError: if it fails or returns no image of 8 bits; `where` names the one it was given.
         """
         seed_cpu(seed)
         try:
-            image = self.function(Image.fromarray(pixels), np.random.default_rng(seed))
+            photograph = pixels.dtype == np.uint8 and pixels.shape[2] == 3
+            image = self.function(Image.fromarray(pixels) if photograph else pixels.copy(), np.random.default_rng(seed))
             found = np.require(to_rgb(image) if isinstance(image, Image.Image) else image, requirements="W")  # as torch asks
         except Exception as error:  # whatever a person's function raises is theirs to mend
             place = "".join(f"{frame.filename}:{frame.lineno}: " for frame in traceback.extract_tb(error.__traceback__)[1:2])
             text = f"{self.name} failed on {where}: {place}{type(error).__name__}: {first_line(error)}"
             raise RecipeError(text, one_process=True) from error
-        if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != pixels.shape[2] or not found.size:
+        if found.dtype != pixels.dtype or found.ndim != 3 or found.shape[2] != pixels.shape[2] or not found.size:
             shape = f" {list(found.shape)} of {found.dtype}" if found.ndim else ""
-            text = f"{self.name} must return a PIL image or an array [height, width, {pixels.shape[2]}] of uint8"
+            kind = f"{'a PIL image or ' * photograph}an array [height, width, {pixels.shape[2]}] of {pixels.dtype}"
+            text = f"{self.name} must return {kind}"
             raise RecipeError(
                 f"{text}; of {where} it returned {'None' if image is None else type(image).__name__}{shape}", one_process=True
             )
@@ -181,13 +185,14 @@ def random_crop(pixels: np.ndarray, augment: Augment, preprocessing: dict[str, A
     return cut(pixels, box, border(preprocessing))
 
 
-def cut(pixels: np.ndarray, box: tuple[int, int, int, int], colour: Sequence[int]) -> np.ndarray:
-    """The box (top, left, height, width) of uint8 pixels [H, W, 3]; what lies outside of them has the colour."""
+def cut(pixels: np.ndarray, box: tuple[int, int, int, int], colour: Sequence[float]) -> np.ndarray:
+    """The box (top, left, height, width) of pixels [H, W, channels]; what lies outside of them has the colour."""
     top, left, height, width = box
     inside = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
     if inside.shape[:2] == (height, width):
         return np.ascontiguousarray(inside)
-    whole = np.full((height, width, 3), colour, np.uint8)
+    whole = np.empty((height, width, pixels.shape[2]), pixels.dtype)
+    whole[:] = np.rint(colour) if pixels.dtype == np.uint8 else colour
     whole[max(0, -top) :, max(0, -left) :][: inside.shape[0], : inside.shape[1]] = inside
     return whole
 
@@ -197,9 +202,9 @@ def middle(rest: int) -> int:
     return round(rest / 2) if rest >= 0 else -(-rest // 2)
 
 
-def border(preprocessing: dict[str, Any]) -> list[int]:
+def border(preprocessing: dict[str, Any]) -> list[float]:
     """The colour of borders, as timm has it: the mean, which normalises to 0; black where none are meant to be."""
-    return [0, 0, 0] if preprocessing["crop_mode"] == "center" else mean_colour(preprocessing)
+    return [255 * value * (preprocessing["crop_mode"] != "center") for value in preprocessing["mean"]]
 
 
 def mean_colour(preprocessing: dict[str, Any]) -> list[int]:
@@ -214,6 +219,8 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
         RecipeError: for a policy that timm can't read, and for images that are too small to be blurred.
     """
     augment = replace(recipe.augment, function=None)  # another start method than fork could not send every one
+    if "pixels" in preprocessing:  # arrays, for which a recipe asks nothing else
+        return Pixels(preprocessing, augment)
     mean, turn = mean_colour(preprocessing), list[ImageTransform]()
     if augment.rotation:
         turn.append(RandomRotation(augment.rotation, InterpolationMode.BILINEAR, fill=mean))

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ from torch import nn
 
 from finetune.data.dataset import ImageList
 from finetune.data.loader import is_unreadable
-from finetune.images.decode import read_image
 from finetune.inference.inputs import find_inputs
-from finetune.inference.predict import compute_logits, name_of, open_any
+from finetune.inference.predict import compute_logits, reader_for
 from finetune.models.backbone import head_name, is_timm
 from finetune.models.saved import SavedModel, load_model
 from finetune.recipe.serialize import to_dict
@@ -55,7 +53,7 @@ def embed_images(model: SavedModel, images: Sequence[Any], workers: int = 0) -> 
         RecipeError: if no image could be read, and for a network without a head, or whose head takes more than features.
     """
     head = find_head(model)
-    read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
+    read = reader_for(model)
     recipe = replace(model.recipe, flip_test=False)  # of logits, not of features
     one_class = model._replace(recipe=recipe, classes=("image",))  # a network without a head may know no classes
     with returns_input_of(head, model.net):

@@ -109,19 +109,20 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
         labels: Values = np.asarray(images.labels)[:, [names.index(name) for name in classes]]
     else:
         labels = [classes.index(names[label]) for label in images.labels]
-    return ImageList(images.items, labels, images.read, images.subgroups, images.groups).on_background(recipe.data.background)
+    return ImageList(images.items, labels, images.read, images.subgroups, images.groups).read_as(recipe.data)
 
 
 def load_named(data: str, recipe: Recipe, run: Path | None) -> tuple[ImageList, Sequence[str]]:
     """(validation images, classes) of a source as a run has them; of the `run` whose images these are, as it had them."""
     options = replace(recipe.data, source=data)
     if run is None:  # the fields that split the run's images are not for others
-        options = Data(data, options.image_size, options.batch_size, on_bad_image=options.on_bad_image)
+        kept = {name: getattr(options, name) for name in ("on_bad_image", "channels")}
+        options = Data(data, options.image_size, options.batch_size, **kept)
     loaded = load_data(replace(recipe, data=options))
     assert isinstance(loaded.val, ImageList)  # as of every source but a function
-    kept = started(run).get("images", {}).get("validation") if run else None
-    if run and (kept or data not in NAMED_SETS) and kept != fingerprint(loaded.val, loaded.classes):
-        why = "were others" if kept else "are not known: it is of an earlier version"
+    before = started(run).get("images", {}).get("validation") if run else None
+    if run and (before or data not in NAMED_SETS) and before != fingerprint(loaded.val, loaded.classes):
+        why = "were others" if before else "are not known: it is of an earlier version"
         note(f"the images that the run kept for validation {why}: it may have trained on some of these")
     return loaded.val, loaded.classes
 
@@ -139,7 +140,7 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
         images, names = class_folders(evaluation_folder(data))
         parts = [images]
     parts = parts if whole else parts[-1:]
-    check_files(parts, recipe.data.on_bad_image)
+    check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
     columns = ([value for part in parts for value in getattr(part, name) or ()] for name in COLUMNS)
     items, labels, subgroups, groups = columns
     return ImageList(items, labels, parts[0].read, subgroups or None, groups or None), names

@@ -11,9 +11,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from finetune.data.channels import kind_of
 from finetune.data.dataset import ImageList, Images
 from finetune.data.loader import ImageDataset, is_unreadable, load
-from finetune.images.decode import open_file, read_image
+from finetune.images.decode import open_file
+from finetune.images.read import read_image
 from finetune.images.transforms import eval_transform
 from finetune.metrics.calibration import probabilities
 from finetune.models.backbone import memory_format
@@ -66,7 +68,8 @@ def predict_images(
 ) -> list[dict[str, Any]]:
     """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
-    Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W]; "file" is a path's own.
+    Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W], where the network was trained
+    on arrays of such [H, W, channels]; "file" is a path's own.
 
     Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
     model's temperature. With several labels an image, "predicted" lists the classes above 0.5, and "probability" theirs. An
@@ -107,7 +110,7 @@ def predict_rows(
     unsure_below: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
-    read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
+    read = reader_for(model)
     recipe, dataset, accelerator = prepare(model, ImageList(images, [0] * len(images), read), "skip")
     dataset.cache = None  # each image is read once
     size, total = recipe.data.batch_size, len(images)
@@ -158,6 +161,19 @@ def unread_row(image: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
 def file_of(image: Any) -> str:
     """A path as text; of an image in memory, nothing."""
     return str(image) if isinstance(image, str | Path) else ""
+
+
+def reader_for(model: SavedModel) -> Callable[[Any], Any]:
+    """What reads any of the images of `predict_images` as the training images were read."""
+    read = partial(read_image, where=name_of, background=model.recipe.data.background)
+    if kind := kind_of(model.preprocessing):
+        return partial(read, load=open_array, **kind._asdict())
+    return partial(read, load=open_any)
+
+
+def open_array(item: Any) -> Any:
+    """Pillow's image of a path that is no array's; what is no path as it is."""
+    return open_file(item) if isinstance(item, str | Path) else item
 
 
 def open_any(item: Any) -> Image.Image:

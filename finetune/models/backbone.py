@@ -25,7 +25,7 @@ TimmModel = Any  # an nn.Module with methods that torch's class does not have
 def build_backbone(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """The recipe's network with the pretrained tensors of `state`, all of them, and a new head of `num_classes` outputs.
 
-    It takes float images [n, 3, H, W] and returns logits [n, num_classes].
+    It takes float images [n, channels, H, W] and returns logits [n, num_classes].
 
     Raises:
         RecipeError: if there is no such network, or the tensors do not fit it.
@@ -73,7 +73,8 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
             with torch.device(device):
                 net = build_backbone(recipe, num_classes or 10)
                 check_patches(recipe, net)
-                text = f"{name} does not take {words(recipe.data.sides)} images"
+                of = f" of {recipe.data.channels} channels" if recipe.data.channels else ""
+                text = f"{name} does not take {words(recipe.data.sides)} images{of}"
                 try_images(recipe, net, num_classes)
             check_resampling(recipe)
             return net.eval()
@@ -98,7 +99,7 @@ def takes_images(recipe: Recipe, size: int) -> bool:
         net = build_backbone(recipe, 10)
         check_patches(recipe, net)
         check_resampling(recipe)
-        net.eval()(torch.zeros(1, 3, size, size))
+        net.eval()(torch.zeros(1, *recipe.data.shape))
         return True
     return False
 
@@ -141,12 +142,12 @@ def try_images(recipe: Recipe, net: nn.Module, num_classes: int | None = None) -
     Raises:
         RecipeError: if it does not return a logit for each class.
     """
-    sides = recipe.data.sides
+    shape = recipe.data.shape
     set_train_mode(net, recipe.batch_norm)
-    check_logits(recipe, net(torch.zeros(2, 3, *sides)), 2, num_classes)
+    check_logits(recipe, net(torch.zeros(2, *shape)), 2, num_classes)
     try:
         with torch.no_grad():
-            check_logits(recipe, net.eval()(torch.zeros(1, 3, *sides)), 1, num_classes)
+            check_logits(recipe, net.eval()(torch.zeros(1, *shape)), 1, num_classes)
     except ValueError as error:  # which torch's norms raise
         names = [f"{name} ({type(norm).__name__})" for name, norm in net.named_modules() if needs_batch(norm)]
         if "more than 1 value per channel" not in str(error) or not names:
@@ -183,7 +184,7 @@ def function_model(recipe: Recipe) -> nn.Module:
         raise RecipeError(f"{to_dict(recipe.backbone)} returns {type(net).__name__}, not a torch.nn.Module")
     if any(map(is_lazy, [*net.parameters(), *net.buffers()])):
         with torch.no_grad():
-            net.eval()(torch.zeros(1, 3, *recipe.data.sides))
+            net.eval()(torch.zeros(1, *recipe.data.shape))
     return net
 
 
@@ -200,6 +201,7 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
     # timm leaves out an option that is None; not every network takes drop_path_rate.
     options: dict[str, Any] = {
         "img_size": recipe.data.sides if fixed_size else None,
+        "in_chans": recipe.data.channels,  # timm adapts the pretrained weights of the first layer
         "drop_rate": recipe.dropout or None,
         "drop_path_rate": recipe.drop_path or None,
     }

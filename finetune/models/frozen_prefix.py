@@ -31,7 +31,7 @@ class FrozenPrefix:
     last: str
     kept: torch.Tensor
     skipped: dict[str, torch.Tensor]
-    sides: tuple[int, int]
+    shape: tuple[int, int, int]
 
 
 class Suffix(nn.Module):
@@ -48,7 +48,7 @@ class Suffix(nn.Module):
         n = len(kept)
         outputs = {name: value.new_zeros(()).expand(n, *value.shape[1:]) for name, value in self.prefix.skipped.items()}
         with returning(self.net, outputs | {self.prefix.last: kept}):
-            return self.net(kept.new_zeros(()).expand(n, 3, *self.prefix.sides))
+            return self.net(kept.new_zeros(()).expand(n, *self.prefix.shape))
 
 
 @contextmanager
@@ -67,21 +67,21 @@ def returning(net: nn.Module, outputs: dict[str, torch.Tensor]) -> Iterator[None
                 module.__dict__["forward"] = forward
 
 
-def find_prefix(net: nn.Module, sides: tuple[int, int], batch_norm: str) -> FrozenPrefix | None:
+def find_prefix(net: nn.Module, shape: tuple[int, int, int], batch_norm: str) -> FrozenPrefix | None:
     """The longest frozen prefix of a network whose training mode, which this sets, is that of `batch_norm`; or None.
 
     Found by trial on two random images: from what is kept, logits and gradients must be those of the whole network, and what is
     kept must not depend on the other image, nor on chance.
     """
     device = next(net.parameters()).device
-    images = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     set_train_mode(net, batch_norm)
     with keep_buffers(net):
         outputs = frozen_outputs(net, images)
         wanted = logits_and_gradients(net, images) if outputs else []
         while outputs:
             last, kept = outputs.popitem()
-            prefix = FrozenPrefix(last, kept, {name: value for name, value in outputs.items() if len(value) == 2}, sides)
+            prefix = FrozenPrefix(last, kept, {name: value for name, value in outputs.items() if len(value) == 2}, shape)
             still = is_still(net.eval(), prefix, images)
             set_train_mode(net, batch_norm)
             if still and equals(wanted, from_kept(net, prefix)):
@@ -171,7 +171,7 @@ def frozen_part(net: nn.Module, last: str, images: torch.Tensor) -> torch.Tensor
 
 def share_of_forward(net: nn.Module, prefix: FrozenPrefix) -> float:
     """The frozen layers' share of the floating point operations of a forward pass."""
-    image = torch.zeros(1, 3, *prefix.sides, device=prefix.kept.device)
+    image = torch.zeros(1, *prefix.shape, device=prefix.kept.device)
     with FlopCounterMode(display=False) as whole, torch.no_grad():
         net.eval()(image)
     with FlopCounterMode(display=False) as part:

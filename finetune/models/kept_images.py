@@ -115,14 +115,14 @@ def stage_inputs(
     say: Callable[[str], None],
 ) -> StageInputs:
     """What a stage of so many epochs trains on: with `frozen_views`, what frozen layers make of images, kept in `folder`."""
-    views, sides = recipe.augment.frozen_views, recipe.data.sides
-    prefix = find_prefix(net, sides, recipe.batch_norm) if views else None
+    views, shape = recipe.augment.frozen_views, recipe.data.shape
+    prefix = find_prefix(net, shape, recipe.batch_norm) if views else None
     if not prefix:
         if views:
             say("frozen_views: no effect on this stage: no frozen first layers whose output is all that the others see")
         return StageInputs(*datasets)
     with accelerator.autocast():
-        example = frozen_part(net.eval(), prefix.last, torch.zeros(1, 3, *sides, device=accelerator.device))
+        example = frozen_part(net.eval(), prefix.last, torch.zeros(1, *shape, device=accelerator.device))
     kept = KeptImages(datasets[0], example, views), KeptImages(datasets[1], example, 1)
     sizes = [size for part in kept for size in part.sizes]
     text = f"the output of {prefix.last} for {views} views of each image, {sum(sizes) / 2**20:,.0f} MiB"

@@ -49,7 +49,7 @@ def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
 
     outputs = []
     with keep_random_state(), torch.no_grad():
-        image = torch.rand(1, 3, *recipe.data.sides).to(layer.weight.device)
+        image = torch.rand(1, *recipe.data.shape).to(layer.weight.device)
         try:
             for head in (nn.Identity(), other_head):
                 seed_all("probe")

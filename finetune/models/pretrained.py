@@ -196,7 +196,10 @@ def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], opt
 
 
 def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
-    """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS."""
+    """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS.
+
+    Of arrays it is known from the training images: see `fit_preprocessing`, which replaces what stands here for them.
+    """
     config = getattr(net, "pretrained_cfg", None)
     config = dict(config) if isinstance(config, dict) else {}
     if isinstance(recipe.backbone, str) and recipe.backbone.startswith("torchvision/"):
@@ -209,9 +212,13 @@ def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
         }
     data, mode = recipe.data, TIMM_MODES.get(recipe.data.resize or "")
     crop_pct = data.crop_pct or (1.0 if data.resize in ("pad", "squash") else None)  # where all of an image is meant to be seen
-    asked = {"input_size": (3, *data.sides), "crop_pct": crop_pct, "crop_mode": mode}
+    asked = {"input_size": data.shape, "crop_pct": crop_pct, "crop_mode": mode}
     resolved = resolve_data_config(asked, pretrained_cfg=config)
-    return {key: resolved[key] for key in INPUTS}
+    found = {key: resolved[key] for key in INPUTS}
+    if data.channels:
+        found |= {name: (0.5,) * data.channels for name in ("mean", "std")} | {"pixels": "uint8"}
+        found["interpolation"] = resolved["interpolation"] if resolved["interpolation"] == "bilinear" else "bicubic"
+    return found
 
 
 def check_resampling(recipe: Recipe) -> None:

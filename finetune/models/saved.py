@@ -57,6 +57,9 @@ def load_model(source: str | Path) -> SavedModel:
         inputs = resolve_model_data_config(net)
         preprocessing = {key: inputs[key] for key in INPUTS}
         recipe = recipe or minimal_recipe(config["architecture"], "(unknown)", tuple(inputs["input_size"][1:]), batch_size=32)
+        if "pixels" in config or inputs["input_size"][0] != 3:
+            preprocessing["pixels"] = config.get("pixels", "uint8")
+            recipe = replace(recipe, data=replace(recipe.data, channels=inputs["input_size"][0]))
         classes = config.get("label_names") or net.pretrained_cfg.get("label_names")
         if not classes and (subset := infer_imagenet_subset(net)):
             classes = ImageNetInfo(subset).label_descriptions()
@@ -211,7 +214,7 @@ def try_saving(recipe: Recipe, net: nn.Module, preprocessing: dict[str, Any], cl
         except Exception as error:  # each network fails its own way
             text = first_line(error).replace(folder, "its own file")
             raise RecipeError(f"{name} can't be saved and loaded again: {type(error).__name__}: {text}") from error
-        image, logits = torch.rand(1, 3, *recipe.data.sides), []
+        image, logits = torch.rand(1, *recipe.data.shape), []
         for network in (net, again):
             seed_all("image")
             layout = memory_format(recipe, net)

@@ -45,6 +45,8 @@ def write_model(
     # Made in memory first: on a full disk safetensors' own writer fails in words of its own.
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
     about = {"label_names": list(classes), "temperature": round(temperature, 4)}
+    if "pixels" in preprocessing:
+        about["pixels"] = preprocessing["pixels"]
     if not write_timm_config(folder, net, preprocessing, about):
         config = about | {"preprocessing": preprocessing}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -59,12 +61,14 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
         return False
     plain: TimmModel = copy.copy(net)  # another pretrained_cfg, the same tensors
     source = {key: value for key, value in net.pretrained_cfg.items() if key not in OF_SOURCE}
-    plain.pretrained_cfg = source | preprocessing | {"custom_load": False}
-    _, height, width = preprocessing["input_size"]
-    options = {"img_size": height if height == width else [height, width]} if source.get("fixed_input_size") else None
+    inputs = {name: value for name, value in preprocessing.items() if name != "pixels"}
+    plain.pretrained_cfg = source | inputs | {"custom_load": False}
+    channels, height, width = preprocessing["input_size"]
+    options: dict[str, Any] = {"in_chans": channels} if channels != 3 else {}
+    options |= {"img_size": height if height == width else [height, width]} if source.get("fixed_input_size") else {}
     file: Any = folder / "config.json"  # said to be a str, but timm 1.0.26 takes a Path alone
     try:
-        save_config_for_hf(plain, file, {**about}, options)  # timm takes things out of it
+        save_config_for_hf(plain, file, {**about}, options or None)  # timm takes things out of it
         config = json.loads(file.read_text())
         config.get("model_args", {}).pop("num_classes", None)  # it stands beside them; transformers would pass it twice
         file.write_text(json.dumps(config, indent=2) + "\n")

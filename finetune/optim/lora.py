@@ -105,7 +105,7 @@ def add_adapters(net: nn.Module, rows: Mapping[str, Lora], seed: int) -> None:
             layer.register_forward_hook(add_change)
 
 
-def check_called(net: nn.Module, sides: tuple[int, int]) -> None:
+def check_called(net: nn.Module, shape: tuple[int, int, int]) -> None:
     """Raise RecipeError for an adapted layer that the network never calls: its change would have no effect.
 
     So it is with the qkv layers of timm's BEiT, Swin V2 and some EVA, whose weights attention takes for itself.
@@ -117,7 +117,7 @@ def check_called(net: nn.Module, sides: tuple[int, int]) -> None:
     try:
         if parts:
             with torch.no_grad():
-                net.eval()(torch.zeros(1, 3, *sides, device=next(net.parameters()).device))
+                net.eval()(torch.zeros(1, *shape, device=next(net.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()

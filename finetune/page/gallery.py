@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import ImageList, Images
 from finetune.data.loader import is_unreadable
-from finetune.images.decode import Colour, to_rgb
+from finetune.images.decode import Colour
+from finetune.images.read import as_pil
 from finetune.images.transforms import eval_transform
 from finetune.models.saved import load_model
 from finetune.optim.loss import binary_losses
@@ -176,7 +177,7 @@ class Pictures:
             return None
         try:
             fast = self.images.read_with(shortest=2 * side) if isinstance(self.images, ImageList) else self.images
-            return to_rgb(fast[index][0], self.background)
+            return as_pil(fast[index][0], self.background)
         except Exception:  # moved, cut, or of whatever a data set of one's own raises
             self.unreadable.add(index)
             return None

@@ -74,7 +74,7 @@ def speed_of(task: Task, one: Candidate) -> float:
     net = build_backbone(one.recipe, len(task.data.classes), pretrained_state(one.recipe))
     layout, images = memory_format(one.recipe, net), 8 if device.type == "cpu" else 64
     net.eval().to(device).to(memory_format=layout)
-    batch = torch.rand(images, 3, *one.recipe.data.sides).to(device).contiguous(memory_format=layout)
+    batch = torch.rand(images, *one.recipe.data.shape).to(device).contiguous(memory_format=layout)
     with torch.no_grad():
         seconds = repeat(lambda: net(batch).sum().item(), number=1, repeat=3)
         while sum(seconds) < 1:

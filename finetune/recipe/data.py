@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from finetune.recipe.checks import Checked
 from finetune.recipe.legacy import reads_old_names
 
+FOR_PHOTOGRAPHS = ("rotation", "auto_augment", "color_jitter", "grayscale_prob", "gaussian_blur_prob", "erasing")  # of Augment
 NAMED_SETS = ("digits", "elpv", "cifar10", "cifar100")  # and "generated", for --smoke
 Share = Annotated[float, "(0, 1]", "a share of the area"]
 Byte = Annotated[int, "[0, 255]"]
@@ -43,6 +44,7 @@ class Data(Checked):
     resize: Literal["crop", "pad", "squash"] | None = (
         None  # images of another shape: cut, bordered, distorted; None: the model's
     )
+    channels: Annotated[int, "[1, inf)"] | None = None  # of arrays; 1 of grey pictures; None: photographs in red, green, blue
     reduced_decode: Annotated[float, "[1, inf)"] | None = None  # JPEGs to train on: decoded to no less than this x image_size
     val_share: Annotated[float, "(0, 1)"] | None = None  # of images without a split of their own; None: a fifth
     folds: Annotated[int, "[2, inf)"] | None = None  # or so many parts, for cross-validation
@@ -61,6 +63,8 @@ class Data(Checked):
                 f"holdout_fold={self.holdout_fold} is not among the parts of holdout={self.holdout:g}: there are "
                 f"{self.holdout_parts}, counted from 0; of 5 each is holdout=0.2"
             )
+        if self.reduced_decode and self.channels:
+            yield "reduced_decode is for photographs, not for channels"
         if self.reduced_decode and callable(self.source):
             yield "reduced_decode is for files that this library opens, not for what a function returns"
         try:
@@ -72,6 +76,11 @@ class Data(Checked):
     def sides(self) -> tuple[int, int]:
         """(height, width) of the network's input in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the network's input."""
+        return self.channels or 3, *self.sides
 
     @property
     def pixels(self) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked, find_faults, parts
-from finetune.recipe.data import Augment, Data
+from finetune.recipe.data import FOR_PHOTOGRAPHS, Augment, Data
 from finetune.recipe.groups import AdamW, Group, LayerDecay, LinearProbe, Optimizer, Switch
 from finetune.recipe.legacy import reads_old_names
 from finetune.recipe.schedules import Cosine, Schedule
@@ -110,6 +110,10 @@ class Recipe(Checked):
                 yield f"{name}: only timm's networks have it"
         if self.class_weights is not None and self.loss == "multi_label":
             yield "class_weights need one label an image: loss='cross_entropy' or 'binary'"
+        if self.data.channels not in (None, 3) and isinstance(self.backbone, str) and not is_timm:
+            yield f"data: channels={self.data.channels}: torchvision's networks take 3; name one of timm's, or a function"
+        if self.data.channels and (named := [name for name in FOR_PHOTOGRAPHS if getattr(self.augment, name)]):
+            yield f"augment: {', '.join(named)}: for photographs alone, not for channels={self.data.channels}"
         if self.clip_norm is None and self.clip_norm_type != 2:
             yield "clip_norm_type has no effect without clip_norm"
         if self.mixed_precision == "fp16" and "LBFGS" in optimizers:

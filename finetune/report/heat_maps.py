@@ -14,7 +14,9 @@ from PIL import Image
 from torch import nn
 from torch.autograd.graph import Node
 
+from finetune.data.channels import kind_of
 from finetune.images.decode import to_rgb
+from finetune.images.read import as_pil
 from finetune.images.transforms import eval_transform
 from finetune.models.batch_norm import eval_mode
 from finetune.utils.seed import keep_random_state
@@ -226,14 +228,20 @@ def changing(net: nn.Module, places: Places, change: Callable[[torch.Tensor], to
 
 def overlay(image: Image.Image | np.ndarray, heat: torch.Tensor, preprocessing: dict[str, Any]) -> Image.Image:
     """The image as the network sees it, resized and cropped, with the heat [h, w] over it."""
+    if kind_of(preprocessing):  # the picture of an array has three channels
+        preprocessing = {**preprocessing, **dict.fromkeys(("mean", "std"), (0.5, 0.5, 0.5))}
     pixels = eval_transform(preprocessing).image(np.array(to_rgb(image) if isinstance(image, Image.Image) else image))
     return blend(pixels if pixels.dtype == torch.uint8 else to_pixels(pixels, preprocessing), heat)
 
 
 def to_pixels(normalised: torch.Tensor, preprocessing: dict[str, Any]) -> torch.Tensor:
-    """What a network gets for an image, [3, H, W], as pixels, uint8 [H, W, 3]."""
+    """What a network gets for an image, [channels, H, W], as pixels to look at, uint8 [H, W, 3]."""
     mean, std = (torch.tensor(preprocessing[name])[:, None, None] for name in ("mean", "std"))
-    return (255 * (normalised.float().cpu() * std + mean).clamp(0, 1)).round().byte().permute(1, 2, 0)
+    values = 255 * (normalised.float().cpu() * std + mean).permute(1, 2, 0)
+    if kind := kind_of(preprocessing):
+        values = values.round().clamp(0, 255).byte() if kind.dtype == "uint8" else values
+        return torch.from_numpy(np.array(as_pil(values.numpy())))
+    return values.clamp(0, 255).round().byte()
 
 
 def blend(pixels: torch.Tensor, heat: torch.Tensor) -> Image.Image:

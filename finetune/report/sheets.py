@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.dataset import name_others
 from finetune.data.loader import ImageDataset, is_unreadable
-from finetune.images.decode import to_rgb
+from finetune.images.read import as_pil
 from finetune.report.drawing import run_title, save_figure, shorten, style
-from finetune.report.heat_maps import heat_maps, overlay
+from finetune.report.heat_maps import heat_maps, overlay, to_pixels
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import print_error, readable
 
@@ -74,7 +74,8 @@ def draw_augmented(file: Path, title: str, images: ImageDataset, epochs: int) ->
             if images.on_bad_image == "stop":
                 raise
             continue
-        tiles.append(Tile(pixels, f"{shorten(name_of_image(images, i), width)}\n{shorten(name_labels(images, label), width)}"))
+        shown = as_pil(Image.fromarray(pixels) if images.kind is None else pixels)
+        tiles.append(Tile(shown, f"{shorten(name_of_image(images, i), width)}\n{shorten(name_labels(images, label), width)}"))
         tiles += [Tile(as_augmented(images, epoch, i), f"epoch {epoch + 1}\n") for epoch in range(epochs)]
     if not tiles:
         return None
@@ -83,10 +84,8 @@ def draw_augmented(file: Path, title: str, images: ImageDataset, epochs: int) ->
 
 
 def as_augmented(images: ImageDataset, epoch: int, index: int) -> np.ndarray:
-    """The pixels, [H, W, 3] from 0 to 1, that the network gets for an image in an epoch."""
-    normalised = images.transform.batch(images[epoch, index][0][None])[0]
-    mean, std = (torch.tensor(images.transform.preprocessing[name])[:, None, None] for name in ("mean", "std"))
-    return (normalised * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    """The pixels, uint8 [H, W, 3], that the network gets for an image in an epoch."""
+    return to_pixels(images.transform.batch(images[epoch, index][0][None])[0], images.transform.preprocessing).numpy()
 
 
 def plot_predictions(run: Path, logits: torch.Tensor, labels: torch.Tensor, images: ImageDataset) -> Path | None:
@@ -183,7 +182,7 @@ def name_labels(images: ImageDataset, label: int | np.ndarray) -> str:
 
 def picture(images: ImageDataset, index: int) -> Image.Image:
     """An image as the data set has it."""
-    return to_rgb(images.images[index][0], images.background)
+    return as_pil(images.images[index][0], images.background)
 
 
 def name_of_image(images: ImageDataset, index: int) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.data.dataset import ImageList, Images, fingerprint, recorded_rows
 from finetune.data.sources import load_data
-from finetune.images.decode import read_image
+from finetune.images.read import read_image
 from finetune.models.saved import model_to_use
 from finetune.page.write import write_page
 from finetune.recipe import Recipe
@@ -51,7 +51,7 @@ def find_images(run: Path, recipe: Recipe, labels: torch.Tensor, data: str | Non
         paths = [moved(Path(row["file"]), recipe, data) for row in rows]
         digests = {path: row["digest"] for path, row in zip(paths, rows, strict=True)}
         images = ImageList(paths, [0] * len(paths), partial(read_unchanged, digests))
-        return images.on_background(recipe.data.background), ""
+        return images.read_as(recipe.data), ""
     try:
         if data:
             recipe = replace(recipe, data=replace(recipe.data, source=data))

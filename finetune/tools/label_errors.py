@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from finetune.data.channels import fit_preprocessing
 from finetune.data.dataset import Images
 from finetune.data.loader import ImageDataset, unpickled
 from finetune.data.split import place
@@ -31,7 +32,8 @@ def compute_features(recipe: Recipe, images: Images, classes: Sequence[str]) -> 
         RecipeError: if there are no such weights, or the head is no linear layer.
     """
     net = build_backbone(recipe, len(classes), pretrained_state(recipe))
-    return features_of(recipe, net, ImageDataset(images, eval_transform(preprocessing(recipe, net)), 0, classes))
+    inputs = fit_preprocessing(preprocessing(recipe, net), images, recipe.data)
+    return features_of(recipe, net, ImageDataset(images, eval_transform(inputs), 0, classes))
 
 
 def features_of(
@@ -42,7 +44,8 @@ def features_of(
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
     layer = check_probe(recipe, net)
     net.to(accelerator.device).to(memory_format=layout)
-    of_net = {"transform": eval_transform(preprocessing(recipe, net)), "memory_format": layout, "kept_loader": None}
+    inputs = dataset.transform.preprocessing if recipe.data.channels else preprocessing(recipe, net)
+    of_net = {"transform": eval_transform(inputs), "memory_format": layout, "kept_loader": None}
     own = unpickled(None, dataset.__dict__ | of_net)  # the decoded images stay those of the dataset
     with returns_features(layer):
         return predict_logits(recipe, net, own, accelerator, options, text=text)[0]

@@ -53,7 +53,7 @@ def output_shapes(recipe: Recipe, net: nn.Module) -> dict[str, str]:
             shapes.setdefault(names[module], " x ".join(map(str, shape)))
 
     with keep_state(net), torch.no_grad(), register_module_forward_hook(note):
-        net.eval()(torch.zeros(1, 3, *recipe.data.sides, device=next(net.parameters()).device))
+        net.eval()(torch.zeros(1, *recipe.data.shape, device=next(net.parameters()).device))
     return shapes
 
 
@@ -155,7 +155,7 @@ def activation_bytes(recipe: Recipe, net: nn.Module, images: int, device: str) -
             for tensors in (module.named_parameters, module.named_buffers)
             for name, tensor in tensors(recurse=False, remove_duplicate=False)
         }
-        batch = torch.empty(images, 3, *recipe.data.sides, device=device).contiguous(memory_format=memory_format(recipe, net))
+        batch = torch.empty(images, *recipe.data.shape, device=device).contiguous(memory_format=memory_format(recipe, net))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logits = torch.func.functional_call(net, own, batch, tie_weights=False)
         return num_bytes([*own.values(), batch, logits, *(tensor() for tensor in kept)]) - num_bytes(own.values())

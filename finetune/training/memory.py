@@ -20,7 +20,7 @@ from torch import nn
 
 from finetune.data.dataset import FileRow
 from finetune.data.loader import ImageDataset
-from finetune.images.cache import DiskCache
+from finetune.images.cache import PHOTOGRAPHS, DiskCache
 from finetune.models.backbone import memory_format
 from finetune.models.batch_norm import has_statistics, keep_buffers
 from finetune.models.sharding import is_sharded
@@ -105,7 +105,7 @@ def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, si
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     # An Adam's two moments and the buckets in which processes exchange gradients are not there yet at the first try.
     room = torch.empty(3 * sum(parameter.numel() for parameter in trained), device=accelerator.device)
-    images = torch.zeros(size, 3, *recipe.data.sides, device=accelerator.device).contiguous(
+    images = torch.zeros(size, *recipe.data.shape, device=accelerator.device).contiguous(
         memory_format=memory_format(recipe, net)
     )
     try:
@@ -145,7 +145,8 @@ def disk_caches(
         folder.mkdir(parents=True, exist_ok=True)
         limit = gib * 2**30 if gib else shutil.disk_usage(folder).free / 2
         for images, key in zip(datasets, keys, strict=True):
-            images.cache = DiskCache(folder / str(key), len(images), int(limit * len(images) / total))
+            share, kind = int(limit * len(images) / total), images.kind or PHOTOGRAPHS
+            images.cache = DiskCache(folder / str(key), len(images), share, kind)
             found += int((images.cache.places[:, 0] > 0).sum())
     except OSError as error:
         raise RecipeError(

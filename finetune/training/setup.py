@@ -16,6 +16,7 @@ from accelerate.tracking import filter_trackers
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from finetune.data.channels import fit_preprocessing
 from finetune.data.dataset import ImageData, ImageList, Images, labels_of
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
@@ -171,7 +172,7 @@ def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
         if not fault:
             shard(net, device, os.environ.get("FSDP_RESHARD_AFTER_FORWARD") != "false")
             with torch.no_grad():
-                net.eval()(torch.zeros(1, 3, *recipe.data.sides, device=device))
+                net.eval()(torch.zeros(1, *recipe.data.shape, device=device))
     except Exception as error:  # whatever this torch says of this network on this device
         fault = first_line(error)
     if fault:
@@ -181,7 +182,7 @@ def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
 
 def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
     """The training images, augmented, and the validation images, preprocessed, as the network takes them."""
-    inputs = preprocessing(recipe, net)
+    inputs = fit_preprocessing(preprocessing(recipe, net), data.train, recipe.data)
     if recipe.metric == "auroc" and len(np.unique(labels_of(data.val), axis=0)) < 2:
         raise RecipeError("metric='auroc' is not defined: all validation images have the same label; name another metric")
 
@@ -204,7 +205,7 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
         RecipeError: for whatever is wrong with one of them.
     """
     groups = build_param_groups(recipe, net)
-    check_called(net, recipe.data.sides)
+    check_called(net, recipe.data.shape)
     if recipe.data.sampling == "balanced" and recipe.class_weights == "balanced":  # here: a run that has both still predicts
         raise RecipeError(
             "class_weights='balanced' and data.sampling='balanced' would make up for rare classes twice: leave out one"
@@ -244,7 +245,7 @@ def check_micro_batches(recipe: Recipe, images: ImageDataset, processes: int, ac
     net = meta_backbone(recipe, len(images.classes))
     set_train_mode(net, recipe.batch_norm)
     try:
-        net(torch.zeros(1, 3, *recipe.data.sides, device=next(net.parameters()).device))
+        net(torch.zeros(1, *recipe.data.shape, device=next(net.parameters()).device))
     except ValueError as error:  # which torch's norms raise
         raise RecipeError(
             f"batch_norm='{recipe.batch_norm}' needs 2 images or more at once; {len(images)} images in batches of "
@@ -281,8 +282,14 @@ def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
         class_weights=None if isinstance(recipe.class_weights, tuple) else recipe.class_weights,  # for other classes
         early_stop=None,
         data=Data(
-            "generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling, resize=recipe.data.resize
-        ),
+            "generated",
+            32,
+            parts * -(-8 // parts),
+            recipe.data.crop_pct,
+            recipe.data.sampling,
+            resize=recipe.data.resize,
+            channels=recipe.data.channels,
+        ),  # fmt: skip
     )
     for size in (32, 28, recipe.data.image_size):  # 28: patches of 14 pixels; the last: a network for one size only
         small = override(small, [f"data.image_size={size}"])

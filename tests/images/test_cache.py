@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from finetune.images import cache, decode
+from finetune.images import cache, read
 from finetune.images.cache import BOOT, CHUNK, FLUSHED, DiskCache
 from finetune.report import sheets
 from finetune.run import main
@@ -90,7 +90,7 @@ def weights(folder):
 
 def test_a_second_run_decodes_nothing(tmp_path, image_folder, monkeypatch, capsys):
     """Runs with and without end with the same bits; the second reads no image, and other content is another cache."""
-    decoded, real = [], decode.read_image
+    decoded, real = [], read.read_image
     monkeypatch.setattr("finetune.data.loader.read_image", lambda *args: decoded.append(1) or real(*args))
     monkeypatch.setattr(sheets, "plot_augmented", lambda *args: None)  # it draws before the cache is opened
     assert main(on_folder(image_folder, tmp_path / "plain", *FIELDS)) == 0

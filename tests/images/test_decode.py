@@ -16,7 +16,8 @@ from torchvision.transforms.v2.functional import to_dtype
 from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.images.cache import USED
-from finetune.images.decode import ENDINGS, TURNS, open_file, read_image, to_rgb
+from finetune.images.decode import ENDINGS, TURNS, open_file, to_rgb
+from finetune.images.read import read_image
 from finetune.images.transforms import eval_transform
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from finetune.data.dataset import ImageList
-from finetune.images.decode import read_image
+from finetune.images.read import read_image
 from finetune.ranking.features import cache_folder, digest_images, keep, place_of, recall
 
 

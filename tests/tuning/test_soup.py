@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import finetune
 from finetune.__main__ import main as verb
 from finetune.data.dataset import ImageList
-from finetune.images.decode import read_image
+from finetune.images.read import read_image
 from finetune.inference.evaluate import evaluate
 from finetune.inference.predict import compute_logits
 from finetune.models.saved import find_model, load_model

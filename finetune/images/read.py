@@ -1,0 +1,63 @@
+"""An image file, or what another library has read, as pixels: the one way in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune.images.arrays import as_picture, check_shape, read_array
+from finetune.images.decode import WHITE, Colour, open_file, silent, to_rgb
+from finetune.utils.errors import RecipeError, first_line
+
+
+def read_image(
+    item: Any,
+    load: Callable[[Any], Any] = open_file,
+    where: Callable[[Any], str] = str,
+    background: Colour = WHITE,
+    shortest: int = 0,
+    channels: int | None = None,
+    dtype: str = "",
+) -> Any:
+    """An image file, or what `load` makes of an item: a PIL image in RGB, or with `channels` an array [H, W, channels].
+
+    `where` names the item. With `shortest`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size while its shorter side keeps so
+    many pixels; the decoder then leaves out frequencies, which takes a fraction of the time. With a `dtype`, arrays must be of
+    that type.
+
+    Raises:
+        RecipeError: with that name, for whatever fault its decoder finds.
+    """
+    try:
+        if channels:
+            array = read_array(item, channels, load, background)
+            if dtype not in ("", array.dtype.name):
+                raise ValueError(f"it holds {array.dtype.name}, where the training images hold {dtype}")
+            return array
+        with silent(), load(item) as image:
+            if shortest:
+                image.draft(None, (shortest, shortest))  # of other formats it does nothing
+            return to_rgb(image, background)
+    except RecipeError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, RuntimeError, struct.error, ...
+        raise RecipeError(f"can't read the image {where(item)}: {reason_of(error)}", one_process=True) from error
+
+
+def check_header(path: Any, channels: int | None = None) -> None:
+    """Raise an error of any kind unless a file's header is that of such an image."""
+    if channels:
+        check_shape(Path(path), channels)
+    else:
+        open_file(path).close()
+
+
+def as_pil(image: Any, background: Colour = WHITE) -> Image.Image:
+    """What `read_image` returns, or a PIL image of any kind, to look at: in RGB."""
+    return to_rgb(image, background) if isinstance(image, Image.Image) else as_picture(image)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line and without an object's address."""
+    return first_line(error).partition(" <")[0]

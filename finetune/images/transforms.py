@@ -113,9 +113,10 @@ class OwnFunction:
             text = f"{self.name} failed on {where}: {place}{type(error).__name__}: {first_line(error)}"
             raise RecipeError(text, one_process=True) from error
         if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != pixels.shape[2] or not found.size:
+            kind = "None" if image is None else type(image).__name__
             shape = f" {list(found.shape)} of {found.dtype}" if found.ndim else ""
             text = f"{self.name} must return a PIL image or an array [height, width, {pixels.shape[2]}] of uint8"
-            raise RecipeError(f"{text}; of {where} it returned {'None' if image is None else type(image).__name__}{shape}", one_process=True)
+            raise RecipeError(f"{text}; of {where} it returned {kind}{shape}", one_process=True)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from finetune.data.dataset import ImageList, Images, labels_of, name_others
 from finetune.images.cache import DiskCache, image_cache
 from finetune.images.decode import WHITE, Colour, read_image
-from finetune.images.transforms import OwnFunction, Pixels, Timm
+from finetune.images.own_function import OwnFunction
+from finetune.images.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
 from finetune.utils.errors import RecipeError, free_frames

@@ -14,7 +14,8 @@ from torchvision.transforms import RandomRotation, TrivialAugmentWide
 
 from finetune.data.dataset import ImageList
 from finetune.data.loader import UNREADABLE, ImageDataset, load
-from finetune.data.transforms import OwnFunction, mean_colour, random_crop, training_transform
+from finetune.images.own_function import OwnFunction
+from finetune.images.transforms import mean_colour, random_crop, training_transform
 from finetune.recipe import Augment, Data
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.training.setup import check_recipe, setup

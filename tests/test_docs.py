@@ -162,7 +162,7 @@ def test_every_option_of_the_table_is_a_recipe(fields):
 
 
 def test_the_table_has_every_field():
-    """Each field of a recipe that changes training has its row on one of two pages; the others are in the recipe above."""
+    """Each field of a recipe that changes training has its row on one of two pages; the others are in the recipe shown."""
     shown = {name for fields in IN_RECIPE for name in re.findall(r"(\w+)=", fields)}
     fields = {name for kind in (finetune.Recipe, finetune.Group, finetune.Augment) for name in kind.__dataclass_fields__}
     network = {"backbone", "weights", "head", "seed", "epochs", "name", "pattern"}

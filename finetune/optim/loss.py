@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from finetune.data.loader import ImageDataset, is_unreadable
-from finetune.images.transforms import make_mixup, mix_neighbours
+from finetune.images.mixing import make_mixup, mix_neighbours
 from finetune.models.backbone import head_parameters
 from finetune.optim.param_groups import no_weight_decay
 from finetune.recipe import Recipe

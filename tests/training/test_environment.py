@@ -162,7 +162,7 @@ recipe = Recipe(backbone="test_resnet", weights="none", data=Data(images, image_
 
 @pytest.mark.launches
 def test_loader_processes_that_are_started_afresh(tmp_path):
-    """As on macOS and Windows, they read a recipe's own images and call its own function: a run has the bits of one without."""
+    """As on macOS and Windows, they read images of a recipe's own class and call its function, as a run without them."""
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "start.py").write_text(
         f"import multiprocessing, sys\nsys.path.insert(0, {str(ROOT)!r})\n"

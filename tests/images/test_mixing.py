@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from finetune.data.loader import Cut, ImageDataset, balanced_sample_weights, plan_epoch
-from finetune.images.transforms import mix_neighbours
+from finetune.images.mixing import mix_neighbours
 from finetune.recipe import Augment, Data
 from finetune.training import setup
 from finetune.utils.seed import seed_all

@@ -16,8 +16,9 @@ from finetune.data.channels import kind_of, name_of, unchanged
 from finetune.data.dataset import ImageList, Images, labels_of, name_others
 from finetune.images.cache import PHOTOGRAPHS, DiskCache, PixelKind, image_cache
 from finetune.images.decode import WHITE, Colour
+from finetune.images.own_function import OwnFunction
 from finetune.images.read import read_image
-from finetune.images.transforms import OwnFunction, Pixels, Timm
+from finetune.images.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
 from finetune.utils.errors import RecipeError, free_frames

@@ -20,7 +20,8 @@ from finetune.data.channels import fit_preprocessing
 from finetune.data.dataset import ImageData, ImageList, Images, labels_of
 from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
-from finetune.images.transforms import OwnFunction, eval_transform, training_transform
+from finetune.images.own_function import OwnFunction
+from finetune.images.transforms import eval_transform, training_transform
 from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import check_probe

@@ -79,6 +79,9 @@ class Recipe(Checked):
     # Loss
     loss: Literal["cross_entropy", "binary", "multi_label"] = "cross_entropy"  # binary: arXiv 2110.00476
     label_smoothing: Annotated[float, "[0, 1)"] = 0.0
+    pos_weight: Literal["balanced"] | Annotated[float, "(0, inf)"] | tuple[Annotated[float, "(0, inf)"], ...] | None = (
+        None  # torch's
+    )
     class_weights: Literal["balanced"] | tuple[Annotated[float, "(0, inf)"], ...] | None = None  # balanced: 1 on average
     l2_sp: Annotated[float, "[0, inf)"] = 0.0  # pull towards the pretrained weights (arXiv 1802.01483)
 
@@ -110,6 +113,11 @@ class Recipe(Checked):
                 yield f"{name}: only timm's networks have it"
         if self.class_weights is not None and self.loss == "multi_label":
             yield "class_weights need one label an image: loss='cross_entropy' or 'binary'"
+        if self.pos_weight is not None and self.loss == "cross_entropy":
+            yield "pos_weight needs a sigmoid for each class: loss='multi_label' or 'binary'"
+        if self.pos_weight == "balanced" and "balanced" in (self.class_weights, self.data.sampling):
+            other = "class_weights" if self.class_weights == "balanced" else "data.sampling"
+            yield f"pos_weight='balanced' and {other}='balanced' would make up for rare classes twice: leave out one"
         if self.clip_norm is None and self.clip_norm_type != 2:
             yield "clip_norm_type has no effect without clip_norm"
         if self.mixed_precision == "fp16" and "LBFGS" in optimizers:

@@ -279,6 +279,7 @@ def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
         schedule=quick(recipe.schedule),
         epochs=len(stages) + 1,
         class_weights=None if isinstance(recipe.class_weights, tuple) else recipe.class_weights,  # for other classes
+        pos_weight=None if isinstance(recipe.pos_weight, tuple) else recipe.pos_weight,  # likewise
         early_stop=None,
         data=Data(
             "generated", 32, parts * -(-8 // parts), recipe.data.crop_pct, recipe.data.sampling, resize=recipe.data.resize

@@ -124,7 +124,7 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
             f"data: {where} has {sizes[0]} training and {sum(sizes[1:])} validation images of {len(classes)} classes"
         )
     note_shared_groups(grouped[0], grouped[1], where)
-    note_missing_classes(grouped[0], grouped[1], classes, where)
+    note_missing_classes({"training": grouped[0], "validation": grouped[1]}, classes, where)
     return ImageData(grouped[0], grouped[1], tuple(classes), drawn)
 
 
@@ -236,13 +236,13 @@ def note_shared_groups(train: ImageList, val: ImageList, where: str | Path) -> N
         )
 
 
-def note_missing_classes(train: ImageList, val: ImageList, classes: Sequence[str], where: str | Path) -> None:
-    """Say which classes one of the parts has no image of."""
-    for part, images in (("training", train), ("validation", val)):
+def note_missing_classes(parts: dict[str, ImageList], classes: Sequence[str], where: str | Path) -> None:
+    """Say which classes one of the parts, by its name, has no image of."""
+    for part, images in parts.items():
         labels = np.asarray(images.labels)
         there = {*labels.tolist()} if labels.ndim == 1 else {*np.flatnonzero(labels.any(0)).tolist()}
         if gone := [name for i, name in enumerate(classes) if i not in there]:
-            more = f" and of {len(gone) - 1} other classes" if len(gone) > 1 else ""
+            more = f" and of {len(gone) - 1} other class{'es' * (len(gone) > 2)}" if len(gone) > 1 else ""
             note(f"data: {where} has no {part} image of class '{gone[0]}'{more}: no metric tells how well it is recognised")
 
 

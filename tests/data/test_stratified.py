@@ -1,11 +1,14 @@
 """Splits of several labels an image, against iterative-stratification's, and those of one, against what they were."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
 
 from finetune.data.split import deal
+from finetune.training.run_dir import check_same_images
+from finetune.utils.errors import RecipeError
 
 
 def made(images, classes, seed):
@@ -93,3 +96,14 @@ def test_one_label_is_split_as_it_was():
     for shares, digest in (([0.2, 0.8], "5ebca90a7957c878"), ([0.2] * 5, "48b11f23f624a188")):
         parts = deal(names, labels, "abcdefg", shares)
         assert hashlib.blake2b(bytes(parts.tolist()), digest_size=8).hexdigest() == digest
+
+
+@pytest.mark.parametrize("loss,said", [("multi_label", True), ("binary", False)])
+def test_a_run_that_was_split_otherwise_is_not_resumed(tmp_path, loss, said):
+    """As many images in all, on other sides, are refused; of several labels an image, that the split is new is said."""
+    before, now = {"training": "30 ab", "validation": "10 cd"}, {"training": "32 ef", "validation": "8 gh"}
+    (tmp_path / "run.json").write_text(json.dumps({"images": before, "classes": ["a", "b"]}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"loss": loss}))
+    with pytest.raises(RecipeError, match="training images: 30 before, 32 now") as caught:
+        check_same_images(tmp_path, now, ["a", "b"], [], False)
+    assert ("an earlier version splits several labels an image otherwise" in str(caught.value)) == said

@@ -78,6 +78,8 @@ def test_groups_stay_together():
     parts = dealt(labels, [0.25] * 4, owners)
     assert len({*zip(owners, parts.tolist(), strict=True)}) == len(set(owners))
     assert off(parts, labels, [0.25] * 4).max() <= 8
+    halves = dealt(np.ones((12, 1), int), [0.5, 0.5], ["large"] * 6 + [f"small {i}" for i in range(6)])
+    assert sum(halves) == 6  # the large one first
 
 
 def test_the_order_of_rows_does_not_count():

@@ -109,7 +109,7 @@ def labels_of(images: Images) -> np.ndarray:
         if len(labels := getattr(images, name, ())) == len(images):
             return np.asarray(labels)
     raise RecipeError(
-        "balanced sampling, class weights and a holdout need to know every label: give the data set that the "
+        "balanced sampling, balanced weights and a holdout need to know every label: give the data set that the "
         "recipe's function returns a list `targets`"
     )
 

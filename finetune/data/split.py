@@ -1,6 +1,7 @@
 """Which images train and which validate: by the names of folders and tars, or drawn.
 
-What is drawn depends on the names of images, or of the groups that stay together: images that are added move none.
+What is drawn depends on the names of images, or of the groups that stay together: of one label an image, images that are added
+move none.
 """
 
 import hashlib
@@ -124,7 +125,7 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
             f"data: {where} has {sizes[0]} training and {sum(sizes[1:])} validation images of {len(classes)} classes"
         )
     note_shared_groups(grouped[0], grouped[1], where)
-    note_missing_classes(grouped[0], grouped[1], classes, where)
+    note_missing_classes({"training": grouped[0], "validation": grouped[1]}, classes, where)
     return ImageData(grouped[0], grouped[1], tuple(classes), drawn)
 
 
@@ -190,7 +191,8 @@ def deal(
     """The part [n], 0, 1, ... of these shares, that each image is in, given its group and its labels, [n] or [n, classes].
 
     A group's part is drawn by its name, whatever others there are (as in TensorFlow's retrain.py), so each class has about its
-    share of each part. Only where a part would have none of a class, a group of it that can be spared is moved there.
+    share of each part; of several labels an image, it is drawn by `stratify`. Only where a part would have none of a class, a
+    group of it that can be spared is moved there.
 
     Raises:
         RecipeError: for a class with too few groups.
@@ -202,6 +204,8 @@ def deal(
         groups_of[label].add(groups[image])
     ends, places = np.cumsum(shares)[:-1].tolist(), {name: place(name, salt) for name in dict.fromkeys(groups)}
     part_of = {name: bisect(ends, at) for name, at in places.items()}
+    if labels.ndim == 2:
+        part_of = stratify(groups, labels, shares, places)
     counts = np.zeros((len(classes), len(shares)), int)  # of groups
     for name, found in classes_of.items():
         counts[list(found), part_of[name]] += 1
@@ -221,6 +225,26 @@ def deal(
     return np.array([part_of[name] for name in groups])
 
 
+def stratify(groups: Sequence[str], labels: np.ndarray, shares: Sequence[float], places: dict[str, float]) -> dict[str, int]:
+    """The part of each group, given the labels [n, classes] of the images, so that each class has its share of each part.
+
+    Iterative stratification (Sechidis et al. 2011): of the class with the fewest images left, each group goes where most images
+    of that class are still wanted; of parts that are equal, where most of all its classes are. Large groups come first, then
+    those with the lowest place.
+    """
+    number = {name: i for i, name in enumerate(places)}
+    counts = np.zeros((len(number), labels.shape[1] + 1), int)  # images of each class, and all
+    np.add.at(counts, [number[name] for name in groups], np.insert(labels != 0, labels.shape[1], True, axis=1))
+    wanted, left = np.outer(shares, counts.sum(0)), counts.sum(0)
+    order, parts = np.lexsort((np.array([*places.values()]), -counts[:, -1])), np.full(len(number), -1)
+    while left.any():
+        label = min(np.flatnonzero(left), key=lambda label: (label == labels.shape[1], left[label]))  # those without one last
+        for group in order[(parts[order] < 0) & (counts[order, label] > 0)]:
+            part = max(range(len(shares)), key=lambda part: (wanted[part, label], wanted[part] @ counts[group]))
+            parts[group], wanted[part], left = part, wanted[part] - counts[group], left - counts[group]
+    return dict(zip(places, parts.tolist(), strict=True))
+
+
 def place(name: str, salt: str = "") -> float:
     """A number from 0 to 1, drawn by a name, in whichever form of Unicode a file system keeps it."""
     text = unicodedata.normalize("NFC", salt + name).encode(errors="surrogateescape")
@@ -236,13 +260,13 @@ def note_shared_groups(train: ImageList, val: ImageList, where: str | Path) -> N
         )
 
 
-def note_missing_classes(train: ImageList, val: ImageList, classes: Sequence[str], where: str | Path) -> None:
-    """Say which classes one of the parts has no image of."""
-    for part, images in (("training", train), ("validation", val)):
+def note_missing_classes(parts: dict[str, ImageList], classes: Sequence[str], where: str | Path) -> None:
+    """Say which classes one of the parts, by its name, has no image of."""
+    for part, images in parts.items():
         labels = np.asarray(images.labels)
         there = {*labels.tolist()} if labels.ndim == 1 else {*np.flatnonzero(labels.any(0)).tolist()}
         if gone := [name for i, name in enumerate(classes) if i not in there]:
-            more = f" and of {len(gone) - 1} other classes" if len(gone) > 1 else ""
+            more = f" and of {len(gone) - 1} other class{'es' * (len(gone) > 2)}" if len(gone) > 1 else ""
             note(f"data: {where} has no {part} image of class '{gone[0]}'{more}: no metric tells how well it is recognised")
 
 

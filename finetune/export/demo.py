@@ -31,16 +31,29 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net
 
 @torch.no_grad()
 def predict(image):
-    """The probability of each class of a PIL image."""
+    """The probability of each class of a PIL image{returned}."""
     logits = net(transform(ImageOps.exif_transpose(image).convert("RGB"))[None])[0]
-    probs = (logits / config["temperature"]).{function}
-    return dict(zip(config["label_names"], probs.tolist()))
+    probs = (logits / config.get("temperature", 1.0)).{function}
+    {result}
 
 
 if __name__ == "__main__":
-    label = gradio.Label(num_top_classes=5)
-    gradio.Interface(predict, gradio.Image(type="pil"), label, title={name!r}, flagging_mode="never").launch()
+    outputs = [{outputs}]
+    gradio.Interface(predict, gradio.Image(type="pil"), outputs, title={name!r}, flagging_mode="never").launch()
 '''
+ONE = {  # label an image
+    "returned": "",
+    "result": 'return dict(zip(config["label_names"], probs.tolist()))',
+    "outputs": "gradio.Label(num_top_classes=5)",
+}
+SEVERAL = {
+    "returned": ", and the classes above their thresholds",
+    "result": """\
+named, thresholds = dict(zip(config["label_names"], probs.tolist())), config.get("thresholds", [0.5] * len(probs))
+    above = [name for (name, prob), least in zip(named.items(), thresholds) if prob > least]
+    return named, ", ".join(above)""",
+    "outputs": 'gradio.Label(num_top_classes=5), gradio.Textbox(label="Predicted")',
+}
 REQUIREMENTS = "gradio>=5\ntimm>=1.0.26\ntorch>=2.6\n"  # timm's and torch's are those of this project
 SPACE = """\
 ---
@@ -61,7 +74,7 @@ def demo_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     if recipe.data.channels:
         raise RecipeError("--to gradio makes a page for photographs: this network takes arrays, data.channels")
     function = "softmax(0)" if recipe.loss == "cross_entropy" else "sigmoid()"
-    app = APP.format(name=name, function=function)
+    app = APP.format(name=name, function=function, **(SEVERAL if recipe.loss == "multi_label" else ONE))
     return files | {
         "app.py": app.encode(),
         "requirements.txt": REQUIREMENTS.encode(),

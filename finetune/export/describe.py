@@ -120,12 +120,17 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
             f"resized, {inputs['interpolation']}, with antialiasing: {RESIZE[inputs['crop_mode']].format(*resize)}",
         ]
         steps[-1] = f"float32 [batch, {kind.channels}, height, width]"
+    several = {
+        "thresholds": list(model.thresholds or ()),
+        "predicted": "each class whose probability is above its threshold; the thresholds are in the order of the classes",
+    }
     return {
         "classes": list(model.classes),
         "input": "images",
         "output": "logits",
         "temperature": model.temperature,
         "probabilities": f"the {'softmax' if model.recipe.loss == 'cross_entropy' else 'sigmoid'} of logits / temperature",
+        **(several if model.thresholds else {}),
         "preprocessing": {**inputs, "resize": resize[0] if high == wide else resize, "steps": steps},
         "flip_test": model.recipe.flip_test,
     }

@@ -54,7 +54,7 @@ That is {spread}.{flip_test} {versions}.
 {code}
 ```
 
-Classes, in the order of the logits: {classes}.
+Classes, in the order of the logits: {classes}.{thresholds}
 
 Preprocessing{as_there}:
 
@@ -131,6 +131,7 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         epoch=epoch,
         num_images=result["val_images"],
         classes=", ".join(config["label_names"]),
+        thresholds=describe_thresholds(config),
         weights=weights,
         table="\n".join(f"| {REPORTED_METRICS[key]} | {value:.2%} |" for key, value in metrics.items()),
         flip_test=" Each image's logits are averaged with those of its mirror image." if recipe.flip_test else "",
@@ -141,6 +142,15 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         data_licence=LICENCES.get(source, "not known here"),
         versions=", ".join(f"{key} {value}" for key, value in {**result["versions"], **result["hardware"]}.items()),
     )
+
+
+def describe_thresholds(config: dict[str, Any]) -> str:
+    """Above which probability each class is predicted, where an image has several labels."""
+    if "thresholds" not in config:
+        return ""
+    least = ", ".join(f"{name} {one:.3g}" for name, one in zip(config["label_names"], config["thresholds"], strict=True))
+    words = f"sigmoid of its logit / {config['temperature']:g} (the temperature)"
+    return f"\n\nA class is predicted where its probability, the {words}, is above its threshold: {least}."
 
 
 def describe_origin(run: Path, name: str, recipe: Recipe) -> tuple[str, str]:

@@ -14,13 +14,14 @@ from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
-from finetune.data.split import evaluation_folder, from_folder
+from finetune.data.split import evaluation_folder, from_folder, note_missing_classes
 from finetune.inference.predict import compute_logits
 from finetune.metrics.classes import class_metrics
 from finetune.metrics.compute import defined_metrics, subgroup_metrics
 from finetune.metrics.counts import confusion_matrix
 from finetune.metrics.coverage import coverage_table
 from finetune.metrics.measure import NAMES, NUMBERS, measure
+from finetune.metrics.thresholds import over_thresholds
 from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
@@ -66,10 +67,15 @@ def evaluate_model(
     logits, labels = compute_logits(model, images, recipe.data.on_bad_image, workers)
     result = {
         "data": str(data),
-        **measure(recipe, logits, labels, images.groups, model.temperature),
+        **measure(recipe, logits, labels, images.groups, model.temperature, model.thresholds),
         **defined_metrics(recipe, logits, labels),
-        "classes": class_metrics(logits, labels, classes, images.groups),
     }
+    if model.thresholds:
+        margins = over_thresholds(logits / model.temperature, model.thresholds)
+        rows = class_metrics(margins, labels, classes, images.groups)
+        result["classes"] = [row | {"threshold": least} for row, least in zip(rows, model.thresholds, strict=True)]
+    else:
+        result["classes"] = class_metrics(logits, labels, classes, images.groups)
     result.pop("class_accuracy", None)  # recall
     if labels.ndim == 1:
         result["coverage"] = coverage_table(recipe.loss, logits, labels, model.temperature)
@@ -100,16 +106,27 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
         images, names = load_named(data, recipe, run if same or data == own else None)
     else:
         images, names = load_files(Path(data), recipe, whole=same)
-    if set(names) != set(classes):
-        difference = class_difference(classes, names, ("the model has", f"{data} has"))
-        raise RecipeError(f"the classes of the model and of {data} differ: {difference}")
+    check_same_classes(data, names, classes)
     if record and recorded and isinstance(images.items[0], str | Path):
         images = leave_out_trained(images, record, same)
-    if np.ndim(images.labels[0]):
-        labels: Values = np.asarray(images.labels)[:, [names.index(name) for name in classes]]
+    place, own_labels = np.array([classes.index(name) for name in names]), np.asarray(images.labels)
+    if own_labels.ndim == 1:
+        labels: Values = place[own_labels].tolist()
     else:
-        labels = [classes.index(names[label]) for label in images.labels]
-    return ImageList(images.items, labels, images.read, images.subgroups, images.groups).read_as(recipe.data)
+        labels = np.zeros((len(images), len(classes)), np.uint8)
+        labels[:, place] = own_labels
+    found = ImageList(images.items, labels, images.read, images.subgroups, images.groups)
+    note_missing_classes({"labelled": found}, classes, data)
+    return found.read_as(recipe.data)
+
+
+def check_same_classes(data: str, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise RecipeError unless the classes are the model's; a table may lack some, as it can't name what it has no image of."""
+    if not names:
+        raise RecipeError(f"no row of {data} has a label")
+    if set(names) != set(classes) and not (data.lower().endswith(".csv") and set(names) < set(classes)):
+        difference = class_difference(classes, names, ("the model has", f"{data} has"))
+        raise RecipeError(f"the classes of the model and of {data} differ: {difference}")
 
 
 def load_named(data: str, recipe: Recipe, run: Path | None) -> tuple[ImageList, Sequence[str]]:
@@ -141,8 +158,8 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
         parts = [images]
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
-    columns = ([value for part in parts for value in getattr(part, name) or ()] for name in COLUMNS)
-    items, labels, subgroups, groups = columns
+    columns = ([getattr(part, name) for part in parts] for name in COLUMNS)
+    items, labels, subgroups, groups = ([value for part in found if part is not None for value in part] for found in columns)
     return ImageList(items, labels, parts[0].read, subgroups or None, groups or None), names
 
 
@@ -190,10 +207,11 @@ def ends(row: dict[str, Any], name: str) -> str:
 def evaluation_as_text(result: dict[str, Any]) -> str:
     """The metrics in a line, a table of the classes and, of few classes, the confusion matrix."""
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
-    rows: list[tuple[str, ...]] = [("class", "images", "precision", "95 %", "recall", "95 %", "F1", "95 %")]
+    at = ["threshold"] * ("threshold" in result["classes"][0])
+    rows: list[tuple[str, ...]] = [("class", "images", *at, "precision", "95 %", "recall", "95 %", "F1", "95 %")]
     for row in result["classes"]:
         cells = (cell for key in ("precision", "recall", "f1") for cell in (f"{row[key]:.1%}", ends(row, key)))
-        rows.append((row["class"], str(row["images"]), *cells))
+        rows.append((row["class"], str(row["images"]), *(f"{row[key]:.1%}" for key in at), *cells))
     text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{describe_metrics(result)}"
     text += f"\n\n{align_columns(rows, numbers=True)}"
     if parts := result.get("by_subgroup"):

@@ -41,7 +41,7 @@ def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recip
 
     A run in fp16 is evaluated in float32 where there is no GPU.
     """
-    net, classes, preprocessing, recipe, _ = model
+    net, classes, preprocessing, recipe = model[:4]
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
         recipe = replace(recipe, mixed_precision="no")
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
@@ -72,10 +72,10 @@ def predict_images(
     on arrays of such [H, W, channels]; "file" is a path's own.
 
     Probabilities are a softmax over the classes, or sigmoids where the loss is binary or multi_label, of logits divided by the
-    model's temperature. With several labels an image, "predicted" lists the classes above 0.5, and "probability" theirs. An
-    image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and counted there. `look` is
-    called with each batch. With `unsure_below` each row has "unsure": whether the probability is below that; of several labels,
-    whether for some class neither its probability nor that of its absence reaches it.
+    model's temperature. With several labels an image, "predicted" lists the classes above the model's thresholds, and
+    "probability" theirs. An image that can't be read has neither, an empty "top" and an "error"; it is named on stderr and
+    counted there. `look` is called with each batch. With `unsure_below` each row has "unsure": whether the probability is below
+    that; of several labels, whether for some class neither its probability nor that of its absence reaches it.
 
     Raises:
         RecipeError: if no image could be read, for a `top` below 1, and for an `unsure_below` that is no probability.
@@ -138,8 +138,9 @@ def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int, unsure_
     """What is predicted of an image, from the probabilities [classes]."""
     ranked = [[model.classes[label], probs[label].item()] for label in probs.argsort(descending=True, stable=True).tolist()]
     row = {"file": file_of(image), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
-    if model.recipe.loss == "multi_label":
-        yes = [pair for pair in ranked if pair[1] > 0.5]
+    if model.thresholds:
+        enough = dict(zip(model.classes, model.thresholds, strict=True))
+        yes = [(name, prob) for name, prob in ranked if prob > enough[name]]
         row |= {"predicted": [name for name, _ in yes], "probability": [prob for _, prob in yes]}
         probs = torch.maximum(probs, 1 - probs)  # that a class is there, or that it is not
     if unsure_below is not None:

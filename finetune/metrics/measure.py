@@ -9,6 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetune.data.loader import is_unreadable
 from finetune.metrics.calibration import BINS, bin_of, calibrate, confidences, probabilities, squares, targets
 from finetune.metrics.intervals import wilson
+from finetune.metrics.thresholds import choose_thresholds
 from finetune.recipe import Recipe
 
 DRAWS = 1000  # of the bootstrap
@@ -19,6 +20,7 @@ NAMES = {  # in words, in the order of a table
     "top5": "top-5",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
+    "macro_f1_at_thresholds": "macro F1, own thresholds",
     "mean_average_precision": "mean average precision",
     "average_precision": "average precision",
     "auroc": "AUROC",
@@ -38,8 +40,11 @@ def measure(
     labels: torch.Tensor,
     groups: Sequence[str] | None = None,
     temperature: float | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """What is measured once, at the end: all metrics, "intervals" and "calibration" of logits [n, classes] against labels.
+
+    Of several labels an image "thresholds" as well: those given, else those that `choose_thresholds` chooses.
 
     Intervals are of 95 %: Wilson's of top-1 and top-5, of all else the percentiles of 1,000 bootstraps of the images (Efron
     1979); of the `groups`, where images belong to some, as those of one group are not independent. Log loss, Brier score and
@@ -52,12 +57,16 @@ def measure(
     owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
     calibration = calibrate(recipe.loss, logits, labels, owners, temperature)
     metrics = metrics_of(recipe.loss, logits, labels, calibration["temperature"])
+    chosen: dict[str, Any] = {"calibration": calibration}
+    if recipe.loss == "multi_label":
+        chosen["thresholds"], said = choose_thresholds(logits, labels, calibration["temperature"], owners, thresholds)
+        metrics["macro_f1_at_thresholds"] = several_f1(said, labels)
     whole = torch.ones(1, len(labels), dtype=torch.float64)
     values = {name: metric(whole).item() for name, metric in metrics.items()}
     values = {name: value for name, value in values.items() if value == value}
     left_out = ("ece", *OF_CURVES) if logits.numel() > CURVES else ("ece",)
     wanted = {name: metrics[name] for name in values if name not in left_out}
-    return values | {"intervals": intervals_of(wanted, len(labels), owners), "calibration": calibration}
+    return values | {"intervals": intervals_of(wanted, len(labels), owners), **chosen}
 
 
 def intervals_of(metrics: dict[str, Metric], images: int, groups: Sequence[str] | None) -> dict[str, list[float]]:
@@ -102,17 +111,20 @@ def metrics_of(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperatur
     truth, probs = targets(loss, labels, logits.shape[1]), probabilities(loss, logits)
     curves = {"auroc": lambda weights: over_classes(area_under, weights, probs, truth)}
     if loss == "multi_label":
-        guess, several = (logits > 0).float(), truth.float()
         found: dict[str, Metric] = {
             "mean_average_precision": lambda weights: over_classes(precision, weights, logits, truth, absent=0.0),
-            "macro_f1": lambda weights: f1(sums(weights, several * guess), sums(weights, several), sums(weights, guess)).mean(
-                1
-            ),
+            "macro_f1": several_f1(logits > 0, truth),
         }
     else:
         found = single_label(logits, labels)
         curves["average_precision"] = lambda weights: over_classes(precision, weights, probs, truth)
     return found | curves | of_probabilities(loss, logits / temperature, labels)
+
+
+def several_f1(predicted: torch.Tensor, labels: torch.Tensor) -> Metric:
+    """Macro F1 of what is predicted of each image, bool [n, classes], against several labels."""
+    guess, truth = predicted.float(), labels.float()
+    return lambda weights: f1(sums(weights, truth * guess), sums(weights, truth), sums(weights, guess)).mean(1)
 
 
 def single_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric]:

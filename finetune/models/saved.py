@@ -37,6 +37,7 @@ class SavedModel(NamedTuple):
     preprocessing: dict[str, Any]  # arguments of timm's create_transform
     recipe: Recipe  # the run's; of a model without a run, a minimal one
     temperature: float = 1.0  # that logits are divided by for probabilities
+    thresholds: tuple[float, ...] | None = None  # of several labels an image: what each class's probability must exceed
 
 
 def load_model(source: str | Path) -> SavedModel:
@@ -75,7 +76,11 @@ def load_model(source: str | Path) -> SavedModel:
             f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
             "of a function is loaded from the whole run folder"
         )
-    return SavedModel(net.eval(), classes, preprocessing, recipe, read_temperature(folder, config))
+    thresholds = read_thresholds(folder, config, len(classes))
+    if thresholds and not run:  # which alone tell of its loss
+        recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
+    thresholds = (thresholds or (0.5,) * len(classes)) if recipe.loss == "multi_label" else None
+    return SavedModel(net.eval(), classes, preprocessing, recipe, read_temperature(folder, config), thresholds)
 
 
 def read_temperature(folder: Path, config: dict[str, Any]) -> float:
@@ -84,6 +89,16 @@ def read_temperature(folder: Path, config: dict[str, Any]) -> float:
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
         raise RecipeError(f"{folder / 'config.json'}: temperature must be a number above 0, not {found!r}")
     return float(found)
+
+
+def read_thresholds(folder: Path, config: dict[str, Any], classes: int) -> tuple[float, ...] | None:
+    """The threshold of each class that a model's config.json states; None of a model that has none."""
+    if (found := config.get("thresholds")) is None:
+        return None
+    numbers = isinstance(found, list) and all(type(one) in (int, float) and 0 <= one <= 1 for one in found)
+    if not numbers or len(found) != classes:
+        raise RecipeError(f"{folder / 'config.json'}: thresholds must be {classes} numbers from 0 to 1, one for each class")
+    return tuple(map(float, found))
 
 
 def load_network(folder: Path, config: dict[str, Any], recipe: Recipe | None = None) -> nn.Module:

@@ -27,26 +27,36 @@ OF_SOURCE = (
 
 
 def save_model(
-    folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str], temperature: float = 1.0
+    folder: Path,
+    net: nn.Module,
+    preprocessing: dict[str, Any],
+    classes: Sequence[str],
+    temperature: float = 1.0,
+    thresholds: Sequence[float] | None = None,
 ) -> None:
     """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
 
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
     model.safetensors (its state dict) and config.json (classes and preprocessing). For probabilities,
-    logits are divided by the `temperature`.
+    logits are divided by the `temperature`; of several labels an image, each class is predicted above its threshold.
     """
-    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature))
+    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature, thresholds))
 
 
 def write_model(
-    folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str], temperature: float = 1.0
+    folder: Path,
+    net: nn.Module,
+    preprocessing: dict[str, Any],
+    classes: Sequence[str],
+    temperature: float = 1.0,
+    thresholds: Sequence[float] | None = None,
 ) -> None:
     """Write model.safetensors and config.json into a folder."""
     # Made in memory first: on a full disk safetensors' own writer fails in words of its own.
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-    about = {"label_names": list(classes), "temperature": round(temperature, 4)}
-    if "pixels" in preprocessing:
-        about["pixels"] = preprocessing["pixels"]
+    about: dict[str, Any] = {"label_names": list(classes), "temperature": round(temperature, 4)}
+    about |= {"pixels": preprocessing["pixels"]} if "pixels" in preprocessing else {}
+    about |= {} if thresholds is None else {"thresholds": list(thresholds)}
     if not write_timm_config(folder, net, preprocessing, about):
         config = about | {"preprocessing": preprocessing}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

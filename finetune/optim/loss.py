@@ -1,4 +1,4 @@
-"""The loss: cross-entropy or binary, of mixed targets, with class weights, plus a pull towards the pretrained weights."""
+"""The loss: cross-entropy or binary, of mixed targets, weighted, plus a pull towards the pretrained weights."""
 
 from typing import Any
 
@@ -21,6 +21,7 @@ class Criterion:
     def __init__(self, recipe: Recipe, net: nn.Module, images: ImageDataset, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights = class_weights(recipe, images, device)
+        self.pos_weight = pos_weight(recipe, images, device)
         self.start: dict[nn.Parameter, torch.Tensor] = {}
         if recipe.l2_sp:
             free = head_parameters(recipe, net) | no_weight_decay(net)
@@ -35,6 +36,7 @@ class Criterion:
 
         Smoothing takes this share of each target away and spreads it evenly: over the classes, or with several labels an image
         over yes and no. A class weight is a factor on the loss of that class's images; of a mixed image, on each of its parts.
+        `pos_weight` is a factor on what each class's positive targets add, as in torch's BCEWithLogitsLoss.
         """
         recipe, weights = self.recipe, None
         if recipe.loss != "cross_entropy":  # torch's leaves out what can't be read by itself
@@ -47,7 +49,7 @@ class Criterion:
             reduction = "sum" if weights is None else "none"
             losses = cross_entropy(logits, targets, reduction=reduction, label_smoothing=recipe.label_smoothing)
         else:
-            losses = binary_losses(logits, targets, recipe.label_smoothing, recipe.loss == "multi_label")
+            losses = binary_losses(logits, targets, recipe.label_smoothing, recipe.loss == "multi_label", self.pos_weight)
         return losses.sum() if weights is None else (weights * losses).sum()
 
     def l2_sp(self) -> torch.Tensor | float:
@@ -69,12 +71,19 @@ def weigh_images(targets: torch.Tensor, class_weights: torch.Tensor) -> tuple[to
     return parts / weights[:, None], weights
 
 
-def binary_losses(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, multi_label: bool) -> torch.Tensor:
+def binary_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    smoothing: float,
+    multi_label: bool,
+    pos_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Each image's mean over classes of their binary cross-entropies [n]."""
     if targets.ndim == 1:
         targets = one_hot(targets, logits.shape[1])
     targets = targets * (1 - smoothing) + smoothing / (2 if multi_label else logits.shape[1])
-    return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1)
+    factors = None if pos_weight is None else pos_weight.to(logits)
+    return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none", pos_weight=factors).mean(1)
 
 
 def class_weights(recipe: Recipe, images: ImageDataset, device: torch.device) -> torch.Tensor | None:
@@ -90,4 +99,25 @@ def class_weights(recipe: Recipe, images: ImageDataset, device: torch.device) ->
         weights = len(images) / (num_classes * counts)
     elif len(weights) != num_classes:
         raise RecipeError(f"class_weights: {len(weights)} for {num_classes} classes: {', '.join(images.classes)}")
+    return torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+def pos_weight(recipe: Recipe, images: ImageDataset, device: torch.device) -> torch.Tensor | None:
+    """The factor of each class's positive targets in the loss [classes]; "balanced" is how many negatives there are to each."""
+    weights: Any = recipe.pos_weight
+    classes = images.classes
+    if weights is None:
+        return None
+    if weights == "balanced":
+        labels = images.labels()
+        positives = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(classes))
+        for count, what in ((0, "no training image has"), (len(labels), "every training image has")):
+            if (positives == count).any():
+                name = classes[int((positives == count).argmax())]
+                raise RecipeError(f"pos_weight='balanced': {what} the class '{name}', and there is nothing to weigh")
+        weights = (len(labels) - positives) / positives
+    elif isinstance(weights, int | float):
+        weights = [weights] * len(classes)
+    elif len(weights) != len(classes):
+        raise RecipeError(f"pos_weight: {len(weights)} for {len(classes)} classes: {', '.join(classes)}")
     return torch.tensor(weights, dtype=torch.float32, device=device)

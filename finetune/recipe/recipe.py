@@ -79,6 +79,9 @@ class Recipe(Checked):
     # Loss
     loss: Literal["cross_entropy", "binary", "multi_label"] = "cross_entropy"  # binary: arXiv 2110.00476
     label_smoothing: Annotated[float, "[0, 1)"] = 0.0
+    pos_weight: Literal["balanced"] | Annotated[float, "(0, inf)"] | tuple[Annotated[float, "(0, inf)"], ...] | None = (
+        None  # torch's
+    )
     class_weights: Literal["balanced"] | tuple[Annotated[float, "(0, inf)"], ...] | None = None  # balanced: 1 on average
     l2_sp: Annotated[float, "[0, inf)"] = 0.0  # pull towards the pretrained weights (arXiv 1802.01483)
 
@@ -114,6 +117,11 @@ class Recipe(Checked):
             yield f"data: channels={self.data.channels}: torchvision's networks take 3; name one of timm's, or a function"
         if self.data.channels and (named := [name for name in FOR_PHOTOGRAPHS if getattr(self.augment, name)]):
             yield f"augment: {', '.join(named)}: for photographs alone, not for channels={self.data.channels}"
+        if self.pos_weight is not None and self.loss == "cross_entropy":
+            yield "pos_weight needs a sigmoid for each class: loss='multi_label' or 'binary'"
+        if self.pos_weight == "balanced" and "balanced" in (self.class_weights, self.data.sampling):
+            other = "class_weights" if self.class_weights == "balanced" else "data.sampling"
+            yield f"pos_weight='balanced' and {other}='balanced' would make up for rare classes twice: leave out one"
         if self.clip_norm is None and self.clip_norm_type != 2:
             yield "clip_norm_type has no effect without clip_norm"
         if self.mixed_precision == "fp16" and "LBFGS" in optimizers:

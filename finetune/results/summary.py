@@ -65,7 +65,8 @@ def finish_run(
     measured = measure(recipe, logits, labels, groups)
     with merged(net):
         temperature = measured["calibration"]["temperature"]
-        save_model(folder / "model", net, images.transform.preprocessing, images.classes, temperature)
+        inputs, thresholds = images.transform.preprocessing, measured.get("thresholds")
+        save_model(folder / "model", net, inputs, images.classes, temperature, thresholds)
     if adapters(net):
         save_adapter(folder / "adapter", net, {name.rpartition(".")[0] for name in head_parameters(recipe, net)})
     result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **measured, **run_result(recipe, logger)}
@@ -129,6 +130,7 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         ("result", f"{reached[0]} of {images} images"),
         ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
         ("", describe_calibration(result)),
+        ("", describe_thresholds(result)),
         *(
             ("", f"{name}: {words[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images{around(part, metric)}")
             for name, part in result.get("by_subgroup", {}).items()
@@ -161,6 +163,14 @@ def describe_calibration(result: dict[str, Any]) -> str:
     temperature = result["calibration"]["temperature"]
     cooled = f", by {after} at the model's temperature, {temperature:.2f}" if temperature != 1 else ""
     return f"probabilities off by {before} on average{cooled}"
+
+
+def describe_thresholds(result: dict[str, Any]) -> str:
+    """What a threshold for each of several labels is worth."""
+    if {*result.get("thresholds", ())} <= {0.5}:
+        return ""
+    own, plain = (f"{100 * result[name]:.2f} %" for name in ("macro_f1_at_thresholds", "macro_f1"))
+    return f"macro F1 {own} with a threshold for each class, {plain} at 0.5"
 
 
 def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch import nn
 from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
 from finetune.metrics.calibration import calibrate
 from finetune.metrics.compute import best_row, compute_metrics
+from finetune.metrics.thresholds import choose_thresholds
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.kept_images import stage_inputs
 from finetune.models.linear_probe import fit, head_layer, returns_features
@@ -224,6 +225,9 @@ def save_if_best(
     if best_row(rows, recipe.metric) is rows[-1]:
         net = whole(net)
         if logger.accelerator.is_main_process:
-            temperature = calibrate(recipe.loss, logits, labels, getattr(images.images, "groups", None))["temperature"]
+            groups, inputs = getattr(images.images, "groups", None), images.transform.preprocessing
+            temperature = calibrate(recipe.loss, logits, labels, groups)["temperature"]
+            several = recipe.loss == "multi_label"
+            thresholds = choose_thresholds(logits, labels, temperature, groups)[0] if several else None
             with merged(net):
-                save_model(logger.folder / "model-best", net, images.transform.preprocessing, images.classes, temperature)
+                save_model(logger.folder / "model-best", net, inputs, images.classes, temperature, thresholds)

@@ -264,6 +264,9 @@ def check_same_images(
         others = "" if counts[0] != counts[1] else ": others, by their names or labels"
         if known[part] != now:
             changed.append(f"{part} images: {counts[0]} before, {counts[1]} now{others}")
+    totals = {sum(int(text.partition(" ")[0]) for text in texts.values()) for texts in (known, images)}
+    if changed and len(totals) == 1 and read_json(folder / "recipe.json").get("loss") == "multi_label":
+        changed.append("if none was changed: an earlier version splits several labels an image otherwise; start another run")
     if changed_files and not changed:
         changed.append(f"{len(changed_files)} files have another content than before, such as {changed_files[0]}")
     if changed:

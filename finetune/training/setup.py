@@ -281,6 +281,7 @@ def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
         schedule=quick(recipe.schedule),
         epochs=len(stages) + 1,
         class_weights=None if isinstance(recipe.class_weights, tuple) else recipe.class_weights,  # for other classes
+        pos_weight=None if isinstance(recipe.pos_weight, tuple) else recipe.pos_weight,  # likewise
         early_stop=None,
         data=Data(
             "generated",

@@ -193,7 +193,7 @@ def write_run(folder: Path, first: Path, pot: Pot, shares: Sequence[float], resu
     start_run_dir(folder, file if file.is_file() else None, name, recipe, text, {"images": images, "classes": classes})
     logits, labels = pot.logits(pot.measure, shares, "soup")
     inputs, temperature = pot.measure.transform.preprocessing, result["calibration"]["temperature"]
-    save_model(folder / "model", pot.mean(shares).cpu(), inputs, classes, temperature)
+    save_model(folder / "model", pot.mean(shares).cpu(), inputs, classes, temperature, result.get("thresholds"))
     write_file(folder / "predictions.safetensors", safetensors.torch.save({"logits": logits, "labels": labels}))
     row = {key: value for key, value in result.items() if key in ("loss", "val_images", *METRICS, "top5")}
     write_file(folder / "metrics.jsonl", json.dumps({"epoch": result["best_epoch"], "step": 0, **row}) + "\n")

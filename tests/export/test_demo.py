@@ -1,6 +1,8 @@
 """The page to try a network on."""
 
 import importlib.util
+import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -30,6 +32,18 @@ def test_the_app_says_what_predict_says(run_folder, image_folder, tmp_path, monk
     app, files = load_app(folder, monkeypatch), sorted((image_folder / "val").rglob("*.png"))[::5]
     for file, row in zip(files, predict_images(load_model(run_folder), files, top=3), strict=True):
         assert app.predict(Image.open(file)) == pytest.approx(dict(row["top"]), abs=5e-3)  # pixels are rounded elsewhere
+
+
+def test_the_app_names_what_is_above_its_threshold(run_folder, image_folder, tmp_path, monkeypatch):
+    """Of several labels an image: the classes that predict names, in the order of the classes."""
+    run = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("model-best", "checkpoint*"))
+    several = {"loss": "multi_label", "metric": "mean_average_precision"}
+    for name, changes in (("recipe.json", several), ("model/config.json", {"thresholds": [0.01, 0.99, 0.45]})):
+        (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
+    app, files = load_app(export(run / "model", "gradio", tmp_path / "demo"), monkeypatch), [*image_folder.glob("val/*/0.png")]
+    for file, row in zip(files, predict_images(load_model(run / "model"), files, top=3), strict=True):
+        probs, above = app.predict(Image.open(file))
+        assert probs == pytest.approx(dict(row["top"]), abs=5e-3) and above == ", ".join(sorted(row["predicted"]))
 
 
 def test_options_of_other_formats_are_refused(run_folder, tmp_path):

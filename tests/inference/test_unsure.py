@@ -80,7 +80,8 @@ def test_what_is_unsure_is_marked_and_counted(run_folder, image_folder, tmp_path
 def test_of_several_labels_the_least_sure_class_counts(tmp_path, run_folder):
     """A class whose presence and absence are both less likely than the threshold makes an image unsure."""
     model = load_model(run_folder)
-    model = model._replace(recipe=replace(model.recipe, loss="multi_label", metric="mean_average_precision"))
+    recipe = replace(model.recipe, loss="multi_label", metric="mean_average_precision")
+    model = model._replace(recipe=recipe, thresholds=(0.5,) * len(model.classes))
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 48, 3)).astype(np.uint8))
     probs = [prob for _, prob in predict_images(model, [image], top=3)[0]["top"]]
     least = min(max(prob, 1 - prob) for prob in probs)

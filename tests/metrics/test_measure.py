@@ -21,6 +21,7 @@ from finetune.utils.errors import RecipeError
 from helpers import small_recipe
 
 LOSSES = ("cross_entropy", "binary", "multi_label")
+THRESHOLDS = np.linspace(0.2, 0.7, 7)
 
 
 def made(loss, images=300, classes=7, seed=0, scale=1.5):
@@ -52,6 +53,7 @@ def expected(loss, logits, labels, temperature):
     if loss == "multi_label":
         found["mean_average_precision"] = np.mean(precisions)
         found["macro_f1"] = theirs.f1_score(truth, raw > 0.5, average="macro")
+        found["macro_f1_at_thresholds"] = theirs.f1_score(truth, cooled > THRESHOLDS, average="macro")
     else:
         guess, every = raw.argmax(1), range(raw.shape[1])
         found |= {
@@ -79,12 +81,13 @@ def test_metrics_are_scikit_learns(loss):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a class that is predicted and not there
         wanted = expected(loss, logits, labels, temperature)
-    found = measure(recipe_of(loss), logits, labels, temperature=temperature)
-    assert found.keys() - {"intervals", "calibration", "ece"} == wanted.keys()
+    given = {"temperature": temperature, "thresholds": THRESHOLDS.tolist()}
+    found = measure(recipe_of(loss), logits, labels, **given)
+    assert found.keys() - {"intervals", "calibration", "ece", "thresholds"} == wanted.keys()
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
     gone = torch.full_like(labels[:3], UNREADABLE)
-    more = measure(recipe_of(loss), torch.cat([logits, logits[:3]]), torch.cat([labels, gone]), temperature=temperature)
+    more = measure(recipe_of(loss), torch.cat([logits, logits[:3]]), torch.cat([labels, gone]), **given)
     assert more == found
 
 

@@ -11,7 +11,7 @@ from finetune.models.pretrained import INPUTS
 from finetune.models.saved import read_recipe
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, recipe_of_run
-from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.metrics import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import describe_baseline
 from finetune.utils.errors import RecipeError

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from finetune.export.timm_folder import timm_files
 from finetune.models.saved import find_model
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import read_json
 from finetune.utils.net import reach

@@ -25,7 +25,7 @@ from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
 from finetune.recipe.load import check_source
-from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.metrics import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.coverage import plot_coverage

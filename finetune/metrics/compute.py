@@ -11,7 +11,7 @@ from finetune.metrics.counts import count_classes
 from finetune.metrics.measure import intervals_of, metrics_of
 from finetune.optim.loss import binary_losses
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.metrics import REPORTED_METRICS, direction
 from finetune.utils.errors import RecipeError
 
 
@@ -100,5 +100,5 @@ def average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def best_row(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The first row of metrics with the highest value."""
-    return max(rows, key=lambda row: row[metric])
+    """The first row of metrics with the best value."""
+    return max(rows, key=lambda row: direction(metric) * row[metric])

@@ -18,7 +18,8 @@ from finetune.models.pretrained import INPUTS, fetch_from_hub, hub_fault, load_w
 from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
-from finetune.recipe.recipe import METRICS, minimal_recipe
+from finetune.recipe.metrics import METRICS
+from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import read_json

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.utils.text import readable
 
 WIDTH, HEIGHT = 480, 230

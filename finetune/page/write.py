@@ -21,7 +21,7 @@ from finetune.page.charts import run_charts
 from finetune.page.gallery import Group, Pictures
 from finetune.page.tables import describe_classes, interval_text
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, REPORTED_METRICS
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.training.run_dir import run_name, started
 from finetune.utils.files import read_json, write_file

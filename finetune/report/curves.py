@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.report.drawing import Picture, legend_above, new_figure, run_title, save_figure, shorten, style, tidy
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from finetune.recipe import Recipe
 from finetune.recipe.legacy import new_names
 from finetune.recipe.load import RECIPES
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.recipe.serialize import diff, from_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error

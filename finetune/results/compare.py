@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, REPORTED_METRICS
 from finetune.recipe.serialize import diff, flatten, to_dict
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.results.paired import compare, in_points, interval_of

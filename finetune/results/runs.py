@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from finetune.metrics.intervals import wilson
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.report.curves import draw_curves
 from finetune.training.run_dir import lock, newest_checkpoint, run_name, started

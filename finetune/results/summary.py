@@ -28,7 +28,7 @@ from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
 from finetune.page.write import PAGE, write_page
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, REPORTED_METRICS
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.curves import plot_curves
 from finetune.report.drawing import run_title

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from finetune.data.loader import Batch, BatchPlan, is_unreadable
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError

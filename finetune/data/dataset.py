@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from finetune.images.decode import WHITE, Colour, open_file, reason_of
+from finetune.images.decode import WHITE, Colour, is_image, open_file, reason_of
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import file_digest, write_file
 from finetune.utils.text import note, progress
@@ -104,7 +104,7 @@ def labels_of(images: Images) -> np.ndarray:
         if len(labels := getattr(images, name, ())) == len(images):
             return np.asarray(labels)
     raise RecipeError(
-        "balanced sampling, class weights and a holdout need to know every label: give the data set that the "
+        "balanced sampling, class weights, numbers and a holdout need to know every label: give the data set that the "
         "recipe's function returns a list `targets`"
     )
 
@@ -121,7 +121,10 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
         names = (Path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
         digest.update("\n".join(names).encode(errors="surrogateescape"))  # names of any bytes
     with suppress(RecipeError):  # a function's data set need not know its labels
-        digest.update(labels_of(images).astype(np.int64).ravel().data)
+        labels = labels_of(images)
+        with np.errstate(invalid="ignore"):
+            whole = labels.astype(np.int64)
+        digest.update((whole if np.array_equal(whole, labels) else labels.astype(np.float64)).ravel().data)
     return f"{len(images)} {digest.hexdigest()}"
 
 
@@ -248,15 +251,6 @@ def same_files(paths: Sequence[str]) -> list[list[int]]:
     return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
 
 
-def is_image(path: str) -> bool:
-    """Whether a file's header is an image's."""
-    try:
-        open_file(path).close()
-    except Exception:  # whatever its decoder says; it is named where it is read
-        return False
-    return True
-
-
 FileRow = tuple[str, str, str, str, str]  # (split, classes, digest, path, group) of a file
 
 
@@ -268,7 +262,10 @@ def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRo
             return []
         groups = images.groups or [""] * len(images)
         for path, label, group in zip(images.items, images.labels, groups, strict=True):
-            named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
+            if np.asarray(label).dtype.kind == "f":  # numbers
+                named = list(map(str, label.tolist()))
+            else:
+                named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
             rows.append((split, ";".join(named), file_digest(path), str(path), group))
     return rows
 

@@ -21,7 +21,7 @@ from finetune.utils.errors import RecipeError, free_frames
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error
 
-UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
+UNREADABLE = -100  # as a class: cross_entropy leaves such an image out of the loss; of labels that are floats it is NaN
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
 Transform = Pixels | Timm  # images one by one when loaded, then as a batch on the device
 
@@ -127,6 +127,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     memory_format: torch.memory_format = torch.channels_last  # of the batches
     background: Colour = WHITE  # behind what is transparent
     function: OwnFunction | None = None  # of what is decoded, before the transform
+    of_numbers: bool = False  # labels are numbers, whose names are in place of classes
     in_background: ClassVar[bool] = True  # worth the processes that load in the background
 
     def __post_init__(self) -> None:
@@ -164,11 +165,16 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             if self.on_bad_image == "stop":
                 raise
             print_error(f"skipped: {error}")
-            pixels, label = np.zeros((8, 8, 3), np.uint8), UNREADABLE
-        else:
-            if self.function:
-                pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
+            missing = torch.full((len(self.classes),), torch.nan) if self.has_floats else UNREADABLE
+            return self.transform.image(np.zeros((8, 8, 3), np.uint8)), missing
+        if self.function:
+            pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
         return self.transform.image(pixels), self.target(label, index)
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether labels are floats [classes], and not the number of a class."""
+        return self.multi_label or self.of_numbers
 
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
         """(pixels, uint8 [H, W, 3], label) of an image."""
@@ -182,11 +188,11 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return pixels, label
 
     def target(self, label: Any, index: int) -> int | torch.Tensor:
-        """A label as the loss takes it: a number, or for several labels floats [classes] of 0 and 1."""
-        if np.ndim(label) == 1:
-            return torch.as_tensor(label, dtype=torch.float32)
-        if label == UNREADABLE:
-            return torch.full((len(self.classes),), float(label)) if self.multi_label else label
+        """A label as the loss takes it: a class, or floats [classes]: of several labels 0 and 1, or numbers."""
+        if self.of_numbers and not np.isfinite(label).all():
+            raise RecipeError(f"data: image {index} has the label {label}, and not a number", one_process=True)
+        if np.ndim(label) == 1 or self.of_numbers:
+            return torch.as_tensor(label, dtype=torch.float32).expand(len(self.classes))
         if not 0 <= label < (n := len(self.classes)):
             text = f"data: image {index} has label {label}, but there are {n} classes, 0 to {n - 1}"
             raise RecipeError(text, one_process=True)
@@ -208,7 +214,8 @@ def unpickled(modules: None, fields: dict[str, Any]) -> ImageDataset:
 
 def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
     """Which labels, [n] or [n, classes], are those of images that could not be read: bool [n]."""
-    return labels.reshape(len(labels), -1)[:, 0] == UNREADABLE
+    first = labels.reshape(len(labels), -1)[:, 0]
+    return first.isnan() if first.is_floating_point() else first == UNREADABLE
 
 
 def balanced_sample_weights(labels: np.ndarray) -> np.ndarray:

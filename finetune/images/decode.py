@@ -141,3 +141,12 @@ def floats_to_8_bits(image: Image.Image) -> Image.Image:
         low, high = float(values.min()), float(values.max())
         raise ValueError(f"its floats go from {low:g} to {high:g}, not from 0 to 1: save it in 8 or 16 bits")
     return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's header is an image's."""
+    try:
+        open_file(path).close()
+    except Exception:  # whatever its decoder says; it is named where it is read
+        return False
+    return True

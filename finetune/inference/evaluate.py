@@ -130,7 +130,7 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
     """(images, classes) of a table or a folder: all of it if `whole`, else its validation or test part, if it has one."""
     names: Sequence[str]
     if data.suffix.lower() == ".csv":
-        parts, names = from_csv(data, recipe.loss == "multi_label")
+        parts, names = from_csv(data, recipe.loss)
     elif not data.is_dir():
         raise RecipeError(f"--data {data} is neither a folder nor a CSV")
     elif whole:

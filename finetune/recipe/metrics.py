@@ -36,7 +36,7 @@ REPORTED_METRICS = {  # as a run's last lines name them
 LOWER_IS_BETTER = ("mae", "rmse")
 NUMBER_LOSSES = ("mse", "huber", "l1")  # of labels that are numbers
 KINDS = {  # of labels: the losses, and the metrics that measure them
-    "one label an image": (("cross_entropy", "binary"), ("top1", "macro_f1", "balanced_accuracy", "auroc", "kappa")),
+    "One label an image": (("cross_entropy", "binary"), ("top1", "macro_f1", "balanced_accuracy", "auroc", "kappa")),
     "several labels": (("multi_label",), ("mean_average_precision", "auroc")),
     "numbers": (NUMBER_LOSSES, tuple(OF_NUMBERS)),
 }

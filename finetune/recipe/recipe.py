@@ -106,8 +106,8 @@ class Recipe(Checked):
         if self.data.sampling == "balanced" and self.loss == "multi_label":
             yield "data: sampling='balanced' needs one label an image"
         if not fits(self.loss, self.metric):
-            kinds = (f"{kind} by {', '.join(map(repr, metrics))}" for kind, (_, metrics) in KINDS.items())
-            yield f"metric='{self.metric}' and loss='{self.loss}' do not go together: metrics are, of {'; of '.join(kinds)}"
+            kinds = "; ".join(f"{kind}: {', '.join(map(repr, metrics))}" for kind, (_, metrics) in KINDS.items())
+            yield f"metric='{self.metric}' and loss='{self.loss}' do not go together. {kinds}"
         if self.data.on_bad_image == "skip" and self.augment.mixes:
             yield "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix"
         yield from self.number_conflicts()

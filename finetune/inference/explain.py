@@ -53,7 +53,7 @@ def explaining(model: SavedModel, give: Callable[[int, Explanation], Any]) -> Lo
     Raises:
         RecipeError: for a network without places.
     """
-    net, classes, preprocessing, recipe, _ = model
+    net, classes, preprocessing, recipe, *_ = model
     name, why = to_dict(recipe.backbone), "no tensor in it has places of the image"
     try:
         places = find_places(net, torch.rand(1, *preprocessing["input_size"], generator=torch.Generator().manual_seed(0)))

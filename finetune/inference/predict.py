@@ -39,7 +39,7 @@ def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recip
 
     A run in fp16 is evaluated in float32 where there is no GPU.
     """
-    net, classes, preprocessing, recipe, _ = model
+    net, classes, preprocessing, recipe, *_ = model
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
         recipe = replace(recipe, mixed_precision="no")
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)

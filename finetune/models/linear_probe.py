@@ -1,8 +1,10 @@
-"""The linear probe: the head, fitted to the frozen backbone's features before the first epoch."""
+"""The head: fitted to the frozen backbone's features before the first epoch, and, of numbers, in the labels' own units."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -16,10 +18,24 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keep_random_state, seed_all
 
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # values of l2 to choose from
+RIDGE_PENALTIES = tuple(10.0**-exponent for exponent in range(-3, 7))  # of numbers, where each costs next to nothing
 NUM_FOLDS = 3
 Head = tuple[torch.Tensor, torch.Tensor]  # weight and bias, before they are a layer's
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels: a sum over images
-INSTEAD = "Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
+
+
+class Units(NamedTuple):
+    """The mean and the standard deviation of the training images' numbers, [numbers] each, by which they are standardised."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def needs_head(recipe: Recipe) -> tuple[str, str]:
+    """(what in the recipe needs to know the head, what to do where it is not of that kind)."""
+    if recipe.of_numbers:
+        return f"loss='{recipe.loss}'", "Name another backbone, or a function's last layer: head='fc'"
+    return "linear_probe", "Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
 
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
@@ -28,9 +44,10 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     layer = net.get_submodule(*paths) if len(paths) == 1 else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         found = ", ".join(f"{path} ({type(net.get_submodule(path)).__name__})" for path in sorted(paths)) or "unknown"
+        what, instead = needs_head(recipe)
         raise RecipeError(
-            f"linear_probe needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
-            f"{found}. {INSTEAD}"
+            f"{what} needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
+            f"{found}. {instead}"
         )
     return layer
 
@@ -63,9 +80,10 @@ def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
         except Exception:  # from whatever is done with the logits
             fits = False
     if not fits:
+        what, instead = needs_head(recipe)
         raise RecipeError(
-            f"linear_probe needs a network whose logits are those of its head; {to_dict(recipe.backbone)} does more with them. "
-            f"{INSTEAD}"
+            f"{what} needs a network whose logits are those of its head; {to_dict(recipe.backbone)} does more with "
+            f"them. {instead}"
         )
     return layer
 
@@ -85,6 +103,75 @@ def returns_features(layer: nn.Linear) -> AbstractContextManager[None]:
     return computes(layer, nn.Identity())
 
 
+def standardise(recipe: Recipe, net: nn.Module, labels: np.ndarray, names: Sequence[str]) -> None:
+    """Let the head of a network that learns numbers have its output in their own units.
+
+    Its weights learn them standardised, by the mean and deviation of the training images' `labels`, [n, numbers] or [n].
+
+    Raises:
+        RecipeError: for a number that is the same, or nearly, in all of them.
+    """
+    table = labels.reshape(len(labels), -1).astype(float)
+    mean, deviation = table.mean(0), table.std(0)
+    for name, centre, spread in zip(names, mean, deviation, strict=True):
+        if not spread > 1e-5 * abs(centre):
+            raise RecipeError(
+                f"data: '{name}' is {centre:g}, or nearly, in all training images: nothing to learn; of a large number, "
+                "such as a date, leave out what all have in common"
+            )
+    give_units(head_layer(recipe, net), Units(tuple(mean.tolist()), tuple(deviation.tolist())))
+
+
+def give_units(layer: nn.Linear, units: Units) -> None:
+    """Let the layer return its output times the deviation, plus the mean."""
+    if "label_mean" not in layer._buffers:
+        layer.register_forward_hook(in_units)
+    for name, values in zip(("label_mean", "label_deviation"), units, strict=True):
+        layer.register_buffer(name, torch.tensor(values, device=layer.weight.device), persistent=False)
+
+
+def in_units(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """The forward hook of `give_units`. It computes the layer in float32: in bfloat16 a year would be known to 8 years."""
+    with torch.autocast(output.device.type, enabled=False):
+        standardised = linear(inputs[0].float(), layer.get_parameter("weight"), layer.get_parameter("bias"))
+        return standardised * layer.get_buffer("label_deviation") + layer.get_buffer("label_mean")
+
+
+def head_with_units(net: nn.Module) -> nn.Module | None:
+    """The layer of a network that `give_units` was called with."""
+    return next((module for module in net.modules() if "label_mean" in module._buffers), None)
+
+
+def units_of(net: nn.Module) -> Units | None:
+    """What a network's output is standardised by; None where it gives classes."""
+    if (layer := head_with_units(net)) is None:
+        return None
+    mean, deviation = (layer.get_buffer(name).tolist() for name in ("label_mean", "label_deviation"))
+    return Units(tuple(mean), tuple(deviation))
+
+
+@contextmanager
+def plain_head(net: nn.Module) -> Iterator[None]:
+    """Within, the head's own weights give the labels' units, as other programs, which know no hook, need them."""
+    if (layer := head_with_units(net)) is None:
+        yield
+        return
+    tensors: list[torch.Tensor] = [layer.get_parameter("weight"), layer.get_parameter("bias")]
+    tensors += [layer.get_buffer("label_mean"), layer.get_buffer("label_deviation")]
+    before = [tensor.detach().clone() for tensor in tensors]
+    weight, bias, mean, deviation = (tensor.double() for tensor in before)
+    try:
+        with torch.no_grad():
+            after = (weight * deviation[:, None], bias * deviation + mean, torch.zeros(()), torch.ones(()))
+            for tensor, value in zip(tensors, after, strict=True):
+                tensor.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
 def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Loss, l2: float | None, views: int = 1) -> float:
     """Fit `layer` to features [n, d] and labels: the minimum of the mean loss plus `l2` / 2 times the squared weights.
 
@@ -92,6 +179,9 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
     divided by one number, so that their variances average 1: one `l2` then serves any network. (Were each variance 1, features
     that hardly vary would get the largest weights.) Without an `l2`, `choose_l2` does; features then have `views` equal parts,
     one for each view of the same images. Returns the `l2`.
+
+    Of numbers, the loss is the squared error of what is standardised, whatever the recipe's: ridge regression, where `l2`
+    times the images is scikit-learn's `alpha`.
 
     Raises:
         RecipeError: if the features tell no image from another.
@@ -106,10 +196,15 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
         fault = "the same for every image: look whether these are alike, or" if alike else "not finite: look"
         raise RecipeError(f"linear_probe: the frozen backbone's features are {fault} at its weights; or remove the option")
     features = (features - mean) / scale
-    if l2 is None:
-        l2 = choose_l2(features, labels, images, loss, layer.out_features)
-    head = new_head(features, layer.out_features)
-    minimise(head, features, labels, loss, l2, tolerance=1e-8)
+    if "label_mean" in layer._buffers:
+        labels = (labels.double() - layer.get_buffer("label_mean")) / layer.get_buffer("label_deviation")
+        l2 = choose_ridge(features, labels, images) if l2 is None else l2
+        head = ridge(features, labels, [l2 * len(labels)])[0]
+    else:
+        if l2 is None:
+            l2 = choose_l2(features, labels, images, loss, layer.out_features)
+        head = new_head(features, layer.out_features)
+        minimise(head, features, labels, loss, l2, tolerance=1e-8)
     with torch.no_grad():
         weight, bias = head
         layer.weight.copy_(laid_out_like(layer.weight, weight / scale))
@@ -174,3 +269,31 @@ def minimise(head: Head, features: torch.Tensor, labels: torch.Tensor, loss: Los
         return objective
 
     optimizer.step(closure)
+
+
+def ridge(features: torch.Tensor, labels: torch.Tensor, alphas: Sequence[float]) -> list[Head]:
+    """The head of least squared error plus alpha times the squared weights, for each alpha: scikit-learn's Ridge.
+
+    Of features [n, d] in float64 and labels [n, numbers]; all from the eigenvalues of the smaller of [d, d] and [n, n].
+    """
+    centre, level = features.mean(0), labels.mean(0)
+    x, y = features - centre, labels - level
+    few = len(x) < x.shape[1]
+    values, vectors = torch.linalg.eigh(x @ x.T if few else x.T @ x)
+    rotated = vectors.T @ (y if few else x.T @ y)
+    heads = []
+    for alpha in alphas:
+        solution = vectors @ (rotated / (values + alpha)[:, None])
+        weight = (x.T @ solution if few else solution).T
+        heads.append((weight, level - weight @ centre))
+    return heads
+
+
+def choose_ridge(features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> float:
+    """The penalty of `RIDGE_PENALTIES` with the least squared error in three folds, as of scikit-learn's RidgeCV."""
+    folds, errors = make_folds(labels, images), features.new_zeros(len(RIDGE_PENALTIES))
+    for fold in range(NUM_FOLDS):
+        out = folds == fold
+        heads = ridge(features[~out], labels[~out], [l2 * len(labels) for l2 in RIDGE_PENALTIES])
+        errors += torch.stack([(predict(head, features[out]) - labels[out]).square().sum() for head in heads])
+    return RIDGE_PENALTIES[int(errors.argmin())]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.models.backbone import TimmModel
+from finetune.models.linear_probe import Units, plain_head, units_of
 from finetune.utils.files import write_folder
 
 OF_SOURCE = (
@@ -27,24 +28,40 @@ OF_SOURCE = (
 
 
 def save_model(
-    folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str], temperature: float = 1.0
+    folder: Path,
+    net: nn.Module,
+    preprocessing: dict[str, Any],
+    classes: Sequence[str],
+    temperature: float = 1.0,
+    units: Units | None = None,
 ) -> None:
     """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
 
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
     model.safetensors (its state dict) and config.json (classes and preprocessing). For probabilities,
-    logits are divided by the `temperature`.
+    logits are divided by the `temperature`. A network of numbers gives them in their own units; which mean and deviation they
+    had in training is kept beside their names: `units`, or those of the network.
     """
-    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature))
+    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature, units))
 
 
 def write_model(
-    folder: Path, net: nn.Module, preprocessing: dict[str, Any], classes: Sequence[str], temperature: float = 1.0
+    folder: Path,
+    net: nn.Module,
+    preprocessing: dict[str, Any],
+    classes: Sequence[str],
+    temperature: float = 1.0,
+    units: Units | None = None,
 ) -> None:
     """Write model.safetensors and config.json into a folder."""
     # Made in memory first: on a full disk safetensors' own writer fails in words of its own.
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-    about = {"label_names": list(classes), "temperature": round(temperature, 4)}
+    with plain_head(net):
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+    about: dict[str, Any] = {"label_names": list(classes)}
+    if units := units or units_of(net):
+        about["training_labels"] = {name: [float(f"{one:.7g}") for one in part] for name, part in units._asdict().items()}
+    else:
+        about["temperature"] = round(temperature, 4)
     if not write_timm_config(folder, net, preprocessing, about):
         config = about | {"preprocessing": preprocessing}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """The metrics that can choose model-best: their names, the losses they fit, which way is better, how they are written."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 Loss = Literal["cross_entropy", "binary", "multi_label", "mse", "huber", "l1"]
@@ -62,6 +63,12 @@ def write_value(metric: str, value: float, digits: int = 2, sign: str = "%") -> 
     return write_number(value) if metric in OF_NUMBERS else f"{100 * value:.{digits}f}{sign}"
 
 
-def write_number(value: float) -> str:
-    """A number of any size in four digits, like 0.01234, 56.78 and 1.2e+06."""
-    return f"{value:.4g}"
+def write_number(value: float, digits: int = 4) -> str:
+    """A number of any size in so many digits, like 0.01234, 56.78 and 1.2e+06."""
+    return f"{value:.{digits}g}"
+
+
+def name_numbers(values: Sequence[float], names: Sequence[str]) -> str:
+    """Numbers in words, in six digits: of several, each with its name."""
+    written = [write_number(value, 6) for value in values]
+    return written[0] if len(names) == 1 else ", ".join(map(" ".join, zip(names, written, strict=True)))

@@ -65,7 +65,7 @@ def train(
             if ema:
                 ema.set(net)
             logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
-            logger.log_linear_probe({**compute_metrics(recipe, logits, labels), "linear_probe_l2": l2})
+            logger.log_linear_probe({**compute_metrics(recipe, logits, labels, criterion.units), "linear_probe_l2": l2})
             save_if_best(recipe, evaluated, val_images, logger, logits, labels)
         first_epoch = len(logger.history)
         stop.stepping = True
@@ -104,7 +104,7 @@ def train(
                 check_same_weights(network, accelerator)
             seen = inputs.model(evaluated), inputs.val
             logits, labels = predict_logits(recipe, *seen, accelerator, options, text="validation")
-            logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
+            logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels, criterion.units), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger, logits, labels)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
     return whole(evaluated)

@@ -22,7 +22,7 @@ from finetune.data.sources import is_downloaded, load_data
 from finetune.images.transforms import OwnFunction, eval_transform, training_transform
 from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
-from finetune.models.linear_probe import check_probe
+from finetune.models.linear_probe import check_probe, standardise
 from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.models.saved import try_saving
 from finetune.models.sharding import shard
@@ -148,7 +148,7 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
     check_micro_batches(recipe, datasets[0], accelerator.num_processes, accumulate)
 
     def try_once() -> None:
-        if recipe.linear_probe and accelerator.is_main_process:
+        if (recipe.linear_probe or recipe.of_numbers) and accelerator.is_main_process:
             check_probe(recipe, net)  # by values, which the recipe's check had not
         if (function := datasets[0].function) and accelerator.is_main_process:
             function.try_on(datasets[0].read, len(datasets[0]))
@@ -182,13 +182,17 @@ def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
 def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
     """The training images, augmented, and the validation images, preprocessed, as the network takes them."""
     inputs = preprocessing(recipe, net)
-    if recipe.metric == "auroc" and len(np.unique(labels_of(data.val), axis=0)) < 2:
-        raise RecipeError("metric='auroc' is not defined: all validation images have the same label; name another metric")
+    if recipe.metric in ("auroc", "r2", "spearman") and len(np.unique(labels_of(data.val), axis=0)) < 2:
+        same = "all validation images have the same label"
+        raise RecipeError(f"metric='{recipe.metric}' is not defined: {same}; name another metric")
+    if recipe.of_numbers:
+        standardise(recipe, net, labels_of(data.train), data.classes)
 
     def dataset(images: Images, transform: Transform, function: OwnFunction | None = None) -> ImageDataset:
         several, layout = recipe.loss == "multi_label", memory_format(recipe, net)
         bad, background = recipe.data.on_bad_image, recipe.data.background
-        return ImageDataset(images, transform, recipe.seed, data.classes, bad, several, layout, background, function)
+        options = (recipe.seed, data.classes, bad, several, layout, background, function, recipe.of_numbers)
+        return ImageDataset(images, transform, *options)
 
     train = data.train
     if recipe.data.reduced_decode and isinstance(train, ImageList):  # what is evaluated is decoded as `predict` does
@@ -218,7 +222,7 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             f"batch_norm='frozen' keeps pretrained statistics, and {fresh[0]}, in the new head of "
             f"{to_dict(recipe.backbone)}, has none: --set batch_norm=train"
         )
-    if recipe.linear_probe:
+    if recipe.linear_probe or recipe.of_numbers:
         check_probe(recipe, net)
     if recipe.ema_decay:
         try:

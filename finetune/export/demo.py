@@ -30,15 +30,14 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net
 
 @torch.no_grad()
 def predict(image):
-    """The probability of each class of a PIL image."""
-    logits = net(transform(ImageOps.exif_transpose(image).convert("RGB"))[None])[0]
-    probs = (logits / config["temperature"]).{function}
-    return dict(zip(config["label_names"], probs.tolist()))
+    """{what} of a PIL image."""
+    outputs = net(transform(ImageOps.exif_transpose(image).convert("RGB"))[None])[0]
+    return dict(zip(config["label_names"], {values}.tolist()))
 
 
 if __name__ == "__main__":
-    label = gradio.Label(num_top_classes=5)
-    gradio.Interface(predict, gradio.Image(type="pil"), label, title={name!r}, flagging_mode="never").launch()
+    answer = gradio.{answer}
+    gradio.Interface(predict, gradio.Image(type="pil"), answer, title={name!r}, flagging_mode="never").launch()
 '''
 REQUIREMENTS = "gradio>=5\ntimm>=1.0.26\ntorch>=2.6\n"  # timm's and torch's are those of this project
 SPACE = """\
@@ -57,8 +56,12 @@ def demo_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     run = find_model(source)[1]
     assert run is not None  # or there would be no files
     recipe, name = load_model(source).recipe, read_json(run / "result.json")["recipe"]
+    what, answer = "The probability of each class", "Label(num_top_classes=5)"
     function = "softmax(0)" if recipe.loss == "cross_entropy" else "sigmoid()"
-    app = APP.format(name=name, function=function)
+    values = f'(outputs / config["temperature"]).{function}'
+    if recipe.of_numbers:
+        what, answer, values = "The numbers", 'JSON(label="predicted")', "outputs"
+    app = APP.format(name=name, what=what, answer=answer, values=values)
     return files | {
         "app.py": app.encode(),
         "requirements.txt": REQUIREMENTS.encode(),

@@ -24,7 +24,8 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, 
     several: loss, mean average precision, macro F1 at a probability of 0.5 and the average precision of each class. All but
     the loss are fractions; a class without an image, or with none predicted, counts as 0.
 
-    Of numbers: MAE, RMSE, R2 and Spearman's correlation, the means over them and as lists, "number_mae"; with `units` the loss.
+    Of numbers: MAE, RMSE, R2 and Spearman's correlation, the means over them and, of several, as lists, "number_mae"; with
+    `units` the loss.
     """
     metrics = defined_metrics(recipe, logits, labels, units)
     if recipe.metric not in metrics:
@@ -80,7 +81,7 @@ def metrics_of_numbers(loss: str, outputs: torch.Tensor, labels: torch.Tensor, u
     means = {name: value for name, values in found.items() if (value := values.nanmean().item()) == value}
     lists = {f"number_{name}": [None if value != value else value for value in found[name].tolist()] for name in means}
     loss_of = {"loss": number_losses(loss, outputs, labels, units).mean().item()} if units else {}
-    return {**loss_of, "val_images": len(labels), **means, **lists}
+    return {**loss_of, "val_images": len(labels), **means, **(lists if labels.shape[1] > 1 else {})}
 
 
 def single_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:

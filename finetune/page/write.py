@@ -57,6 +57,8 @@ def write_page(run: Path, images: Images | None, said: Said, output: Path | None
     kept = safetensors.torch.load_file(run / "predictions.safetensors")
     temperature = result.get("calibration", {}).get("temperature", 1.0)  # with which `predict` gives its probabilities
     logits, labels = kept["logits"] / temperature, kept["labels"]
+    if recipe.loss == "multi_label":
+        labels = labels.where(labels >= 0, torch.nan)  # an earlier version had -100 for what can't be read
     names = started(run).get("classes") or read_json(run / "model" / "config.json")["label_names"]
     classes = [readable(str(name)) for name in names]
     judged, pictures = gallery.judge(recipe, logits, labels), Pictures(images, recipe.data.background)

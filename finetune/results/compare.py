@@ -67,7 +67,10 @@ def predictions_of(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
         kept = safetensors.torch.load_file(run / "predictions.safetensors")
     except (OSError, safetensors.SafetensorError) as error:
         raise RecipeError(f"can't read the predictions of {run}: {error}") from error
-    return kept["logits"], kept["labels"]
+    labels = kept["labels"]
+    if labels.is_floating_point() and not Run(run).recipe.of_numbers:
+        labels = labels.where(labels >= 0, torch.nan)  # an earlier version had -100 for what can't be read
+    return kept["logits"], labels
 
 
 def why_other(

@@ -197,7 +197,7 @@ def test_a_repository_is_loaded_from_the_cache_without_a_network(run_folder, tmp
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     expected = load_model(run_folder)[0].state_dict()
     for source in ("hf-hub:someone/red-or-blue", "https://huggingface.co/someone/red-or-blue/tree/main"):
-        net, classes, _, recipe, _ = load_model(source)
+        net, classes, _, recipe, *_ = load_model(source)
         assert classes == ("blue", "green", "red") and (recipe.backbone, recipe.loss) == ("resnet18", "cross_entropy")
         assert all(tensor.equal(expected[name]) for name, tensor in net.state_dict().items())
 

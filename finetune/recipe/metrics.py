@@ -63,6 +63,16 @@ def write_value(metric: str, value: float, digits: int = 2, sign: str = "%") -> 
     return write_number(value) if metric in OF_NUMBERS else f"{100 * value:.{digits}f}{sign}"
 
 
+def scale_of(metric: str) -> int:
+    """What an axis multiplies a metric by: shares are in percent."""
+    return 1 if metric in OF_NUMBERS else 100
+
+
+def unit_of(metric: str) -> str:
+    """What an axis adds to a metric's name."""
+    return "" if metric in OF_NUMBERS else ", %"
+
+
 def write_number(value: float, digits: int = 4) -> str:
     """A number of any size in so many digits, like 0.01234, 56.78 and 1.2e+06."""
     return f"{value:.{digits}g}"

@@ -50,7 +50,9 @@ def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recip
     if of_numbers:  # whose head is computed in float32, as in training
         give_units(head_layer(recipe, net), Units((0.0,) * len(classes), (1.0,) * len(classes)))
     background, transform = recipe.data.background, eval_transform(preprocessing)
-    dataset = ImageDataset(images, transform, recipe.seed, classes, on_bad_image, several, layout, background, of_numbers)
+    dataset = ImageDataset(
+        images, transform, recipe.seed, classes, on_bad_image, several, layout, background, of_numbers=of_numbers
+    )
     return recipe, dataset, accelerator
 
 
@@ -84,7 +86,7 @@ def predict_images(
         RecipeError: if no image could be read, for a `top` below 1, and for an `unsure_below` that is no probability.
     """
     check_top(top)
-    check_unsure(unsure_below, model.recipe)
+    check_unsure(unsure_below)
     rows = list(predict_rows(model, images, top, workers, look, unsure_below))
     count_unreadable(sum("error" in row for row in rows), len(rows))
     return rows
@@ -113,6 +115,7 @@ def predict_rows(
     unsure_below: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
+    check_unsure(unsure_below, model.recipe)
     read = partial(read_image, load=open_any, where=name_of, background=model.recipe.data.background)
     recipe, dataset, accelerator = prepare(model, ImageList(images, [0] * len(images), read), "skip")
     dataset.cache = None  # each image is read once

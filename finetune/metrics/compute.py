@@ -80,7 +80,10 @@ def metrics_of_numbers(loss: str, outputs: torch.Tensor, labels: torch.Tensor, u
     found = {name: metric(whole)[0] for name, metric in number_metrics(outputs, labels).items()}
     means = {name: value for name, values in found.items() if (value := values.nanmean().item()) == value}
     lists = {f"number_{name}": [None if value != value else value for value in found[name].tolist()] for name in means}
-    loss_of = {"loss": number_losses(loss, outputs, labels, units).mean().item()} if units else {}
+    loss_of = dict[str, float]()
+    if units:
+        errors = (outputs - labels) / torch.tensor(units.deviation, dtype=torch.float64)
+        loss_of = {"loss": number_losses(loss, errors).mean().item()}
     return {**loss_of, "val_images": len(labels), **means, **(lists if labels.shape[1] > 1 else {})}
 
 

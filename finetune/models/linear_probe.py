@@ -122,54 +122,47 @@ def standardise(recipe: Recipe, net: nn.Module, labels: np.ndarray, names: Seque
     give_units(head_layer(recipe, net), Units(tuple(mean.tolist()), tuple(deviation.tolist())))
 
 
+class InUnits:
+    """The forward hook of a head of numbers: in eval mode they come in their own units, in training mode standardised.
+
+    It computes the layer in float32 whatever the precision: in bfloat16 a year would be known to 8 years.
+    """
+
+    def __init__(self, units: Units):
+        self.set(units)
+
+    def set(self, units: Units) -> None:
+        self.units, self.table = units, torch.tensor(units)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(output.device.type, enabled=False):
+            standardised = linear(inputs[0].float(), layer.get_parameter("weight"), layer.get_parameter("bias"))
+            if layer.training:  # what the loss is computed of: beside a large mean it would lose digits
+                return standardised
+            if self.table.device != standardised.device:
+                self.table = self.table.to(standardised.device)
+            mean, deviation = self.table
+            return standardised * deviation + mean
+
+
 def give_units(layer: nn.Linear, units: Units) -> None:
-    """Let the layer return its output times the deviation, plus the mean."""
-    if "label_mean" not in layer._buffers:
-        layer.register_forward_hook(in_units)
-    for name, values in zip(("label_mean", "label_deviation"), units, strict=True):
-        layer.register_buffer(name, torch.tensor(values, device=layer.weight.device), persistent=False)
+    """Let a head return numbers in these units, in place of those that it has."""
+    for key, hook in [*layer._forward_hooks.items()]:
+        if isinstance(hook, InUnits):
+            del layer._forward_hooks[key]
+    layer.register_forward_hook(InUnits(units))
 
 
-def in_units(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """The forward hook of `give_units`. It computes the layer in float32: in bfloat16 a year would be known to 8 years."""
-    with torch.autocast(output.device.type, enabled=False):
-        standardised = linear(inputs[0].float(), layer.get_parameter("weight"), layer.get_parameter("bias"))
-        return standardised * layer.get_buffer("label_deviation") + layer.get_buffer("label_mean")
-
-
-def head_with_units(net: nn.Module) -> nn.Module | None:
-    """The layer of a network that `give_units` was called with."""
-    return next((module for module in net.modules() if "label_mean" in module._buffers), None)
+def head_with_units(net: nn.Module) -> tuple[nn.Linear, InUnits] | None:
+    """The head of a network of numbers, and its hook; None of one of classes."""
+    found = ((layer, hook) for layer in net.modules() for hook in layer._forward_hooks.values())
+    return next(((layer, hook) for layer, hook in found if isinstance(layer, nn.Linear) and isinstance(hook, InUnits)), None)
 
 
 def units_of(net: nn.Module) -> Units | None:
-    """What a network's output is standardised by; None where it gives classes."""
-    if (layer := head_with_units(net)) is None:
-        return None
-    mean, deviation = (layer.get_buffer(name).tolist() for name in ("label_mean", "label_deviation"))
-    return Units(tuple(mean), tuple(deviation))
-
-
-@contextmanager
-def plain_head(net: nn.Module) -> Iterator[None]:
-    """Within, the head's own weights give the labels' units, as other programs, which know no hook, need them."""
-    if (layer := head_with_units(net)) is None:
-        yield
-        return
-    tensors: list[torch.Tensor] = [layer.get_parameter("weight"), layer.get_parameter("bias")]
-    tensors += [layer.get_buffer("label_mean"), layer.get_buffer("label_deviation")]
-    before = [tensor.detach().clone() for tensor in tensors]
-    weight, bias, mean, deviation = (tensor.double() for tensor in before)
-    try:
-        with torch.no_grad():
-            after = (weight * deviation[:, None], bias * deviation + mean, torch.zeros(()), torch.ones(()))
-            for tensor, value in zip(tensors, after, strict=True):
-                tensor.copy_(value)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+    """What a network's numbers are standardised by; None where it gives classes."""
+    head = head_with_units(net)
+    return head[1].units if head else None
 
 
 def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Loss, l2: float | None, views: int = 1) -> float:
@@ -196,8 +189,9 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
         fault = "the same for every image: look whether these are alike, or" if alike else "not finite: look"
         raise RecipeError(f"linear_probe: the frozen backbone's features are {fault} at its weights; or remove the option")
     features = (features - mean) / scale
-    if "label_mean" in layer._buffers:
-        labels = (labels.double() - layer.get_buffer("label_mean")) / layer.get_buffer("label_deviation")
+    if units := units_of(layer):
+        centre, deviation = torch.tensor(units, dtype=torch.float64, device=labels.device)
+        labels = (labels.double() - centre) / deviation
         l2 = choose_ridge(features, labels, images) if l2 is None else l2
         head = ridge(features, labels, [l2 * len(labels)])[0]
     else:

@@ -3,7 +3,8 @@
 import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.models.backbone import TimmModel
-from finetune.models.linear_probe import Units, plain_head, units_of
+from finetune.models.linear_probe import Units, head_with_units, units_of
 from finetune.utils.files import write_folder
 
 OF_SOURCE = (
@@ -65,6 +66,28 @@ def write_model(
     if not write_timm_config(folder, net, preprocessing, about):
         config = about | {"preprocessing": preprocessing}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+@contextmanager
+def plain_head(net: nn.Module) -> Iterator[None]:
+    """Within, the head's own weights give the labels' units, as other programs, which know no hook, need them."""
+    if (head := head_with_units(net)) is None:
+        yield
+        return
+    layer, hook = head
+    before, units = [layer.weight.detach().clone(), layer.bias.detach().clone()], hook.units
+    mean, deviation = (torch.tensor(values, dtype=torch.float64, device=before[0].device) for values in units)
+    try:
+        with torch.no_grad():
+            layer.weight.copy_(before[0].double() * deviation[:, None])
+            layer.bias.copy_(before[1].double() * deviation + mean)
+        hook.set(Units((0.0,) * len(mean), (1.0,) * len(mean)))
+        yield
+    finally:
+        with torch.no_grad():
+            layer.weight.copy_(before[0])
+            layer.bias.copy_(before[1])
+        hook.set(units)
 
 
 def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any], about: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.images.transforms import make_mixup, mix_neighbours
 from finetune.models.backbone import head_parameters
-from finetune.models.linear_probe import Units, units_of
+from finetune.models.linear_probe import units_of
 from finetune.optim.param_groups import no_weight_decay
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
@@ -22,6 +22,7 @@ class Criterion:
     def __init__(self, recipe: Recipe, net: nn.Module, images: ImageDataset, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights, self.units = class_weights(recipe, images, device), units_of(net)
+        self.standards = torch.tensor(self.units, device=device) if self.units else None  # mean, deviation [2, numbers]
         self.start: dict[nn.Parameter, torch.Tensor] = {}
         if recipe.l2_sp:
             free = head_parameters(recipe, net) | no_weight_decay(net)
@@ -47,8 +48,9 @@ class Criterion:
             # Not by its own `weight`: that weighs the smoothed share of each class by this class, not by the image's own.
             reduction = "sum" if weights is None else "none"
             losses = cross_entropy(logits, targets, reduction=reduction, label_smoothing=recipe.label_smoothing)
-        elif self.units:
-            losses = number_losses(recipe.loss, logits, targets, self.units)
+        elif self.standards is not None:
+            mean, deviation = self.standards
+            losses = number_losses(recipe.loss, logits - (targets - mean) / deviation)
         else:
             losses = binary_losses(logits, targets, recipe.label_smoothing, recipe.loss == "multi_label")
         return losses.sum() if weights is None else (weights * losses).sum()
@@ -80,9 +82,8 @@ def binary_losses(logits: torch.Tensor, targets: torch.Tensor, smoothing: float,
     return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none").mean(1)
 
 
-def number_losses(loss: str, outputs: torch.Tensor, targets: torch.Tensor, units: Units) -> torch.Tensor:
-    """Each image's mean, over its numbers, of the loss of their errors in standard deviations of the training images [n]."""
-    errors = (outputs - targets) / torch.tensor(units.deviation, dtype=outputs.dtype, device=outputs.device)
+def number_losses(loss: str, errors: torch.Tensor) -> torch.Tensor:
+    """Each image's mean, over its numbers, of the loss of standardised errors, [n, numbers] -> [n]."""
     if loss == "huber":  # Huber 1964: squared up to one deviation, absolute beyond
         return huber_loss(errors, torch.zeros_like(errors), reduction="none").mean(1)
     return (errors.abs() if loss == "l1" else errors.square()).mean(1)

@@ -23,9 +23,9 @@ from finetune.metrics.compute import best_row, subgroup_metrics
 from finetune.metrics.measure import measure
 from finetune.metrics.numbers import describe_numbers
 from finetune.models.backbone import head_parameters, is_timm
-from finetune.models.linear_probe import plain_head, units_of
+from finetune.models.linear_probe import units_of
 from finetune.models.saved import model_to_use, more_than_chance
-from finetune.models.saving import save_model
+from finetune.models.saving import plain_head, save_model
 from finetune.models.sharding import gather_state
 from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup

@@ -168,15 +168,15 @@ def restore(
 
 def keep_units(net: nn.Module, before: Units) -> None:
     """Let the head, whose weights are of other units, return what it did: the mean of images that were changed is another."""
-    now, layer = units_of(net), head_with_units(net)
-    if now is None or layer is None or now == before:
+    head = head_with_units(net)
+    if head is None or head[1].units == before:
         return
+    layer, now = head[0], head[1].units
     (old_mean, old_deviation), (mean, deviation) = (torch.tensor(units, dtype=torch.float64) for units in (before, now))
-    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
     with torch.no_grad():
-        scale = (old_deviation / deviation).to(weight)
-        weight.mul_(scale[:, None])
-        bias.mul_(scale).add_(((old_mean - mean) / deviation).to(bias))
+        scale = (old_deviation / deviation).to(layer.weight)
+        layer.weight.mul_(scale[:, None])
+        layer.bias.mul_(scale).add_(((old_mean - mean) / deviation).to(layer.bias))
 
 
 def read_network(folder: Path, name: str, net: nn.Module) -> dict[str, Any]:

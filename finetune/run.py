@@ -262,7 +262,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     setting = f"{accelerator.num_processes} x {accelerator.device.type}{fsdp}, precision {recipe.mixed_precision}"
     validation = describe_validation(recipe, datasets[1].images)
     run = f"{name}: {describe_run(recipe, num_train, len(classes))}; {validation}; {setting}"
-    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(classes))}\n\n{short_table}\n")
+    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(classes, recipe.of_numbers))}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process or sharded else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args.workers, accelerator.device.type), args.checkpoint_every, quiet)
     try:

@@ -90,7 +90,8 @@ def steps(recipe: Recipe, number: int) -> dict:
     """Steps of a recipe as the loop takes them, on random images: median seconds, and the memory they need."""
     import torch
 
-    from finetune.data.loader import Batch, BatchPlan, ImageDataset
+    from finetune.data.batches import BatchPlan
+    from finetune.data.loader import Batch, ImageDataset
     from finetune.models.backbone import build_backbone
     from finetune.models.batch_norm import set_train_mode
     from finetune.optim.freezing import start_stage

@@ -30,7 +30,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.loop import Watched
-from finetune.data.loader import ImageDataset, load_batches, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import ImageDataset, load_batches
 from finetune.models.backbone import meta_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from finetune.data.loader import ImageDataset, load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import ImageDataset, load
 from finetune.data.sources import load_data
 from finetune.images.cache import DiskCache
 from finetune.images.transforms import training_transform

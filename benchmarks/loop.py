@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import Cut, ImageDataset, plan_epoch
+from finetune.data.batches import Cut, plan_epoch
+from finetune.data.loader import ImageDataset
 from finetune.models.backbone import build_backbone
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups

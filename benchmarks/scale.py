@@ -98,8 +98,9 @@ def images(number: int, loaded: int) -> dict:
     import numpy as np
     from PIL import Image
 
+    from finetune.data.batches import plan_epoch
     from finetune.data.dataset import ImageList
-    from finetune.data.loader import ImageDataset, load, plan_epoch
+    from finetune.data.loader import ImageDataset, load
     from finetune.images.transforms import Pixels
     from finetune.recipe import Augment
 

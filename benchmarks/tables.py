@@ -42,7 +42,7 @@ def mean_of(kept: dict, key: str = "top1") -> str:
 
 def with_range(kept: dict) -> str:
     """A record's top-1, or its own metric by name: mean, range and number of seeds."""
-    from finetune.recipe.recipe import METRICS
+    from finetune.recipe.metrics import METRICS
     from finetune.results.baseline import metric_of
 
     metric = metric_of(kept)

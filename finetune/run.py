@@ -194,7 +194,8 @@ def run(args: argparse.Namespace) -> int:
     recipe, args.folder = request.recipe, request.folder
 
     from finetune.models.backbone import meta_backbone  # from here on torch is needed, and seconds pass
-    from finetune.training.setup import check_recipe, own_accelerator_state, smoke_recipe
+    from finetune.tools.smoke import smoke_recipe
+    from finetune.training.setup import check_recipe, own_accelerator_state
 
     if args.smoke:
         recipe = smoke_recipe(recipe, int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate)
@@ -262,7 +263,7 @@ def fine_tune(args: argparse.Namespace, request: Request) -> int:
     setting = f"{accelerator.num_processes} x {accelerator.device.type}{fsdp}, precision {recipe.mixed_precision}"
     validation = describe_validation(recipe, datasets[1].images)
     run = f"{name}: {describe_run(recipe, num_train, len(classes))}; {validation}; {setting}"
-    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(classes))}\n\n{short_table}\n")
+    logger.say(f"{fill_lines(run)}\n{fill_lines(describe_classes(classes, recipe.of_numbers))}\n\n{short_table}\n")
     start = copy_params(groups) if accelerator.is_main_process or sharded else {}  # the first process alone reports
     options = RunOptions(args.accumulate, default_workers(args.workers, accelerator.device.type), args.checkpoint_every, quiet)
     try:

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import load
 from finetune.data.sources import load_data
 from finetune.inference.inputs import find_inputs
 from finetune.inference.predict import predict_images

@@ -1,8 +1,8 @@
-"""Data sets that come with a package, and generated images for --smoke."""
+"""Data sets that come with a package, generated images for --smoke, and those of a recipe's function."""
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from PIL import Image
 from finetune.data.dataset import ImageData, ImageList
 from finetune.images.decode import WHITE, Colour
 from finetune.images.read import read_image
+from finetune.recipe import Data
+from finetune.recipe.metrics import NUMBER_LOSSES
+from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 
 
@@ -66,6 +69,51 @@ def patch(number: int, channels: int | None = None, background: Colour = WHITE) 
     noise = np.random.RandomState(number).randint(0, 64, (16, 16, channels or 3))
     values = (noise + 19 * (number % 10)).astype(np.uint8)
     return values if channels else Image.fromarray(values)
+
+
+def numbered(data: ImageData) -> ImageData:
+    """The generated images, with the numbers of their classes as labels."""
+    train, val = (
+        ImageList(part.items, np.array(part.labels, float)[:, None], part.read)
+        for part in (data.train, data.val)
+        if isinstance(part, ImageList)
+    )
+    return ImageData(train, val, ("label",))
+
+
+def from_function(source: Callable[[], Any], loss: str, data: Data) -> ImageData:
+    """The images that a function of the recipe file returns, checked."""
+    of_numbers = loss in NUMBER_LOSSES
+    try:
+        train, val = source()
+        classes, sizes = tuple(map(str, train.classes)), (len(train), len(val))
+        image, label = train[0]
+        read_image(image, lambda image: image, lambda _: "0", data.background, channels=data.channels)
+        np.asarray(label, dtype=float)
+        if fault := wrong_shape(np.shape(label), len(classes), loss):
+            raise ValueError(fault)
+    except (TypeError, ValueError, AttributeError, IndexError, RecipeError) as error:
+        raise RecipeError(
+            f"data: {to_dict(source)} must return (train, validation), two data sets of (PIL "
+            f"image, label) with a length, the first with a list `classes`: {error}"
+        ) from error
+    if not all(sizes) or len(classes) < 2 - of_numbers:
+        raise RecipeError(
+            f"data: {to_dict(source)} gave {sizes[0]} training and {sizes[1]} validation images "
+            f"of {len(classes)} classes; there must be some of each, and {'a number' if of_numbers else '2 classes'}"
+        )
+    return ImageData(train, val, classes)
+
+
+def wrong_shape(shape: tuple[int, ...], classes: int, loss: str) -> str:
+    """What is wrong with a label of this shape; "" if nothing is. `classes` may be numbers, by their names."""
+    if loss in NUMBER_LOSSES:
+        fits, more = shape == (classes,) or (shape, classes) == ((), 1), f", and `classes` names {classes} numbers"
+    elif loss == "multi_label":
+        fits, more = shape in ((), (classes,)), f", not that of {classes} classes"
+    else:
+        fits, more = not shape, "; several labels an image: loss='multi_label'"
+    return "" if fits else f"a label has the shape {shape}{more}"
 
 
 def data_folder() -> Path:

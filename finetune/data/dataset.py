@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import shlex
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,9 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from finetune.images.arrays import reader_of
-from finetune.images.decode import WHITE, open_file
-from finetune.images.read import check_header, reason_of
+from finetune.images.decode import WHITE
+from finetune.images.read import check_header, is_image, reason_of
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import file_digest, write_file
@@ -94,8 +92,8 @@ class ImageList:
 
     def read_as(self, data: Data) -> "ImageList":
         """The same images, read with a recipe's background and channels."""
-        options: dict[str, Any] = {} if data.background == WHITE else {"background": data.background}
-        options |= {"channels": data.channels} if data.channels else {}
+        asked = {"background": data.background, "channels": data.channels}
+        options = {name: value for name, value in asked.items() if value not in (None, WHITE)}
         return self.read_with(**options) if options else self
 
     def read_with(self, **options: Any) -> "ImageList":
@@ -109,7 +107,7 @@ def labels_of(images: Images) -> np.ndarray:
         if len(labels := getattr(images, name, ())) == len(images):
             return np.asarray(labels)
     raise RecipeError(
-        "balanced sampling, balanced weights and a holdout need to know every label: give the data set that the "
+        "balanced sampling, balanced weights, numbers and a holdout need to know every label: give the data set that the "
         "recipe's function returns a list `targets`"
     )
 
@@ -126,7 +124,10 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
         names = (Path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
         digest.update("\n".join(names).encode(errors="surrogateescape"))  # names of any bytes
     with suppress(RecipeError):  # a function's data set need not know its labels
-        digest.update(labels_of(images).astype(np.int64).ravel().data)
+        labels = labels_of(images)
+        with np.errstate(invalid="ignore"):
+            whole = labels.astype(np.int64)
+        digest.update((whole if np.array_equal(whole, labels) else labels.astype(np.float64)).ravel().data)
     return f"{len(images)} {digest.hexdigest()}"
 
 
@@ -158,24 +159,6 @@ def name_faults(faults: dict[str, str], total: int) -> str:
         return f"can't read the image {listed[0]}\n  to leave it out: {LEAVE_OUT}"
     more = [f"and {len(faults) - 10} more"] if len(faults) > 10 else []
     return "\n  ".join([f"can't read {len(faults)} of {total} images:", *listed, *more, f"to leave them out: {LEAVE_OUT}"])
-
-
-def name_others(error: RecipeError, images: Images, seconds: float = 60) -> RecipeError:
-    """The error of an image that can't be read, with the others of its set that can't, as far as that time goes."""
-    unreadable = "can't read the image "
-    if not str(error).startswith(unreadable) or not isinstance(images, ImageList):
-        return error
-    faults, looked, end = dict[str, str](), 0, time.monotonic() + seconds
-    for i in progress(range(len(images)), len(images), "looking for others that can't be read"):
-        if time.monotonic() > end:
-            break
-        looked += 1
-        try:
-            images[i]
-        except RecipeError as fault:
-            path, _, why = str(fault).removeprefix(unreadable).rpartition(": ")
-            faults[path] = why
-    return RecipeError(name_faults(faults, looked), one_process=True) if faults else error
 
 
 def unreadable_classes(part: ImageList) -> dict[int, RecipeError]:
@@ -255,16 +238,6 @@ def same_files(paths: Sequence[str]) -> list[list[int]]:
     return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
 
 
-def is_image(path: str) -> bool:
-    """Whether a file's header is an image's."""
-    try:
-        if not reader_of(Path(path)):
-            open_file(path).close()
-    except Exception:  # whatever its decoder says; it is named where it is read
-        return False
-    return True
-
-
 FileRow = tuple[str, str, str, str, str]  # (split, classes, digest, path, group) of a file
 
 
@@ -276,7 +249,9 @@ def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRo
             return []
         groups = images.groups or [""] * len(images)
         for path, label, group in zip(images.items, images.labels, groups, strict=True):
-            named = [classes[label]] if np.ndim(label) == 0 else [classes[int(i)] for i in np.flatnonzero(label)]
+            places = np.flatnonzero(label) if np.ndim(label) else [label]
+            are_numbers = np.asarray(label).dtype.kind == "f"
+            named = list(map(str, label.tolist())) if are_numbers else [classes[int(i)] for i in places]
             rows.append((split, ";".join(named), file_digest(path), str(path), group))
     return rows
 
@@ -296,7 +271,7 @@ def changed_files(file: Path, rows: Sequence[FileRow]) -> list[str]:
 
 
 def recorded_digests(file: Path, split: str) -> list[str]:
-    """The digests of a run's files of a split; [] where no table of them was written."""
+    """Their digests alone."""
     return [row["digest"] for row in recorded_rows(file, split)]
 
 

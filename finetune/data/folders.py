@@ -2,8 +2,10 @@
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from finetune.data.dataset import SPLITS, ImageList
@@ -11,7 +13,7 @@ from finetune.images.arrays import ENDINGS as ARRAYS
 from finetune.images.decode import ENDINGS
 from finetune.images.read import read_image
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import as_seen, note, readable
+from finetune.utils.text import as_seen, look_alikes, note, readable, spell_out
 
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
 
@@ -244,3 +246,40 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     if finder.left_out:
         note(f"not looked at: {finder.describe()}")
     return list(dict.fromkeys(found))
+
+
+def note_look_alikes(classes: Sequence[str], where: str) -> None:
+    """Say which classes have names that differ only in what can't be seen."""
+    if pairs := look_alikes(map(str, classes)):
+        shown = ", ".join(" and ".join(spell_out(pair)) for pair in pairs[:5]) + ", ..." * (len(pairs) > 5)
+        note(f"data: classes of {where} look alike: {shown}; they are told apart: give them one name if they are the same")
+
+
+def path_faults(cells: Sequence[str], paths: Sequence[Path], rows: Sequence[int]) -> list[str]:
+    """A sentence for each thing that is wrong with a table's paths."""
+    faults = []
+    if urls := [row for row, cell in zip(rows, cells, strict=True) if re.match(r"\s*[a-z0-9]+://", cell, re.I)]:
+        faults.append(f"{len(urls)} rows have URLs, first row {urls[0]}: nothing is fetched, download the images first")
+    elif missing := [(path, cell) for path, cell in zip(paths, cells, strict=True) if not path.is_file()]:
+        shown = ", ".join(str(path) for path, _ in missing[:5]) + ", ..." * (len(missing) > 5)
+        why = next(filter(None, (why_missing(*one) for one in missing[:5])), "")
+        faults.append(f"{len(missing)} of {len(paths)} files are missing: {shown}{why and f'; {why}'}")
+    return faults
+
+
+def why_missing(path: Path, cell: str) -> str:
+    """Why a file is probably not there, where its name in the table, or what lies in its folder, tells."""
+    if "\\" in cell and os.sep == "/":
+        return "write / for \\"
+    if cell.strip().startswith("~"):
+        return "write the home folder in place of ~"
+    if path.is_dir():
+        return f"{path} is a folder"
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    with suppress(OSError, ValueError):  # a folder that can't be listed, a drive that is not there
+        name = path.relative_to(folder).parts[0]
+        for other in sorted(os.listdir(folder)):
+            if name != other and as_seen(name).casefold() == as_seen(other).casefold():
+                what = "what can't be seen" if as_seen(name) == as_seen(other) else "upper and lower case"
+                return "{} has {}, not {}: they differ in {}".format(folder, *spell_out((other, name)), what)
+    return ""

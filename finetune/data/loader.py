@@ -1,19 +1,20 @@
-"""Batches: the order of the images in an epoch, the share of each process, and their loading."""
+"""Images and labels loaded in batches."""
 
 import errno
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from finetune.data.batches import WHOLE, BatchPlan, Cut, balanced_sample_weights, plan_epoch
 from finetune.data.channels import kind_of, name_of, unchanged
-from finetune.data.dataset import ImageList, Images, labels_of, name_others
+from finetune.data.dataset import ImageList, Images, labels_of, name_faults
 from finetune.images.cache import PHOTOGRAPHS, DiskCache, PixelKind, image_cache
 from finetune.images.decode import WHITE, Colour
 from finetune.images.own_function import OwnFunction
@@ -23,43 +24,11 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
 from finetune.utils.errors import RecipeError, free_frames
 from finetune.utils.seed import keyed_seed, seed_cpu
-from finetune.utils.text import print_error
+from finetune.utils.text import print_error, progress
 
-UNREADABLE = -100  # as a label: cross_entropy leaves such an image out of the loss
+UNREADABLE = -100  # as a class: cross_entropy leaves such an image out of the loss; of labels that are floats it is NaN
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
 Transform = Pixels | Timm  # images one by one when loaded, then as a batch on the device
-
-
-class Cut(NamedTuple):
-    """How each batch is cut: over processes, and each process's part into micro-batches."""
-
-    process: int = 0
-    processes: int = 1
-    micro_batches: int = 1
-    fewest: int = 1  # images in a micro-batch, if there are as many: batch norm takes no statistics of a single one
-
-
-WHOLE = Cut()
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """One step's batch: the indices of its images over all processes, and this process's micro-batches of them.
-
-    `step` counts over the run, `positions` over the micro-batches of all processes: 2 processes with 2 micro-batches each
-    compute what 1 process with 4 does. `weight` is 0 if a short last batch has no image for this process, which then computes
-    on one all the same, because every process must take part in averaging the gradients.
-    """
-
-    step: int
-    images: list[int]
-    micro_batches: list[list[int]]
-    positions: list[int]
-    weight: float = 1.0
-
-    @property
-    def size(self) -> int:
-        return len(self.images)
 
 
 class Batch(NamedTuple):
@@ -67,52 +36,6 @@ class Batch(NamedTuple):
 
     plan: BatchPlan
     micro_batches: list[Loaded]
-
-
-def plan_epoch(
-    num_images: int,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    cut: Cut = WHOLE,
-    sample_weights: np.ndarray | None = None,
-    pairs: bool = False,
-) -> list[BatchPlan]:
-    """The batches of an epoch: every image once, in an order that depends on seed and epoch alone.
-
-    With `sample_weights` [num_images], which add up to 1, as many images are drawn with replacement. With `pairs`, images 0 and
-    1 of each batch, 2 and 3, and so on, stay together in one micro-batch. Where a micro-batch must have 2 images, a last batch
-    of one is given another by the batch before.
-    """
-    random = np.random.RandomState(keyed_seed(seed, epoch))
-    if sample_weights is None:
-        order = random.permutation(num_images).tolist()
-    else:
-        order = random.choice(num_images, num_images, p=sample_weights).tolist()
-    own = range(cut.process * cut.micro_batches, (cut.process + 1) * cut.micro_batches)
-    starts = [*range(0, num_images, batch_size), num_images]
-    if starts[-1] - starts[-2] < cut.fewest < batch_size and len(starts) > 2:
-        starts[-2] = num_images - cut.fewest
-    plans = []
-    for step, (start, end) in enumerate(pairwise(starts), epoch * (len(starts) - 1)):
-        batch = order[start:end]
-        parts = split_batch(batch, cut.processes * cut.micro_batches, pairs, cut.fewest)
-        positions = [i for i in own if parts[i]]
-        if positions:
-            plans.append(BatchPlan(step, batch, [parts[i] for i in positions], positions))
-        else:
-            plans.append(BatchPlan(step, batch, [batch[: cut.fewest]], [own[0]], weight=0.0))
-    return plans
-
-
-def split_batch(batch: list[int], num_parts: int, pairs: bool, fewest: int = 1) -> list[list[int]]:
-    """A batch in parts of nearly equal size, pair by pair if `pairs` stay together; of a short batch the last are empty, so
-    that none has fewer than `fewest` images, or an image without its neighbour."""
-    unit = 2 if pairs else 1
-    filled = min(num_parts, max(1, len(batch) // max(unit, fewest)))
-    sizes = [unit * len(units) for units in np.array_split(range(max(1, len(batch) // unit)), filled)]
-    ends = [*np.cumsum(sizes)[:-1], len(batch)]
-    return [batch[start:end] for start, end in pairwise([0, *ends])] + [[]] * (num_parts - filled)
 
 
 @dataclass(eq=False)
@@ -131,6 +54,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     memory_format: torch.memory_format = torch.channels_last  # of the batches
     background: Colour = WHITE  # behind what is transparent
     function: OwnFunction | None = None  # of what is decoded, before the transform
+    of_numbers: bool = False  # labels are numbers, whose names are in place of classes
     in_background: ClassVar[bool] = True  # worth the processes that load in the background
 
     def __post_init__(self) -> None:
@@ -174,11 +98,16 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
                 raise
             print_error(f"skipped: {error}")
             channels, dtype = self.kind or PHOTOGRAPHS
-            pixels, label = np.zeros((8, 8, channels), dtype), UNREADABLE
-        else:
-            if self.function:
-                pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
+            missing = torch.full((len(self.classes),), torch.nan) if self.has_floats else UNREADABLE
+            return self.transform.image(np.zeros((8, 8, channels), dtype)), missing
+        if self.function:
+            pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
         return self.transform.image(pixels), self.target(label, index)
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether labels are floats [classes], and not the number of a class."""
+        return self.multi_label or self.of_numbers
 
     def read(self, index: int) -> tuple[np.ndarray, int | np.ndarray]:
         """(pixels, [H, W, channels], label) of an image: uint8, or of what kind the set's arrays are."""
@@ -194,11 +123,11 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
         return pixels, label
 
     def target(self, label: Any, index: int) -> int | torch.Tensor:
-        """A label as the loss takes it: a number, or for several labels floats [classes] of 0 and 1."""
-        if np.ndim(label) == 1:
-            return torch.as_tensor(label, dtype=torch.float32)
-        if label == UNREADABLE:
-            return torch.full((len(self.classes),), float(label)) if self.multi_label else label
+        """A label as the loss takes it: a class, or floats [classes]: of several labels 0 and 1, or numbers."""
+        if self.of_numbers and not np.isfinite(label).all():
+            raise RecipeError(f"data: image {index} has the label {label}, and not a number", one_process=True)
+        if np.ndim(label) == 1 or self.of_numbers:
+            return torch.as_tensor(label, dtype=torch.float32).expand(len(self.classes))
         if not 0 <= label < (n := len(self.classes)):
             text = f"data: image {index} has label {label}, but there are {n} classes, 0 to {n - 1}"
             raise RecipeError(text, one_process=True)
@@ -220,13 +149,8 @@ def unpickled(modules: None, fields: dict[str, Any]) -> ImageDataset:
 
 def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
     """Which labels, [n] or [n, classes], are those of images that could not be read: bool [n]."""
-    return labels.reshape(len(labels), -1)[:, 0] == UNREADABLE
-
-
-def balanced_sample_weights(labels: np.ndarray) -> np.ndarray:
-    """Sample weights [n], adding up to 1, with which each class is drawn equally often."""
-    weights = 1 / np.bincount(labels)[labels]
-    return weights / weights.sum()
+    first = labels.reshape(len(labels), -1)[:, 0]
+    return first.isnan() if first.is_floating_point() else first == UNREADABLE
 
 
 def epoch_batches(recipe: Recipe, images: ImageDataset, epoch: int, cut: Cut = WHOLE) -> list[BatchPlan]:
@@ -267,6 +191,24 @@ class NextBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return iter(self.batches)
+
+
+def name_others(error: RecipeError, images: Images, seconds: float = 60) -> RecipeError:
+    """The error of an image that can't be read, with the others of its set that can't, as far as that time goes."""
+    unreadable = "can't read the image "
+    if not str(error).startswith(unreadable) or not isinstance(images, ImageList):
+        return error
+    faults, looked, end = dict[str, str](), 0, time.monotonic() + seconds
+    for i in progress(range(len(images)), len(images), "looking for others that can't be read"):
+        if time.monotonic() > end:
+            break
+        looked += 1
+        try:
+            images[i]
+        except RecipeError as fault:
+            path, _, why = str(fault).removeprefix(unreadable).rpartition(": ")
+            faults[path] = why
+    return RecipeError(name_faults(faults, looked), one_process=True) if faults else error
 
 
 def load(

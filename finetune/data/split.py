@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.builtin import data_folder
-from finetune.data.dataset import SPLITS, ImageData, ImageList, Images, labels_of
+from finetune.data.dataset import SPLITS, ImageData, ImageList, Images, Values, labels_of
 from finetune.data.folders import class_difference, class_folders, is_hidden, list_folders
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
@@ -120,13 +120,19 @@ def from_lists(parts: list[ImageList], classes: Sequence[str], where: str | Path
     else:
         refuse_split(data, where)
     sizes = [len(part) for part in grouped]
-    if not all(sizes) or len(sizes) < 2 or len(classes) < 2:
+    if not all(sizes) or len(sizes) < 2 or len(classes) < 2 - are_numbers(grouped[0].labels, classes):
         raise RecipeError(
             f"data: {where} has {sizes[0]} training and {sum(sizes[1:])} validation images of {len(classes)} classes"
         )
     note_shared_groups(grouped[0], grouped[1], where)
-    note_missing_classes({"training": grouped[0], "validation": grouped[1]}, classes, where)
+    if not are_numbers(grouped[0].labels, classes):
+        note_missing_classes({"training": grouped[0], "validation": grouped[1]}, classes, where)
     return ImageData(grouped[0], grouped[1], tuple(classes), drawn)
+
+
+def are_numbers(labels: Values, classes: Sequence[str]) -> bool:
+    """Whether labels are numbers, and not the 0 and 1 of classes, of which there are two or more."""
+    return np.asarray(labels).dtype.kind == "f" and (len(classes) == 1 or not np.isin(labels, (0, 1)).all())
 
 
 def refuse_split(data: Data, where: str | Path) -> None:
@@ -174,8 +180,11 @@ def divide(
     images: ImageList, classes: Sequence[str], where: str | Path, shares: Sequence[float], chosen: int = 0, salt: str = ""
 ) -> list[ImageList]:
     """[training images, validation images]: the part `chosen` of these shares validates."""
+    labels = np.asarray(images.labels)
+    if are_numbers(labels, classes):  # are drawn by chance alone
+        labels, classes = np.zeros(len(labels), int), ["number"]
     try:
-        parts = deal(images.groups or names_of(images, where), np.asarray(images.labels), classes, shares, salt)
+        parts = deal(images.groups or names_of(images, where), labels, classes, shares, salt)
     except RecipeError as error:
         what = "groups" if images.groups else "images"
         raise RecipeError(

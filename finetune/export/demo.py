@@ -31,28 +31,38 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net
 
 @torch.no_grad()
 def predict(image):
-    """The probability of each class of a PIL image{returned}."""
-    logits = net(transform(ImageOps.exif_transpose(image).convert("RGB"))[None])[0]
-    probs = (logits / config.get("temperature", 1.0)).{function}
+    """{what} of a PIL image{returned}."""
+    outputs = net(transform(ImageOps.exif_transpose(image).convert("RGB"))[None])[0]
     {result}
 
 
 if __name__ == "__main__":
-    outputs = [{outputs}]
-    gradio.Interface(predict, gradio.Image(type="pil"), outputs, title={name!r}, flagging_mode="never").launch()
+    answers = [{answers}]
+    gradio.Interface(predict, gradio.Image(type="pil"), answers, title={name!r}, flagging_mode="never").launch()
 '''
 ONE = {  # label an image
+    "what": "The probability of each class",
     "returned": "",
-    "result": 'return dict(zip(config["label_names"], probs.tolist()))',
-    "outputs": "gradio.Label(num_top_classes=5)",
+    "result": """\
+probs = (outputs / config.get("temperature", 1.0)).FUNCTION
+    return dict(zip(config["label_names"], probs.tolist()))""",
+    "answers": "gradio.Label(num_top_classes=5)",
 }
 SEVERAL = {
+    "what": "The probability of each class",
     "returned": ", and the classes above their thresholds",
     "result": """\
-named, thresholds = dict(zip(config["label_names"], probs.tolist())), config.get("thresholds", [0.5] * len(probs))
+probs = (outputs / config.get("temperature", 1.0)).FUNCTION
+    named, thresholds = dict(zip(config["label_names"], probs.tolist())), config.get("thresholds", [0.5] * len(probs))
     above = [name for (name, prob), least in zip(named.items(), thresholds) if prob > least]
     return named, ", ".join(above)""",
-    "outputs": 'gradio.Label(num_top_classes=5), gradio.Textbox(label="Predicted")',
+    "answers": 'gradio.Label(num_top_classes=5), gradio.Textbox(label="Predicted")',
+}
+NUMBERS = {
+    "what": "The numbers",
+    "returned": "",
+    "result": 'return dict(zip(config["label_names"], outputs.tolist()))',
+    "answers": 'gradio.JSON(label="predicted")',
 }
 REQUIREMENTS = "gradio>=5\ntimm>=1.0.26\ntorch>=2.6\n"  # timm's and torch's are those of this project
 SPACE = """\
@@ -73,8 +83,9 @@ def demo_files(source: Path, bar: "tqdm[Any]") -> dict[str, bytes]:
     recipe, name = load_model(source).recipe, read_json(run / "result.json")["recipe"]
     if recipe.data.channels:
         raise RecipeError("--to gradio makes a page for photographs: this network takes arrays, data.channels")
+    kind = NUMBERS if recipe.of_numbers else SEVERAL if recipe.loss == "multi_label" else ONE
     function = "softmax(0)" if recipe.loss == "cross_entropy" else "sigmoid()"
-    app = APP.format(name=name, function=function, **(SEVERAL if recipe.loss == "multi_label" else ONE))
+    app = APP.format(name=name, **{key: text.replace("FUNCTION", function) for key, text in kind.items()})
     return files | {
         "app.py": app.encode(),
         "requirements.txt": REQUIREMENTS.encode(),

@@ -58,6 +58,8 @@ def load_for_export(source: Path, inside: Inside) -> Prepared:
     model = load_model(source)
     net, about, examples = model.net.to(memory_format=torch.contiguous_format), describe_use(model), example_images(model)
     original = copy.deepcopy(net) if inside.half else net
+    if inside.half and model.recipe.of_numbers:
+        raise RecipeError("--half rounds to three digits, also the numbers that this network predicts: leave it out")
     net = Half(net) if inside.half else net
     if inside.preprocess:
         wrap = partial(
@@ -68,7 +70,8 @@ def load_for_export(source: Path, inside: Inside) -> Prepared:
         kind = kind_of(model.preprocessing) or PHOTOGRAPHS
         taken = f"{'uint8' if kind.dtype == 'uint8' else 'float32'} [batch, height, width, {kind.channels}]"
         about["preprocessing"]["steps"] = [*about["preprocessing"]["steps"][:-2], taken]
-        about |= {"output": "probabilities", "probabilities": "as they come: the temperature is inside"}
+        if not model.recipe.of_numbers:
+            about |= {"output": "probabilities", "probabilities": "as they come: the temperature is inside"}
     if inside.batch:
         examples = examples._replace(images=examples.images[[i % 8 for i in range(inside.batch)]])
     return Prepared(net.eval(), original.eval(), about | inside._asdict(), examples, HALF if inside.half else TOLERANCE)
@@ -124,13 +127,18 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
         "thresholds": list(model.thresholds or ()),
         "predicted": "each class whose probability is above its threshold; the thresholds are in the order of the classes",
     }
-    return {
+    function = "softmax" if model.recipe.loss == "cross_entropy" else "sigmoid"
+    of_classes = {
         "classes": list(model.classes),
         "input": "images",
         "output": "logits",
         "temperature": model.temperature,
-        "probabilities": f"the {'softmax' if model.recipe.loss == 'cross_entropy' else 'sigmoid'} of logits / temperature",
+        "probabilities": f"the {function} of logits / temperature",
         **(several if model.thresholds else {}),
+    }
+    of_numbers = {"numbers": list(model.classes), "input": "images", "output": "numbers"}  # in the labels' own units
+    return {
+        **(of_numbers if model.recipe.of_numbers else of_classes),
         "preprocessing": {**inputs, "resize": resize[0] if high == wide else resize, "steps": steps},
         "flip_test": model.recipe.flip_test,
     }

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from finetune.recipe.metrics import NUMBER_LOSSES
+
 
 class Inside(NamedTuple):
     """What is asked for."""
@@ -15,7 +17,10 @@ class Inside(NamedTuple):
 
 
 class PixelsToProbabilities(nn.Module):
-    """A network that takes pixels [n, height, width, channels] of its own size, and returns probabilities [n, classes]."""
+    """A network that takes pixels [n, height, width, channels] of its own size, and returns probabilities [n, classes].
+
+    One of numbers returns these.
+    """
 
     def __init__(self, net: nn.Module, preprocessing: dict[str, Any], loss: str, temperature: float):
         super().__init__()
@@ -27,6 +32,8 @@ class PixelsToProbabilities(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.net((images.permute(0, 3, 1, 2).float() - self.mean) / self.std) / self.temperature
+        if self.loss in NUMBER_LOSSES:
+            return logits
         return logits.softmax(1) if self.loss == "cross_entropy" else logits.sigmoid()
 
 

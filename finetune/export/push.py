@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from finetune.export.timm_folder import timm_files
 from finetune.models.saved import find_model
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS, write_value
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import read_json
 from finetune.utils.net import reach
@@ -101,7 +101,8 @@ def message_of(model: Path) -> str:
     run = find_model(model)[1]
     result = read_json(Path(str(run)) / "result.json")
     metric = next(metric for metric in METRICS if f"best_{metric}" in result)
-    return f"{result['recipe']}: {METRICS[metric]} {100 * result[metric]:.2f} % of {result['val_images']} images"
+    value = write_value(metric, result[metric], sign=" %")
+    return f"{result['recipe']}: {METRICS[metric]} {value} of {result['val_images']} images"
 
 
 def explain(error: HfHubHTTPError) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.images.arrays import as_picture, check_shape, read_array
+from finetune.images.arrays import as_picture, check_shape, read_array, reader_of
 from finetune.images.decode import WHITE, Colour, open_file, silent, to_rgb
 from finetune.utils.errors import RecipeError, first_line
 
@@ -51,6 +51,16 @@ def check_header(path: Any, channels: int | None = None) -> None:
         check_shape(Path(path), channels)
     else:
         open_file(path).close()
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's header is an image's, of a picture or an array."""
+    try:
+        if not reader_of(Path(path)):
+            open_file(path).close()
+    except Exception:  # whatever its decoder says; it is named where it is read
+        return False
+    return True
 
 
 def as_pil(image: Any, background: Colour = WHITE) -> Image.Image:

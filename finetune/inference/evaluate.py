@@ -15,6 +15,7 @@ from finetune.data.folders import class_difference, class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder, note_missing_classes
+from finetune.inference.numbers import evaluate_numbers, numbers_as_text
 from finetune.inference.predict import compute_logits
 from finetune.metrics.classes import class_metrics
 from finetune.metrics.compute import defined_metrics, subgroup_metrics
@@ -26,7 +27,7 @@ from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
 from finetune.recipe.load import check_source
-from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.metrics import REPORTED_METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.coverage import plot_coverage
@@ -52,8 +53,9 @@ def evaluate(source: str | Path, data: str | Path, output: Path | None = None, w
     """
     if output:
         check_folder(output)
-    if output and (output / "confusion.png").exists():
-        raise RecipeError(f"{output / 'confusion.png'} is there already; name another --output")
+    for name in ("confusion.png", "numbers.png"):
+        if output and (output / name).exists():
+            raise RecipeError(f"{output / name} is there already; name another --output")
     model, (_, run) = load_model(source), find_model(source)
     return {"model": str(source), **evaluate_model(model, data, output, workers, run)}
 
@@ -65,6 +67,9 @@ def evaluate_model(
     recipe, classes = model.recipe, model.classes
     images = load_labelled_images(str(data), recipe, classes, run)
     logits, labels = compute_logits(model, images, recipe.data.on_bad_image, workers)
+    title = shorten(f"{to_dict(recipe.backbone)} on {Path(data).name}", 80)
+    if recipe.of_numbers:
+        return {"data": str(data), **evaluate_numbers(model, images, logits, labels, output, title)}
     result = {
         "data": str(data),
         **measure(recipe, logits, labels, images.groups, model.temperature, model.thresholds),
@@ -87,7 +92,6 @@ def evaluate_model(
             result["confusion"] = confusion_matrix(logits[seen], labels[seen]).tolist()
         if output:
             output.mkdir(parents=True, exist_ok=True)
-            title = shorten(f"{to_dict(recipe.backbone)} on {Path(data).name}", 80)
             plot_confusion_matrix(output, logits, labels, classes, title)
             plot_coverage(output, recipe.loss, logits, labels, model.temperature, title)
     return result
@@ -106,6 +110,8 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
         images, names = load_named(data, recipe, run if same or data == own else None)
     else:
         images, names = load_files(Path(data), recipe, whole=same)
+    if recipe.of_numbers and len(names) == len(classes) == 1:
+        names = classes  # a single number may have no name of its own
     check_same_classes(data, names, classes)
     if record and recorded and isinstance(images.items[0], str | Path):
         images = leave_out_trained(images, record, same)
@@ -148,7 +154,7 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
     """(images, classes) of a table or a folder: all of it if `whole`, else its validation or test part, if it has one."""
     names: Sequence[str]
     if data.suffix.lower() == ".csv":
-        parts, names = from_csv(data, recipe.loss == "multi_label")
+        parts, names = from_csv(data, recipe.loss)
     elif not data.is_dir():
         raise RecipeError(f"--data {data} is neither a folder nor a CSV")
     elif whole:
@@ -158,8 +164,8 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
         parts = [images]
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
-    columns = ([getattr(part, name) for part in parts] for name in COLUMNS)
-    items, labels, subgroups, groups = ([value for part in found if part is not None for value in part] for found in columns)
+    columns = ([value for part in parts if (own := getattr(part, name)) is not None for value in own] for name in COLUMNS)
+    items, labels, subgroups, groups = columns
     return ImageList(items, labels, parts[0].read, subgroups or None, groups or None), names
 
 
@@ -205,7 +211,9 @@ def ends(row: dict[str, Any], name: str) -> str:
 
 
 def evaluation_as_text(result: dict[str, Any]) -> str:
-    """The metrics in a line, a table of the classes and, of few classes, the confusion matrix."""
+    """The metrics in a line, a table of the classes and, of few classes, the confusion matrix; of numbers their tables."""
+    if "numbers" in result:
+        return numbers_as_text(result)
     reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
     at = ["threshold"] * ("threshold" in result["classes"][0])
     rows: list[tuple[str, ...]] = [("class", "images", *at, "precision", "95 %", "recall", "95 %", "F1", "95 %")]

@@ -54,6 +54,8 @@ def explaining(model: SavedModel, give: Callable[[int, Explanation], Any]) -> Lo
         RecipeError: for a network without places.
     """
     net, classes, preprocessing, recipe = model[:4]
+    if recipe.of_numbers:
+        raise RecipeError("a heat map shows what speaks for a class, and this network predicts numbers")
     name, why = to_dict(recipe.backbone), "no tensor in it has places of the image"
     try:
         places = find_places(net, torch.rand(1, *preprocessing["input_size"], generator=torch.Generator().manual_seed(0)))

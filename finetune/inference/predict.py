@@ -19,8 +19,10 @@ from finetune.images.read import read_image
 from finetune.images.transforms import eval_transform
 from finetune.metrics.calibration import probabilities
 from finetune.models.backbone import memory_format
+from finetune.models.linear_probe import Units, give_units, head_layer
 from finetune.models.saved import SavedModel
 from finetune.recipe import Recipe
+from finetune.recipe.metrics import name_numbers
 from finetune.training.evaluate import batch_logits, predict_logits
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.errors import RecipeError
@@ -46,9 +48,13 @@ def prepare(model: SavedModel, images: Images, on_bad_image: str) -> tuple[Recip
         recipe = replace(recipe, mixed_precision="no")
     accelerator, layout = make_accelerator(recipe), memory_format(recipe, net)
     net.to(accelerator.device).to(memory_format=layout)
-    several = recipe.loss == "multi_label"
+    several, of_numbers = recipe.loss == "multi_label", recipe.of_numbers
+    if of_numbers:  # whose head is computed in float32, as in training
+        give_units(head_layer(recipe, net), Units((0.0,) * len(classes), (1.0,) * len(classes)))
     background, transform = recipe.data.background, eval_transform(preprocessing)
-    dataset = ImageDataset(images, transform, recipe.seed, classes, on_bad_image, several, layout, background)
+    dataset = ImageDataset(
+        images, transform, recipe.seed, classes, on_bad_image, several, layout, background, of_numbers=of_numbers
+    )
     return recipe, dataset, accelerator
 
 
@@ -67,6 +73,8 @@ def predict_images(
     unsure_below: float | None = None,
 ) -> list[dict[str, Any]]:
     """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
+
+    Of numbers: {"file", "predicted": the number, or of several {name: number}}.
 
     Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W], where the network was trained
     on arrays of such [H, W, channels]; "file" is a path's own.
@@ -110,6 +118,7 @@ def predict_rows(
     unsure_below: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `predict_images`, each as soon as its batch is computed; no more than some batches are held in memory."""
+    check_unsure(unsure_below, model.recipe)
     read = reader_for(model)
     recipe, dataset, accelerator = prepare(model, ImageList(images, [0] * len(images), read), "skip")
     dataset.cache = None  # each image is read once
@@ -120,22 +129,31 @@ def predict_rows(
         for indices, (batch, labels) in zip(batches, loaded, strict=True):
             with torch.no_grad():
                 logits = batch_logits(recipe, model.net, batch, accelerator).cpu()
-            probs, missing = probabilities(recipe.loss, logits, model.temperature), is_unreadable(labels).cpu()
+            missing = is_unreadable(labels).cpu()
+            probs = logits if recipe.of_numbers else probabilities(recipe.loss, logits, model.temperature)
             if look and not missing.all():
                 look([i for i, gone in zip(indices, missing, strict=True) if not gone], batch[~missing], probs[~missing])
             for i, row, unreadable in zip(indices, probs, missing.tolist(), strict=True):
-                yield unread_row(images[i], read) if unreadable else as_row(model, images[i], row, top, unsure_below)
+                if unreadable:
+                    yield unread_row(images[i], read, recipe)
+                else:
+                    yield as_row(model, images[i], row, top, unsure_below)
             bar.update(len(indices))
 
 
-def check_unsure(below: float | None) -> None:
-    """Raise RecipeError for no probability."""
+def check_unsure(below: float | None, recipe: Recipe | None = None) -> None:
+    """Raise RecipeError for no probability, and for a recipe without probabilities."""
+    if below is not None and recipe and recipe.of_numbers:
+        raise RecipeError("--unsure-below is for probabilities; this network predicts numbers")
     if below is not None and not 0 < below <= 1:
         raise RecipeError(f"--unsure-below {below:g}: a probability above 0, up to 1")
 
 
 def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int, unsure_below: float | None = None) -> dict[str, Any]:
-    """What is predicted of an image, from the probabilities [classes]."""
+    """What is predicted of an image, from the probabilities [classes], or numbers."""
+    if model.recipe.of_numbers:
+        numbers = dict(zip(model.classes, probs.tolist(), strict=True))
+        return {"file": file_of(image), "predicted": numbers if len(numbers) > 1 else probs.item()}
     ranked = [[model.classes[label], probs[label].item()] for label in probs.argsort(descending=True, stable=True).tolist()]
     row = {"file": file_of(image), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
     if model.thresholds:
@@ -149,14 +167,15 @@ def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int, unsure_
     return row
 
 
-def unread_row(image: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
+def unread_row(image: Any, read: Callable[[Any], Any], recipe: Recipe) -> dict[str, Any]:
     """The row of an image that could not be read, with the reason."""
     reason = "read at the second try"
     try:
         read(image)
     except (OSError, RecipeError) as error:
         reason = str(error)
-    return {"file": file_of(image), "predicted": None, "probability": None, "top": [], "error": reason}
+    of_classes: dict[str, Any] = {} if recipe.of_numbers else {"probability": None, "top": []}
+    return {"file": file_of(image), "predicted": None, **of_classes, "error": reason}
 
 
 def file_of(image: Any) -> str:
@@ -196,12 +215,21 @@ def name_of(item: Any) -> str:
 
 def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
     """An aligned line an image: the file, what is predicted, and the likeliest classes with their probabilities."""
+    if not any("top" in row for row in rows):
+        said = ("can't be read" if "error" in row else name_predicted(row["predicted"]) for row in rows)
+        return align_columns([("file", "predicted"), *zip((row["file"] for row in rows), said, strict=True)])
     lines: list[tuple[str, ...]] = [("file", "predicted", "probabilities")]
     for row in rows:
         probs = ", ".join(f"{name} {prob:.1%}" for name, prob in row["top"])
         predicted = (joined(row["predicted"], ", ") or "-") + " (unsure)" * row.get("unsure", False)
         lines.append((row["file"], predicted, "can't be read" if "error" in row else probs))
     return align_columns(lines)
+
+
+def name_predicted(predicted: float | dict[str, float]) -> str:
+    """A number that is predicted, or several with their names."""
+    several = predicted if isinstance(predicted, dict) else {"": predicted}
+    return name_numbers([*several.values()], [*several])
 
 
 def joined(predicted: str | Sequence[str] | None, mark: str) -> str:

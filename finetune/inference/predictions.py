@@ -44,8 +44,7 @@ def write_predictions(
     check_target(target)
     parts = divide(target, files, pictures, asked)
     fill(parts[0], source, asked) if len(parts) == 1 else fill_in_processes(parts, source, asked)
-    classes = max((len(row["top"]) for row in rows_of(parts)), default=0)
-    finish(parts, target, columns_of(classes, asked.unsure_below is not None))
+    finish(parts, target, columns_for(rows_of(parts), asked.unsure_below is not None))
     unreadable, unsure = (sum(bool(row.get(what)) for row in rows_of(parts)) for what in ("error", "unsure"))
     for part in parts:
         part.path.unlink()
@@ -81,8 +80,23 @@ def columns_of(top: int, unsure: bool = False) -> list[str]:
     ]
 
 
+def columns_for(rows: Iterable[Row], unsure: bool) -> list[str]:
+    """The columns that these rows need: of numbers file, predicted, error, and of several predicted_NAME for each."""
+    classes, numbers = None, ["predicted"]
+    for row in rows:
+        if "top" in row:
+            classes = max(classes or 0, len(row["top"]))
+        elif isinstance(row["predicted"], dict):
+            numbers = [f"predicted_{name}" for name in row["predicted"]]
+    return ["file", *numbers, "error"] if classes is None else columns_of(classes, unsure)
+
+
 def cells_of(row: Row, columns: Sequence[str]) -> list[str | float | None]:
     """A row's cells in the columns of `columns_of`; several classes are joined by ;."""
+    if "top" not in row:
+        several = row["predicted"] if isinstance(row["predicted"], dict) else {}
+        cells = row | {f"predicted_{name}": number for name, number in several.items()}
+        return [cells.get(column) for column in columns]
     cells = row | {"predicted": joined(row["predicted"], ";")}
     for rank, (name, probability) in enumerate(row["top"], 1):
         cells |= {f"class_{rank}": name, f"probability_{rank}": probability}
@@ -99,7 +113,7 @@ def write_csv(lines: TextIO, rows: Iterable[Row], columns: Sequence[str]) -> Non
 
 def predictions_as_csv(rows: Sequence[Row]) -> str:
     """What `write_csv` writes of these rows."""
-    columns = columns_of(max(len(row["top"]) for row in rows), any("unsure" in row for row in rows))
+    columns = columns_for(rows, any("unsure" in row for row in rows))
     write_csv(text := io.StringIO(), rows, columns)
     return text.getvalue()
 
@@ -109,7 +123,9 @@ def write_parquet(file: Path, rows: Iterable[Row], columns: Sequence[str]) -> No
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    numbers = {name: pyarrow.float64() for name in columns if name.startswith("probability")} | {"unsure": pyarrow.bool_()}
+    of_numbers = "class_1" not in columns
+    doubles = [name for name in columns if name.startswith("predicted" if of_numbers else "probability")]
+    numbers = {name: pyarrow.float64() for name in doubles} | {"unsure": pyarrow.bool_()}
     kinds = [numbers.get(name, pyarrow.string()) for name in columns]
     schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))
     with ParquetWriter(file, schema) as table:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from finetune.data.loader import is_unreadable
+from finetune.recipe.metrics import NUMBER_LOSSES
 
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures: of logits that are always right, or no better than chance, none is the best
 BINS = 15
@@ -92,8 +93,10 @@ def calibrate(
     """{"temperature", "log_loss": [before, after], "ece": [before, after]} of logits; without a `temperature`, one is fitted.
 
     "After" is then measured on each fifth of the images, or of their `groups`, with the temperature of the other four: the one
-    that is kept has seen them all. Where it does not help, or there are fewer than 10 images, it is 1.
+    that is kept has seen them all. Where it does not help, or there are fewer than 10 images, it is 1; and of numbers, alone.
     """
+    if loss in NUMBER_LOSSES:
+        return {"temperature": 1.0}
     seen = ~is_unreadable(labels)
     before, labels = logits[seen].double(), labels[seen]
     after = before / (temperature or 1.0)

@@ -9,29 +9,37 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import is_unreadable
 from finetune.metrics.counts import count_classes
 from finetune.metrics.measure import intervals_of, metrics_of
-from finetune.optim.loss import binary_losses
+from finetune.metrics.numbers import number_metrics
+from finetune.models.linear_probe import Units
+from finetune.optim.loss import binary_losses, number_losses
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import REPORTED_METRICS
+from finetune.recipe.metrics import REPORTED_METRICS, direction
 from finetune.utils.errors import RecipeError
 
 
-def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, units: Units | None = None) -> dict[str, Any]:
     """Metrics of logits [n, classes] against labels [n], or [n, classes] of 0 and 1; images without a label are left out.
 
     Of one label an image: loss, top-1 (top-5 where there are more than 5 classes), macro F1 and the accuracy of each class. Of
     several: loss, mean average precision, macro F1 at a probability of 0.5 and the average precision of each class. All but
     the loss are fractions; a class without an image, or with none predicted, counts as 0.
+
+    Of numbers: MAE, RMSE, R2 and Spearman's correlation, the means over them and, of several, as lists, "number_mae"; with
+    `units` the loss.
     """
-    metrics = defined_metrics(recipe, logits, labels)
+    metrics = defined_metrics(recipe, logits, labels, units)
     if recipe.metric not in metrics:
-        raise RecipeError(f"metric='{recipe.metric}' is not defined here: it takes images of two classes or more")
+        other = "labels" if recipe.of_numbers else "classes"
+        raise RecipeError(f"metric='{recipe.metric}' is not defined here: it takes images of two {other} or more")
     return metrics
 
 
-def defined_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def defined_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, units: Units | None = None) -> dict[str, Any]:
     """Those of `compute_metrics` that are defined on these images: of one class alone the recipe's own may not be."""
     seen = ~is_unreadable(labels)
     logits, labels = logits[seen].double(), labels[seen]
+    if recipe.of_numbers:
+        return metrics_of_numbers(recipe.loss, logits, labels, units)
     if recipe.loss == "cross_entropy":
         loss = cross_entropy(logits, labels)
     else:
@@ -64,6 +72,19 @@ def subgroup_metrics(
         shown = {key: metrics[key] for key in (*REPORTED_METRICS, recipe.metric) if key in found[name]}
         found[name]["intervals"] = intervals_of(shown, len(own), [groups[i] for i in own] if groups else None)
     return found
+
+
+def metrics_of_numbers(loss: str, outputs: torch.Tensor, labels: torch.Tensor, units: Units | None) -> dict[str, Any]:
+    """Of numbers: those that are defined."""
+    whole = torch.ones(1, len(labels), dtype=torch.float64)
+    found = {name: metric(whole)[0] for name, metric in number_metrics(outputs, labels).items()}
+    means = {name: value for name, values in found.items() if (value := values.nanmean().item()) == value}
+    lists = {f"number_{name}": [None if value != value else value for value in found[name].tolist()] for name in means}
+    loss_of = dict[str, float]()
+    if units:
+        errors = (outputs - labels) / torch.tensor(units.deviation, dtype=torch.float64)
+        loss_of = {"loss": number_losses(loss, errors).mean().item()}
+    return {**loss_of, "val_images": len(labels), **means, **(lists if labels.shape[1] > 1 else {})}
 
 
 def single_label_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -100,5 +121,5 @@ def average_precision(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def best_row(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The first row of metrics with the highest value."""
-    return max(rows, key=lambda row: row[metric])
+    """The first row of metrics with the best value."""
+    return max(rows, key=lambda row: direction(metric) * row[metric])

@@ -9,8 +9,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetune.data.loader import is_unreadable
 from finetune.metrics.calibration import BINS, bin_of, calibrate, confidences, probabilities, squares, targets
 from finetune.metrics.intervals import wilson
+from finetune.metrics.numbers import baseline, mean_metrics
 from finetune.metrics.thresholds import choose_thresholds
+from finetune.models.linear_probe import Units
 from finetune.recipe import Recipe
+from finetune.recipe.metrics import NUMBER_LOSSES, OF_NUMBERS
 
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
@@ -28,8 +31,9 @@ NAMES = {  # in words, in the order of a table
     "log_loss": "log loss",
     "brier": "Brier score",
     "ece": "calibration error",
+    **OF_NUMBERS,
 }
-NUMBERS = ("kappa", "log_loss", "brier")  # all else are shares
+NUMBERS = ("kappa", "log_loss", "brier", *OF_NUMBERS)  # all else are shares
 OF_CURVES = ("auroc", "average_precision", "mean_average_precision")
 Metric = Callable[[torch.Tensor], torch.Tensor]  # weights of images [draws, n] -> [draws]; NaN where it is not defined
 
@@ -41,6 +45,8 @@ def measure(
     groups: Sequence[str] | None = None,
     temperature: float | None = None,
     thresholds: Sequence[float] | None = None,
+    names: Sequence[str] = (),
+    units: Units | None = None,
 ) -> dict[str, Any]:
     """What is measured once, at the end: all metrics, "intervals" and "calibration" of logits [n, classes] against labels.
 
@@ -51,10 +57,14 @@ def measure(
     calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits. The last has no
     interval, since by chance alone resampled images are further off. A metric that is not defined, such as the AUROC of one
     class alone, is left out; so are images without a label.
+
+    Of numbers there is no calibration, but "numbers", a row for each of the `names`, and with the `units` "baseline".
     """
     seen = ~is_unreadable(labels)
     logits, labels = logits[seen], labels[seen]
     owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
+    if recipe.of_numbers:
+        return measure_numbers(logits, labels, owners, names, units)
     calibration = calibrate(recipe.loss, logits, labels, owners, temperature)
     metrics = metrics_of(recipe.loss, logits, labels, calibration["temperature"])
     chosen: dict[str, Any] = {"calibration": calibration}
@@ -67,6 +77,25 @@ def measure(
     left_out = ("ece", *OF_CURVES) if logits.numel() > CURVES else ("ece",)
     wanted = {name: metrics[name] for name in values if name not in left_out}
     return values | {"intervals": intervals_of(wanted, len(labels), owners), **chosen}
+
+
+def measure_numbers(
+    outputs: torch.Tensor, labels: torch.Tensor, groups: Sequence[str] | None, names: Sequence[str], units: Units | None
+) -> dict[str, Any]:
+    """What `measure` says of numbers: the means over them, each of them and, beside, the error of the training images' mean."""
+
+    def intervals(metrics: dict[str, Metric]) -> dict[str, list[float]]:
+        slow = ("spearman",) if outputs.numel() > CURVES else ()
+        return intervals_of({name: metric for name, metric in metrics.items() if name not in slow}, len(labels), groups)
+
+    def values(outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        metrics, whole = mean_metrics(outputs, labels), torch.ones(1, len(labels), dtype=torch.float64)
+        known = {name: value for name, metric in metrics.items() if (value := metric(whole).item()) == value}
+        return {**known, "intervals": intervals({name: metrics[name] for name in known})}
+
+    parts = zip(names, outputs.split(1, 1), labels.split(1, 1), strict=False)
+    found = values(outputs, labels) | {"numbers": [{"name": name, **values(*part)} for name, *part in parts]}
+    return found | ({"baseline": baseline(labels, units)} if units else {})
 
 
 def intervals_of(metrics: dict[str, Metric], images: int, groups: Sequence[str] | None) -> dict[str, list[float]]:
@@ -105,8 +134,11 @@ def metrics_of(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperatur
 
     Of one label an image: top-1, top-5, balanced accuracy, macro F1, Cohen's kappa, AUROC and average precision (the mean over
     classes, each against the rest); of several: mean average precision, macro F1 at a probability of 0.5, AUROC. Of both: log
-    loss, Brier score and calibration error, at the temperature. Definitions are scikit-learn's; docs/metrics.md has them.
+    loss, Brier score and calibration error, at the temperature. Of numbers those of `mean_metrics`. Definitions are
+    scikit-learn's; docs/metrics.md has them.
     """
+    if loss in NUMBER_LOSSES:
+        return mean_metrics(logits, labels)
     logits = logits.double()
     truth, probs = targets(loss, labels, logits.shape[1]), probabilities(loss, logits)
     curves = {"auroc": lambda weights: over_classes(area_under, weights, probs, truth)}

@@ -39,8 +39,8 @@ class KeptImages(ImageDataset):
         self.shape, self.dtype = (views * len(images), *example.shape[1:]), example.dtype
         if example.ndim != 4:
             self.memory_format = torch.contiguous_format
-        self.target_shape = (len(images), len(images.classes)) if images.multi_label else (len(images),)
-        self.target_dtype = torch.float32 if images.multi_label else torch.long
+        self.target_shape = (len(images), len(images.classes)) if images.has_floats else (len(images),)
+        self.target_dtype = torch.float32 if images.has_floats else torch.long
 
     @property
     def sizes(self) -> list[int]:

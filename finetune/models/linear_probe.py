@@ -1,8 +1,10 @@
-"""The linear probe: the head, fitted to the frozen backbone's features before the first epoch."""
+"""The head: fitted to the frozen backbone's features before the first epoch, and, of numbers, in the labels' own units."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -16,10 +18,24 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.seed import keep_random_state, seed_all
 
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # values of l2 to choose from
+RIDGE_PENALTIES = tuple(10.0**-exponent for exponent in range(-3, 7))  # of numbers, where each costs next to nothing
 NUM_FOLDS = 3
 Head = tuple[torch.Tensor, torch.Tensor]  # weight and bias, before they are a layer's
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels: a sum over images
-INSTEAD = "Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
+
+
+class Units(NamedTuple):
+    """The mean and the standard deviation of the training images' numbers, [numbers] each, by which they are standardised."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def needs_head(recipe: Recipe) -> tuple[str, str]:
+    """(what in the recipe needs to know the head, what to do where it is not of that kind)."""
+    if recipe.of_numbers:
+        return f"loss='{recipe.loss}'", "Name another backbone, or a function's last layer: head='fc'"
+    return "linear_probe", "Remove the option, and train the head alone for an epoch first: unfreeze_at=1 for all other groups"
 
 
 def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
@@ -28,9 +44,10 @@ def head_layer(recipe: Recipe, net: nn.Module) -> nn.Linear:
     layer = net.get_submodule(*paths) if len(paths) == 1 else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         found = ", ".join(f"{path} ({type(net.get_submodule(path)).__name__})" for path in sorted(paths)) or "unknown"
+        what, instead = needs_head(recipe)
         raise RecipeError(
-            f"linear_probe needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
-            f"{found}. {INSTEAD}"
+            f"{what} needs a head that is one linear layer with a bias; that of {to_dict(recipe.backbone)} is "
+            f"{found}. {instead}"
         )
     return layer
 
@@ -63,9 +80,10 @@ def check_probe(recipe: Recipe, net: nn.Module) -> nn.Linear:
         except Exception:  # from whatever is done with the logits
             fits = False
     if not fits:
+        what, instead = needs_head(recipe)
         raise RecipeError(
-            f"linear_probe needs a network whose logits are those of its head; {to_dict(recipe.backbone)} does more with them. "
-            f"{INSTEAD}"
+            f"{what} needs a network whose logits are those of its head; {to_dict(recipe.backbone)} does more with "
+            f"them. {instead}"
         )
     return layer
 
@@ -85,6 +103,68 @@ def returns_features(layer: nn.Linear) -> AbstractContextManager[None]:
     return computes(layer, nn.Identity())
 
 
+def standardise(recipe: Recipe, net: nn.Module, labels: np.ndarray, names: Sequence[str]) -> None:
+    """Let the head of a network that learns numbers have its output in their own units.
+
+    Its weights learn them standardised, by the mean and deviation of the training images' `labels`, [n, numbers] or [n].
+
+    Raises:
+        RecipeError: for a number that is the same, or nearly, in all of them.
+    """
+    table = labels.reshape(len(labels), -1).astype(float)
+    mean, deviation = table.mean(0), table.std(0)
+    for name, centre, spread in zip(names, mean, deviation, strict=True):
+        if not spread > 1e-5 * abs(centre):
+            raise RecipeError(
+                f"data: '{name}' is {centre:g}, or nearly, in all training images: nothing to learn; of a large number, "
+                "such as a date, leave out what all have in common"
+            )
+    give_units(head_layer(recipe, net), Units(tuple(mean.tolist()), tuple(deviation.tolist())))
+
+
+class InUnits:
+    """The forward hook of a head of numbers: in eval mode they come in their own units, in training mode standardised.
+
+    It computes the layer in float32 whatever the precision: in bfloat16 a year would be known to 8 years.
+    """
+
+    def __init__(self, units: Units):
+        self.set(units)
+
+    def set(self, units: Units) -> None:
+        self.units, self.table = units, torch.tensor(units)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(output.device.type, enabled=False):
+            standardised = linear(inputs[0].float(), layer.get_parameter("weight"), layer.get_parameter("bias"))
+            if layer.training:  # what the loss is computed of: beside a large mean it would lose digits
+                return standardised
+            if self.table.device != standardised.device:
+                self.table = self.table.to(standardised.device)
+            mean, deviation = self.table
+            return standardised * deviation + mean
+
+
+def give_units(layer: nn.Linear, units: Units) -> None:
+    """Let a head return numbers in these units, in place of those that it has."""
+    for key, hook in [*layer._forward_hooks.items()]:
+        if isinstance(hook, InUnits):
+            del layer._forward_hooks[key]
+    layer.register_forward_hook(InUnits(units))
+
+
+def head_with_units(net: nn.Module) -> tuple[nn.Linear, InUnits] | None:
+    """The head of a network of numbers, and its hook; None of one of classes."""
+    found = ((layer, hook) for layer in net.modules() for hook in layer._forward_hooks.values())
+    return next(((layer, hook) for layer, hook in found if isinstance(layer, nn.Linear) and isinstance(hook, InUnits)), None)
+
+
+def units_of(net: nn.Module) -> Units | None:
+    """What a network's numbers are standardised by; None where it gives classes."""
+    head = head_with_units(net)
+    return head[1].units if head else None
+
+
 def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Loss, l2: float | None, views: int = 1) -> float:
     """Fit `layer` to features [n, d] and labels: the minimum of the mean loss plus `l2` / 2 times the squared weights.
 
@@ -92,6 +172,9 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
     divided by one number, so that their variances average 1: one `l2` then serves any network. (Were each variance 1, features
     that hardly vary would get the largest weights.) Without an `l2`, `choose_l2` does; features then have `views` equal parts,
     one for each view of the same images. Returns the `l2`.
+
+    Of numbers, the loss is the squared error of what is standardised, whatever the recipe's: ridge regression, where `l2`
+    times the images is scikit-learn's `alpha`.
 
     Raises:
         RecipeError: if the features tell no image from another.
@@ -106,10 +189,16 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
         fault = "the same for every image: look whether these are alike, or" if alike else "not finite: look"
         raise RecipeError(f"linear_probe: the frozen backbone's features are {fault} at its weights; or remove the option")
     features = (features - mean) / scale
-    if l2 is None:
-        l2 = choose_l2(features, labels, images, loss, layer.out_features)
-    head = new_head(features, layer.out_features)
-    minimise(head, features, labels, loss, l2, tolerance=1e-8)
+    if units := units_of(layer):
+        centre, deviation = torch.tensor(units, dtype=torch.float64, device=labels.device)
+        labels = (labels.double() - centre) / deviation
+        l2 = choose_ridge(features, labels, images) if l2 is None else l2
+        head = ridge(features, labels, [l2 * len(labels)])[0]
+    else:
+        if l2 is None:
+            l2 = choose_l2(features, labels, images, loss, layer.out_features)
+        head = new_head(features, layer.out_features)
+        minimise(head, features, labels, loss, l2, tolerance=1e-8)
     with torch.no_grad():
         weight, bias = head
         layer.weight.copy_(laid_out_like(layer.weight, weight / scale))
@@ -174,3 +263,31 @@ def minimise(head: Head, features: torch.Tensor, labels: torch.Tensor, loss: Los
         return objective
 
     optimizer.step(closure)
+
+
+def ridge(features: torch.Tensor, labels: torch.Tensor, alphas: Sequence[float]) -> list[Head]:
+    """The head of least squared error plus alpha times the squared weights, for each alpha: scikit-learn's Ridge.
+
+    Of features [n, d] in float64 and labels [n, numbers]; all from the eigenvalues of the smaller of [d, d] and [n, n].
+    """
+    centre, level = features.mean(0), labels.mean(0)
+    x, y = features - centre, labels - level
+    few = len(x) < x.shape[1]
+    values, vectors = torch.linalg.eigh(x @ x.T if few else x.T @ x)
+    rotated = vectors.T @ (y if few else x.T @ y)
+    heads = []
+    for alpha in alphas:
+        solution = vectors @ (rotated / (values + alpha)[:, None])
+        weight = (x.T @ solution if few else solution).T
+        heads.append((weight, level - weight @ centre))
+    return heads
+
+
+def choose_ridge(features: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> float:
+    """The penalty of `RIDGE_PENALTIES` with the least squared error in three folds, as of scikit-learn's RidgeCV."""
+    folds, errors = make_folds(labels, images), features.new_zeros(len(RIDGE_PENALTIES))
+    for fold in range(NUM_FOLDS):
+        out = folds == fold
+        heads = ridge(features[~out], labels[~out], [l2 * len(labels) for l2 in RIDGE_PENALTIES])
+        errors += torch.stack([(predict(head, features[out]) - labels[out]).square().sum() for head in heads])
+    return RIDGE_PENALTIES[int(errors.argmin())]

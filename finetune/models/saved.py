@@ -14,11 +14,13 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from torch import nn
 
 from finetune.models.backbone import TimmModel, build_backbone, check_logits, memory_format
+from finetune.models.linear_probe import Units
 from finetune.models.pretrained import INPUTS, fetch_from_hub, hub_fault, load_weights, read_weights
 from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
-from finetune.recipe.recipe import METRICS, minimal_recipe
+from finetune.recipe.metrics import METRICS, OF_NUMBERS, beats, write_value
+from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.files import read_json
@@ -38,6 +40,7 @@ class SavedModel(NamedTuple):
     recipe: Recipe  # the run's; of a model without a run, a minimal one
     temperature: float = 1.0  # that logits are divided by for probabilities
     thresholds: tuple[float, ...] | None = None  # of several labels an image: what each class's probability must exceed
+    units: Units | None = None  # of numbers: their mean and deviation in training
 
 
 def load_model(source: str | Path) -> SavedModel:
@@ -76,11 +79,13 @@ def load_model(source: str | Path) -> SavedModel:
             f"{folder} holds no timm model: its config.json names no architecture. A network of torchvision or "
             "of a function is loaded from the whole run folder"
         )
-    thresholds = read_thresholds(folder, config, len(classes))
-    if thresholds and not run:  # which alone tell of its loss
+    thresholds, units = read_thresholds(folder, config, len(classes)), read_units(folder, config, len(classes))
+    if thresholds and not run:  # of a model without a run, which these alone tell of its loss
         recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
+    if units and not recipe.of_numbers:  # likewise
+        recipe = replace(recipe, loss="mse", metric="mae")
     thresholds = (thresholds or (0.5,) * len(classes)) if recipe.loss == "multi_label" else None
-    return SavedModel(net.eval(), classes, preprocessing, recipe, read_temperature(folder, config), thresholds)
+    return SavedModel(net.eval(), classes, preprocessing, recipe, read_temperature(folder, config), thresholds, units)
 
 
 def read_temperature(folder: Path, config: dict[str, Any]) -> float:
@@ -99,6 +104,21 @@ def read_thresholds(folder: Path, config: dict[str, Any], classes: int) -> tuple
     if not numbers or len(found) != classes:
         raise RecipeError(f"{folder / 'config.json'}: thresholds must be {classes} numbers from 0 to 1, one for each class")
     return tuple(map(float, found))
+
+
+def read_units(folder: Path, config: dict[str, Any], names: int) -> Units | None:
+    """The mean and deviation of each number in training that a model's config.json states; None where it has classes."""
+    if (found := config.get("training_labels")) is None:
+        return None
+    try:
+        units = Units(*(tuple(map(float, found[name])) for name in Units._fields))
+    except (TypeError, KeyError, ValueError):
+        units = Units((), ())
+    if not len(units.mean) == len(units.deviation) == names:
+        raise RecipeError(
+            f"{folder / 'config.json'}: training_labels must have a mean and a deviation of each of {names} numbers"
+        )
+    return units
 
 
 def load_network(folder: Path, config: dict[str, Any], recipe: Recipe | None = None) -> nn.Module:
@@ -164,14 +184,26 @@ def model_to_use(result: dict[str, Any], metric: str) -> tuple[str, str]:
     more than chance: then model-best.
     """
     last, best, word = result.get(metric), result.get(f"best_{metric}"), METRICS[metric]
-    if last is None or best is None or best <= last:
+    if last is None or best is None or not beats(metric, best, last):
         return "model", "the last epoch, and none was better"
     which = "the linear probe" if result["best_epoch"] == -1 else f"epoch {result['best_epoch'] + 1}"
-    probe = result.get(f"linear_probe_{metric}", result.get(f"head_{metric}", 0.0))  # its name in version 0.1
-    if probe <= last and not beyond_chance(last, best, result["val_images"]):
-        return "model", f"the last epoch; {which} had {word} {100 * best:.2f} %, which may be chance"
-    more = f", the linear probe {100 * probe:.2f} %" if probe > last and result["best_epoch"] >= 0 else ""
-    return "model-best", f"{which} had {word} {100 * best:.2f} %, the last epoch {100 * last:.2f} %{more}"
+    probe = result.get(f"linear_probe_{metric}", result.get(f"head_{metric}", last))  # its name in version 0.1
+    best_said, last_said, probe_said = (write_value(metric, value, sign=" %") for value in (best, last, probe))
+    if not beats(metric, probe, last) and not more_than_chance(metric, last, best, result):
+        return "model", f"the last epoch; {which} had {word} {best_said}, which may be chance"
+    more = f", the linear probe {probe_said}" if beats(metric, probe, last) and result["best_epoch"] >= 0 else ""
+    return "model-best", f"{which} had {word} {best_said}, the last epoch {last_said}{more}"
+
+
+def more_than_chance(metric: str, one: float, other: float, result: dict[str, Any]) -> bool:
+    """Whether two values of a metric of a result's images differ by more than chance explains.
+
+    Of numbers, which are no shares, where one of them is outside the 95 % interval of the result.
+    """
+    if metric in OF_NUMBERS:
+        low, high = result.get("intervals", {}).get(metric, (-math.inf, math.inf))
+        return not low <= min(one, other) <= max(one, other) <= high
+    return beyond_chance(one, other, result["val_images"])
 
 
 def beyond_chance(one: float, other: float, images: int) -> bool:

@@ -3,7 +3,8 @@
 import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.models.backbone import TimmModel
+from finetune.models.linear_probe import Units, head_with_units, units_of
 from finetune.utils.files import write_folder
 
 OF_SOURCE = (
@@ -33,14 +35,17 @@ def save_model(
     classes: Sequence[str],
     temperature: float = 1.0,
     thresholds: Sequence[float] | None = None,
+    units: Units | None = None,
 ) -> None:
     """Write a folder with the network, its classes and its preprocessing, replacing what was there in one step.
 
     A timm model is loaded again by timm.create_model("local-dir:FOLDER", pretrained=True). Of any other network the folder has
     model.safetensors (its state dict) and config.json (classes and preprocessing). For probabilities,
-    logits are divided by the `temperature`; of several labels an image, each class is predicted above its threshold.
+    logits are divided by the `temperature`; of several labels an image, each class is predicted above its threshold. A network
+    of numbers gives them in their own units; which mean and deviation they had in training is kept beside their names: `units`,
+    or those of the network.
     """
-    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature, thresholds))
+    write_folder(folder, lambda aside: write_model(aside, net, preprocessing, classes, temperature, thresholds, units))
 
 
 def write_model(
@@ -50,16 +55,44 @@ def write_model(
     classes: Sequence[str],
     temperature: float = 1.0,
     thresholds: Sequence[float] | None = None,
+    units: Units | None = None,
 ) -> None:
     """Write model.safetensors and config.json into a folder."""
     # Made in memory first: on a full disk safetensors' own writer fails in words of its own.
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
-    about: dict[str, Any] = {"label_names": list(classes), "temperature": round(temperature, 4)}
+    with plain_head(net):
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
+    about: dict[str, Any] = {"label_names": list(classes)}
+    if units := units or units_of(net):
+        about["training_labels"] = {name: [float(f"{one:.7g}") for one in part] for name, part in units._asdict().items()}
+    else:
+        about["temperature"] = round(temperature, 4)
     about |= {"pixels": preprocessing["pixels"]} if "pixels" in preprocessing else {}
     about |= {} if thresholds is None else {"thresholds": list(thresholds)}
     if not write_timm_config(folder, net, preprocessing, about):
         config = about | {"preprocessing": preprocessing}
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+@contextmanager
+def plain_head(net: nn.Module) -> Iterator[None]:
+    """Within, the head's own weights give the labels' units, as other programs, which know no hook, need them."""
+    if (head := head_with_units(net)) is None:
+        yield
+        return
+    layer, hook = head
+    before, units = [layer.weight.detach().clone(), layer.bias.detach().clone()], hook.units
+    mean, deviation = (torch.tensor(values, dtype=torch.float64, device=before[0].device) for values in units)
+    try:
+        with torch.no_grad():
+            layer.weight.copy_(before[0].double() * deviation[:, None])
+            layer.bias.copy_(before[1].double() * deviation + mean)
+        hook.set(Units((0.0,) * len(mean), (1.0,) * len(mean)))
+        yield
+    finally:
+        with torch.no_grad():
+            layer.weight.copy_(before[0])
+            layer.bias.copy_(before[1])
+        hook.set(units)
 
 
 def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any], about: dict[str, Any]) -> bool:

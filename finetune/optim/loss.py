@@ -1,15 +1,16 @@
-"""The loss: cross-entropy or binary, of mixed targets, weighted, plus a pull towards the pretrained weights."""
+"""The loss: of classes or numbers, of mixed targets, weighted, plus a pull towards the pretrained weights."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, huber_loss, one_hot
 
 from finetune.data.loader import ImageDataset, is_unreadable
 from finetune.images.mixing import make_mixup, mix_neighbours
 from finetune.models.backbone import head_parameters
+from finetune.models.linear_probe import units_of
 from finetune.optim.param_groups import no_weight_decay
 from finetune.recipe import Recipe
 from finetune.utils.errors import RecipeError
@@ -20,8 +21,9 @@ class Criterion:
 
     def __init__(self, recipe: Recipe, net: nn.Module, images: ImageDataset, device: torch.device):
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
-        self.class_weights = class_weights(recipe, images, device)
-        self.pos_weight = pos_weight(recipe, images, device)
+        self.class_weights, self.pos_weight = class_weights(recipe, images, device), pos_weight(recipe, images, device)
+        self.units = units_of(net)
+        self.standards = torch.tensor(self.units, device=device) if self.units else None  # mean, deviation [2, numbers]
         self.start: dict[nn.Parameter, torch.Tensor] = {}
         if recipe.l2_sp:
             free = head_parameters(recipe, net) | no_weight_decay(net)
@@ -32,7 +34,7 @@ class Criterion:
         return mix_neighbours(self.mixup, images, labels, (self.recipe.seed, step)) if self.mixup else (images, labels)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum over images of the loss of `logits` [n, classes]; targets are labels [n], or values [n, classes] in 0..1.
+        """The sum over images of the loss of `logits` [n, classes]; targets are labels [n] or [n, classes] in 0..1, or numbers.
 
         Smoothing takes this share of each target away and spreads it evenly: over the classes, or with several labels an image
         over yes and no. A class weight is a factor on the loss of that class's images; of a mixed image, on each of its parts.
@@ -48,6 +50,9 @@ class Criterion:
             # Not by its own `weight`: that weighs the smoothed share of each class by this class, not by the image's own.
             reduction = "sum" if weights is None else "none"
             losses = cross_entropy(logits, targets, reduction=reduction, label_smoothing=recipe.label_smoothing)
+        elif self.standards is not None:
+            mean, deviation = self.standards
+            losses = number_losses(recipe.loss, logits - (targets - mean) / deviation)
         else:
             losses = binary_losses(logits, targets, recipe.label_smoothing, recipe.loss == "multi_label", self.pos_weight)
         return losses.sum() if weights is None else (weights * losses).sum()
@@ -84,6 +89,13 @@ def binary_losses(
     targets = targets * (1 - smoothing) + smoothing / (2 if multi_label else logits.shape[1])
     factors = None if pos_weight is None else pos_weight.to(logits)
     return binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none", pos_weight=factors).mean(1)
+
+
+def number_losses(loss: str, errors: torch.Tensor) -> torch.Tensor:
+    """Each image's mean, over its numbers, of the loss of standardised errors, [n, numbers] -> [n]."""
+    if loss == "huber":  # Huber 1964: squared up to one deviation, absolute beyond
+        return huber_loss(errors, torch.zeros_like(errors), reduction="none").mean(1)
+    return (errors.abs() if loss == "l1" else errors.square()).mean(1)
 
 
 def class_weights(recipe: Recipe, images: ImageDataset, device: torch.device) -> torch.Tensor | None:

@@ -103,7 +103,7 @@ def build_param_groups(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             lr=row.lr * recipe.lr_scale,
             unfreeze_at=row.unfreeze_at if row.lr else math.inf,
             weight_decay=optimizer.weight_decay if row.weight_decay is None else row.weight_decay,
-            schedule=schedule,
+            schedule=schedule.toward(recipe.metric),
             watched_metric=schedule.watched_metric(recipe.metric),
             warmup_epochs=row.warmup_epochs,
             optimizer=optimizer,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS, scale_of, unit_of
 from finetune.utils.text import readable
 
 WIDTH, HEIGHT = 480, 230
@@ -45,7 +45,7 @@ def run_charts(run: Path, metric: str) -> list[Chart]:
     """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps, epochs = [row for row in rows if "grad_norm" in row], [row for row in rows if "train_loss" in row]
-    measured = [(row["epoch"] + 1, 100 * row[metric]) for row in rows if row.get(metric) is not None]
+    measured = [(row["epoch"] + 1, scale_of(metric) * row[metric]) for row in rows if row.get(metric) is not None]
     if not epochs:
         return []
     per_epoch = epochs[0]["step"] / (epochs[0]["epoch"] + 1)
@@ -67,7 +67,7 @@ def run_charts(run: Path, metric: str) -> list[Chart]:
     norm = Line("before clipping", "plain", over_steps(lambda row: row["grad_norm"], max))
     charts = [
         chart("Loss", loss),
-        chart(f"Validation {METRICS[metric]}, %", [Line("", "first", measured, True)]),
+        chart(f"Validation {METRICS[metric]}{unit_of(metric)}", [Line("", "first", measured, True)]),
         chart("Learning rates", lrs, log=True),
         chart("Gradient norm", [norm], log=True),
     ]
@@ -144,5 +144,5 @@ def scale(
 
 
 def short(value: float) -> str:
-    """A tick's number: 20, 0.05, 1e-4."""
-    return f"{value:g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
+    """A tick's number: 20, 0.05, 1e-4, 5e6."""
+    return f"{value:g}".replace("e+0", "e") if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")

@@ -9,7 +9,7 @@ import torch
 from finetune.metrics.classes import class_metrics
 from finetune.page.gallery import MATRIX_CLASSES, Group
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, REPORTED_METRICS
 from finetune.utils.text import readable
 
 ROWS = 1000  # of the table of classes

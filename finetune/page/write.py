@@ -19,9 +19,10 @@ from finetune.metrics.intervals import wilson
 from finetune.page import gallery
 from finetune.page.charts import run_charts
 from finetune.page.gallery import Group, Pictures
+from finetune.page.numbers import describe_numbers
 from finetune.page.tables import describe_classes, interval_text
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, OF_NUMBERS, REPORTED_METRICS, write_number
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.training.run_dir import run_name, started
 from finetune.utils.files import read_json, write_file
@@ -30,7 +31,7 @@ from finetune.utils.text import duration, readable
 PAGE = "report.html"
 FILES = (  # of a run's folder, to link to
     *("recipe.py", "recipe.json", "result.json", "metrics.jsonl", "groups.txt", "images.csv", "predictions.safetensors"),
-    *("curves.png", "confusion.png", "mistakes.png", "predictions.png", "augmented.png"),
+    *("curves.png", "confusion.png", "mistakes.png", "predictions.png", "augmented.png", "numbers.png"),
 )
 LABELS = {"baseline": "Recorded runs", "probe": "Linear probe", "soup": "Soup", "measured": "Measured", "use": "Network to use"}
 Said = Sequence[tuple[str, str]]  # what is said of a result, as (label, sentence)
@@ -57,30 +58,52 @@ def write_page(run: Path, images: Images | None, said: Said, output: Path | None
     kept = safetensors.torch.load_file(run / "predictions.safetensors")
     temperature = result.get("calibration", {}).get("temperature", 1.0)  # with which `predict` gives its probabilities
     logits, labels = kept["logits"] / temperature, kept["labels"]
+    if recipe.loss == "multi_label":
+        labels = labels.where(labels >= 0, torch.nan)  # an earlier version had -100 for what can't be read
     names = started(run).get("classes") or read_json(run / "model" / "config.json")["label_names"]
-    classes = [readable(str(name)) for name in names]
-    judged, pictures = gallery.judge(recipe, logits, labels), Pictures(images, recipe.data.background)
-    worst, unsure = gallery.worst_mistakes(judged), gallery.most_unsure(judged)
-    figures = {i: as_figure(recipe, i, logits, labels, pictures, classes) for i in dict.fromkeys([*worst, *unsure])}
-    heats = gallery.heat_pictures(run, worst, judged.guesses, pictures) if labels.ndim == 1 else {}
-    groups = gallery.find_groups(judged, logits, labels)
-    data = group_data(groups, pictures, classes)
+    classes, pictures = [readable(str(name)) for name in names], Pictures(images, recipe.data.background)
     page = output or run / PAGE
+    if recipe.of_numbers:
+        found = describe_numbers(run, result, logits, labels, classes, pictures)
+    else:
+        found = describe_predictions(run, recipe, result, (logits, labels), classes, pictures)
     content = render(
         **describe_run(run, page, recipe, result),
-        worst=[figures[i]._replace(heat=heats.get(i, "")) for i in worst],
-        unsure=[figures[i] for i in unsure],
-        **describe_classes(recipe, result, logits, labels, groups, classes, getattr(images, "groups", None)),
+        **found,
         charts=run_charts(run, recipe.metric),
         said=[(LABELS.get(label, label), readable(text)) for label, text in [*said, *describe_calibration(result)] if text],
-        data=data,
-        wrong=int((judged.seen & ~judged.right).sum()),
-        unreadable=int((~judged.seen).sum()),
         lost=lost_images(images, pictures, lost),
         copies=pictures.made,
     )
     write_file(page, content)
     return page
+
+
+def describe_predictions(
+    run: Path,
+    recipe: Recipe,
+    result: dict[str, Any],
+    predictions: tuple[torch.Tensor, torch.Tensor],
+    classes: Sequence[str],
+    pictures: Pictures,
+) -> dict[str, Any]:
+    """What the page shows of classes: mistakes, confusions, tables; `predictions` are logits and labels."""
+    logits, labels = predictions
+    judged = gallery.judge(recipe, logits, labels)
+    worst, unsure = gallery.worst_mistakes(judged), gallery.most_unsure(judged)
+    figures = {i: as_figure(recipe, i, logits, labels, pictures, classes) for i in dict.fromkeys([*worst, *unsure])}
+    heats = gallery.heat_pictures(run, worst, judged.guesses, pictures) if labels.ndim == 1 else {}
+    groups = gallery.find_groups(judged, logits, labels)
+    data = group_data(groups, pictures, classes)
+    return {
+        "worst": [figures[i]._replace(heat=heats.get(i, "")) for i in worst],
+        "unsure": [figures[i] for i in unsure],
+        **describe_classes(recipe, result, logits, labels, groups, classes, getattr(pictures.images, "groups", None)),
+        "data": data,
+        "wrong": int((judged.seen & ~judged.right).sum()),
+        "unreadable": int((~judged.seen).sum()),
+        "numbers": None,
+    }
 
 
 def render(**context: Any) -> str:
@@ -157,19 +180,20 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
         intervals.setdefault(metric, wilson(result[metric], result["val_images"]))
     words = {metric: METRICS[metric], **REPORTED_METRICS, **METRICS}
     known = {name: word for name, word in words.items() if name in result}
-    shown = [(word, percent(result[name]), interval_text(intervals.get(name))) for name, word in known.items()]
+    shown = [(word, *value_text(name, result[name], intervals.get(name))) for name, word in known.items()]
     source, name = str(to_dict(recipe.data.source)), run_name(run)
     place = Path(source).name or source
     epochs = f"{result['epochs']} of {recipe.epochs} epochs, stopped early" if result["epochs"] < recipe.epochs else ""
     about = [str(to_dict(recipe.backbone)), epochs or f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"]
     about += [f"images of {recipe.data.pixels} px", str(begun.get("started", ""))]
-    others = [*shown[1:], ("loss", f"{result['loss']:.4f}", "")]
+    (_, value, interval), *rest = shown
+    others = [*rest, ("loss", f"{result['loss']:.4f}", "")]
     recipe_file = run / "recipe.py"
     return {
         "title": readable(name if place in ("", name) else f"{name} on {place}"),
         "about": readable(", ".join(filter(None, about))),
         "smoke": bool(result.get("smoke")),
-        "headline": {"value": result[metric], "word": METRICS[metric], "interval": interval_text(intervals.get(metric))},
+        "headline": {"value": value, "word": METRICS[metric], "interval": interval},
         "val_images": result["val_images"],
         "others": others,
         "has_probe": f"linear_probe_{metric}" in result,
@@ -178,6 +202,13 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
         "files": [(name, address(run / name, page)) for name in FILES if (run / name).is_file()],
         "recipe_text": recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
     }
+
+
+def value_text(metric: str, value: float, interval: Sequence[float] | None) -> tuple[str, str]:
+    """A metric and its interval as text: a share in percent, or of numbers as it is."""
+    if metric in OF_NUMBERS:
+        return write_number(value), " to ".join(map(write_number, interval or ()))
+    return percent(value), interval_text(interval)
 
 
 def describe_calibration(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from finetune.images.transforms import eval_transform
 from finetune.ranking.candidates import Candidate, Wanted, find_candidates, name_networks
 from finetune.ranking.features import cache_folder, digest_array, digest_images, place_of, recall
 from finetune.ranking.probes import Task, feature_file, preprocessing_of, score, speed_of, validate
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.tools.defaults import Choice
 from finetune.tools.image_stats import recipe_for, sample_stats

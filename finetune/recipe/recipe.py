@@ -5,23 +5,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked, find_faults, parts
-from finetune.recipe.data import FOR_PHOTOGRAPHS, Augment, Data
+from finetune.recipe.data import FOR_PHOTOGRAPHS, NAMED_SETS, Augment, Data
 from finetune.recipe.groups import AdamW, Group, LayerDecay, LinearProbe, Optimizer, Switch
 from finetune.recipe.legacy import reads_old_names
+from finetune.recipe.metrics import KINDS, NUMBER_LOSSES, Loss, Metric, direction, fits
 from finetune.recipe.schedules import Cosine, Schedule
 from finetune.utils.errors import RecipeError
-
-MEAN_AP = {"mean_average_precision": "mean average precision"}
-METRICS = {  # that can choose model-best, in words; of each, more is better
-    "top1": "top-1",
-    "macro_f1": "macro F1",
-    **MEAN_AP,
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "kappa": "kappa",
-}
-REPORTED_METRICS = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", **MEAN_AP}  # as a run's last lines name them
-SEVERAL_LABELS = ("mean_average_precision", "auroc")  # the metrics of several labels an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +18,12 @@ class EarlyStop(Checked):
     """Stop after `patience` epochs in a row that did not beat the best one by more than `threshold`."""
 
     patience: Annotated[int, "[1, inf)"]
-    mode: Literal["max", "min"] = "max"  # max watches the recipe's metric, min the validation loss
+    mode: Literal["max", "min"] = "max"  # max watches the recipe's metric, whichever way is better, min the validation loss
     threshold: Annotated[float, "[0, inf)"] = 0.0  # absolute
 
     def should_stop(self, history: Sequence[dict[str, Any]], metric: str) -> bool:
         """Whether to stop, given the metrics of each finished epoch and the name of the recipe's."""
-        sign, name = (1, metric) if self.mode == "max" else (-1, "loss")
+        sign, name = (direction(metric), metric) if self.mode == "max" else (-1, "loss")
         best, bad_epochs = -float("inf"), 0
         for row in history:
             better = sign * row[name] > best + self.threshold
@@ -77,7 +66,7 @@ class Recipe(Checked):
     epochs: Annotated[int, "[1, inf)"]
 
     # Loss
-    loss: Literal["cross_entropy", "binary", "multi_label"] = "cross_entropy"  # binary: arXiv 2110.00476
+    loss: Loss = "cross_entropy"  # binary: arXiv 2110.00476; mse, huber, l1: labels are numbers
     label_smoothing: Annotated[float, "[0, 1)"] = 0.0
     pos_weight: Literal["balanced"] | Annotated[float, "(0, inf)"] | tuple[Annotated[float, "(0, inf)"], ...] | None = (
         None  # torch's
@@ -94,7 +83,7 @@ class Recipe(Checked):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     # Evaluation: the metric chooses model-best
-    metric: Literal["top1", "macro_f1", "mean_average_precision", "balanced_accuracy", "auroc", "kappa"] = "top1"
+    metric: Metric = "top1"
     early_stop: EarlyStop | None = None
     flip_test: bool = False  # average each image's logits with those of its mirror image
     seed: Annotated[int, "[0, 4294967296)"] = 0  # 32 bits: numpy takes no more
@@ -128,18 +117,35 @@ class Recipe(Checked):
             yield "LBFGS needs mixed_precision='no' or 'bf16': torch's loss scaling knows no closure"
         if self.data.sampling == "balanced" and self.loss == "multi_label":
             yield "data: sampling='balanced' needs one label an image"
-        several = self.loss == "multi_label"
-        if several and self.metric not in SEVERAL_LABELS or not several and self.metric == "mean_average_precision":
-            one = ", ".join(f"'{name}'" for name in METRICS if name != "mean_average_precision")
-            yield (
-                f"metric='{self.metric}' and loss='{self.loss}' do not go together: several labels an image are measured by "
-                f"'{SEVERAL_LABELS[0]}' or '{SEVERAL_LABELS[1]}', one label by {one}"
-            )
+        if not fits(self.loss, self.metric):
+            kinds = "; ".join(f"{kind}: {', '.join(map(repr, metrics))}" for kind, (_, metrics) in KINDS.items())
+            yield f"metric='{self.metric}' and loss='{self.loss}' do not go together. {kinds}"
         if self.data.on_bad_image == "skip" and self.augment.mixes:
             yield "augment: mixup and cutmix need on_bad_image='stop': there must be something to mix"
+        yield from self.number_conflicts()
         yield from self.frozen_views_conflicts()
         yield from self.group_conflicts()
         yield from self.timing_conflicts()
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether labels are numbers, and not classes: regression."""
+        return self.loss in NUMBER_LOSSES
+
+    def number_conflicts(self) -> Iterator[str]:
+        """Conflicts with labels that are numbers."""
+        if not self.of_numbers:
+            return
+        for name, used in (
+            ("label_smoothing", self.label_smoothing),
+            ("class_weights", self.class_weights is not None),
+            ("data: sampling='balanced'", self.data.sampling == "balanced"),
+        ):
+            if used:
+                yield f"{name}: loss='{self.loss}' is for numbers, which have no classes"
+        source = self.data.source
+        if isinstance(source, str) and (source in NAMED_SETS or source.startswith(("torchvision/", "hf/"))):
+            yield f"data: loss='{self.loss}' needs numbers, from a CSV or a function; '{source}' has classes"
 
     def frozen_views_conflicts(self) -> Iterator[str]:
         """Conflicts with keeping what frozen layers make of an image."""

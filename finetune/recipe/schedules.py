@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 from finetune.recipe.checks import Checked
+from finetune.recipe.metrics import direction
 
 ROUNDING = 1e-9  # epochs: 3 x 0.1 epochs are 0.3 epochs, though not in floating point
 
@@ -40,6 +41,10 @@ class Schedule(Checked):
     def watched_metric(self, metric: str) -> str:
         """The name of the validation metric to pass to `scale`, where the recipe's is `metric`."""
         return metric
+
+    def toward(self, metric: str) -> "Schedule":
+        """The schedule as it runs where the recipe's metric is `metric`, of which more may be better, or less."""
+        return self
 
 
 def ramp(step: float, steps: int, start: float) -> float:
@@ -186,6 +191,9 @@ class Plateau(Schedule):
 
     def watched_metric(self, metric: str) -> str:
         return metric if self.mode == "max" else "loss"
+
+    def toward(self, metric: str) -> Schedule:
+        return replace(self, mode="min") if self.mode == "max" and direction(metric) < 0 else self
 
     def shape(self, time: Time, metrics: Sequence[float]) -> float:
         scale, bad_epochs, cooling = 1.0, 0, 0

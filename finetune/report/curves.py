@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from finetune.optim.param_groups import ParamGroup, planned_lrs, sampled_steps
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS, direction, scale_of, unit_of, write_value
 from finetune.report.drawing import Picture, legend_above, new_figure, run_title, save_figure, shorten, style, tidy
 
 
@@ -74,17 +74,17 @@ def draw_curves(run: Path, metric: str) -> Figure:
     )
     loss.plot(ends, [row["loss"] for row in epochs], "o-", markersize=3, color="C1", clip_on=False, label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
-    marks = [row["epoch"] + 1 for row in measured], [100 * row[metric] for row in measured]
+    marks = [row["epoch"] + 1 for row in measured], [scale_of(metric) * row[metric] for row in measured]
     validation.plot(*marks, "o-", markersize=3, color="C2")
-    best, marked = max(measured, key=lambda row: row[metric]), dict[int, list[str]]()
+    best, marked = max(measured, key=lambda row: direction(metric) * row[metric]), dict[int, list[str]]()
     for word, row in (("linear probe", measured[0]), ("best", best), ("last", measured[-1])):
         if word != "linear probe" or row["epoch"] == -1:
             marked.setdefault(row["epoch"], []).append(word)
     for (epoch, words), marker in zip(marked.items(), "sDo", strict=False):
-        value = next(100 * row[metric] for row in measured if row["epoch"] == epoch)
-        label = f"{' and '.join(words)}: {value:.2f} %{f', epoch {epoch + 1}' * (epoch >= 0)}"
-        validation.plot(epoch + 1, value, marker, color="C2", label=label, clip_on=False)
-    validation.set(ylabel=f"validation {METRICS[metric]}, %")
+        value = next(row[metric] for row in measured if row["epoch"] == epoch)
+        label = f"{' and '.join(words)}: {write_value(metric, value, sign=' %')}{f', epoch {epoch + 1}' * (epoch >= 0)}"
+        validation.plot(epoch + 1, scale_of(metric) * value, marker, color="C2", label=label, clip_on=False)
+    validation.set(ylabel=f"validation {METRICS[metric]}{unit_of(metric)}")
     norm.plot(time, [row["grad_norm"] for row in steps], color="0.4", linewidth=0.8)
     norm.set(ylabel="gradient norm\nbefore clipping", yscale="log")
     shown = sampled_steps(0, len(steps))
@@ -93,7 +93,7 @@ def draw_curves(run: Path, metric: str) -> Figure:
     legend_above(loss)
     legend_above(validation)
     tidy(loss, validation, norm, lr)
-    result = f"{METRICS[metric]} {100 * epochs[-1][metric]:.2f} % after epoch {ends[-1]}"
+    result = f"{METRICS[metric]} {write_value(metric, epochs[-1][metric], sign=' %')} after epoch {ends[-1]}"
     title = run_title(run, result)
     figure.suptitle(title, fontsize="medium", **style(title))
     return figure

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.dataset import name_others
-from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.data.loader import ImageDataset, is_unreadable, name_others
 from finetune.images.read import as_pil
+from finetune.recipe.metrics import name_numbers
 from finetune.report.drawing import run_title, save_figure, shorten, style
 from finetune.report.heat_maps import heat_maps, overlay, to_pixels
 from finetune.utils.errors import RecipeError, first_line
@@ -174,7 +174,9 @@ def describe(
 
 
 def name_labels(images: ImageDataset, label: int | np.ndarray) -> str:
-    """The name of a label, or the names of several."""
+    """The name of a label, or the names of several; or numbers."""
+    if images.of_numbers:
+        return name_numbers(np.atleast_1d(label).tolist(), images.classes)
     if np.ndim(label) == 0:
         return images.classes[int(label)]
     return ", ".join(name for name, there in zip(images.classes, np.asarray(label), strict=True) if there) or "none"

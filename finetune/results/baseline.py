@@ -12,7 +12,7 @@ from typing import Any
 from finetune.recipe import Recipe
 from finetune.recipe.legacy import new_names
 from finetune.recipe.load import RECIPES
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS, OF_NUMBERS, write_value
 from finetune.recipe.serialize import diff, from_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error
@@ -40,6 +40,8 @@ def mean_and_error(record: Record, new: int) -> tuple[float, float]:
     """
     values = [run[metric_of(record)] for run in record["runs"]]
     mean, images = statistics.mean(values), record["runs"][0]["val_images"]
+    if metric_of(record) in OF_NUMBERS:  # whose spread the seeds alone tell
+        return mean, statistics.stdev(values) * math.sqrt(1 / len(values) + 1 / new)
     share = (mean * images + 2) / (images + 4)
     of_images = math.sqrt(share * (1 - share) / images)
     of_seeds = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -49,7 +51,8 @@ def mean_and_error(record: Record, new: int) -> tuple[float, float]:
 def prediction_interval(record: Record, new: int) -> tuple[float, float]:
     """Where the mean of `new` runs of the same recipe lies with a probability of 95 %: its lower and upper end."""
     mean, error = mean_and_error(record, new)
-    return max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error)
+    low, high = mean - 1.96 * error, mean + 1.96 * error
+    return (low, high) if metric_of(record) in OF_NUMBERS else (max(0.0, low), min(1.0, high))
 
 
 def p_value(record: Record, values: list[float]) -> float:
@@ -96,22 +99,27 @@ def describe_verdict(recipe_file: Path | None, recipe: Recipe, value: float) -> 
         *most, last = differing or [""]
         return f"not measured{' with your ' * bool(last)}{', '.join(most)}{' and ' * bool(most)}{last}"
     low, high = prediction_interval(record, 1)
-    verdict = "as expected" if low <= value <= high else f"{'lower' if value < low else 'higher'} than expected"
+    verdict, metric = (
+        "as expected" if low <= value <= high else f"{'lower' if value < low else 'higher'} than expected",
+        recipe.metric,
+    )
     values = [run[metric_of(record)] for run in record["runs"]]
     seeds = f"{len(values)} seed{'s' * (len(values) > 1)}"
     images = f", on {measured_with(record)}" if measured_with(record) else ""
     return (
-        f"{verdict}: {100 * low:.1f} to {100 * high:.1f} % is what chance allows "
-        f"({100 * statistics.mean(values):.1f} % in {seeds}{images})"
+        f"{verdict}: {write_value(metric, low, 1, '')} to {write_value(metric, high, 1, ' %')} is what chance allows "
+        f"({write_value(metric, statistics.mean(values), 1, ' %')} in {seeds}{images})"
     )
 
 
 def describe_record(record: Record) -> str:
     """A record's number, like '98.9 % (98.6 to 99.2, 3 seeds)'."""
-    values = [100 * run[metric_of(record)] for run in record["runs"]]
-    seeds = f"{min(values):.1f} to {max(values):.1f}, {len(values)} seeds" if len(values) > 1 else "1 seed"
+    metric = metric_of(record)
+    values = [run[metric] for run in record["runs"]]
+    ends = f"{write_value(metric, min(values), 1, '')} to {write_value(metric, max(values), 1, '')}"
+    seeds = f"{ends}, {len(values)} seeds" if len(values) > 1 else "1 seed"
     images = f" on {measured_with(record)}" if measured_with(record) else ""
-    return f"{statistics.mean(values):.1f} % ({seeds}){images}"
+    return f"{write_value(metric, statistics.mean(values), 1, ' %')} ({seeds}){images}"
 
 
 def measured_with(record: Record) -> str:
@@ -133,6 +141,8 @@ def record_runs(folders: list[Path]) -> Record:
     seeds = [recipe.pop("seed") for recipe in recipes]
     if any(recipe != recipes[0] for recipe in recipes) or len(set(seeds)) < len(seeds):
         raise RecipeError("the runs must be of one recipe with a seed each")
+    if len(recipes) < 2 and metric_of({"recipe": recipes[0]}) in OF_NUMBERS:
+        raise RecipeError("a record of numbers needs runs of two seeds or more, which tell what chance does")
     if any(result.get("smoke") for result in results):
         raise RecipeError("a smoke run is no result")
     if any("soup" in result for result in results):

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, OF_NUMBERS, REPORTED_METRICS, scale_of, unit_of, write_value
 from finetune.recipe.serialize import diff, flatten, to_dict
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.results.paired import compare, in_points, interval_of
@@ -67,7 +67,10 @@ def predictions_of(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
         kept = safetensors.torch.load_file(run / "predictions.safetensors")
     except (OSError, safetensors.SafetensorError) as error:
         raise RecipeError(f"can't read the predictions of {run}: {error}") from error
-    return kept["logits"], kept["labels"]
+    labels = kept["labels"]
+    if labels.is_floating_point() and not Run(run).recipe.of_numbers:
+        labels = labels.where(labels >= 0, torch.nan)  # an earlier version had -100 for what can't be read
+    return kept["logits"], labels
 
 
 def why_other(
@@ -89,12 +92,12 @@ def plot_runs(folders: Sequence[Path], metric: str, file: Path) -> Path:
         rows = [row for row in Run(folder).history if metric in row]
         axes.plot(
             [row["epoch"] + 1 for row in rows],
-            [100 * row[metric] for row in rows],
+            [scale_of(metric) * row[metric] for row in rows],
             "o-",
             markersize=3,
             label=shorten(folder.name, 30),
         )
-    axes.set(xlabel="epochs", ylabel=f"validation {METRICS[metric]}, %")
+    axes.set(xlabel="epochs", ylabel=f"validation {METRICS[metric]}{unit_of(metric)}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(axes, columns=2)
     return save_figure(figure, [axes], file)
@@ -105,8 +108,8 @@ def comparison_as_text(found: dict[str, Any]) -> str:
     metric, runs = found["metric"], found["runs"]
     table = [["run", f"{METRICS[metric]}, 95 % interval", "minus the first", ""]]
     for row in runs:
-        low, high = (100 * end for end in row["interval"])
-        table.append([row["run"], f"{row[metric]:.2%} ({low:.1f} to {high:.1f})", *difference_of(row)])
+        ends = " to ".join(write_value(metric, end, 1, "") for end in row["interval"])
+        table.append([row["run"], f"{write_value(metric, row[metric])} ({ends})", *difference_of(row, metric)])
     others = [name for name in SHOWN if name != metric and all(name in row for row in runs)]
     more = [["run", *(SHOWN[name] for name in others)]]
     more += [[row["run"], *(cell_of(name, row[name]) for name in others)] for row in runs]
@@ -119,15 +122,17 @@ def comparison_as_text(found: dict[str, Any]) -> str:
     return "\n\n".join([*parts, fill_lines(said)])
 
 
-def difference_of(row: dict[str, Any]) -> tuple[str, str]:
-    """A difference in points with its interval, and the verdict or the reason why there is none."""
+def difference_of(row: dict[str, Any], metric: str) -> tuple[str, str]:
+    """A difference in points, or of numbers, with its interval, and the verdict or the reason why there is none."""
     if "minus_first" not in row:
         return "", row.get("not_compared", "")
     found = row["minus_first"]
     chance = f", p = {found['p_value']:.2g}" if "p_value" in found else ""
-    return in_points(found), f"{VERDICTS[found['verdict']]}{chance}"
+    return in_points(found, metric), f"{VERDICTS[found['verdict']]}{chance}"
 
 
 def cell_of(name: str, value: float) -> str:
     """A share in percent, all else in three digits."""
+    if name in OF_NUMBERS:
+        return write_value(name, value)
     return f"{value:.2%}" if name in REPORTED_METRICS else f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -9,7 +9,9 @@ import torch
 from finetune.data.loader import is_unreadable
 from finetune.metrics.compute import compute_metrics
 from finetune.metrics.intervals import exact_interval, wilson
+from finetune.metrics.numbers import mean_metrics
 from finetune.recipe import Recipe
+from finetune.recipe.metrics import OF_NUMBERS, direction
 
 DRAWS = 1000  # of the bootstrap
 Score = Callable[[torch.Tensor], float]  # the metric of the images at these positions
@@ -20,15 +22,18 @@ def score(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> Score:
     if recipe.metric == "top1":
         right = (logits.argmax(1) == labels).double()
         return lambda at: right[at].mean().item()
+    if recipe.of_numbers:
+        whole = torch.ones(1, len(labels), dtype=torch.float64)
+        return lambda at: mean_metrics(logits[at], labels[at])[recipe.metric](whole[:, : len(at)]).item()
     return lambda at: compute_metrics(recipe, logits[at], labels[at])[recipe.metric]
 
 
 def compare(recipe: Recipe, ours: torch.Tensor, others: Sequence[torch.Tensor], labels: torch.Tensor) -> dict[str, Any]:
-    """How much better `ours` is than the mean of `others`, logits [n, classes] of the same images: difference, 95 % interval.
+    """How far `ours` is above the mean of `others`, logits [n, classes] of the same images: difference, 95 % interval.
 
     Top-1 against one other: exact, of the images that only one of the two has right (McNemar 1947), with the two-sided
     "p_value". All else: the bootstrap of the images (Efron 1979), with the same draws for all. "verdict" is "gain", "loss" or
-    "chance".
+    "chance"; of errors a gain is below 0.
     """
     seen = ~is_unreadable(labels)
     labels, ours, others = labels[seen], ours[seen], [one[seen] for one in others]
@@ -38,7 +43,7 @@ def compare(recipe: Recipe, ours: torch.Tensor, others: Sequence[torch.Tensor], 
     else:
         own, rest = score(recipe, ours, labels), [score(recipe, one, labels) for one in others]
         found = bootstrap(lambda at: own(at) - sum(one(at) for one in rest) / len(rest), len(labels))
-    low, high = found["interval"]
+    low, high = sorted(direction(recipe.metric) * end for end in found["interval"])
     return found | {"verdict": "gain" if low > 0 else "loss" if high < 0 else "chance"}
 
 
@@ -58,7 +63,7 @@ def bootstrap(statistic: Callable[[torch.Tensor], float], images: int) -> dict[s
     """A statistic of all images, and where 95 % of those of as many, drawn with replacement, lie."""
     generator = torch.Generator().manual_seed(0)
     draws = torch.tensor([statistic(torch.randint(images, (images,), generator=generator)) for _ in range(DRAWS)])
-    ends = draws.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = draws.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"difference": statistic(torch.arange(images)), "interval": ends}
 
 
@@ -71,7 +76,10 @@ def interval_of(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> l
     return bootstrap(own, int(seen.sum()))["interval"]
 
 
-def in_points(found: dict[str, Any]) -> str:
-    """A difference in points of a percent, with its interval."""
+def in_points(found: dict[str, Any], metric: str = "top1") -> str:
+    """A difference in points of a percent, or of numbers in their own unit, with its interval."""
+    if metric in OF_NUMBERS:
+        difference, low, high = (f"{value + 0.0:+.4g}" for value in (found["difference"], *found["interval"]))
+        return f"{difference} ({low} to {high})"
     points, low, high = (round(100 * value, 1) + 0.0 for value in (found["difference"], *found["interval"]))  # no -0.0
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"

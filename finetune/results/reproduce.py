@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.recipe.load import HERE, load_recipe
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.results.baseline import describe_baseline, describe_record, find_record, metric_of, p_value, prediction_interval
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder

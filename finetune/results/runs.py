@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from finetune.metrics.intervals import wilson
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS, direction, write_value
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.report.curves import draw_curves
 from finetune.training.run_dir import lock, newest_checkpoint, run_name, started
@@ -53,14 +53,16 @@ class Run:
 def list_runs(folder: Path, order: str = "started") -> list[dict[str, Any]]:
     """A row for each run; a folder whose recipe can't be read is a row with its fault.
 
-    The last is the newest, or by `order` "result" the one with the highest metric, by "run" the last of the alphabet.
+    The last is the newest, or by `order` "result" the one with the best metric, by "run" the last of the alphabet.
     """
     files = sorted(folder.glob("*/recipe.json"), key=lambda file: (file.stat().st_mtime, file.parent.name))
     rows = [describe_run(file.parent) for file in files]
     if order == "run":
         rows.sort(key=lambda row: row["run"])
     if order == "result":  # unlike metrics can't be compared, and stand apart
-        rows.sort(key=lambda row: ("value" in row, row.get("metric", ""), row.get("value", 0)))
+        rows.sort(
+            key=lambda row: ("value" in row, row.get("metric", ""), direction(row.get("metric", "")) * row.get("value", 0))
+        )
     return rows
 
 
@@ -119,10 +121,11 @@ def runs_as_table(rows: list[dict[str, Any]], wide: bool = False) -> str:
 def cell(row: dict[str, Any], column: str) -> str:
     """What stands in a column for a run; a run without a result has its state there."""
     if column == "best":
-        return f"{row['best']:.1%}" if "best" in row else ""
+        return write_value(row["metric"], row["best"], 1) if "best" in row else ""
     if column != "result":
         return str(row.get(column, ""))
     if row["state"] != "finished":
         return str(row["state"])
-    chance = f" ({100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f})" if "interval" in row else ""
-    return f"{METRICS[row['metric']]} {row['value']:.1%}{chance}"
+    metric, ends = row["metric"], row.get("interval", ())
+    chance = f" ({' to '.join(write_value(metric, end, 1, '') for end in ends)})" if ends else ""
+    return f"{METRICS[metric]} {write_value(metric, row['value'], 1)}{chance}"

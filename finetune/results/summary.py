@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ from torch import nn
 from finetune.data.loader import ImageDataset
 from finetune.metrics.compute import best_row, subgroup_metrics
 from finetune.metrics.measure import measure
+from finetune.metrics.numbers import describe_numbers
 from finetune.models.backbone import head_parameters, is_timm
-from finetune.models.saved import beyond_chance, model_to_use
-from finetune.models.saving import save_model
+from finetune.models.linear_probe import units_of
+from finetune.models.saved import model_to_use, more_than_chance
+from finetune.models.saving import plain_head, save_model
 from finetune.models.sharding import gather_state
 from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
 from finetune.page.write import PAGE, write_page
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, OF_NUMBERS, REPORTED_METRICS, beats, write_number, write_value
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.curves import plot_curves
 from finetune.report.drawing import run_title
+from finetune.report.numbers import plot_largest_errors, plot_number_predictions, plot_numbers
 from finetune.report.sheets import plot_mistakes, plot_predictions
 from finetune.results.baseline import describe_verdict
 from finetune.results.paired import in_points
@@ -62,13 +66,14 @@ def finish_run(
     predictions = safetensors.torch.load_file(logger.predictions_file)
     logits, labels = predictions["logits"], predictions["labels"]
     groups = getattr(images.images, "groups", None)
-    measured = measure(recipe, logits, labels, groups)
+    measured = measure(recipe, logits, labels, groups, names=images.classes, units=units_of(net))
+    temperature = measured.get("calibration", {}).get("temperature", 1.0)
     with merged(net):
-        temperature = measured["calibration"]["temperature"]
         inputs, thresholds = images.transform.preprocessing, measured.get("thresholds")
         save_model(folder / "model", net, inputs, images.classes, temperature, thresholds)
     if adapters(net):
-        save_adapter(folder / "adapter", net, {name.rpartition(".")[0] for name in head_parameters(recipe, net)})
+        with plain_head(net):
+            save_adapter(folder / "adapter", net, {name.rpartition(".")[0] for name in head_parameters(recipe, net)})
     result = {"recipe": run_name(folder), **({"smoke": True} if smoke else {}), **measured, **run_result(recipe, logger)}
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
@@ -77,8 +82,13 @@ def finish_run(
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
     certain = logits / temperature  # as predict has them
-    try_to(plot_predictions, folder, certain, labels, images)
-    if recipe.loss != "multi_label":
+    if units := units_of(net):
+        try_to(plot_numbers, folder, logits, labels, images.classes, run_title(folder))
+        try_to(plot_number_predictions, folder, logits, labels, images)
+        try_to(plot_largest_errors, folder, logits, labels, images, units.deviation)
+    else:
+        try_to(plot_predictions, folder, certain, labels, images)
+    if recipe.loss in ("cross_entropy", "binary"):
         try_to(plot_confusion_matrix, folder, logits, labels, images.classes, run_title(folder))
         try_to(plot_mistakes, folder, certain, labels, images, net)
     try_to(write_page, folder, images.images, describe_verdicts(recipe, file, result))
@@ -121,8 +131,9 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
     `file` is the recipe's. Lines are folded at 80 columns; `verbose` adds how far each group moved, and the files.
     """
     metric, images = recipe.metric, result["val_images"]
+    written = partial(write_value, metric, sign=" %")
     words = {metric: METRICS[metric], **REPORTED_METRICS}
-    reached = [f"{words[name]} {100 * result[name]:.2f} %" for name in words if name in result]
+    reached = [f"{words[name]} {write_value(name, result[name], sign=' %')}" for name in words if name in result]
     reached[0] += around(result, metric)
     early = f"; stopped early, after {result['epochs']} of {recipe.epochs} epochs" if result["epochs"] < recipe.epochs else ""
     cost = f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} images/s, {result['peak_memory_gib']:.1f} GiB"
@@ -131,8 +142,9 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         ("", ", ".join([*reached[1:], f"loss {result['loss']:.4f}"])),
         ("", describe_calibration(result)),
         ("", describe_thresholds(result)),
+        *(("", line) for line in describe_numbers(result)),
         *(
-            ("", f"{name}: {words[metric]} {100 * part[metric]:.2f} % of {part['val_images']} images{around(part, metric)}")
+            ("", f"{name}: {words[metric]} {written(part[metric])} of {part['val_images']} images{around(part, metric)}")
             for name, part in result.get("by_subgroup", {}).items()
             if metric in part
         ),
@@ -152,7 +164,7 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
 def around(result: dict[str, Any], metric: str) -> str:
     """The interval of a metric in brackets, where a result has it."""
     interval = result.get("intervals", {}).get(metric)
-    return f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    return f" (95 % interval {' to '.join(write_value(metric, end, 1, '') for end in interval)})" if interval else ""
 
 
 def describe_calibration(result: dict[str, Any]) -> str:
@@ -212,14 +224,16 @@ def describe_gain(metric: str, result: dict[str, Any], lr_scale: float = 1.0) ->
     if f"linear_probe_{metric}" not in result:
         return ""
     before, after = result[f"linear_probe_{metric}"], result[metric]
-    if after > before:
-        words = f"fine-tuning added {100 * (after - before):.2f} points"
-        words += "" if beyond_chance(before, after, result["val_images"]) else ", which may be chance"
+    of_numbers = metric in OF_NUMBERS
+    if beats(metric, after, before):
+        gained = f"took it to {write_number(after)}" if of_numbers else f"added {100 * (after - before):.2f} points"
+        words = f"fine-tuning {gained}" + ("" if more_than_chance(metric, before, after, result) else ", which may be chance")
     else:
         lower = f"fine-tuning did not pay; lower learning rates may: --lr-scale {0.3 * lr_scale:.2g}"
-        words = lower if after < before else "fine-tuning added nothing"
+        words = lower if beats(metric, before, after) else "fine-tuning added nothing"
     l2 = result.get("linear_probe_l2")  # runs of old versions did not keep it
-    return f"linear probe {100 * before:.2f} %{f' (l2 {l2:g})' if l2 else ''}; {words}"
+    reached = f"{METRICS[metric]} {write_number(before)}" if of_numbers else f"{100 * before:.2f} %"
+    return f"linear probe {reached}{f' (l2 {l2:g})' if l2 else ''}; {words}"
 
 
 def copy_params(groups: Sequence[ParamGroup]) -> ParamsByGroup:

@@ -19,7 +19,8 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.similar import thumbnail
-from finetune.utils.text import readable
+from finetune.utils.errors import RecipeError
+from finetune.utils.text import as_number, readable
 
 SHARP_SIDE = 256  # pixels of the longer side at which sharpness is measured
 
@@ -43,6 +44,7 @@ class ImageStats:
 def compute_image_stats(source: str) -> ImageStats:
     """Statistics of the images that a recipe with that source would train on."""
     check_source(source)
+    refuse_numbers(source)
     source = str(Path(source).resolve()) if Path(source).exists() else source
     return sample_stats(load_data(minimal_recipe("resnet18", source, image_size=32)), source)
 
@@ -70,9 +72,23 @@ def sample_stats(data: ImageData, source: str) -> ImageStats:
     )
 
 
+def refuse_numbers(source: str) -> None:
+    """Raise RecipeError for a table of numbers: several by name, or labels of many values with decimal places."""
+    if not source.lower().endswith(".csv") or not Path(source).is_file():
+        return
+    columns, _ = read_columns(Path(source), ("path",))
+    numbers = [as_number(cell) for cell in columns["label"]]
+    decimal = None not in numbers and any(number % 1 for number in numbers if number is not None)
+    named = not columns["label"] and any(name.startswith("label_") for name in columns)
+    if named or decimal and 2 * len({*numbers}) > len(numbers):
+        remedy = "to train on them, write a recipe with loss='mse', metric='mae'"
+        raise RecipeError(f"the labels of {source} are numbers, and this is for classes; {remedy}")
+
+
 def recipe_for(source: str) -> Recipe:
     """A minimal recipe with these images; for a table with several labels an image, it expects them."""
     recipe = minimal_recipe("resnet18", source, image_size=32)
+    refuse_numbers(source)
     if source.lower().endswith(".csv") and any(re.search("[;|]", cell) for cell in read_columns(Path(source))[0]["label"]):
         recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
     return recipe

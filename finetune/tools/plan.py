@@ -69,8 +69,9 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     """Network, data and length of a run, in one line."""
     steps, probe = recipe.data.steps_per_epoch(num_images), recipe.linear_probe
     first = f"linear probe on features of {probe.views * num_images} images, then " if probe else ""
+    kind = f"number{'s' * (num_classes > 1)}" if recipe.of_numbers else "classes"
     return (
-        f"{to_dict(recipe.backbone)} on {to_dict(recipe.data.source)}, {num_images} images of {num_classes} classes at "
+        f"{to_dict(recipe.backbone)} on {to_dict(recipe.data.source)}, {num_images} images of {num_classes} {kind} at "
         f"{recipe.data.pixels} px; {first}{recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images"
     )
 
@@ -83,10 +84,10 @@ def describe_validation(recipe: Recipe, images: Images) -> str:
     return f"{len(images)} validation images{of_groups}{fold}"
 
 
-def describe_classes(classes: Sequence[str]) -> str:
-    """The names of the classes, the first ten of many."""
+def describe_classes(classes: Sequence[str], of_numbers: bool = False) -> str:
+    """The names of the classes, or numbers, the first ten of many."""
     more = f", ... ({len(classes)} in all)" if len(classes) > 10 else ""
-    return f"classes: {', '.join(classes[:10])}{more}"
+    return f"{'numbers' if of_numbers else 'classes'}: {', '.join(classes[:10])}{more}"
 
 
 def describe_plan(name: str, recipe: Recipe, plan: Plan, wide: bool = False) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from finetune.models.batch_norm import has_statistics
+from finetune.models.linear_probe import Units, head_with_units, units_of
 from finetune.models.saving import decode_state, plain_state
 from finetune.models.sharding import gather_state, laid_out_like, whole
 from finetune.optim.optimizers import build_optimizer, just_switched, plain_optimizers, start_epoch
@@ -76,7 +77,8 @@ def save_checkpoint(
             torch.save(moments, optimizer_file := io.BytesIO())
             (folder / "optimizer.pt").write_bytes(optimizer_file.getbuffer())
             counts = {"step": step, "steps_per_epoch": steps_per_epoch}
-            state = {**counts, "scaler": scaler, "optimizers": optimizers, **logger.state()}
+            of_numbers = {"units": units} if (units := units_of(network)) else {}
+            state = {**counts, **of_numbers, "scaler": scaler, "optimizers": optimizers, **logger.state()}
             (folder / "state.json").write_text(json.dumps(state))
 
         # With the evaluated epochs in it no name comes twice, so none is ever replaced: after an epoch's last step there may be
@@ -139,6 +141,8 @@ def restore(
     for network, name in ((net, "model"), (evaluated, "average"))[: 1 if evaluated is net else 2]:
         weights, own = read_network(folder, name, network), network.state_dict()
         network.load_state_dict({name: laid_out_like(own[name], value) for name, value in weights.items()})
+        if "units" in state:
+            keep_units(network, Units(*map(tuple, state["units"])))
     if accelerator.scaler and state["scaler"]:  # none after a change of the precision: the new one starts afresh
         accelerator.scaler.load_state_dict(state["scaler"])
     logger.resume(state)
@@ -160,6 +164,19 @@ def restore(
     if step > epoch * steps_per_epoch or not just_switched(optimizer, epoch):
         restore_optimizer(folder, state, net, optimizer)
     return step
+
+
+def keep_units(net: nn.Module, before: Units) -> None:
+    """Let the head, whose weights are of other units, return what it did: the mean of images that were changed is another."""
+    head = head_with_units(net)
+    if head is None or head[1].units == before:
+        return
+    layer, now = head[0], head[1].units
+    (old_mean, old_deviation), (mean, deviation) = (torch.tensor(units, dtype=torch.float64) for units in (before, now))
+    with torch.no_grad():
+        scale = (old_deviation / deviation).to(layer.weight)
+        layer.weight.mul_(scale[:, None])
+        layer.bias.mul_(scale).add_(((old_mean - mean) / deviation).to(layer.bias))
 
 
 def read_network(folder: Path, name: str, net: nn.Module) -> dict[str, Any]:

@@ -15,9 +15,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from finetune.data.loader import Batch, BatchPlan, is_unreadable
+from finetune.data.batches import BatchPlan
+from finetune.data.loader import Batch, is_unreadable
+from finetune.metrics.compute import best_row
 from finetune.recipe import Recipe
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS, write_value
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.training.run_dir import newest_checkpoint
 from finetune.utils.errors import RecipeError
@@ -231,8 +233,8 @@ class Logger:
     def say_row(self, label: str, train_loss: str, row: dict[str, Any], left: str) -> None:
         """An epoch's line, under the names of its columns: up to 1000 epochs fit 80 columns."""
         metric = SHORT.get(self.metric, METRICS[self.metric])
-        best = max(metrics[self.metric] for metrics in self.rows())
-        cells = (label, train_loss, f"{row['loss']:.4f}", f"{row[self.metric]:.2%}", f"{best:.2%}", left)
+        now, best = (write_value(self.metric, one[self.metric]) for one in (row, best_row(self.rows(), self.metric)))
+        cells = (label, train_loss, f"{row['loss']:.4f}", now, best, left)
         heads = ("", "training loss", "validation loss", metric, "best", "time left")
         for line in (cells,) if self.headed else (heads, cells):
             first = f"{line[0]:<{max(12, 10 + 2 * len(str(self.epochs)))}}"

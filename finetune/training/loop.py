@@ -9,7 +9,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from timm.utils import adaptive_clip_grad
 from torch import nn
 
-from finetune.data.loader import Batch, Cut, ImageDataset, epoch_batches, load_batches
+from finetune.data.batches import Cut
+from finetune.data.loader import Batch, ImageDataset, epoch_batches, load_batches
 from finetune.metrics.calibration import calibrate
 from finetune.metrics.compute import best_row, compute_metrics
 from finetune.metrics.thresholds import choose_thresholds
@@ -66,7 +67,7 @@ def train(
             if ema:
                 ema.set(net)
             logits, labels = predict_logits(recipe, evaluated, val_images, accelerator, options, text="validation")
-            logger.log_linear_probe({**compute_metrics(recipe, logits, labels), "linear_probe_l2": l2})
+            logger.log_linear_probe({**compute_metrics(recipe, logits, labels, criterion.units), "linear_probe_l2": l2})
             save_if_best(recipe, evaluated, val_images, logger, logits, labels)
         first_epoch = len(logger.history)
         stop.stepping = True
@@ -105,7 +106,7 @@ def train(
                 check_same_weights(network, accelerator)
             seen = inputs.model(evaluated), inputs.val
             logits, labels = predict_logits(recipe, *seen, accelerator, options, text="validation")
-            logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels), logits, labels)
+            logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels, criterion.units), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger, logits, labels)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)
     return whole(evaluated)

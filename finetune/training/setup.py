@@ -4,8 +4,8 @@ import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +16,23 @@ from accelerate.tracking import filter_trackers
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from finetune.data.batches import Cut
 from finetune.data.channels import fit_preprocessing
 from finetune.data.dataset import ImageData, ImageList, Images, labels_of
-from finetune.data.loader import Cut, ImageDataset, Transform, epoch_batches
+from finetune.data.loader import ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.images.own_function import OwnFunction
 from finetune.images.transforms import eval_transform, training_transform
 from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
-from finetune.models.linear_probe import check_probe
+from finetune.models.linear_probe import check_probe, standardise
 from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.models.saved import try_saving
 from finetune.models.sharding import shard
 from finetune.optim.lora import check_called
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import ParamGroup, build_param_groups
-from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
-from finetune.recipe.load import override
+from finetune.recipe import Recipe
 from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
 from finetune.training.launch import asks_for_fsdp, check_processes, chosen_threads
@@ -150,7 +150,7 @@ def setup(recipe: Recipe, accelerator: Accelerator, accumulate: int = 1) -> tupl
     check_micro_batches(recipe, datasets[0], accelerator.num_processes, accumulate)
 
     def try_once() -> None:
-        if recipe.linear_probe and accelerator.is_main_process:
+        if (recipe.linear_probe or recipe.of_numbers) and accelerator.is_main_process:
             check_probe(recipe, net)  # by values, which the recipe's check had not
         if (function := datasets[0].function) and accelerator.is_main_process:
             function.try_on(datasets[0].read, len(datasets[0]))
@@ -184,13 +184,17 @@ def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
 def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
     """The training images, augmented, and the validation images, preprocessed, as the network takes them."""
     inputs = fit_preprocessing(preprocessing(recipe, net), data.train, recipe.data)
-    if recipe.metric == "auroc" and len(np.unique(labels_of(data.val), axis=0)) < 2:
-        raise RecipeError("metric='auroc' is not defined: all validation images have the same label; name another metric")
+    if recipe.metric in ("auroc", "r2", "spearman") and len(np.unique(labels_of(data.val), axis=0)) < 2:
+        same = "all validation images have the same label"
+        raise RecipeError(f"metric='{recipe.metric}' is not defined: {same}; name another metric")
+    if recipe.of_numbers:
+        standardise(recipe, net, labels_of(data.train), data.classes)
 
     def dataset(images: Images, transform: Transform, function: OwnFunction | None = None) -> ImageDataset:
         several, layout = recipe.loss == "multi_label", memory_format(recipe, net)
         bad, background = recipe.data.on_bad_image, recipe.data.background
-        return ImageDataset(images, transform, recipe.seed, data.classes, bad, several, layout, background, function)
+        options = (recipe.seed, data.classes, bad, several, layout, background, function, recipe.of_numbers)
+        return ImageDataset(images, transform, *options)
 
     train = data.train
     if recipe.data.reduced_decode and isinstance(train, ImageList):  # what is evaluated is decoded as `predict` does
@@ -220,7 +224,7 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             f"batch_norm='frozen' keeps pretrained statistics, and {fresh[0]}, in the new head of "
             f"{to_dict(recipe.backbone)}, has none: --set batch_norm=train"
         )
-    if recipe.linear_probe:
+    if recipe.linear_probe or recipe.of_numbers:
         check_probe(recipe, net)
     if recipe.ema_decay:
         try:
@@ -253,49 +257,3 @@ def check_micro_batches(recipe: Recipe, images: ImageDataset, processes: int, ac
             f"{recipe.data.batch_size} over {processes} processes x {accumulate} micro-batches leave one alone: change "
             "data.batch_size, or --set batch_norm=frozen"
         ) from error
-
-
-def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
-    """The recipe cut down to seconds: a stage an epoch, a batch that divides by `parts`, small generated images."""
-    rows = recipe.groups if isinstance(recipe.groups, tuple) else (recipe.groups,)
-    stages = sorted({0} | {row.unfreeze_at for row in rows})
-
-    def quick(schedule: Schedule) -> Schedule:
-        return replace(schedule, warmup_epochs=min(0.5, schedule.warmup_epochs))
-
-    def early(row: Group) -> Group:
-        """The row with its stage's epoch, and no time to lose on warmup."""
-        own = row.schedule and quick(row.schedule)
-        return replace(row, unfreeze_at=stages.index(row.unfreeze_at), schedule=own, warmup_epochs=min(0.5, row.warmup_epochs))
-
-    groups: tuple[Group, ...] | LayerDecay
-    if isinstance(recipe.groups, LayerDecay):
-        groups = replace(recipe.groups, unfreeze_at=stages.index(recipe.groups.unfreeze_at))
-    else:
-        groups = tuple(early(row) for row in recipe.groups)
-    small = replace(
-        recipe,
-        weights="none",
-        groups=groups,
-        switch=recipe.switch and replace(recipe.switch, at=stages.index(recipe.switch.at)),
-        schedule=quick(recipe.schedule),
-        epochs=len(stages) + 1,
-        class_weights=None if isinstance(recipe.class_weights, tuple) else recipe.class_weights,  # for other classes
-        pos_weight=None if isinstance(recipe.pos_weight, tuple) else recipe.pos_weight,  # likewise
-        early_stop=None,
-        data=Data(
-            "generated",
-            32,
-            parts * -(-8 // parts),
-            recipe.data.crop_pct,
-            recipe.data.sampling,
-            resize=recipe.data.resize,
-            channels=recipe.data.channels,
-        ),  # fmt: skip
-    )
-    for size in (32, 28, recipe.data.image_size):  # 28: patches of 14 pixels; the last: a network for one size only
-        small = override(small, [f"data.image_size={size}"])
-        with suppress(RecipeError):
-            meta_backbone(small)
-            break
-    return small

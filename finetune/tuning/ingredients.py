@@ -82,6 +82,8 @@ def read_runs(folders: Sequence[Path], data: str | None = None) -> Runs:
     if len(states) > 1 and all(same_state(states[0], state) for state in states[1:]):
         note("the networks of these runs are the same one, such as the linear probe of each: their average is no other")
     recipe, _, _ = recipe_of_run(folders[0])
+    if recipe.of_numbers:
+        raise RecipeError("a soup is of networks of classes; these predict numbers")
     if data:
         recipe = override(recipe, [f"data.source={data!r}"])
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():

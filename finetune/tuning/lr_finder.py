@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune.data.loader import Cut, ImageDataset, epoch_batches, load_batches
+from finetune.data.batches import Cut
+from finetune.data.loader import ImageDataset, epoch_batches, load_batches
 from finetune.models.batch_norm import set_train_mode
 from finetune.optim.freezing import start_stage
 from finetune.optim.loss import Criterion

@@ -18,7 +18,7 @@ from finetune.metrics.compute import compute_metrics, subgroup_metrics
 from finetune.metrics.measure import measure
 from finetune.models.saving import save_model
 from finetune.page.write import write_page
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import run_title
 from finetune.results.paired import compare, in_points, interval_of

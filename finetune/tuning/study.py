@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.recipe.load import load_recipe, override
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.recipe.serialize import diff
 from finetune.training.run_dir import lock
 from finetune.tuning.space import Plan

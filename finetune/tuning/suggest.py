@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from finetune.data.batches import BatchPlan
 from finetune.data.dataset import ImageData
-from finetune.data.loader import Batch, BatchPlan, load_batches
+from finetune.data.loader import Batch, load_batches
 from finetune.data.sources import load_data
 from finetune.images.cache import USED
 from finetune.models.backbone import build_backbone, fresh_norms, head_parameters, meta_backbone

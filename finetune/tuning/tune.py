@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe.load import assignments_of
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.tools.library import copy_recipe
 from finetune.tuning.space import Dimension, Plan, check_plan, make_plan

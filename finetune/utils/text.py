@@ -211,3 +211,12 @@ def lasting_output() -> Iterator[None]:
     streams = [LastingStream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         yield
+
+
+def as_number(cell: str) -> float | None:
+    """The number that a text is; None for what is none, not finite, or too large for float32."""
+    try:
+        number = float(cell)
+    except ValueError:
+        return None
+    return number if abs(number) < 3e38 else None

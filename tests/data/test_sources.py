@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.data.batches import Cut, plan_epoch
 from finetune.data.builtin import split
 from finetune.data.dataset import ImageList
-from finetune.data.loader import Cut, ImageDataset, load, plan_epoch
+from finetune.data.loader import ImageDataset, load
 from finetune.data.sources import known_size, load_data
 from finetune.images.transforms import eval_transform
 from finetune.models.backbone import meta_backbone

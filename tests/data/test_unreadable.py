@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from benchmarks import fuzz
-from finetune.data.dataset import name_others
+from finetune.data.loader import name_others
 from finetune.data.sources import load_data
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError

@@ -10,7 +10,8 @@ import timm.loss
 import torch
 from torch.nn.functional import one_hot
 
-from finetune.data.loader import Cut, ImageDataset, balanced_sample_weights, plan_epoch
+from finetune.data.batches import Cut, balanced_sample_weights, plan_epoch
+from finetune.data.loader import ImageDataset
 from finetune.images.mixing import mix_neighbours
 from finetune.recipe import Augment, Data
 from finetune.training import setup

@@ -210,7 +210,7 @@ def test_lora_changes_attention_or_says_that_it_can_not(name, pattern, layers):
     head, rest = patterns(recipe, net)
     build_param_groups(replace(recipe, groups=(head, Lora("attention", pattern, lr=1e-3), replace(rest, lr=0))), net)
     with nullcontext() if layers else pytest.raises(RecipeError, match=r"LoRA can't change \S+\.qkv and \d+ more"):
-        check_called(net, recipe.data.sides)
+        check_called(net, recipe.data.shape)
         assert len(adapters(net)) == layers
 
 

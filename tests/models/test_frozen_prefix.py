@@ -45,7 +45,7 @@ def test_a_network_goes_on_from_what_its_frozen_layers_returned(name, first, las
     net = freeze(made(), first)
     before = {path: (module, module.training, dict(module.__dict__)) for path, module in net.named_modules()}
     state = {key: value.clone() for key, value in net.state_dict().items()}
-    prefix = find_prefix(net, (64, 64) if name != "test_vit" else (160, 160), "frozen")
+    prefix = find_prefix(net, (3, 64, 64) if name != "test_vit" else (3, 160, 160), "frozen")
     assert prefix is not None and prefix.last == last
     images = torch.randn(5, 3, *prefix.sides)
     logits = net(images)
@@ -137,13 +137,13 @@ class Twice(Odd):
 def test_only_what_is_still_and_alone_decides_is_a_prefix(kind, first, last):
     """Where more than the frozen layers' output matters, or it is not the same again, there is none or a shorter one."""
     torch.manual_seed(0)
-    found = find_prefix(freeze(kind(), first), (16, 16), "frozen")
+    found = find_prefix(freeze(kind(), first), (3, 16, 16), "frozen")
     assert (found and found.last) == last
 
 
 def test_the_share_of_a_forward_pass_is_that_of_its_multiplications():
     """Of two convolutions and a linear layer: counted by hand."""
     net = freeze(Odd(), "middle.weight")
-    prefix = find_prefix(net, (16, 16), "frozen")
+    prefix = find_prefix(net, (3, 16, 16), "frozen")
     stem, middle, head = 16 * 48 * 4, 16 * 4 * 4, 4 * 3
     assert share_of_forward(net, prefix) == pytest.approx(stem / (stem + middle + head))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import load
 from finetune.models import kept_images
 from finetune.optim.freezing import stage_epochs
 from finetune.recipe import SGD, Augment, Constant, Data, Group, LayerDecay, LinearProbe

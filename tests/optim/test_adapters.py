@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from finetune.data.loader import load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import load
 from finetune.optim.adapters import make_lr_scheduler, make_optimizer, unfreeze
 from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups, planned_lrs

@@ -7,7 +7,8 @@ import torch
 from timm.optim import get_optimizer_info, list_optimizers
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import load
 from finetune.optim.optimizers import SeveralOptimizers, build_optimizer
 from finetune.optim.param_groups import build_param_groups, planned_lrs
 from finetune.recipe import SGD, AdamW, Constant, Data, Group, Optimizer, Step, Switch

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from finetune.data.loader import plan_epoch
+from finetune.data.batches import plan_epoch
 from finetune.recipe import (
     SGD,
     AdamW,

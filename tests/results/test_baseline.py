@@ -12,7 +12,7 @@ from scipy.stats import norm
 from finetune.__main__ import main as verb
 from finetune.recipe import Data
 from finetune.recipe.load import load_recipe
-from finetune.recipe.recipe import METRICS
+from finetune.recipe.metrics import METRICS
 from finetune.recipe.serialize import to_dict
 from finetune.results import baseline, reproduce
 from finetune.results.baseline import (

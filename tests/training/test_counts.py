@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
-from finetune.data.loader import Cut, plan_epoch
+from finetune.data.batches import Cut, plan_epoch
 from finetune.recipe import Augment, Data, LinearProbe
 from finetune.training.setup import check_micro_batches
 from finetune.utils.errors import RecipeError

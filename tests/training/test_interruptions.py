@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune.data.loader import plan_epoch
+from finetune.data.batches import plan_epoch
 from finetune.recipe import Data
 from finetune.run import STOPPED, main
 from finetune.training import checkpoint, distributed

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, top_k_accuracy_score
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import load
 from finetune.metrics.compute import compute_metrics
 from finetune.recipe import SGD, Constant, Data, Group, Optimizer, Plateau
 from finetune.training import loop

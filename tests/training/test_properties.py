@@ -15,7 +15,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from finetune.data.loader import Cut as BatchCut
+from finetune.data.batches import Cut as BatchCut
 from finetune.data.loader import epoch_batches, load
 from finetune.recipe import (
     SGD,

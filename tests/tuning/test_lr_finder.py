@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.loader import load, plan_epoch
+from finetune.data.batches import plan_epoch
+from finetune.data.loader import load
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import SGD, Group, LayerDecay, Step
 from finetune.recipe.load import FLAGS, override

@@ -27,7 +27,7 @@ class Data(Checked):
     - "torchvision/NAME": Flowers102, DTD, Food101, ...;
     - "hf/OWNER/NAME", "hf/OWNER/NAME:CONFIG" or "hf/PATH", read by the package datasets;
     - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split, subgroup and
-      group;
+      group; numbers (loss="mse", "huber", "l1") in label, or each in a column label_NAME;
     - a folder of images: train/CLASS/* and val/CLASS/*, or CLASS/*;
     - a folder of WebDataset's train-*.tar and val-*.tar (KEY.jpg, KEY.cls; class names in classes.txt);
     - a function without arguments that returns (train, validation), two map-style sets of (PIL image, label), the first

@@ -47,7 +47,7 @@ def test_a_network_goes_on_from_what_its_frozen_layers_returned(name, first, las
     state = {key: value.clone() for key, value in net.state_dict().items()}
     prefix = find_prefix(net, (3, 64, 64) if name != "test_vit" else (3, 160, 160), "frozen")
     assert prefix is not None and prefix.last == last
-    images = torch.randn(5, 3, *prefix.sides)
+    images = torch.randn(5, 3, *prefix.shape[1:])
     logits = net(images)
     wanted = gradients(net, logits)
     suffix = Suffix(net, prefix)

@@ -208,18 +208,19 @@ def soup() -> str:
 
 def lora() -> str:
     """What full fine-tuning and LoRA reach, each at the best of the learning rates that were tried on held-out images."""
-    kept = [json.loads(line) for line in (RESULTS / "lora.jsonl").read_text().splitlines()]
-    kept = [row for row in kept if row.get("holdout") == 0.0]
+    lines = [json.loads(line) for line in (RESULTS / "lora.jsonl").read_text().splitlines()]
+    kept, steps = [row for row in lines if row.get("holdout") == 0.0], {row["recipe"]: row for row in lines if "what" in row}
     rows, words = [], {"full": ("all layers", "times the recipe's"), "lora": ("LoRA, rank 8", "for the changes")}
     for name in dict.fromkeys(row["recipe"] for row in kept):
-        probe = mean(row["linear_probe_top1"] for row in kept if row["recipe"] == name)
-        rows.append((f"`{name}`", "the linear probe", "", f"{probe:.1%}"))
-        for way, (label, of) in words.items():
-            found = [row for row in kept if (row["recipe"], row["way"]) == (name, way)]
-            values = [row["top1"] for row in found]
+        own = [row for row in kept if row["recipe"] == name]
+        images, probe = own[0]["val_images"], mean(row["linear_probe_top1"] for row in own)
+        rows.append((f"`{name}`", "the linear probe", "", f"{probe:.1%} of {images:,}", "", ""))
+        for way, lr in dict.fromkeys((row["way"], row["lr"]) for row in own):
+            values = [row["top1"] for row in own if (row["way"], row["lr"]) == (way, lr)]
+            (label, of), step = words[way], steps[name][way]
             score = f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f}, {len(values)} seeds)"
-            rows.append((f"`{name}`", label, f"{found[0]['lr']:g} {of}", score))
-    return table("recipe | what trains | learning rates | top-1", rows)
+            rows.append((f"`{name}`", label, f"{lr:g} {of}", score, f"{32 / step['seconds']:.0f}", f"{step['gib']:.2f}"))
+    return table("recipe | what trains | learning rates | top-1 | images/s | GiB", rows)
 
 
 def find_lr() -> str:

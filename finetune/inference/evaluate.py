@@ -199,7 +199,7 @@ def describe_metrics(result: dict[str, Any]) -> str:
                 for number in (result[name], *result["intervals"].get(name, ()))
             )
             rows.append((words, value, " to ".join(ends)))
-    temperature = result["calibration"]["temperature"]
+    temperature = result["calibration"]["used"]
     at = f"\nlog loss, Brier score and calibration error at the model's temperature, {temperature:.2f}" * (temperature != 1)
     return align_columns(rows, numbers=True) + at
 

@@ -13,7 +13,7 @@ from finetune.metrics.numbers import baseline, mean_metrics
 from finetune.metrics.thresholds import choose_thresholds
 from finetune.models.linear_probe import Units
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import NUMBER_LOSSES, OF_NUMBERS
+from finetune.recipe.metrics import NUMBER_LOSSES, OF_NUMBERS, OF_PROBABILITIES
 
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
@@ -28,9 +28,7 @@ NAMES = {  # in words, in the order of a table
     "average_precision": "average precision",
     "auroc": "AUROC",
     "kappa": "kappa",
-    "log_loss": "log loss",
-    "brier": "Brier score",
-    "ece": "calibration error",
+    **OF_PROBABILITIES,
     **OF_NUMBERS,
 }
 NUMBERS = ("kappa", "log_loss", "brier", *OF_NUMBERS)  # all else are shares
@@ -54,8 +52,9 @@ def measure(
 
     Intervals are of 95 %: Wilson's of top-1 and top-5, of all else the percentiles of 1,000 bootstraps of the images (Efron
     1979); of the `groups`, where images belong to some, as those of one group are not independent. Log loss, Brier score and
-    calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits. The last has no
-    interval, since by chance alone resampled images are further off. A metric that is not defined, such as the AUROC of one
+    calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits; where one of them is
+    the recipe's metric, as in each epoch, at temperature 1: "used". The last has no interval, since by chance alone resampled
+    images are further off. A metric that is not defined, such as the AUROC of one
     class alone, is left out; so are images without a label.
 
     Of numbers there is no calibration, but "numbers", a row for each of the `names`, and with the `units` "baseline".
@@ -66,8 +65,9 @@ def measure(
     if recipe.of_numbers:
         return measure_numbers(logits, labels, owners, names, units)
     calibration = calibrate(recipe.loss, logits, labels, owners, temperature)
-    metrics = metrics_of(recipe.loss, logits, labels, calibration["temperature"])
-    chosen: dict[str, Any] = {"calibration": calibration}
+    used = 1.0 if recipe.metric in OF_PROBABILITIES else calibration["temperature"]
+    metrics = metrics_of(recipe.loss, logits, labels, used)
+    chosen: dict[str, Any] = {"calibration": calibration | {"used": used}}
     if recipe.loss == "multi_label":
         chosen["thresholds"], said = choose_thresholds(logits, labels, calibration["temperature"], owners, thresholds)
         metrics["macro_f1_at_thresholds"] = several_f1(said, labels)

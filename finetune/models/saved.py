@@ -19,7 +19,7 @@ from finetune.models.pretrained import INPUTS, fetch_from_hub, hub_fault, load_w
 from finetune.models.saving import decode_state, write_model
 from finetune.recipe import Recipe
 from finetune.recipe.load import load_recipe
-from finetune.recipe.metrics import METRICS, OF_NUMBERS, beats, write_value
+from finetune.recipe.metrics import METRICS, NO_SHARES, beats, write_value
 from finetune.recipe.recipe import minimal_recipe
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.utils.errors import RecipeError, first_line
@@ -200,7 +200,7 @@ def more_than_chance(metric: str, one: float, other: float, result: dict[str, An
 
     Of numbers, which are no shares, where one of them is outside the 95 % interval of the result.
     """
-    if metric in OF_NUMBERS:
+    if metric in NO_SHARES:
         low, high = result.get("intervals", {}).get(metric, (-math.inf, math.inf))
         return not low <= min(one, other) <= max(one, other) <= high
     return beyond_chance(one, other, result["val_images"])

@@ -22,7 +22,7 @@ from finetune.page.gallery import Group, Pictures
 from finetune.page.numbers import describe_numbers
 from finetune.page.tables import describe_classes, interval_text
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import METRICS, OF_NUMBERS, REPORTED_METRICS, write_number
+from finetune.recipe.metrics import METRICS, NO_SHARES, REPORTED_METRICS, write_number
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.training.run_dir import run_name, started
 from finetune.utils.files import read_json, write_file
@@ -206,7 +206,7 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
 
 def value_text(metric: str, value: float, interval: Sequence[float] | None) -> tuple[str, str]:
     """A metric and its interval as text: a share in percent, or of numbers as it is."""
-    if metric in OF_NUMBERS:
+    if metric in NO_SHARES:
         return write_number(value), " to ".join(map(write_number, interval or ()))
     return percent(value), interval_text(interval)
 

@@ -11,12 +11,16 @@ Metric = Literal[
     "balanced_accuracy",
     "auroc",
     "kappa",
+    "log_loss",
+    "brier",
+    "ece",
     "mae",
     "rmse",
     "r2",
     "spearman",
 ]
 MEAN_AP = {"mean_average_precision": "mean average precision"}
+OF_PROBABILITIES = {"log_loss": "log loss", "brier": "Brier score", "ece": "calibration error"}
 OF_NUMBERS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "spearman": "Spearman"}
 METRICS = {  # in words
     "top1": "top-1",
@@ -25,6 +29,7 @@ METRICS = {  # in words
     "balanced_accuracy": "balanced accuracy",
     "auroc": "AUROC",
     "kappa": "kappa",
+    **OF_PROBABILITIES,
     **OF_NUMBERS,
 }
 REPORTED_METRICS = {  # as a run's last lines name them
@@ -34,11 +39,15 @@ REPORTED_METRICS = {  # as a run's last lines name them
     **MEAN_AP,
     **OF_NUMBERS,
 }
-LOWER_IS_BETTER = ("mae", "rmse")
+LOWER_IS_BETTER = (*OF_PROBABILITIES, "mae", "rmse")
+NO_SHARES = (*OF_NUMBERS, *OF_PROBABILITIES)  # written, and judged, as numbers
 NUMBER_LOSSES = ("mse", "huber", "l1")  # of labels that are numbers
 KINDS = {  # of labels: the losses, and the metrics that measure them
-    "One label an image": (("cross_entropy", "binary"), ("top1", "macro_f1", "balanced_accuracy", "auroc", "kappa")),
-    "several labels": (("multi_label",), ("mean_average_precision", "auroc")),
+    "One label an image": (
+        ("cross_entropy", "binary"),
+        ("top1", "macro_f1", "balanced_accuracy", "auroc", "kappa", *OF_PROBABILITIES),
+    ),
+    "several labels": (("multi_label",), ("mean_average_precision", "auroc", *OF_PROBABILITIES)),
     "numbers": (NUMBER_LOSSES, tuple(OF_NUMBERS)),
 }
 
@@ -59,18 +68,18 @@ def beats(metric: str, value: float, other: float) -> bool:
 
 
 def write_value(metric: str, value: float, digits: int = 2, sign: str = "%") -> str:
-    """A metric's value as text: a share in percent, with so many digits; of numbers, in their own unit, four digits."""
-    return write_number(value) if metric in OF_NUMBERS else f"{100 * value:.{digits}f}{sign}"
+    """A metric's value as text: a share in percent, with so many digits; what is no share, in its own unit, in four digits."""
+    return write_number(value) if metric in NO_SHARES else f"{100 * value:.{digits}f}{sign}"
 
 
 def scale_of(metric: str) -> int:
     """What an axis multiplies a metric by: shares are in percent."""
-    return 1 if metric in OF_NUMBERS else 100
+    return 1 if metric in NO_SHARES else 100
 
 
 def unit_of(metric: str) -> str:
     """What an axis adds to a metric's name."""
-    return "" if metric in OF_NUMBERS else ", %"
+    return "" if metric in NO_SHARES else ", %"
 
 
 def write_number(value: float, digits: int = 4) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from finetune.recipe import Recipe
 from finetune.recipe.legacy import new_names
 from finetune.recipe.load import RECIPES
-from finetune.recipe.metrics import METRICS, OF_NUMBERS, write_value
+from finetune.recipe.metrics import METRICS, NO_SHARES, write_value
 from finetune.recipe.serialize import diff, from_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error
@@ -40,7 +40,7 @@ def mean_and_error(record: Record, new: int) -> tuple[float, float]:
     """
     values = [run[metric_of(record)] for run in record["runs"]]
     mean, images = statistics.mean(values), record["runs"][0]["val_images"]
-    if metric_of(record) in OF_NUMBERS:  # whose spread the seeds alone tell
+    if metric_of(record) in NO_SHARES:  # whose spread the seeds alone tell
         return mean, statistics.stdev(values) * math.sqrt(1 / len(values) + 1 / new)
     share = (mean * images + 2) / (images + 4)
     of_images = math.sqrt(share * (1 - share) / images)
@@ -52,7 +52,7 @@ def prediction_interval(record: Record, new: int) -> tuple[float, float]:
     """Where the mean of `new` runs of the same recipe lies with a probability of 95 %: its lower and upper end."""
     mean, error = mean_and_error(record, new)
     low, high = mean - 1.96 * error, mean + 1.96 * error
-    return (low, high) if metric_of(record) in OF_NUMBERS else (max(0.0, low), min(1.0, high))
+    return (low, high) if metric_of(record) in NO_SHARES else (max(0.0, low), min(1.0, high))
 
 
 def p_value(record: Record, values: list[float]) -> float:
@@ -141,7 +141,7 @@ def record_runs(folders: list[Path]) -> Record:
     seeds = [recipe.pop("seed") for recipe in recipes]
     if any(recipe != recipes[0] for recipe in recipes) or len(set(seeds)) < len(seeds):
         raise RecipeError("the runs must be of one recipe with a seed each")
-    if len(recipes) < 2 and metric_of({"recipe": recipes[0]}) in OF_NUMBERS:
+    if len(recipes) < 2 and metric_of({"recipe": recipes[0]}) in NO_SHARES:
         raise RecipeError("a record of numbers needs runs of two seeds or more, which tell what chance does")
     if any(result.get("smoke") for result in results):
         raise RecipeError("a smoke run is no result")

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from finetune.recipe.metrics import METRICS, OF_NUMBERS, REPORTED_METRICS, scale_of, unit_of, write_value
+from finetune.recipe.metrics import METRICS, NO_SHARES, REPORTED_METRICS, scale_of, unit_of, write_value
 from finetune.recipe.serialize import diff, flatten, to_dict
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.results.paired import compare, in_points, interval_of
@@ -133,6 +133,6 @@ def difference_of(row: dict[str, Any], metric: str) -> tuple[str, str]:
 
 def cell_of(name: str, value: float) -> str:
     """A share in percent, all else in three digits."""
-    if name in OF_NUMBERS:
+    if name in NO_SHARES:
         return write_value(name, value)
     return f"{value:.2%}" if name in REPORTED_METRICS else f"{value:.3g}" if value < 1000 else f"{value:.0f}"

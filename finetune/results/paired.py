@@ -11,7 +11,7 @@ from finetune.metrics.compute import compute_metrics
 from finetune.metrics.intervals import exact_interval, wilson
 from finetune.metrics.numbers import mean_metrics
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import OF_NUMBERS, direction
+from finetune.recipe.metrics import NO_SHARES, direction
 
 DRAWS = 1000  # of the bootstrap
 Score = Callable[[torch.Tensor], float]  # the metric of the images at these positions
@@ -78,7 +78,7 @@ def interval_of(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> l
 
 def in_points(found: dict[str, Any], metric: str = "top1") -> str:
     """A difference in points of a percent, or of numbers in their own unit, with its interval."""
-    if metric in OF_NUMBERS:
+    if metric in NO_SHARES:
         difference, low, high = (f"{value + 0.0:+.4g}" for value in (found["difference"], *found["interval"]))
         return f"{difference} ({low} to {high})"
     points, low, high = (round(100 * value, 1) + 0.0 for value in (found["difference"], *found["interval"]))  # no -0.0

@@ -31,7 +31,7 @@ from finetune.optim.lora import adapters, merged, save_adapter
 from finetune.optim.param_groups import ParamGroup
 from finetune.page.write import PAGE, write_page
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import METRICS, OF_NUMBERS, REPORTED_METRICS, beats, write_number, write_value
+from finetune.recipe.metrics import METRICS, NO_SHARES, REPORTED_METRICS, beats, write_number, write_value
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.curves import plot_curves
 from finetune.report.drawing import run_title
@@ -224,7 +224,7 @@ def describe_gain(metric: str, result: dict[str, Any], lr_scale: float = 1.0) ->
     if f"linear_probe_{metric}" not in result:
         return ""
     before, after = result[f"linear_probe_{metric}"], result[metric]
-    of_numbers = metric in OF_NUMBERS
+    of_numbers = metric in NO_SHARES
     if beats(metric, after, before):
         gained = f"took it to {write_number(after)}" if of_numbers else f"added {100 * (after - before):.2f} points"
         words = f"fine-tuning {gained}" + ("" if more_than_chance(metric, before, after, result) else ", which may be chance")

@@ -24,6 +24,7 @@ from finetune.optim.average import mean_state
 from finetune.optim.loss import Criterion
 from finetune.recipe import Recipe
 from finetune.recipe.load import override, recipe_of_run
+from finetune.recipe.metrics import direction
 from finetune.recipe.serialize import to_dict
 from finetune.training.evaluate import predict_logits
 from finetune.training.loop import fit_linear_probe
@@ -84,6 +85,8 @@ def read_runs(folders: Sequence[Path], data: str | None = None) -> Runs:
     recipe, _, _ = recipe_of_run(folders[0])
     if recipe.of_numbers:
         raise RecipeError("a soup is of networks of classes; these predict numbers")
+    if direction(recipe.metric) < 0:
+        raise RecipeError(f"a soup looks for more, and of metric='{recipe.metric}' less is better")
     if data:
         recipe = override(recipe, [f"data.source={data!r}"])
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():

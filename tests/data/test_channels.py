@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -118,18 +117,6 @@ def test_resumed_to_the_bit(runs, sets, kind, tmp_path, monkeypatch):
     weights = (runs / kind / "model" / "model.safetensors").read_bytes()
     for name in ("run", "cached"):
         assert (tmp_path / name / "model" / "model.safetensors").read_bytes() == weights
-
-
-@pytest.mark.launches
-def test_two_processes_with_loaders_train_as_one(runs, sets, tmp_path):
-    """The same weights within a third of one AdamW step, which divides rounding by small moments, with loader processes."""
-    words = on_folder(sets / "bands", tmp_path / "run", *fields("bands"))
-    assert verb(["train", *words[1:], "--processes", "2", "--workers", "1"]) == 0
-    one, two = (
-        safetensors.torch.load_file(folder / "model" / "model.safetensors") for folder in (runs / "bands", tmp_path / "run")
-    )
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-3)
 
 
 @EVERY

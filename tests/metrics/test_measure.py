@@ -14,9 +14,9 @@ from sklearn import metrics as theirs
 
 from finetune.data.loader import UNREADABLE
 from finetune.metrics.calibration import COLDEST, HOTTEST, calibrate, calibration_error, deal, fit_temperature, probabilities
-from finetune.metrics.compute import compute_metrics, subgroup_metrics
+from finetune.metrics.compute import best_row, compute_metrics, subgroup_metrics
 from finetune.metrics.measure import measure, metrics_of, resampled
-from finetune.recipe import Recipe
+from finetune.recipe import EarlyStop, Recipe
 from finetune.utils.errors import RecipeError
 from helpers import small_recipe
 
@@ -199,6 +199,24 @@ def test_images_of_a_group_are_in_one_fold():
     groups = [f"patient {i // 7}" for i in range(140)]
     folds = deal(140, groups)
     assert (folds.view(20, 7) == folds.view(20, 7)[:, :1]).all() and sorted(folds.bincount().tolist()) == [28] * 5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("metric", ["log_loss", "brier", "ece"])
+def test_less_of_some_is_better(loss, metric):
+    """Of the metrics of probabilities; as the recipe's they are of the logits as they come, in each epoch and at the end."""
+    logits, labels = made(loss, scale=4.0)
+    recipe = replace(recipe_of(loss), metric=metric)
+    each, end = compute_metrics(recipe, logits, labels), measure(recipe, logits, labels)
+    assert each[metric] == end[metric] and end["calibration"]["used"] == 1 != end["calibration"]["temperature"]
+    if metric != "ece":
+        low, high = end["intervals"][metric]
+        assert low < end[metric] < high
+        assert end[metric] == pytest.approx(expected(loss, logits, labels, 1.0)[metric], abs=1e-6)
+    rows = [{metric: value} for value in (0.5, 0.2, 0.4)]
+    assert best_row(rows, metric) is rows[1]
+    assert not EarlyStop(patience=2).should_stop(rows, metric)
+    assert EarlyStop(patience=2).should_stop([*rows, rows[0]], metric)
 
 
 @pytest.mark.parametrize("metric", ["balanced_accuracy", "auroc", "kappa"])

@@ -75,7 +75,7 @@ def sets(tmp_path_factory):
                 for i in range(count):
                     file = folder / split / str(label) / f"{split}{label}{i}{ending}"
                     write(file, label, kind)
-                    cell = {"several labels": ("dark;", "dark;bright")[label], "numbers": 100 * label + 5}.get(kind, label)
+                    cell = {"several labels": ("dark", "bright;day")[label], "numbers": 100 * label + 5}.get(kind, label)
                     rows.append(f"{file.relative_to(folder)},{cell},{split}")
         made[kind] = folder
         if kind in ("several labels", "numbers"):

@@ -119,10 +119,11 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
     if own_labels.ndim == 1:
         labels: Values = place[own_labels].tolist()
     else:
-        labels = np.zeros((len(images), len(classes)), np.uint8)
+        labels = np.zeros((len(images), len(classes)), own_labels.dtype)  # 0 and 1 of classes, or numbers
         labels[:, place] = own_labels
     found = ImageList(images.items, labels, images.read, images.subgroups, images.groups)
-    note_missing_classes({"labelled": found}, classes, data)
+    if not recipe.of_numbers:
+        note_missing_classes({"labelled": found}, classes, data)
     return found.read_as(recipe.data)
 
 

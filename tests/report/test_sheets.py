@@ -134,7 +134,7 @@ def test_the_sheet_of_augmented_images_shows_what_is_trained_on(tmp_path, monkey
         for plan, batch in zip(plans, load_batches(images, epoch, plans, 0), strict=True):
             if 0 in plan.images:
                 trained = batch.micro_batches[0][0][plan.images.index(0)].permute(1, 2, 0).numpy() * std + mean
-                np.testing.assert_allclose(shown[1 + epoch], trained.clip(0, 1), atol=1e-6)
+                np.testing.assert_allclose(shown[1 + epoch] / 255, trained.clip(0, 1), atol=1 / 255)  # shown in 8 bits
 
 
 def test_unreadable_images_are_not_on_the_sheet(tmp_path, monkeypatch):

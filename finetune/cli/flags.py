@@ -67,6 +67,7 @@ def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     to_features.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="draw two principal components, coloured by folder"
     )
+    to_features.add_argument("--umap", action="store_true", help="draw it by UMAP (pip install umap-learn)")
     on_classes = add("evaluate", "last --data DIR")
     add_run(on_classes, "model", help=model)
     on_classes.add_argument(

@@ -70,7 +70,7 @@ def embed(args: argparse.Namespace) -> None:
 
     from finetune.inference.embed import write_embedding
 
-    result, text = write_embedding(model, files, args.output, args.picture)
+    result, text = write_embedding(model, files, args.output, args.picture, args.umap)
     show_result(args, result, lambda: text)
 
 

@@ -1,12 +1,15 @@
 """The features of images: what a trained network gives to its head."""
 
+import importlib.util
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -105,17 +108,26 @@ def write_features(embedding: Embedding, file: Path) -> None:
 
 
 def write_embedding(
-    source: str | Path, paths: Sequence[str | Path], file: Path, picture: Path | None
+    source: str | Path, paths: Sequence[str | Path], file: Path, picture: Path | None, by_umap: bool = False
 ) -> tuple[dict[str, Any], str]:
     """What `finetune embed` shows, (in JSON's types, as text): it writes the features, and draws a picture if one is named."""
     if picture:
         check_new(picture, ".png")
+    if by_umap and not picture:
+        raise RecipeError("--umap is how --picture is drawn: name a file for it")
+    if by_umap and importlib.util.find_spec("umap") is None:
+        raise RecipeError("--umap needs a package that is not installed: pip install umap-learn")
     found = embed(source, paths)
     if picture and len(found.files) < 3:
         raise RecipeError(f"--picture needs 3 images or more, not {len(found.files)}")
     write_features(found, file)
     number, size = found.features.shape
-    result = {"file": str(file), "images": number, "features": size, "picture": picture and str(plot_features(found, picture))}
+    result = {
+        "file": str(file),
+        "images": number,
+        "features": size,
+        "picture": picture and str(plot_features(found, picture, by_umap)),
+    }
     drawn = f"\npicture  {picture}" if picture else ""
     return result, f"{file}: features of {number:,} images, float32 [{number}, {size}]{drawn}"
 
@@ -129,9 +141,25 @@ def principal_components(features: torch.Tensor, number: int = 2) -> tuple[torch
     return centred @ directions[:, :number], lengths[:number].square() / centred.square().sum().clamp(min=1e-12)
 
 
-def plot_features(embedding: Embedding, file: Path) -> Path:
-    """Draw the images by the two principal components of their features, coloured by the folders that they lie in."""
-    points, shares = principal_components(embedding.features)
+def umap_points(features: torch.Tensor) -> np.ndarray:
+    """UMAP's points [n, 2], whose neighbours are those of the features [n, d] (McInnes et al. 2018, arXiv 1802.03426)."""
+    import umap
+
+    few = len(features) < 20  # of which its own start, by eigenvectors, can't be computed
+    kind = umap.UMAP(n_neighbors=min(15, len(features) - 1), init="random" if few else "spectral", random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a seed leaves it one core
+        return kind.fit_transform(features.numpy())
+
+
+def plot_features(embedding: Embedding, file: Path, by_umap: bool = False) -> Path:
+    """Draw the images by the two principal components of their features, or by UMAP, coloured by their folders."""
+    points: Any
+    if by_umap:
+        points, labels = umap_points(embedding.features), ("UMAP: near images have like features, distances mean little", "")
+    else:
+        points, shares = principal_components(embedding.features)
+        labels = f"first component, {shares[0]:.0%} of the variance", f"second component, {shares[1]:.0%}"
     folders = [Path(path).parent.name for path in embedding.files]
     names = sorted(set(folders), key=lambda name: (-folders.count(name), name))
     shown = names if len(names) <= COLOURED else names[: COLOURED - 1]
@@ -142,7 +170,7 @@ def plot_features(embedding: Embedding, file: Path) -> Path:
     for label, colour, members in parts:
         rows = [row for row, folder in enumerate(folders) if folder in members]
         axes.scatter(points[rows, 0], points[rows, 1], s=14, alpha=0.7, linewidths=0, label=label, color=colour)
-    axes.set(xlabel=f"first component, {shares[0]:.0%} of the variance", ylabel=f"second component, {shares[1]:.0%}")
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     words = "".join(shorten(name, 24) for name in shown)
     axes.legend(
         loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False, prop={"family": style(words)["fontfamily"]}

@@ -5,9 +5,17 @@ from collections.abc import Sequence
 import torch
 
 from finetune.data.loader import is_unreadable
-from finetune.metrics.calibration import FEWEST, FOLDS, deal, probabilities
+from finetune.metrics.calibration import FEWEST, FOLDS, calibrate, deal, probabilities
 
 HALF = 0.5
+
+
+def fit_outputs(
+    loss: str, logits: torch.Tensor, labels: torch.Tensor, groups: Sequence[str] | None
+) -> tuple[float, list[float] | None]:
+    """(the temperature, of several labels an image the thresholds) that are kept with a network of these logits."""
+    temperature = calibrate(loss, logits, labels, groups)["temperature"]
+    return temperature, choose_thresholds(logits, labels, temperature, groups)[0] if loss == "multi_label" else None
 
 
 def choose_thresholds(

@@ -11,9 +11,8 @@ from torch import nn
 
 from finetune.data.batches import Cut
 from finetune.data.loader import Batch, ImageDataset, epoch_batches, load_batches
-from finetune.metrics.calibration import calibrate
 from finetune.metrics.compute import best_row, compute_metrics
-from finetune.metrics.thresholds import choose_thresholds
+from finetune.metrics.thresholds import fit_outputs
 from finetune.models.batch_norm import keep_buffers, set_train_mode
 from finetune.models.kept_images import stage_inputs
 from finetune.models.linear_probe import fit, head_layer, returns_features
@@ -227,8 +226,6 @@ def save_if_best(
         net = whole(net)
         if logger.accelerator.is_main_process:
             groups, inputs = getattr(images.images, "groups", None), images.transform.preprocessing
-            temperature = calibrate(recipe.loss, logits, labels, groups)["temperature"]
-            several = recipe.loss == "multi_label"
-            thresholds = choose_thresholds(logits, labels, temperature, groups)[0] if several else None
+            fitted = fit_outputs(recipe.loss, logits, labels, groups)
             with merged(net):
-                save_model(logger.folder / "model-best", net, inputs, images.classes, temperature, thresholds)
+                save_model(logger.folder / "model-best", net, inputs, images.classes, *fitted)

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from sklearn.decomposition import PCA
+from sklearn.manifold import trustworthiness
 
 import finetune
 from finetune.__main__ import main
-from finetune.inference.embed import embed, embed_images, plot_features, principal_components
+from finetune.inference.embed import embed, embed_images, plot_features, principal_components, umap_points
 from finetune.models.saved import SavedModel
 from finetune.models.saving import save_model
 from finetune.utils.errors import RecipeError
@@ -98,6 +99,24 @@ def test_the_picture_shows_scikit_learns_components(image_folder, run_folder, tm
     np.testing.assert_allclose(points.numpy() * signs, expected, atol=1e-2 * np.abs(expected).max())
     many = found._replace(files=[f"{i % 25}/{i}.png" for i in range(len(found.files))])
     assert Image.open(plot_features(many, tmp_path / "many.png")).width > 400
+
+
+def test_umap_keeps_neighbours(image_folder, run_folder, tmp_path, monkeypatch, capsys):
+    """Neighbours stay near by scikit-learn's trustworthiness, twice alike; few images are drawn, too; without it a sentence."""
+    line = ["embed", str(run_folder), str(image_folder), "--output", str(tmp_path / "f.safetensors"), "--umap"]
+    assert main(line) == 2 and "--umap is how --picture is drawn" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert main([*line, "--picture", str(tmp_path / "none.png")]) == 2
+    assert "pip install umap-learn" in capsys.readouterr().err
+    pytest.importorskip("umap")
+    found = embed(run_folder, [image_folder])
+    points, again = (umap_points(found.features) for _ in range(2))
+    np.testing.assert_array_equal(points, again)
+    assert trustworthiness(found.features.numpy(), points, n_neighbors=5) > 0.8
+    for number in (3, 12, len(found.files)):
+        few = found._replace(features=found.features[:number], files=found.files[:number])
+        assert Image.open(plot_features(few, tmp_path / f"{number}.png", by_umap=True)).width > 400
 
 
 def test_a_network_without_a_head_is_named():

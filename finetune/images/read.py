@@ -10,6 +10,8 @@ from finetune.images.arrays import as_picture, check_shape, read_array, reader_o
 from finetune.images.decode import WHITE, Colour, open_file, silent, to_rgb
 from finetune.utils.errors import RecipeError, first_line
 
+NO_PICTURE = "it is an array, no picture: --set data.channels=N reads those of N channels"
+
 
 def read_image(
     item: Any,
@@ -42,13 +44,21 @@ def read_image(
     except RecipeError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, RuntimeError, struct.error, ...
-        raise RecipeError(f"can't read the image {where(item)}: {reason_of(error)}", one_process=True) from error
+        why = NO_PICTURE if not channels and is_array(item) else reason_of(error)
+        raise RecipeError(f"can't read the image {where(item)}: {why}", one_process=True) from error
+
+
+def is_array(item: Any) -> bool:
+    """Whether an item is a file that Pillow does not read and `channels` does, by its name."""
+    return isinstance(item, str | Path) and Path(item).suffix.lower() in (".npy", ".dcm")
 
 
 def check_header(path: Any, channels: int | None = None) -> None:
     """Raise an error of any kind unless a file's header is that of such an image."""
     if channels:
         check_shape(Path(path), channels)
+    elif is_array(path):
+        raise ValueError(NO_PICTURE)
     else:
         open_file(path).close()
 

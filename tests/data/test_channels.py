@@ -16,6 +16,7 @@ from finetune.data.channels import fit_preprocessing
 from finetune.data.sources import load_data
 from finetune.export.export import export
 from finetune.images.cache import DiskCache, PixelKind
+from finetune.images.read import read_image
 from finetune.images.transforms import eval_transform
 from finetune.inference.evaluate import evaluate
 from finetune.inference.explain import explain_images
@@ -238,6 +239,14 @@ def test_another_number_of_channels_is_named(sets, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "can't read 28 of 28 images" in err and "neither the first nor the last are channels=4" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_arrays_without_channels_say_what_to_set(sets, tmp_path, capsys):
+    """Where a recipe reads photographs, and its folder or the images to predict are arrays."""
+    assert verb(["suggest", "--data", str(sets / "bands"), "--output", str(tmp_path / "mine.py")]) == 2
+    assert "it is an array, no picture: --set data.channels=N" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="it is an array, no picture"):
+        read_image(sorted((sets / "bands" / "val").rglob("*.npy"))[0])
 
 
 def test_a_cache_keeps_arrays(tmp_path):

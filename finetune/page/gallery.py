@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+from finetune.data.channels import kind_of, unchanged
 from finetune.data.dataset import ImageList, Images
 from finetune.data.loader import is_unreadable
 from finetune.images.decode import Colour
-from finetune.images.read import as_pil
+from finetune.images.read import as_pil, read_image
 from finetune.images.transforms import eval_transform
 from finetune.models.saved import load_model
 from finetune.optim.loss import binary_losses
@@ -173,11 +174,18 @@ class Pictures:
 
     def read(self, index: int, side: int) -> Image.Image | None:
         """An image, a large JPEG at a part of its size, for a picture of this side; None if it can't be read."""
+        image = self.original(index, side)
+        return None if image is None else as_pil(image, self.background)
+
+    def original(self, index: int, side: int) -> Any:
+        """The same as the data set has it: an array may be one."""
         if self.images is None:
             return None
         try:
             fast = self.images.read_with(shortest=2 * side) if isinstance(self.images, ImageList) else self.images
-            return as_pil(fast[index][0], self.background)
+            image = fast[index][0]
+            as_pil(image, self.background)  # which decodes it
+            return image
         except Exception:  # moved, cut, or of whatever a data set of one's own raises
             self.unreadable.add(index)
             return None
@@ -207,16 +215,17 @@ def heat_pictures(run: Path, indices: Sequence[int], classes: torch.Tensor, pict
         for index in indices:
             if time.monotonic() > end or pictures.room <= 0:
                 break
-            image = pictures.read(index, max(model.preprocessing["input_size"][1:]))
+            image = pictures.original(index, max(model.preprocessing["input_size"][1:]))
             if image is None:
                 continue
-            pixels = np.array(image)
+            shown, kind = as_pil(image, pictures.background), kind_of(model.preprocessing)
+            pixels = read_image(image, unchanged, channels=kind.channels) if kind else np.array(shown)
             batch = transform.batch(transform.image(pixels)[None])
             places = places or find_places(net, batch)
             heat = heat_maps(net, batch, classes[index : index + 1], places) if places else None
             if heat is None or min(heat.shape[1:]) < PLACES:
                 break
-            found[index] = pictures.encode(overlay(pixels, heat[0], model.preprocessing), LARGE)
+            found[index] = pictures.encode(overlay(shown, heat[0], model.preprocessing), LARGE)
     except Exception as error:  # of a network of one's own, which may do anything
         print_error(f"no heat maps: {type(error).__name__}: {first_line(error)}")
     return found

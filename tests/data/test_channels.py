@@ -23,6 +23,7 @@ from finetune.inference.explain import explain_images
 from finetune.inference.predict import compute_logits, predict_images
 from finetune.models.backbone import build_backbone
 from finetune.models.saved import load_model
+from finetune.page.gallery import Pictures, heat_pictures
 from finetune.recipe import Augment, Data
 from finetune.recipe.recipe import minimal_recipe
 from finetune.utils.errors import RecipeError
@@ -212,6 +213,18 @@ def test_own_functions_get_arrays(sets):
                 images[0, 0]
         else:
             assert images[0, 0][0].dtype == torch.float32 and seen[-1] == ("uint16", 4)
+
+
+@EVERY
+def test_the_page_has_heat_maps_of_arrays(runs, kind, capsys):
+    """Of the array itself, over the picture that is shown of it; a network with too few places has none, and no fault."""
+    images = load_data(load_model(runs / kind).recipe).val
+    heat_pictures(runs / kind, range(3), torch.tensor([0, 1, 0]), Pictures(images, (255, 255, 255)))
+    assert not capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("finetune.page.gallery.PLACES", 0)
+        found = heat_pictures(runs / kind, range(3), torch.tensor([0, 1, 0]), Pictures(images, (255, 255, 255)))
+    assert len(found) == 3 and not capsys.readouterr().err
 
 
 def test_two_types_of_numbers_are_not_mixed(sets, runs, tmp_path):

@@ -223,6 +223,20 @@ def lora() -> str:
     return table("recipe | what trains | learning rates | top-1 | images/s | GiB", rows)
 
 
+def channels() -> str:
+    """Grey images in one channel, and as three copies of it."""
+    kept = [json.loads(line) for line in (RESULTS / "channels.jsonl").read_text().splitlines()]
+    rows = []
+    for images, way in dict.fromkeys((row["images"], row["way"]) for row in kept):
+        own = [row for row in kept if (row["images"], row["way"]) == (images, way)]
+        cells = []
+        for name in ("macro_f1", "auroc"):
+            values = [row[name] for row in own]
+            cells.append(f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f}, {len(values)} seeds)")
+        rows.append((images, way, f"{own[0]['val_images']}", *cells))
+    return table("images | read as | measured on | macro F1 | AUROC", rows)
+
+
 def find_lr() -> str:
     """What the range test's steepest point reached."""
     return f"{read('find_lr.json')['top1']:.1%}"

@@ -80,6 +80,7 @@ def fill(part: Part, source: str | Path, asked: Asked) -> None:
 def fill_in_processes(parts: Sequence[Part], source: str | Path, asked: Asked) -> None:
     """`fill` each part in a process of its own; the first that fails says why, and what the others wrote stays."""
     context = multiprocessing.get_context("spawn")  # a forked process has no GPU
+    before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"  # theirs; this process counts for all
     try:
         total = sum(len(part.files) for part in parts)
@@ -92,6 +93,7 @@ def fill_in_processes(parts: Sequence[Part], source: str | Path, asked: Asked) -
                 job.result()
     finally:
         del os.environ["TQDM_DISABLE"]
+        os.environ |= {} if before is None else {"TQDM_DISABLE": before}
 
 
 def fill_alone(part: Part, source: str | Path, asked: Asked, number: int) -> None:

@@ -15,10 +15,10 @@ recipe = Recipe(
     linear_probe=LinearProbe(),
     groups=(
         #     name      parameters                peak lr
-        Group("head",   r"fc\.",                  lr=1e-3),
-        Group("layer4", r"layer4\.",              lr=1e-3),
-        Group("layer3", r"layer3\.",              lr=3e-4),
-        Group("stem",   r"conv1|bn1|layer[12]",   lr=1e-4),
+        Group("head",   r"fc\.",                  lr=7e-4),
+        Group("layer4", r"layer4\.",              lr=7e-4),
+        Group("layer3", r"layer3\.",              lr=2e-4),
+        Group("stem",   r"conv1|bn1|layer[12]",   lr=7e-5),
     ),
     optimizer=AdamW(weight_decay=0.05),
     schedule=Cosine(warmup_epochs=0.5),

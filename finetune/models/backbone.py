@@ -93,7 +93,7 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
             fault = f"{text}: {type(error).__name__}: {first_line(error)}"
     if "take" in fault and (others := {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}):
         fault += f"; images come in float32, some of its weights are {others.pop()}: return net.float()"
-    if "take" in fault and len(recipe.all_sides) > 1 and takes_images(recipe, sides):
+    if "take" in fault and len(recipe.all_sides) > 1 and takes_images(replace(recipe, weights="none"), sides):
         named = " and ".join(f"data.{name}" for name in ("start_size", "test_size") if getattr(recipe.data, name))
         raise RecipeError(f"{name} takes images of one size in a run, not {recipe.data.sizes}: leave out {named}")
     raise RecipeError(fault + other_sizes(recipe, sides) * ("take" in fault))

@@ -47,6 +47,7 @@ OPTIONS = {
     "one view": {"augment": Augment(frozen_views=1)},
     "linear probe and average": {"linear_probe": LinearProbe(), "ema_decay": 0.9},
     "balanced": {"data": Data("generated", 24, 8, sampling="balanced")},
+    "evaluated at another size": {"data": Data("generated", 24, 8, test_size=(32, 40))},
     "dropout and batch norm": {"backbone": DroppingNet, "batch_norm": "train"},
     "bf16": {"mixed_precision": "bf16"},
     "two losses": {"loss": "binary", "label_smoothing": 0.1, "class_weights": "balanced"},

@@ -146,7 +146,7 @@ def test_position_embeddings_are_resampled_for_training():
         ("resnet18", ("start_size=64",), "start_size=64 must be below image_size=64"),
         ("resnet18", ("image_size=64,96", "start_size=96"), r"start_size=96 must be below image_size=\(64, 96\)"),
         ("resnet18", ("start_size=33",), "steps of 32, 16, 14 or 8 pixels, and none of these divides both 33 and 64"),
-        ("test_convnext", ("start_size=8",), "test_convnext does not take 8 x 8 images: .*; --set data.start_size=32"),
+        ("vgg11", ("start_size=8",), "vgg11 does not take 8 x 8 images: .*; --set data.start_size=32"),
         ("test_vit", ("start_size=40",), "into which 40 x 40 does not divide: --set data.start_size=32 or 48"),
         ("test_vit", ("test_size=100",), "into which 100 x 100 does not divide: --set data.test_size=96 or 112"),
         ("mixer_s16_224", ("test_size=96",), "one size in a run, not 64 px, 96 px in evaluation: leave out data.test_size"),

@@ -19,7 +19,7 @@ from finetune.inference.evaluate import evaluate
 from finetune.inference.predict import compute_logits
 from finetune.models.backbone import build_backbone, meta_backbone
 from finetune.models.saved import load_model
-from finetune.recipe import Augment, Data, LinearProbe
+from finetune.recipe import Augment, Data, Group, LinearProbe, Lora
 from finetune.recipe.load import override
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.plan import describe_sizes
@@ -82,7 +82,7 @@ def test_augmented_images_are_timms_of_the_epochs_size(image_folder, erasing):
 RECIPE = """
 from finetune import AdamW, Cosine, Data, Group, Recipe
 
-recipe = Recipe(backbone="test_vit", weights="none", data=Data("IMAGES", 64, 8, start_size=32, test_size=(96, 80)), epochs=4,
+recipe = Recipe(backbone="test_vit3", weights="none", data=Data("IMAGES", 64, 8, start_size=32, test_size=(96, 80)), epochs=4,
     groups=(Group("head", "fc|head", lr=1e-3), Group("rest", ".", lr=1e-4)), optimizer=AdamW(), schedule=Cosine(),
     batch_norm="frozen")
 """
@@ -112,7 +112,7 @@ def test_the_size_of_evaluation_goes_through_everything(tmp_path, image_folder, 
     assert "32 to 64 px, 96 x 80 px in evaluation" in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_vit3", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit3", "eva02_tiny_patch14_224"])
 def test_the_network_that_is_saved_is_the_one_that_was_trained(tmp_path, backbone):
     """timm, which builds it for the size of evaluation alone, computes the same logits from the saved weights."""
     patch = 14 if "patch14" in backbone else 16
@@ -121,6 +121,8 @@ def test_the_network_that_is_saved_is_the_one_that_was_trained(tmp_path, backbon
     net, _ = run_here(recipe, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path / 'model-best'}", pretrained=True).eval()
     again.load_state_dict(net.state_dict())
+    assert not getattr(again, "dynamic_img_size", False)  # which would be in the graphs of exporters
+    assert again.pretrained_cfg["fixed_input_size"] is timm.get_pretrained_cfg(backbone).fixed_input_size
     images = noise(3, 6 * patch)
     with torch.no_grad():
         torch.testing.assert_close(net.eval()(images), again(images), rtol=0, atol=1e-5)
@@ -128,8 +130,8 @@ def test_the_network_that_is_saved_is_the_one_that_was_trained(tmp_path, backbon
 
 def test_position_embeddings_are_resampled_for_training():
     """In a forward pass at another size they are timm's, resampled from those of the size of evaluation."""
-    recipe = replace(with_sizes("test_vit", "image_size=64", "test_size=96"), weights="none")
-    net, other = build_backbone(recipe, 5).eval(), timm.create_model("test_vit", num_classes=5, img_size=64).eval()
+    recipe = replace(with_sizes("test_vit3", "image_size=64", "test_size=96"), weights="none")
+    net, other = build_backbone(recipe, 5).eval(), timm.create_model("test_vit3", num_classes=5, img_size=64).eval()
     assert net.patch_embed.grid_size == (6, 6)
     state = net.state_dict()
     tokens = net.num_prefix_tokens
@@ -191,6 +193,46 @@ def counting(forward, seen):
         return forward(net, images)
 
     return noting
+
+
+SIZES = {"start_size": 32, "image_size": 64, "test_size": 96}
+OPTIONS = {
+    "channels": {"data": Data("generated", batch_size=8, channels=3, **SIZES), "loss": "binary"},
+    "balanced, mixed, averaged": {
+        "data": Data("generated", batch_size=8, sampling="balanced", **SIZES),
+        "augment": Augment(mixup=0.4, cutmix=1.0),
+        "ema_decay": 0.9,
+    },
+    "adapters of a ViT": {
+        "backbone": "test_vit3",
+        "head": None,
+        "groups": (Group("head", "head", lr=1e-3), Lora("qkv", ".*qkv", lr=1e-3), Group("rest", ".", lr=0)),
+        "gradient_checkpointing": True,
+        "flip_test": True,
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sizes_go_with_every_option(tmp_path, monkeypatch, option):
+    """Epochs train at their own size and are validated at test_size; two micro-batches a step do what one does."""
+    recipe, losses = small_recipe(**{"data": Data("generated", batch_size=8, **SIZES), **OPTIONS[option]}), []
+    check_recipe(recipe, meta_backbone(recipe))
+    for accumulate in (1, 2):
+        seen, real = [], torch.nn.Conv2d.forward
+
+        def noting(conv, images, seen=seen, real=real):
+            if images.shape[1] == 3:
+                seen.append((images.shape[-1], torch.is_grad_enabled()))
+            return real(conv, images)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.Conv2d, "forward", noting)
+            _, rows = run_here(recipe, tmp_path / str(accumulate), accumulate=accumulate)
+        assert list(dict.fromkeys(seen)) == [(32, True), (96, False), (64, True)]
+        assert max(i for i, one in enumerate(seen) if one == (32, True)) < seen.index((64, True))
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_jpegs_are_decoded_for_the_largest_size(tmp_path):

@@ -16,7 +16,7 @@ Byte = Annotated[int, "[0, 255]"]
 Pixels = Annotated[int, "[1, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 Sides = tuple[int, int]  # height, width
-STEPS = (32, 16, 14, 8)  # pixels by which sizes rise: the first that divides both ends; patches have 32, 16, 14 or 8
+STEPS = (32, 16, 14, 8)  # pixels by which sizes rise: the first that divides both ends; patches have such sides
 
 
 def as_sides(size: int | Sides) -> Sides:
@@ -59,7 +59,7 @@ class Data(Checked):
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: an image that can't be read is named, counted and left out
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # red, green, blue behind what is transparent: white
     test_size: Pixels | tuple[Pixels, Pixels] | None = None  # of images that are evaluated or predicted; None: image_size
-    start_size: Pixels | tuple[Pixels, Pixels] | None = None  # of the first epoch's, rising to image_size; None: image_size
+    start_size: Pixels | tuple[Pixels, Pixels] | None = None  # in the first epoch, rising to image_size; None: image_size
     resize: Literal["crop", "pad", "squash"] | None = (
         None  # images of another shape: cut, bordered, distorted; None: the model's
     )
@@ -113,7 +113,7 @@ class Data(Checked):
         return as_sides(self.test_size or self.image_size)
 
     def sides_in(self, epoch: int, epochs: int) -> Sides:
-        """The same in an epoch of so many: start_size in the first, image_size in the last quarter, in equal steps between."""
+        """The same in an epoch of so many: from start_size in the first, in a line, to image_size in the last quarter."""
         full = max(1, epochs * 3 // 4)  # the first epoch at image_size
 
         def side(low: int, high: int) -> int:

@@ -190,12 +190,10 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
     if recipe.of_numbers:
         standardise(recipe, net, labels_of(data.train), data.classes)
 
-    def dataset(
-        images: Images, transform: Transform, function: OwnFunction | None = None, growing: Sequence[Transform] = ()
-    ) -> ImageDataset:
+    def dataset(images: Images, transform: Transform, function: OwnFunction | None = None) -> ImageDataset:
         several, layout = recipe.loss == "multi_label", memory_format(recipe, net)
         bad, background = recipe.data.on_bad_image, recipe.data.background
-        options = (recipe.seed, data.classes, bad, several, layout, background, function, recipe.of_numbers, growing)
+        options = (recipe.seed, data.classes, bad, several, layout, background, function, recipe.of_numbers)
         return ImageDataset(images, transform, *options)
 
     train = data.train
@@ -204,8 +202,10 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
         train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * largest))
     function = recipe.augment.function and OwnFunction(recipe.augment.function)
     epochs = training_transforms(recipe, inputs)
-    growing = epochs if recipe.data.start_size else ()
-    return dataset(train, epochs[-1], function, growing), dataset(data.val, eval_transform(inputs))
+    augmented = dataset(train, epochs[-1], function)
+    if recipe.data.start_size:
+        augmented.growing = epochs
+    return augmented, dataset(data.val, eval_transform(inputs))
 
 
 def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:

@@ -42,12 +42,14 @@ def mean_of(kept: dict, key: str = "top1") -> str:
 
 def with_range(kept: dict) -> str:
     """A record's top-1, or its own metric by name: mean, range and number of seeds."""
-    from finetune.recipe.metrics import METRICS
+    from finetune.recipe.metrics import METRICS, NO_SHARES
     from finetune.results.baseline import metric_of
 
     metric = metric_of(kept)
     name = "" if metric == "top1" else f"{METRICS[metric]} "
     values = [run[metric] for run in kept["runs"]]
+    if metric in NO_SHARES:
+        return f"{name}{mean(values):.3g} ({min(values):.3g} to {max(values):.3g}, {len(values)} seeds)"
     return f"{name}{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f}, {len(values)} seeds)"
 
 
@@ -223,18 +225,20 @@ def lora() -> str:
     return table("recipe | what trains | learning rates | top-1 | images/s | GiB", rows)
 
 
-def channels() -> str:
-    """Grey images in one channel, and as three copies of it."""
-    kept = [json.loads(line) for line in (RESULTS / "channels.jsonl").read_text().splitlines()]
+def inputs(question: str) -> str:
+    """The same images, read in two or three ways."""
+    kept = [
+        row for line in (RESULTS / "inputs.jsonl").read_text().splitlines() if (row := json.loads(line))["question"] == question
+    ]
     rows = []
     for images, way in dict.fromkeys((row["images"], row["way"]) for row in kept):
         own = [row for row in kept if (row["images"], row["way"]) == (images, way)]
         cells = []
-        for name in ("macro_f1", "auroc"):
+        for name in ("top1", "macro_f1", "auroc"):
             values = [row[name] for row in own]
             cells.append(f"{mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f}, {len(values)} seeds)")
         rows.append((images, way, f"{own[0]['val_images']}", *cells))
-    return table("images | read as | measured on | macro F1 | AUROC", rows)
+    return table("images | read as | measured on | top-1 | macro F1 | AUROC", rows)
 
 
 def find_lr() -> str:

@@ -1,0 +1,32 @@
+"""ResNet-18 on pictures of all shapes, defects of magnetic tiles: none of a picture is cut away, uneven classes count the same.
+
+    accelerate launch finetune/run.py --recipe resnet18_tiles --data DIR
+
+DIR holds CLASS/*: blowhole, break, crack, fray, free and uneven.
+Weights: torchvision's, BSD-3-Clause, from the Hugging Face hub; PQF: these, compressed (docs/results.md).
+"""
+from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
+
+recipe = Recipe(
+    backbone="resnet18.tv_in1k",
+    data=Data("tiles", image_size=128, batch_size=16, resize="pad", val_share=0.4),  # a border in place of a cut
+    augment=Augment(crop_scale=(0.8, 1.0), vflip=0.5),  # a defect may lie at the edge
+
+    linear_probe=LinearProbe(),
+    groups=(
+        #     name      parameters                peak lr
+        Group("head",   r"fc\.",                  lr=1e-3),
+        Group("layer4", r"layer4\.",              lr=1e-3),
+        Group("layer3", r"layer3\.",              lr=3e-4),
+        Group("stem",   r"conv1|bn1|layer[12]",   lr=1e-4),
+    ),
+    optimizer=AdamW(weight_decay=0.05),
+    schedule=Cosine(warmup_epochs=0.5),
+    batch_norm="frozen",
+
+    epochs=12,
+    class_weights="balanced",
+    metric="macro_f1",
+    label_smoothing=0.1,
+    ema_decay=0.99,
+)

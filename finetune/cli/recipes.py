@@ -53,7 +53,7 @@ def validate(args: argparse.Namespace) -> None:
     backbone, source, pixels = to_dict(recipe.backbone), to_dict(recipe.data.source), recipe.data.image_size
     result = {"recipe": str(file), "backbone": backbone, "parameters": parameters, "data": source, "image_size": pixels}
     text = (
-        f"{file.name} is a valid recipe: {backbone}, {parameters:,} parameters, on {source} at {recipe.data.pixels} px "
+        f"{file.name} is a valid recipe: {backbone}, {parameters:,} parameters, on {source} at {recipe.data.sizes} "
         f"for {recipe.epochs} epochs"
     )
     show_result(args, result | {"epochs": recipe.epochs}, lambda: fill_lines(text))

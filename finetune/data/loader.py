@@ -55,6 +55,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     background: Colour = WHITE  # behind what is transparent
     function: OwnFunction | None = None  # of what is decoded, before the transform
     of_numbers: bool = False  # labels are numbers, whose names are in place of classes
+    growing: Sequence[Transform] = ()  # of each epoch, where sizes grow; what is no epoch of these gets `transform`
     in_background: ClassVar[bool] = True  # worth the processes that load in the background
 
     def __post_init__(self) -> None:
@@ -76,7 +77,12 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
 
     def transformed_as(self, other: "ImageDataset") -> "ImageDataset":
         """These images with the function and the transform of another dataset."""
-        return unpickled(None, self.__dict__ | {"function": other.function, "transform": other.transform, "kept_loader": None})
+        own = {name: getattr(other, name) for name in ("function", "transform", "growing")}
+        return unpickled(None, self.__dict__ | own | {"kept_loader": None})
+
+    def transform_in(self, epoch: int) -> Transform:
+        """The transform in an epoch."""
+        return self.growing[epoch] if 0 <= epoch < len(self.growing) else self.transform
 
     def loader(self, workers: int) -> "BatchLoader":
         """What loads batches in so many processes, which stay from one epoch to the next; without any, one for a single use."""
@@ -90,6 +96,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key
+        transform = self.transform_in(epoch)
         seed_cpu(seed := keyed_seed(self.seed, epoch, index))
         try:
             pixels, label = self.read(index)
@@ -99,10 +106,10 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             print_error(f"skipped: {error}")
             channels, dtype = self.kind or PHOTOGRAPHS
             missing = torch.full((len(self.classes),), torch.nan) if self.has_floats else UNREADABLE
-            return self.transform.image(np.zeros((8, 8, channels), dtype)), missing
+            return transform.image(np.zeros((8, 8, channels), dtype)), missing
         if self.function:
             pixels = self.function(pixels, seed, f"image {index} in epoch {epoch + 1}")
-        return self.transform.image(pixels), self.target(label, index)
+        return transform.image(pixels), self.target(label, index)
 
     @property
     def has_floats(self) -> bool:

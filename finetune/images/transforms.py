@@ -14,6 +14,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomRotation, T
 from torchvision.transforms.v2 import functional
 
 from finetune.recipe import Augment, Recipe
+from finetune.recipe.data import in_pixels
 from finetune.utils.errors import RecipeError
 
 ImageTransform = Callable[[Image.Image], Any]
@@ -153,8 +154,15 @@ def mean_colour(preprocessing: dict[str, Any]) -> list[int]:
     return [round(255 * value) for value in preprocessing["mean"]]
 
 
+def training_transforms(recipe: Recipe, preprocessing: dict[str, Any]) -> list[Pixels | Timm]:
+    """`training_transform` of each epoch: one for all, or one for each size."""
+    sizes = [recipe.data.shape_of(recipe.sides_in(epoch)) for epoch in range(recipe.epochs)]
+    made = {size: training_transform(recipe, preprocessing | {"input_size": size}) for size in dict.fromkeys(sizes)}
+    return [made[size] for size in sizes]
+
+
 def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels | Timm:
-    """The augmentation of the training images, without the recipe's own function.
+    """The augmentation of training images of one size, without the recipe's own function.
 
     Raises:
         RecipeError: for a policy that timm can't read, and for images that are too small to be blurred.
@@ -168,8 +176,9 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
     trivial = augment.auto_augment == "ta_wide"
     if trivial:
         turn.append(TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=mean))
-    if augment.gaussian_blur_prob and min(recipe.data.sides) < BLUR:
-        raise RecipeError(f"augment: gaussian_blur_prob needs an image_size of {BLUR} or more, not {recipe.data.pixels}")
+    _, height, width = preprocessing["input_size"]
+    if augment.gaussian_blur_prob and min(height, width) < BLUR:
+        raise RecipeError(f"augment: gaussian_blur_prob needs images of {BLUR} px or more, not {in_pixels((height, width))}")
     options = preprocessing | {
         "is_training": True,
         "separate": True,
@@ -187,11 +196,11 @@ def training_transform(recipe: Recipe, preprocessing: dict[str, Any]) -> Pixels 
     try:
         (crop, *flips), colours, last = (part.transforms for part in create_transform(**options))
         assert isinstance(crop, RandomResizedCropAndInterpolation)
-        Compose(colours)(Image.new("RGB", recipe.data.sides[::-1]))  # timm 1.0.26 has an AugMix for squares alone
+        Compose(colours)(Image.new("RGB", (width, height)))  # timm 1.0.26 has an AugMix for squares alone
     except (AssertionError, ValueError) as error:
         raise RecipeError(
             f"augment: timm can't read auto_augment={augment.auto_augment!r}, written like 'rand-m9-mstd0.5-inc1', or can't "
-            f"apply it at {recipe.data.pixels} px: {error}"
+            f"apply it at {in_pixels((height, width))} px: {error}"
         ) from error
     if not matches_timm(preprocessing) or augment.erasing:  # which draws noise among normalised floats
         return Timm(preprocessing, Compose([RandomCrop(preprocessing, augment), *flips, *turn, *colours, *last]))

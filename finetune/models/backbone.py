@@ -12,8 +12,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from finetune.models.batch_norm import has_statistics, needs_batch, set_train_mode
-from finetune.models.pretrained import check_resampling, load_timm_model, load_weights, reset_head, torchvision_model
+from finetune.models.pretrained import (
+    check_resampling,
+    load_timm_model,
+    load_weights,
+    reset_head,
+    size_options,
+    torchvision_model,
+)
 from finetune.recipe import Recipe
+from finetune.recipe.data import Sides
 from finetune.recipe.serialize import to_dict
 from finetune.utils.device import overruns_channels_last, uses_cpu
 from finetune.utils.errors import RecipeError, first_line
@@ -58,7 +66,7 @@ def memory_format(recipe: Recipe, net: nn.Module) -> torch.memory_format:
 
 
 def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
-    """The network on torch's meta device, without weights or memory, tried on images of the recipe's size.
+    """The network on torch's meta device, without weights or memory, tried on images of each of the recipe's sizes.
 
     One that needs the values of its tensors, to be built or in `forward`, is built on the CPU instead. While `num_classes` is
     not known, a new head has 10 outputs.
@@ -66,16 +74,17 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
     Raises:
         RecipeError: if it can't be built, does not take such images, or does not return a logit for each class.
     """
-    name, fault = to_dict(recipe.backbone), ""
+    name, fault, sides = to_dict(recipe.backbone), "", recipe.data.sides
+    of = f" of {recipe.data.channels} channels" if recipe.data.channels else ""
     for device in ("meta", "cpu"):
         text = f"{name} can't be built"
         try:
             with torch.device(device):
                 net = build_backbone(recipe, num_classes or 10)
-                check_patches(recipe, net)
-                of = f" of {recipe.data.channels} channels" if recipe.data.channels else ""
-                text = f"{name} does not take {words(recipe.data.sides)} images{of}"
-                try_images(recipe, net, num_classes)
+                for sides in recipe.all_sides:
+                    check_patches(recipe, net, sides)
+                    text = f"{name} does not take {words(sides)} images{of}"
+                    try_images(recipe, net, sides, num_classes)
             check_resampling(recipe)
             return net.eval()
         except RecipeError:
@@ -84,7 +93,10 @@ def meta_backbone(recipe: Recipe, num_classes: int | None = None) -> nn.Module:
             fault = f"{text}: {type(error).__name__}: {first_line(error)}"
     if "take" in fault and (others := {p.dtype for p in net.parameters() if p.is_floating_point()} - {torch.float32}):
         fault += f"; images come in float32, some of its weights are {others.pop()}: return net.float()"
-    raise RecipeError(fault + other_sizes(recipe) * ("take" in fault))
+    if "take" in fault and len(recipe.all_sides) > 1 and takes_images(replace(recipe, weights="none"), sides):
+        named = " and ".join(f"data.{name}" for name in ("start_size", "test_size") if getattr(recipe.data, name))
+        raise RecipeError(f"{name} takes images of one size in a run, not {recipe.data.sizes}: leave out {named}")
+    raise RecipeError(fault + other_sizes(recipe, sides) * ("take" in fault))
 
 
 def words(sides: Sequence[int]) -> str:
@@ -92,32 +104,30 @@ def words(sides: Sequence[int]) -> str:
     return " x ".join(map(str, sides))
 
 
-def takes_images(recipe: Recipe, size: int) -> bool:
-    """Whether the network can be built for images of this size, and computes on one."""
-    recipe = replace(recipe, data=replace(recipe.data, image_size=size))
+def takes_images(recipe: Recipe, size: int | Sides) -> bool:
+    """Whether the network can be built for images of this size alone, and computes on one."""
+    recipe = replace(recipe, data=replace(recipe.data, image_size=size, test_size=None, start_size=None))
     with suppress(Exception), torch.device("meta"), torch.no_grad():  # each network raises something else
         net = build_backbone(recipe, 10)
-        check_patches(recipe, net)
+        check_patches(recipe, net, recipe.data.sides)
         check_resampling(recipe)
         net.eval()(torch.zeros(1, *recipe.data.shape))
         return True
     return False
 
 
-def other_sizes(recipe: Recipe) -> str:
-    """What to set where a timm model does not take images of the recipe's size: the sizes next to it that it takes."""
+def other_sizes(recipe: Recipe, sides: Sides) -> str:
+    """What to set where a timm model does not take images of a size of the recipe: the sizes next to it that it takes."""
     if not is_timm(recipe):
         return ""
-    below = recipe.data.sides[0] // 32 * 32
+    below = sides[0] // 32 * 32
     trained = timm.models.get_pretrained_cfg_value(str(recipe.backbone), "input_size") or (3, 224, 224)
-    sizes = [
-        size for size in (below, below + 32) if (size, size) not in ((0, 0), recipe.data.sides) and takes_images(recipe, size)
-    ]
-    return "; --set data.image_size=" + " or ".join(map(str, sizes or [trained[-1]]))
+    sizes = [size for size in (below, below + 32) if (size, size) not in ((0, 0), sides) and takes_images(recipe, size)]
+    return f"; --set data.{recipe.data.field_of(sides)}=" + " or ".join(map(str, sizes or [trained[-1]]))
 
 
-def check_patches(recipe: Recipe, net: nn.Module) -> None:
-    """Raise RecipeError if the network cuts images into patches, and images of the recipe's size do not divide into them.
+def check_patches(recipe: Recipe, net: nn.Module, sides: Sides) -> None:
+    """Raise RecipeError if the network cuts images into patches, and images of these sides do not divide into them.
 
     timm's would leave out the last rows and columns of pixels without a word.
     """
@@ -125,24 +135,24 @@ def check_patches(recipe: Recipe, net: nn.Module) -> None:
     layer = getattr(embed, "proj", None)
     if not isinstance(layer, nn.Conv2d) or layer.kernel_size != layer.stride or getattr(embed, "dynamic_img_pad", False):
         return
-    rests = [side % step for side, step in zip(recipe.data.sides, layer.stride, strict=True)]
+    rests = [side % step for side, step in zip(sides, layer.stride, strict=True)]
     if any(rests):
-        below = tuple(side - rest for side, rest in zip(recipe.data.sides, rests, strict=True))
+        below = tuple(side - rest for side, rest in zip(sides, rests, strict=True))
         above = tuple(low + step * (rest > 0) for low, step, rest in zip(below, layer.stride, rests, strict=True))
-        fitting = " or ".join(",".join(map(str, dict.fromkeys(sides))) for sides in (below, above) if all(sides))
+        fitting = " or ".join(",".join(map(str, dict.fromkeys(near))) for near in (below, above) if all(near))
         raise RecipeError(
             f"{to_dict(recipe.backbone)} cuts images into patches of {words(layer.stride)} pixels, into which "
-            f"{words(recipe.data.sides)} does not divide: --set data.image_size={fitting}"
+            f"{words(sides)} does not divide: --set data.{recipe.data.field_of(sides)}={fitting}"
         )
 
 
-def try_images(recipe: Recipe, net: nn.Module, num_classes: int | None = None) -> None:
-    """Give the network two images in training, which may move its norms, and one in evaluation.
+def try_images(recipe: Recipe, net: nn.Module, sides: Sides, num_classes: int | None = None) -> None:
+    """Give the network two images of these sides in training, which may move its norms, and one in evaluation.
 
     Raises:
         RecipeError: if it does not return a logit for each class.
     """
-    shape = recipe.data.shape
+    shape = recipe.data.shape_of(sides)
     set_train_mode(net, recipe.batch_norm)
     check_logits(recipe, net(torch.zeros(2, *shape)), 2, num_classes)
     try:
@@ -197,10 +207,9 @@ def timm_model(recipe: Recipe, num_classes: int, state: dict[str, torch.Tensor] 
     tags = timm.list_pretrained(f"{architecture}.*")
     if tag and name not in tags:
         raise RecipeError(f"timm has no weights '{tag}' for {architecture}. There are: {', '.join(tags)}")
-    fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
     # timm leaves out an option that is None; not every network takes drop_path_rate.
     options: dict[str, Any] = {
-        "img_size": recipe.data.sides if fixed_size else None,
+        **size_options(recipe),
         "in_chans": recipe.data.channels,  # timm adapts the pretrained weights of the first layer
         "drop_rate": recipe.dropout or None,
         "drop_path_rate": recipe.drop_path or None,

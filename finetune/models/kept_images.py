@@ -83,26 +83,34 @@ class KeptImages(ImageDataset):
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What the epochs of a stage train and validate on: images, or what the frozen layers make of them."""
+    """What the epochs of a stage train and validate on: images, or what the frozen layers make of them.
+
+    `prefixes` are the frozen layers at the size of the one and of the other.
+    """
 
     train: ImageDataset
     val: ImageDataset
-    prefix: FrozenPrefix | None = None
+    prefixes: tuple[FrozenPrefix, FrozenPrefix] | None = None
     views: int = 1
 
     def view(self, epoch: int) -> int:
         """Which augmentation an epoch sees: behind frozen layers one of `views`, else a new one."""
-        return epoch % self.views if self.prefix else epoch
+        return epoch % self.views if self.prefixes else epoch
 
     def model(self, net: nn.Module) -> nn.Module:
-        """What is run on them: the network, or what comes after its frozen layers."""
-        return Suffix(net, self.prefix) if self.prefix and isinstance(self.train, KeptImages) else net
+        """What is run on training images: the network, or what comes after its frozen layers."""
+        return Suffix(net, self.prefixes[0]) if self.prefixes and isinstance(self.train, KeptImages) else net
+
+    def validated(self, net: nn.Module) -> tuple[nn.Module, ImageDataset]:
+        """What is run on validation images, and these."""
+        return Suffix(net, self.prefixes[1]) if self.prefixes and isinstance(self.val, KeptImages) else net, self.val
 
     def prepare(self, epoch: int, net: nn.Module, accelerator: Accelerator, workers: int, quiet: bool) -> None:
         """Compute what the epoch needs and is not kept yet, with a bar unless it is `quiet`."""
-        for images, view in ((self.train, self.view(epoch)), (self.val, 0)):
-            if self.prefix and isinstance(images, KeptImages):
-                images.fill(view, net, self.prefix, accelerator, workers, accelerator.is_main_process and not quiet)
+        views, shown = (self.view(epoch), 0), accelerator.is_main_process and not quiet
+        for images, view, prefix in zip((self.train, self.val), views, self.prefixes or (), strict=False):
+            if isinstance(images, KeptImages):
+                images.fill(view, net, prefix, accelerator, workers, shown)
 
 
 def stage_inputs(
@@ -115,29 +123,34 @@ def stage_inputs(
     say: Callable[[str], None],
 ) -> StageInputs:
     """What a stage of so many epochs trains on: with `frozen_views`, what frozen layers make of images, kept in `folder`."""
-    views, shape = recipe.augment.frozen_views, recipe.data.shape
-    prefix = find_prefix(net, shape, recipe.batch_norm) if views else None
-    if not prefix:
+    views, shapes = recipe.augment.frozen_views, (recipe.data.shape, recipe.data.test_shape)
+    found = {shape: find_prefix(net, shape, recipe.batch_norm) for shape in dict.fromkeys(shapes)} if views else {}
+    of_train, of_val = (found.get(shape) for shape in shapes)
+    if not of_train or not of_val:
         if views:
             say("frozen_views: no effect on this stage: no frozen first layers whose output is all that the others see")
         return StageInputs(*datasets)
-    with accelerator.autocast():
-        example = frozen_part(net.eval(), prefix.last, torch.zeros(1, *shape, device=accelerator.device))
-    kept = KeptImages(datasets[0], example, views), KeptImages(datasets[1], example, 1)
+
+    def keep(images: ImageDataset, prefix: FrozenPrefix, views: int) -> KeptImages:
+        with accelerator.autocast():
+            example = frozen_part(net.eval(), prefix.last, torch.zeros(1, *prefix.shape, device=accelerator.device))
+        return KeptImages(images, example, views)
+
+    prefixes, kept = (of_train, of_val), (keep(datasets[0], of_train, views), keep(datasets[1], of_val, 1))
     sizes = [size for part in kept for size in part.sizes]
-    text = f"the output of {prefix.last} for {views} views of each image, {sum(sizes) / 2**20:,.0f} MiB"
+    text = f"the output of {of_train.last} for {views} views of each image, {sum(sizes) / 2**20:,.0f} MiB"
     if epochs <= views:
         say(f"frozen_views: nothing is kept: this stage sees none of {views} views twice")
-    elif (share := share_of_forward(net, prefix)) < WORTH_KEEPING:
+    elif (share := share_of_forward(net, of_train)) < WORTH_KEEPING:
         say(f"frozen_views: nothing is kept: the frozen layers are {share:.0%} of the network's computation")
     elif buffers := shared_buffers(folder, sizes, accelerator):
         say(f"frozen_views: kept: {text}")
         for part in kept:
             part.lie_in(buffers.pop(0), buffers.pop(0))
-        return StageInputs(*kept, prefix, views)
+        return StageInputs(*kept, prefixes, views)
     else:
         say(f"frozen_views: computed anew in each epoch, for want of room on the disk: {text}")
-    return StageInputs(*datasets, prefix, views)
+    return StageInputs(*datasets, prefixes, views)
 
 
 def shared_buffers(folder: Path, sizes: Sequence[int], accelerator: Accelerator) -> list[memoryview]:

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def load_timm_model(name: str, weights: str, state: dict[str, torch.Tensor], opt
 
 
 def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
-    """The preprocessing that the pretrained weights expect, at the recipe's image size: timm's names, see INPUTS.
+    """The preprocessing that the pretrained weights expect, at the size of evaluation: timm's names, see INPUTS.
 
     Of arrays it is known from the training images: see `fit_preprocessing`, which replaces what stands here for them.
     """
@@ -212,7 +213,7 @@ def preprocessing(recipe: Recipe, net: nn.Module) -> dict[str, Any]:
         }
     data, mode = recipe.data, TIMM_MODES.get(recipe.data.resize or "")
     crop_pct = data.crop_pct or (1.0 if data.resize in ("pad", "squash") else None)  # where all of an image is meant to be seen
-    asked = {"input_size": data.shape, "crop_pct": crop_pct, "crop_mode": mode}
+    asked = {"input_size": data.test_shape, "crop_pct": crop_pct, "crop_mode": mode}
     resolved = resolve_data_config(asked, pretrained_cfg=config)
     found = {key: resolved[key] for key in INPUTS}
     if data.channels:
@@ -229,7 +230,7 @@ def check_resampling(recipe: Recipe) -> None:
     config = timm.get_pretrained_cfg(recipe.backbone) if isinstance(recipe.backbone, str) else None
     if recipe.weights != "hub" or not config or not config.fixed_input_size:
         return
-    name, sides, trained = str(recipe.backbone), recipe.data.sides, config.input_size[-1]
+    name, sides, trained = str(recipe.backbone), recipe.data.test_sides, config.input_size[-1]
     if sides == (trained, trained):
         return
     try:
@@ -241,6 +242,21 @@ def check_resampling(recipe: Recipe) -> None:
                 f"the weights of {name} are for {trained} x {trained} images, and timm does not resample them: "
                 f"--set data.image_size={trained}"
             ) from error
+
+
+def size_options(recipe: Recipe) -> dict[str, Any]:
+    """The arguments by which a timm model takes the recipe's sizes: none but of networks that are built for one size.
+
+    Of these, many can resample their position embeddings in each forward pass; as saved, they are for `test_size` alone.
+    """
+    name = str(recipe.backbone)
+    if not timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+        return {}
+    options = {"img_size": recipe.data.test_sides}
+    with suppress(TypeError), torch.device("meta"):
+        if len(recipe.all_sides) > 1 and timm.create_model(name, dynamic_img_size=True):
+            return options | {"dynamic_img_size": True}
+    return options
 
 
 def reset_head(net: Any, num_classes: int) -> None:

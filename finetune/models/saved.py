@@ -261,7 +261,7 @@ def try_saving(recipe: Recipe, net: nn.Module, preprocessing: dict[str, Any], cl
         except Exception as error:  # each network fails its own way
             text = first_line(error).replace(folder, "its own file")
             raise RecipeError(f"{name} can't be saved and loaded again: {type(error).__name__}: {text}") from error
-        image, logits = torch.rand(1, *recipe.data.shape), []
+        image, logits = torch.rand(1, *recipe.data.test_shape), []
         for network in (net, again):
             seed_all("image")
             layout = memory_format(recipe, net)

@@ -113,7 +113,10 @@ def write_timm_config(folder: Path, net: TimmModel, preprocessing: dict[str, Any
     try:
         save_config_for_hf(plain, file, {**about}, options or None)  # timm takes things out of it
         config = json.loads(file.read_text())
-        config.get("model_args", {}).pop("num_classes", None)  # it stands beside them; transformers would pass it twice
+        arguments = config.get("model_args", {})
+        arguments.pop("num_classes", None)  # it stands beside them; transformers would pass it twice
+        if arguments.pop("dynamic_img_size", False):  # of a network that trained at other sizes; exporters can't follow it
+            config["pretrained_cfg"]["fixed_input_size"] = True
         file.write_text(json.dumps(config, indent=2) + "\n")
         with torch.device("meta"):
             again = timm.create_model(f"local-dir:{folder}")

@@ -185,7 +185,7 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
     place = Path(source).name or source
     epochs = f"{result['epochs']} of {recipe.epochs} epochs, stopped early" if result["epochs"] < recipe.epochs else ""
     about = [str(to_dict(recipe.backbone)), epochs or f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"]
-    about += [f"images of {recipe.data.pixels} px", str(begun.get("started", ""))]
+    about += [f"images of {recipe.data.sizes}", str(begun.get("started", ""))]
     (_, value, interval), *rest = shown
     others = [*rest, ("loss", f"{result['loss']:.4f}", "")]
     recipe_file = run / "recipe.py"

@@ -15,6 +15,23 @@ Share = Annotated[float, "(0, 1]", "a share of the area"]
 Byte = Annotated[int, "[0, 255]"]
 Pixels = Annotated[int, "[1, inf)"]
 Positive = Annotated[float, "(0, inf)"]
+Sides = tuple[int, int]  # height, width
+STEPS = (32, 16, 14, 8)  # pixels by which sizes rise: the first that divides both ends; patches have such sides
+
+
+def as_sides(size: int | Sides) -> Sides:
+    """(height, width) of a size, which may be one number."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def step_between(low: int, high: int) -> int:
+    """The step in which a side rises; 0 if there is none."""
+    return next((step for step in STEPS if low % step == high % step == 0), 0)
+
+
+def in_pixels(sides: Sides) -> str:
+    """Sides in words: "224", or "64 x 256", height first."""
+    return " x ".join(str(side) for side in dict.fromkeys(sides))
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,8 @@ class Data(Checked):
     sampling: Literal["all", "balanced"] = "all"  # an epoch: every image once, or as many draws, each class as often as any
     on_bad_image: Literal["stop", "skip"] = "stop"  # skip: an image that can't be read is named, counted and left out
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)  # red, green, blue behind what is transparent: white
+    test_size: Pixels | tuple[Pixels, Pixels] | None = None  # of images that are evaluated or predicted; None: image_size
+    start_size: Pixels | tuple[Pixels, Pixels] | None = None  # in the first epoch, rising to image_size; None: image_size
     resize: Literal["crop", "pad", "squash"] | None = (
         None  # images of another shape: cut, bordered, distorted; None: the model's
     )
@@ -67,25 +86,72 @@ class Data(Checked):
             yield "reduced_decode is for photographs, not for channels"
         if self.reduced_decode and callable(self.source):
             yield "reduced_decode is for files that this library opens, not for what a function returns"
+        ends = [*zip(self.start_sides, self.sides, strict=True)] if self.start_size else []
+        if ends and (self.start_sides == self.sides or any(low > high for low, high in ends)):
+            yield f"start_size={self.start_size} must be below image_size={self.image_size}, to which it rises"
+        elif odd := [f"{low} and {high}" for low, high in ends if not step_between(low, high)]:
+            steps = f"{', '.join(map(str, STEPS[:-1]))} or {STEPS[-1]}"
+            yield f"start_size rises to image_size in steps of {steps} pixels, and none of these divides both {odd[0]}"
         try:
             re.compile(self.group_pattern or "")
         except re.error as error:
             yield f"group_pattern is no regular expression: {error}"
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """(height, width) of the network's input in pixels."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+    def sides(self) -> Sides:
+        """(height, width) of the network's input in pixels, in training."""
+        return as_sides(self.image_size)
+
+    @property
+    def start_sides(self) -> Sides:
+        """The same in the first epoch."""
+        return as_sides(self.start_size or self.image_size)
+
+    @property
+    def test_sides(self) -> Sides:
+        """The same in evaluation."""
+        return as_sides(self.test_size or self.image_size)
+
+    def sides_in(self, epoch: int, epochs: int) -> Sides:
+        """The same in an epoch of so many: from start_size in the first, in a line, to image_size in the last quarter."""
+        full = max(1, epochs * 3 // 4)  # the first epoch at image_size
+
+        def side(low: int, high: int) -> int:
+            step = step_between(low, high)
+            return low + step * round((high - low) * min(epoch, full) / (full * step))
+
+        height, width = map(side, self.start_sides, self.sides) if self.start_size else self.sides
+        return height, width
+
+    def shape_of(self, sides: Sides) -> tuple[int, int, int]:
+        """(channels, height, width) of images of these sides."""
+        return self.channels or 3, *sides
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the network's input."""
-        return self.channels or 3, *self.sides
+        """(channels, height, width) of the network's input, in training."""
+        return self.shape_of(self.sides)
+
+    @property
+    def test_shape(self) -> tuple[int, int, int]:
+        """The same in evaluation."""
+        return self.shape_of(self.test_sides)
+
+    def field_of(self, sides: Sides) -> str:
+        """The name of the field that brings images of these sides about."""
+        return {self.test_sides: "test_size", self.sides: "image_size"}.get(sides, "start_size")
 
     @property
     def pixels(self) -> str:
         """The sides in words: "224", or "64 x 256", height first."""
-        return " x ".join(str(side) for side in dict.fromkeys(self.sides))
+        return in_pixels(self.sides)
+
+    @property
+    def sizes(self) -> str:
+        """All sizes in words: "64 to 128 px, 160 px in evaluation"."""
+        start = f"{in_pixels(self.start_sides)} to " if self.start_size else ""
+        test = f", {in_pixels(self.test_sides)} px in evaluation" if self.test_sides != self.sides else ""
+        return f"{start}{self.pixels} px{test}"
 
     @property
     def holdout_parts(self) -> int:

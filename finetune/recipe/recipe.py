@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked, find_faults, parts
-from finetune.recipe.data import FOR_PHOTOGRAPHS, NAMED_SETS, Augment, Data
+from finetune.recipe.data import FOR_PHOTOGRAPHS, NAMED_SETS, Augment, Data, Sides
 from finetune.recipe.groups import AdamW, Group, LayerDecay, LinearProbe, Optimizer, Switch
 from finetune.recipe.legacy import reads_old_names
 from finetune.recipe.metrics import KINDS, NUMBER_LOSSES, Loss, Metric, direction, fits
@@ -132,6 +132,15 @@ class Recipe(Checked):
         """Whether labels are numbers, and not classes: regression."""
         return self.loss in NUMBER_LOSSES
 
+    def sides_in(self, epoch: int) -> Sides:
+        """(height, width) of the training images in an epoch."""
+        return self.data.sides_in(epoch, self.epochs)
+
+    @property
+    def all_sides(self) -> tuple[Sides, ...]:
+        """Each size that the network gets: those that train, in their order, then the one that is evaluated."""
+        return tuple(dict.fromkeys([*map(self.sides_in, range(self.epochs)), self.data.test_sides]))
+
     def number_conflicts(self) -> Iterator[str]:
         """Conflicts with labels that are numbers."""
         if not self.of_numbers:
@@ -155,6 +164,7 @@ class Recipe(Checked):
         if not any(row.unfreeze_at > 0 or isinstance(row, Group) and row.lr == 0 for row in rows):
             yield "augment: frozen_views has no effect: no group is ever frozen"
         for name, used in (
+            ("data.start_size, which has images of another size later", self.data.start_size),
             ("mixup and cutmix, which mix images", self.augment.mixes),
             ("flip_test, which mirrors them", self.flip_test),
             ("gradient_checkpointing", self.gradient_checkpointing),
@@ -180,6 +190,8 @@ class Recipe(Checked):
         if self.switch and self.switch.at not in stages:
             text = ", ".join(map(str, stages)) or "none"
             yield f"switch: at={self.switch.at} is no epoch at which a group unfreezes (those after the first: {text})"
+        if self.data.start_size and self.epochs == 1:
+            yield "data: start_size has no effect in a single epoch, which is at image_size"
         for path, part in parts(self) if self.epochs >= 1 else ():
             start, warmup = getattr(part, "unfreeze_at", 0), getattr(part, "warmup_epochs", 0)
             if start >= self.epochs:

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import ImageDataset, is_unreadable, name_others
 from finetune.images.read import as_pil
+from finetune.recipe.data import in_pixels
 from finetune.recipe.metrics import name_numbers
 from finetune.report.drawing import run_title, save_figure, shorten, style
 from finetune.report.heat_maps import heat_maps, overlay, to_pixels
@@ -76,7 +77,10 @@ def draw_augmented(file: Path, title: str, images: ImageDataset, epochs: int) ->
             continue
         shown = as_pil(Image.fromarray(pixels) if images.kind is None else pixels)
         tiles.append(Tile(shown, f"{shorten(name_of_image(images, i), width)}\n{shorten(name_labels(images, label), width)}"))
-        tiles += [Tile(as_augmented(images, epoch, i), f"epoch {epoch + 1}\n") for epoch in range(epochs)]
+        for epoch in range(epochs):
+            augmented = as_augmented(images, epoch, i)
+            size = f", {in_pixels(augmented.shape[:2])} px" if images.growing else ""
+            tiles.append(Tile(augmented, f"epoch {epoch + 1}{size}\n"))
     if not tiles:
         return None
     seen = "in epoch 1" if epochs == 1 else f"in epochs 1 to {epochs}"

@@ -28,7 +28,7 @@ def list_recipes() -> list[dict[str, str]]:
                 "cost": mean_duration(record) if record else "",
                 "on": describe_hardware(record["hardware"]) if record else "",
                 "backbone": to_dict(recipe.backbone),
-                "data": f"{to_dict(recipe.data.source)}, {recipe.data.pixels} px",
+                "data": f"{to_dict(recipe.data.source)}, {recipe.data.sizes}",
             }
         )
     return rows

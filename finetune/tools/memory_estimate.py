@@ -74,7 +74,7 @@ def first_and_last(names: Iterable[str]) -> str:
 
 def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], wide: bool = True) -> str:
     """What each stage trains, and the memory that it takes with a whole batch at once on one process; `wide`: by its parts."""
-    images = recipe.data.batch_size
+    images, largest = recipe.data.batch_size, f" of {recipe.data.pixels} px" if recipe.data.start_size else ""
     columns = ["parameters", "gradients", "optimizer", *(["average"] if recipe.ema_decay else []), "activations"] * wide
     rows = [("from epoch", "trains", "trained parameters", *columns, "sum" if wide else "MiB")]
     epochs = {int(group.unfreeze_at) for group in groups if group.ever_trains}  # a switch of optimizers is at one of these
@@ -86,7 +86,7 @@ def memory_table(recipe: Recipe, net: nn.Module, groups: Sequence[ParamGroup], w
         total = "> " * (not stage.keys() >= {"optimizer", "activations"}) + f"{sum(stage.values()) / 2**20:,.1f}"
         rows.append((str(epoch + 1), names, f"{num_values:,}", *(cells.get(column, "unknown") for column in columns), total))
     note = (
-        f"MiB, estimated for {images} images at once, in float32; bf16 about halves the\n"
+        f"MiB, estimated for {images} images{largest} at once, in float32; bf16 about halves the\n"
         "activations; on top come results dropped on the way (frozen layers drop all),\n"
         "the library's own workspace and the loader"
     )

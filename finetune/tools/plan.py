@@ -12,6 +12,7 @@ from finetune.data.sources import data_and_size, is_downloaded, load_data
 from finetune.models.backbone import meta_backbone
 from finetune.optim.param_groups import ParamGroup, describe_param_groups, planned_lrs
 from finetune.recipe import Recipe
+from finetune.recipe.data import in_pixels
 from finetune.recipe.serialize import to_dict
 from finetune.report.class_sizes import plot_class_sizes
 from finetune.report.drawing import shorten
@@ -72,7 +73,7 @@ def describe_run(recipe: Recipe, num_images: int, num_classes: int) -> str:
     kind = f"number{'s' * (num_classes > 1)}" if recipe.of_numbers else "classes"
     return (
         f"{to_dict(recipe.backbone)} on {to_dict(recipe.data.source)}, {num_images} images of {num_classes} {kind} at "
-        f"{recipe.data.pixels} px; {first}{recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images"
+        f"{recipe.data.sizes}; {first}{recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images"
     )
 
 
@@ -93,16 +94,27 @@ def describe_classes(classes: Sequence[str], of_numbers: bool = False) -> str:
 def describe_plan(name: str, recipe: Recipe, plan: Plan, wide: bool = False) -> str:
     """The plan: groups, learning rates, stages with their memory, layers; all of it if `wide`, else what 80 columns hold."""
     net, groups, size, _ = plan
-    steps = recipe.data.steps_per_epoch(size[0])
+    steps, width = recipe.data.steps_per_epoch(size[0]), math.inf if wide else WIDTH
     return "\n\n".join(
         [
-            fill_lines(f"{name}: {describe_run(recipe, *size)}", math.inf if wide else WIDTH),
+            fill_lines(f"{name}: {describe_run(recipe, *size)}", width),
             describe_param_groups(groups, steps, recipe.epochs, wide),
             f"learning rate at the start of each epoch\n{lr_table(epoch_lrs(groups, steps, recipe.epochs), wide)}",
+            *([fill_lines(f"image size\n{describe_sizes(recipe)}", width)] if recipe.data.start_size else []),
             f"stages\n{memory_table(recipe, net, groups, wide)}",
-            f"layers, for one image\n{layer_table(recipe, net, groups, math.inf if wide else WIDTH)}",
+            f"layers, for one image\n{layer_table(recipe, net, groups, width)}",
         ]
     )
+
+
+def describe_sizes(recipe: Recipe) -> str:
+    """Which epochs train on images of which size, counted from 1."""
+    sizes, texts = [in_pixels(recipe.sides_in(epoch)) for epoch in range(recipe.epochs)], list[str]()
+    for size in dict.fromkeys(sizes):
+        first, last = sizes.index(size) + 1, recipe.epochs - sizes[::-1].index(size)
+        texts.append(f"{size} px in epoch{'s' * (first < last)} {first}{f' to {last}' * (first < last)}")
+    test = f"; {in_pixels(recipe.data.test_sides)} px in evaluation"
+    return f"{', '.join(texts)}{test}; a step has {recipe.data.batch_size} images at each size"
 
 
 def epoch_lrs(groups: Sequence[ParamGroup], steps_per_epoch: int, epochs: int) -> dict[str, list[float]]:

@@ -2,11 +2,17 @@
 
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from finetune.models.backbone import meta_backbone
 from finetune.recipe import Data, Group, LayerDecay, Recipe, Schedule
-from finetune.recipe.load import override
 from finetune.utils.errors import RecipeError
+
+
+def sizes_from(data: Data, smallest: int | None) -> dict[str, Any]:
+    """The fields of sizes, of which those are small that a recipe has: the first, twice and three times the smallest."""
+    fields = [name for name in ("start_size", "image_size", "test_size") if getattr(data, name) is not None]
+    return {name: (i + 1) * smallest if smallest else getattr(data, name) for i, name in enumerate(fields)}
 
 
 def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
@@ -47,8 +53,8 @@ def smoke_recipe(recipe: Recipe, parts: int) -> Recipe:
             channels=recipe.data.channels,
         ),  # fmt: skip
     )
-    for size in (32, 28, recipe.data.image_size):  # 28: patches of 14 pixels; the last: a network for one size only
-        small = override(small, [f"data.image_size={size}"])
+    for size in (32, 28, None):  # 28: patches of 14 pixels; None: the recipe's own, of a network for one size only
+        small = replace(small, data=replace(small.data, **sizes_from(recipe.data, size)))
         with suppress(RecipeError):
             meta_backbone(small)
             break

@@ -19,6 +19,7 @@ from finetune.data.batches import BatchPlan
 from finetune.data.loader import Batch, is_unreadable
 from finetune.metrics.compute import best_row
 from finetune.recipe import Recipe
+from finetune.recipe.data import in_pixels
 from finetune.recipe.metrics import METRICS, write_value
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.training.run_dir import newest_checkpoint
@@ -49,7 +50,8 @@ class Logger:
 
     def __init__(self, folder: Path, accelerator: Accelerator, recipe: Recipe, quiet: bool = False):
         self.folder, self.accelerator, self.quiet = folder, accelerator, quiet
-        self.metric, self.epochs = recipe.metric, recipe.epochs
+        self.metric, self.epochs, self.sides_in = recipe.metric, recipe.epochs, recipe.sides_in
+        self.sides = None if recipe.data.start_size else recipe.data.sides  # of images, as it was said last
         self.headed = False  # whether the columns of the epochs' lines have been named
         self.history: list[dict[str, Any]] = []
         self.linear_probe: dict[str, Any] | None = None
@@ -141,7 +143,10 @@ class Logger:
         return [self.linear_probe, *self.history] if self.linear_probe else self.history
 
     def progress(self, batches: Iterator[Batch], epoch: int, total: int) -> Iterator[Batch]:
-        """The batches, with a bar."""
+        """The batches, with a bar; the size of their images is said where it is another than before."""
+        if (sides := self.sides_in(epoch)) != self.sides:
+            self.say(f"from epoch {epoch + 1}: images of {in_pixels(sides)} px")
+            self.sides = sides
         shown = self.accelerator.is_main_process and not self.quiet
         self.bar = progress(batches, total, f"epoch {epoch + 1} of {self.epochs}", shown)
         self.epoch_started, self.epoch_images = time.monotonic(), 0

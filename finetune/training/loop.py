@@ -103,8 +103,7 @@ def train(
             for network in dict.fromkeys((net, evaluated)):
                 broadcast(network.buffers(), accelerator)  # norm statistics, of each process's own share of the images
                 check_same_weights(network, accelerator)
-            seen = inputs.model(evaluated), inputs.val
-            logits, labels = predict_logits(recipe, *seen, accelerator, options, text="validation")
+            logits, labels = predict_logits(recipe, *inputs.validated(evaluated), accelerator, options, text="validation")
             logger.log_epoch(step, epoch, compute_metrics(recipe, logits, labels, criterion.units), logits, labels)
             save_if_best(recipe, evaluated, val_images, logger, logits, labels)
             save_checkpoint(logger, net, evaluated, optimizer, accelerator, step, steps_per_epoch)

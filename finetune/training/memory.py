@@ -25,6 +25,7 @@ from finetune.models.backbone import memory_format
 from finetune.models.batch_norm import has_statistics, keep_buffers
 from finetune.models.sharding import is_sharded
 from finetune.recipe import Recipe
+from finetune.recipe.data import Sides
 from finetune.utils.errors import RecipeError
 
 
@@ -101,18 +102,25 @@ def says_when_full(device: torch.device) -> bool:
 
 
 def try_micro_batch(recipe: Recipe, net: nn.Module, accelerator: Accelerator, size: int) -> None:
-    """One forward and backward pass that leaves no trace but gradients, with room kept for what comes later."""
+    """Forward and backward passes of the smallest and the largest images, and a forward pass of those that are evaluated, that
+    leave no trace but gradients, with room kept for what comes later."""
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     # An Adam's two moments and the buckets in which processes exchange gradients are not there yet at the first try.
     room = torch.empty(3 * sum(parameter.numel() for parameter in trained), device=accelerator.device)
-    images = torch.zeros(size, *recipe.data.shape, device=accelerator.device).contiguous(
-        memory_format=memory_format(recipe, net)
-    )
+
+    def logits_of(sides: Sides) -> torch.Tensor:
+        images = torch.zeros(size, *recipe.data.shape_of(sides), device=accelerator.device)
+        with accelerator.autocast():
+            logits: torch.Tensor = net(images.contiguous(memory_format=memory_format(recipe, net)))
+        return logits.float()
+
     try:
         with keep_buffers(net):
-            with accelerator.autocast():
-                logits = net(images)
-            logits.float().sum().backward()
+            for sides in dict.fromkeys((recipe.data.start_sides, recipe.data.sides)):  # norms may refuse small ones
+                logits_of(sides).sum().backward()
+            if recipe.data.test_sides != recipe.data.sides:
+                with torch.no_grad():
+                    logits_of(recipe.data.test_sides)
     finally:
         del room
 

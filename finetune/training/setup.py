@@ -22,7 +22,7 @@ from finetune.data.dataset import ImageData, ImageList, Images, labels_of
 from finetune.data.loader import ImageDataset, Transform, epoch_batches
 from finetune.data.sources import is_downloaded, load_data
 from finetune.images.own_function import OwnFunction
-from finetune.images.transforms import eval_transform, training_transform
+from finetune.images.transforms import eval_transform, training_transforms
 from finetune.models.backbone import build_backbone, fresh_norms, memory_format, meta_backbone
 from finetune.models.batch_norm import convert_sync_batch_norm, set_train_mode
 from finetune.models.linear_probe import check_probe, standardise
@@ -198,9 +198,14 @@ def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[Ima
 
     train = data.train
     if recipe.data.reduced_decode and isinstance(train, ImageList):  # what is evaluated is decoded as `predict` does
-        train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * max(recipe.data.sides)))
+        largest = max(*recipe.data.sides, *recipe.data.test_sides)  # a linear probe sees training images at test_size
+        train = train.read_with(shortest=math.ceil(recipe.data.reduced_decode * largest))
     function = recipe.augment.function and OwnFunction(recipe.augment.function)
-    return dataset(train, training_transform(recipe, inputs), function), dataset(data.val, eval_transform(inputs))
+    epochs = training_transforms(recipe, inputs)
+    augmented = dataset(train, epochs[-1], function)
+    if recipe.data.start_size:
+        augmented.growing = epochs
+    return augmented, dataset(data.val, eval_transform(inputs))
 
 
 def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
@@ -216,7 +221,7 @@ def check_recipe(recipe: Recipe, net: nn.Module) -> list[ParamGroup]:
             "class_weights='balanced' and data.sampling='balanced' would make up for rare classes twice: leave out one"
         )
     build_optimizer(groups)
-    training_transform(recipe, preprocessing(recipe, net))
+    training_transforms(recipe, preprocessing(recipe, net))
     if recipe.augment.color_jitter and "3a" not in (policy := recipe.augment.auto_augment or "3a"):
         raise RecipeError(f"augment: timm leaves out color_jitter beside auto_augment={policy!r}: leave out one of them")
     if recipe.batch_norm == "frozen" and recipe.weights != "none" and (fresh := fresh_norms(recipe, net)):
@@ -250,7 +255,8 @@ def check_micro_batches(recipe: Recipe, images: ImageDataset, processes: int, ac
     net = meta_backbone(recipe, len(images.classes))
     set_train_mode(net, recipe.batch_norm)
     try:
-        net(torch.zeros(1, *recipe.data.shape, device=next(net.parameters()).device))
+        smallest = recipe.data.shape_of(recipe.data.start_sides)
+        net(torch.zeros(1, *smallest, device=next(net.parameters()).device))
     except ValueError as error:  # which torch's norms raise
         raise RecipeError(
             f"batch_norm='{recipe.batch_norm}' needs 2 images or more at once; {len(images)} images in batches of "

@@ -158,7 +158,8 @@ class Pot:
         parts = [state for state, share in zip(self.states, shares, strict=True) if share]
         if names := moved_norms(self.net, parts):
             note(f"the statistics of {len(names)} batch norms differ between the runs: computed anew on the training images")
-            batches = load_batches(self.train, 0, epoch_batches(self.recipe, self.train, 0), 0, self.accelerator.device)
+            last = self.recipe.epochs - 1  # whose images have their full size
+            batches = load_batches(self.train, last, epoch_batches(self.recipe, self.train, last), 0, self.accelerator.device)
             recompute_statistics(self.net, names, (part[0] for batch in batches for part in batch.micro_batches))
         return self.net
 

@@ -92,7 +92,7 @@ REFUSED = {
         {"auto_augment": "ta_wide", "color_jitter": 0.4},
         "timm leaves out color_jitter beside auto_augment='ta_wide'",
     ),
-    "a blur of few pixels": ({"gaussian_blur_prob": 0.1}, "gaussian_blur_prob needs an image_size of 12 or more, not 8"),
+    "a blur of few pixels": ({"gaussian_blur_prob": 0.1}, "gaussian_blur_prob needs images of 12 px or more, not 8"),
     "no function": ({"function": "flip"}, "augment.function must be a function or None, not 'flip'"),
     "too far": ({"rotation": 181}, "augment.rotation must be from 0 to 180, not 181"),
 }

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.models.batch_norm import set_train_mode
-from finetune.recipe import SGD, Group
+from finetune.recipe import SGD, Data, Group
 from finetune.training import loop as train_loop
 from finetune.training import memory
 from finetune.training.memory import find_micro_batches
@@ -88,6 +88,16 @@ def test_a_try_for_memory_leaves_no_trace(monkeypatch):
     net.forward = lambda images: (_ for _ in ()).throw(torch.OutOfMemoryError())
     with pytest.raises(RecipeError, match="out of memory with 1 images of 24 px"):
         find_micro_batches(small_recipe(), net, Accelerator(cpu=True), 1, print)
+
+
+def test_the_smallest_and_the_largest_images_are_tried(monkeypatch):
+    """Those of the first epoch and of the last with a backward pass, those that are evaluated without."""
+    monkeypatch.setattr(memory, "says_when_full", lambda device: True)  # as if this were a GPU
+    recipe, tried = small_recipe(data=Data("generated", 32, 8, start_size=8, test_size=40)), []
+    net, _, _ = prepare(recipe)
+    net.register_forward_pre_hook(lambda net, images: tried.append((images[0].shape[-1], torch.is_grad_enabled())))
+    assert find_micro_batches(recipe, net, Accelerator(cpu=True), 1, print) == 1
+    assert tried == [(8, True), (32, True), (40, False)]
 
 
 ALLOCATES = """

@@ -121,6 +121,7 @@ OPTIONS = {
     "mixing": {"augment": Augment(mixup=0.4, cutmix=1.0), "l2_sp": 0.1, "data": Data("generated", 24, 8, sampling="balanced")},
     "a function of its own": {"augment": Augment(function=noise, vflip=0.5, rot90=0.5, rotation=20, grayscale_prob=0.5)},
     "another shape": {"data": Data("generated", (24, 40), 8, resize="pad")},
+    "sizes that grow": {"data": Data("generated", 32, 8, start_size=8, test_size=40), "augment": Augment(erasing=0.5)},
     "kept images": {"groups": (HEAD, dataclasses.replace(REST, unfreeze_at=3)), "augment": Augment(frozen_views=1)},
     "own columns": {
         "groups": (

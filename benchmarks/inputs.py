@@ -2,15 +2,18 @@
 
     python -m benchmarks.inputs channels --data DIR --label "chest X-rays, PQF weights" --weights FILE
     python -m benchmarks.inputs shape --data DIR --label "magnetic tiles, PQF weights" --weights FILE
+    python -m benchmarks.inputs sizes --data DIR --label "CIFAR-10, JPEG copy, 100 a class, PQF weights" --weights FILE
 
 channels: grey images as three copies and in one channel, with a ResNet-18; the first layer then has the sum of its pretrained
 weights over red, green and blue, and the mean and deviation are the images' own. shape: images of all shapes padded, cut and
-squashed to a square. Run folders go to --runs; a finished run is a line of --output, and is not run again.
+squashed to a square. sizes: one size, a larger one to evaluate at, and sizes that grow, with more epochs for as many pixels.
+Run folders go to --runs; a finished run is a line of --output, and is not run again.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +27,18 @@ QUESTIONS = {  # the command of both, and what each way adds
     "shape": (
         ["resnet18_tiles"],
         {"padded": [], "cut": ["--set", "data.resize=crop"], "squashed": ["--set", "data.resize=squash"]},
+    ),
+    "sizes": (
+        ["resnet18_cifar", "--lr-scale", "0.33", "--set", "data.batch_size=32"],
+        {
+            "128 px, 8 epochs": ["--epochs", "8"],
+            "128 px, evaluated at 160, 8 epochs": ["--epochs", "8", "--set", "data.test_size=160"],
+            "64 to 128 px, 12 epochs": ["--epochs", "12", "--set", "data.start_size=64"],
+            "64 to 128 px, evaluated at 160, 12 epochs": [
+                *["--epochs", "12"],
+                *["--set", "data.start_size=64", "--set", "data.test_size=160"],
+            ],
+        },
     ),
 }
 KEPT = ("top1", "macro_f1", "auroc", "linear_probe_macro_f1", "val_images", "seconds", "images_per_second", "versions")
@@ -47,7 +62,8 @@ def main() -> int:
             if (args.label, way, seed) in done:
                 continue
             what = {"question": args.question, "images": args.label, "way": way, "seed": seed}
-            row = {**what, **run(args, [*command, *more], f"{args.question}-{way.replace(' ', '_')}-{seed}", seed)}
+            name = f"{args.question}-{'-'.join(re.findall('[a-z0-9]+', way))}-{seed}"
+            row = {**what, **run(args, [*command, *more], name, seed)}
             with open(args.output, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.builtin import digits, elpv, from_function, generated, numbered
+from finetune.data.builtin import digits, elpv, from_function, generated, graded, numbered
 from finetune.data.dataset import (
     SPLITS,
     ImageData,
@@ -47,7 +47,7 @@ def whole_data(recipe: Recipe) -> ImageData:
         for refuse in (refuse_split, refuse_groups):
             refuse(recipe.data, str(to_dict(source)))
     if callable(source):
-        return from_function(source, recipe.loss, recipe.data)
+        return graded(from_function(source, recipe.loss, recipe.data), recipe)
     data = read_source(source, recipe)
     if recipe.of_numbers and source == "generated":
         data = numbered(data)
@@ -59,7 +59,7 @@ def whole_data(recipe: Recipe) -> ImageData:
             val = drop_unreadable(val, data.classes, source)
         else:
             check_classes(val, data.classes, f"the validation images of {source}")
-    return ImageData(train, val, data.classes)
+    return graded(ImageData(train, val, data.classes), recipe)
 
 
 def read_source(source: str, recipe: Recipe) -> ImageData:

@@ -11,20 +11,29 @@ from finetune.metrics.compute import compute_metrics
 from finetune.metrics.intervals import exact_interval, wilson
 from finetune.metrics.numbers import mean_metrics
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import NO_SHARES, direction
+from finetune.recipe.metrics import NO_SHARES, OF_GRADES, direction
 
 DRAWS = 1000  # of the bootstrap
 Score = Callable[[torch.Tensor], float]  # the metric of the images at these positions
 
 
 def score(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> Score:
-    """The recipe's metric of these logits, as a function of the positions of the images that count."""
+    """The recipe's metric of these logits, as a function of the positions of the images that count.
+
+    Of numbers that are grades, `logits` are the grades predicted.
+    """
     if recipe.metric == "top1":
         right = (logits.argmax(1) == labels).double()
         return lambda at: right[at].mean().item()
     if recipe.of_numbers:
         whole = torch.ones(1, len(labels), dtype=torch.float64)
-        return lambda at: mean_metrics(logits[at], labels[at])[recipe.metric](whole[:, : len(at)]).item()
+        grades = logits if recipe.metric in OF_GRADES else None
+
+        def value(at: torch.Tensor) -> float:
+            metrics = mean_metrics(logits[at], labels[at], None if grades is None else grades[at])
+            return metrics[recipe.metric](whole[:, : len(at)]).item()
+
+        return value
     return lambda at: compute_metrics(recipe, logits[at], labels[at])[recipe.metric]
 
 

@@ -78,12 +78,12 @@ def finish_run(
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
-        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups)
+        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups, units_of(net))
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
     certain = logits / temperature  # as predict has them
     if units := units_of(net):
-        try_to(plot_numbers, folder, logits, labels, images.classes, run_title(folder))
+        try_to(plot_numbers, folder, logits, labels, images.classes, run_title(folder), units)
         try_to(plot_number_predictions, folder, logits, labels, images)
         try_to(plot_largest_errors, folder, logits, labels, images, units.deviation)
     else:

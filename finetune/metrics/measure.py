@@ -13,7 +13,7 @@ from finetune.metrics.numbers import baseline, mean_metrics, quadratic_kappa, to
 from finetune.metrics.thresholds import choose_thresholds
 from finetune.models.linear_probe import Units
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import NUMBER_LOSSES, OF_NUMBERS, OF_PROBABILITIES
+from finetune.recipe.metrics import NUMBER_LOSSES, OF_GRADES, OF_NUMBERS, OF_PROBABILITIES
 
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
@@ -28,6 +28,7 @@ NAMES = {  # in words, in the order of a table
     "average_precision": "average precision",
     "auroc": "AUROC",
     "kappa": "kappa",
+    **OF_GRADES,
     **OF_PROBABILITIES,
     **OF_NUMBERS,
 }

@@ -88,7 +88,7 @@ def interval_of(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> l
 def in_points(found: dict[str, Any], metric: str = "top1") -> str:
     """A difference in points of a percent, or of numbers in their own unit, with its interval."""
     if metric in NO_SHARES:
-        difference, low, high = (f"{value + 0.0:+.4g}" for value in (found["difference"], *found["interval"]))
+        difference, low, high = (f"{value + 0.0:+.3g}" for value in (found["difference"], *found["interval"]))
         return f"{difference} ({low} to {high})"
     points, low, high = (round(100 * value, 1) + 0.0 for value in (found["difference"], *found["interval"]))  # no -0.0
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"

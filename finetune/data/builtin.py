@@ -83,6 +83,21 @@ def numbered(data: ImageData) -> ImageData:
     return ImageData(train, val, ("label",))
 
 
+def from_names(parts: list[ImageList], classes: Sequence[str], source: str) -> tuple[list[ImageList], Sequence[str]]:
+    """The images of class folders that are named by numbers, with these as labels, [n, 1], and the name of such a label.
+
+    Raises:
+        RecipeError: for a folder that is named by none.
+    """
+    numbers = [as_number(name) for name in classes]
+    if other := [name for name, number in zip(classes, numbers, strict=True) if number is None]:
+        raise RecipeError(
+            f"data: labels that are numbers need numbers: a CSV, or folders named by them; {source} has {other[0]}/"
+        )
+    values = np.array(numbers, float)[:, None]
+    return [ImageList(part.items, values[np.asarray(part.labels)], part.read) for part in parts], ("label",)
+
+
 def from_function(source: Callable[[], Any], loss: str, data: Data) -> ImageData:
     """The images that a function of the recipe file returns, checked."""
     of_numbers = loss in NUMBER_LOSSES

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.builtin import digits, elpv, from_function, generated, graded, numbered
+from finetune.data.builtin import digits, elpv, from_function, from_names, generated, graded, numbered
 from finetune.data.dataset import (
     SPLITS,
     ImageData,
@@ -66,9 +66,9 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
     """The images that a source names."""
     if source in NAMED:
         return NAMED[source]()
-    if recipe.of_numbers and Path(source).is_dir():
+    if recipe.of_numbers and Path(source).is_dir() and has_shards(Path(source)):
         raise RecipeError(
-            f"data: loss='{recipe.loss}' needs numbers: a CSV with a column label; {source} is a folder of classes"
+            f"data: loss='{recipe.loss}' needs numbers: a CSV with a column label; the shards of {source} have classes"
         )
     if source.startswith("torchvision/"):
         return from_lists(*from_torchvision(source.removeprefix("torchvision/")), source, recipe.data)
@@ -82,6 +82,8 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
         return data
     elif Path(source).is_dir():
         parts, classes = from_folder(Path(source))
+        if recipe.of_numbers:
+            parts, classes = from_names(parts, classes, source)
     elif Path(source).exists():
         raise RecipeError(f"data: {describe_file(source)}")
     else:

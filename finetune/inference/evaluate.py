@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.builtin import from_names
 from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
 from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders
@@ -163,6 +164,8 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
     else:
         images, names = class_folders(evaluation_folder(data))
         parts = [images]
+    if recipe.of_numbers and data.is_dir():
+        parts, names = from_names(parts, names, str(data))
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
     columns = ([value for part in parts if (own := getattr(part, name)) is not None for value in own] for name in COLUMNS)

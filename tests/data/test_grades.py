@@ -63,6 +63,12 @@ def test_folders_of_grades(tmp_path):
     assert data.classes == tuple(map(str, range(12)))
     for part in (data.train, data.val):
         assert [Path(item).parent.name for item in part.items] == [data.classes[label] for label in part.labels]
+    numbers = load_data(recipe_of(tmp_path, loss="huber"))
+    assert numbers.classes == ("label",) and {*map(str, numbers.train.items)} | {*map(str, numbers.val.items)} == {
+        *map(str, tmp_path.glob("*/*.png"))
+    }
+    for part in (numbers.train, numbers.val):
+        assert [float(Path(item).parent.name) for item in part.items] == part.labels[:, 0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from regression import write_numbers
 from safetensors.torch import load_file
 from sklearn.metrics import cohen_kappa_score
@@ -57,6 +58,19 @@ def test_a_result_has_the_kappa_of_its_predictions(runs, name):
     texts = (run / "report.html").read_text(), card, evaluation_as_text(found), runs_as_table(list_runs(runs))
     assert all("quadratic kappa" in text and said in text for text in texts)
     assert (run / "confusion.png").is_file() and (run / "model" / "config.json").is_file()
+
+
+def test_folders_of_grades_are_evaluated(runs, tmp_path):
+    """A network of grades, as numbers or as classes, is measured on folders that are called by them."""
+    for i in range(22):
+        folder = tmp_path / f"{GRADES[i]:.1f}"
+        folder.mkdir(exist_ok=True)
+        Image.open(runs / f"{i}.png").rotate(90).save(folder / f"{i}.png")  # other files than the run's
+    found = {name: evaluate(runs / name, tmp_path) for name in ("numbers", "classes")}
+    files = [tmp_path / f"{GRADES[i]:.1f}" / f"{i}.png" for i in range(22)]
+    for name, key in (("numbers", "grade"), ("classes", "predicted")):
+        said = [int(float(row[key])) for row in predict_images(load_model(runs / name / "model"), files)]
+        assert found[name]["quadratic_kappa"] == pytest.approx(cohen_kappa_score(GRADES[:22], said, **KAPPA), abs=1e-9)
 
 
 def test_predict_says_the_nearest_grade(runs):

@@ -68,6 +68,7 @@ def test_what_is_suggested_trains(tmp_path, capsys):
     assert load_recipe(str(tmp_path / "mine.py"))[0].loss == "huber"
     assert verb(["suggest", *words, "--loss", "l1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == "l1"
+    table = write_numbers(tmp_path, np.arange(40.0) // 4)  # whole, which would be classes
     small = ["--set", "loss=mse", "--epochs", "1", "--image-size", "32", "--output", str(tmp_path / "run"), "--quiet"]
     assert verb(["train", *words, *small]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())

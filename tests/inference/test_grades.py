@@ -11,6 +11,7 @@ from regression import write_numbers
 from safetensors.torch import load_file
 from sklearn.metrics import cohen_kappa_score
 
+from finetune.export.describe import describe_use
 from finetune.export.export import export
 from finetune.inference.evaluate import evaluate, evaluation_as_text
 from finetune.inference.predict import predict_images, predictions_as_table
@@ -83,6 +84,7 @@ def test_predict_says_the_nearest_grade(runs):
     first = next(csv.DictReader(predictions_as_csv(rows).splitlines()))
     assert [*first] == ["file", "predicted", "grade", "error"] and int(first["grade"]) == rows[0]["grade"]
     assert (model.units.lowest, model.units.highest) == ((0,), (10,))
+    assert describe_use(model)["grades"] == {"from": "numbers, rounded, and clipped to these", "lowest": [0], "highest": [10]}
     assert (
         "clip them to those of training, from 0 to 10"
         in (export(runs / "numbers", "timm", runs / "out") / "README.md").read_text()

@@ -95,7 +95,9 @@ def test_a_soup_of_numbers_is_torchs_average_in_their_units(runs, tmp_path):
     assert result["r2"] == pytest.approx(r2_score(labels, said), rel=1e-3) and len(result["numbers"]) == 2
     assert {*result["by_subgroup"]} == {"a", "b"} and recipe.metric in result["by_subgroup"]["a"]
     for run, row in zip(runs, result["soup"]["runs"], strict=True):
-        assert row[recipe.metric] == pytest.approx(reference(recipe.metric, labels, said_of(run, files)), rel=1e-4)
+        theirs = reference(recipe.metric, labels, said_of(run, files))
+        assert row[recipe.metric] == pytest.approx(theirs, rel=1e-4)
+        assert row["soup_minus_run"]["difference"] == pytest.approx(result[recipe.metric] - theirs, abs=1e-3)
     kept = [json.loads((one / "model" / "config.json").read_text())["training_labels"] for one in (runs[0], tmp_path / "soup")]
     assert (
         kept[0] == kept[1] and (tmp_path / "soup" / "numbers.png").is_file() and (tmp_path / "soup" / "report.html").is_file()

@@ -135,7 +135,9 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     from finetune.tools.image_stats import compute_image_stats
     from finetune.tuning.suggest import suggest_recipe
 
-    text = suggest_recipe(compute_image_stats(str(args.data)), args.backbone, args.weights, "recipe.py", args.minutes)
+    asked = [text.removeprefix("loss=") for text in args.assignments if text.startswith("loss=")]
+    stats = compute_image_stats(str(args.data), asked[-1] if asked else None)
+    text = suggest_recipe(stats, args.backbone, args.weights, "recipe.py", args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
         Path(args.recipe).write_text(text, encoding="utf-8")

@@ -36,7 +36,8 @@ if "unreadable" in said.get("data.source", ""):
 score = 0.9 - 0.2 * math.log10(scale / 0.3) ** 2 - 0.01 * fold
 rows = []
 for epoch in range(epochs):
-    rows.append({"epoch": epoch, "top1": score * (epoch + 1) / epochs, "val_images": 10 + fold})
+    top1 = score * (epoch + 1) / epochs
+    rows.append({"epoch": epoch, "top1": top1, "mae": 10 - 10 * top1, "val_images": 10 + fold})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows) + '{"cut')
     if scale > 6:
         sys.exit("finetune: the loss of step 3 is nan\\n  its images are")

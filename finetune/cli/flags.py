@@ -120,6 +120,12 @@ def add_minutes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, metavar="M", help=text)
 
 
+def add_loss(parser: argparse.ArgumentParser) -> None:
+    """What labels are, where a table leaves it open."""
+    text = "take labels as classes, or as numbers (default: as a table has them; it says what it took where that is open)"
+    parser.add_argument("--loss", choices=("cross_entropy", "huber", "mse", "l1"), help=text)
+
+
 def add_rank(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The verb that compares networks."""
     sub = add("rank", "--data DIR --shelf small --minutes 30")
@@ -135,6 +141,7 @@ def add_rank(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--minutes", type=float, metavar="M", help="for all, the fastest first; say what is left out (default: no limit)"
     )
+    add_loss(sub)
     text = "pixels of each side, for all (default: what suggest takes for each)"
     sub.add_argument("--image-size", type=int, metavar="N", help=text)
     sub.add_argument(
@@ -153,6 +160,7 @@ def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
         "--backbone", metavar="NAME", help="a timm name or torchvision/NAME (default: one whose weights are installed)"
     )
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
+    add_loss(sub)
     add_minutes(sub)
     text = "take backbone, weights and image size from the first row of what finetune rank wrote, or from --backbone's"
     sub.add_argument("--from", type=Path, dest="ranking", metavar="rank.json", help=text)

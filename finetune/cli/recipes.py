@@ -103,8 +103,8 @@ def suggest(args: argparse.Namespace) -> None:
     if args.output:
         check_new(args.output, ".py")
     ranked = choose(args.ranking, args.data, args.backbone, args.weights) if args.ranking else None
-    stats = compute_image_stats(args.data)
-    print(fill_lines(describe_classes(stats.classes)), file=sys.stderr)
+    stats = compute_image_stats(args.data, args.loss)
+    print(fill_lines(describe_classes(stats.classes, bool(stats.ranges))), file=sys.stderr)
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"), args.minutes, ranked)
     with tempfile.TemporaryDirectory() as folder:
         file = args.output or Path(folder) / "my_recipe.py"
@@ -132,7 +132,7 @@ def rank(args: argparse.Namespace) -> None:
     from finetune.ranking.candidates import Wanted
     from finetune.ranking.rank import report
 
-    wanted = Wanted(args.backbones, args.shelf, args.weights, args.image_size, args.minutes)
+    wanted = Wanted(args.backbones, args.shelf, args.weights, args.image_size, args.minutes, args.loss)
     result, text = report(args.data, wanted, args.output, args.cache, args.wide)
     show_result(args, result, lambda: text)
 

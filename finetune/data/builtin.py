@@ -1,8 +1,9 @@
-"""Data sets that come with a package, generated images for --smoke, and those of a recipe's function."""
+"""Data sets that come with a package, generated images for --smoke, those of a recipe's function, and labels as grades."""
 
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.data.dataset import ImageData, ImageList
+from finetune.data.dataset import ImageData, ImageList, labels_of
 from finetune.images.decode import WHITE, Colour
 from finetune.images.read import read_image
-from finetune.recipe import Data
+from finetune.recipe import Data, Recipe
 from finetune.recipe.metrics import NUMBER_LOSSES
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
+from finetune.utils.text import as_number
 
 
 def digits() -> ImageData:
@@ -81,6 +83,21 @@ def numbered(data: ImageData) -> ImageData:
     return ImageData(train, val, ("label",))
 
 
+def from_names(parts: list[ImageList], classes: Sequence[str], source: str) -> tuple[list[ImageList], Sequence[str]]:
+    """The images of class folders that are named by numbers, with these as labels, [n, 1], and the name of such a label.
+
+    Raises:
+        RecipeError: for a folder that is named by none.
+    """
+    numbers = [as_number(name) for name in classes]
+    if other := [name for name, number in zip(classes, numbers, strict=True) if number is None]:
+        raise RecipeError(
+            f"data: labels that are numbers need numbers: a CSV, or folders named by them; {source} has {other[0]}/"
+        )
+    values = np.array(numbers, float)[:, None]
+    return [ImageList(part.items, values[np.asarray(part.labels)], part.read) for part in parts], ("label",)
+
+
 def from_function(source: Callable[[], Any], loss: str, data: Data) -> ImageData:
     """The images that a function of the recipe file returns, checked."""
     of_numbers = loss in NUMBER_LOSSES
@@ -114,6 +131,43 @@ def wrong_shape(shape: tuple[int, ...], classes: int, loss: str) -> str:
     else:
         fits, more = not shape, "; several labels an image: loss='multi_label'"
     return "" if fits else f"a label has the shape {shape}{more}"
+
+
+def graded(data: ImageData, recipe: Recipe) -> ImageData:
+    """The same images, where the metric asks for grades with classes in their order, "10" after "9"; numbers must be whole.
+
+    Raises:
+        RecipeError: for labels that are no grades, and for classes that are not one step apart.
+    """
+    if recipe.metric != "quadratic_kappa" or recipe.data.source == "generated":
+        return data
+    need = "data: metric='quadratic_kappa' needs grades, which are whole numbers"
+    if recipe.of_numbers:
+        for part in (data.train, data.val):
+            table = labels_of(part).reshape(len(part), -1)
+            for i, j in np.argwhere(table != table.round())[:1].tolist():
+                raise RecipeError(f"{need}; '{data.classes[j]}' is {table[i, j]:g} in one image: name another metric")
+        return data
+    grades = {name: as_number(name) for name in data.classes}
+    if other := [name for name, grade in grades.items() if grade is None or not grade.is_integer()]:
+        raise RecipeError(f"{need}; the class '{other[0]}' is named by none: rename it, or name another metric")
+    classes = sorted(grades, key=lambda name: (grades[name], name))
+    steps = np.diff([grades[name] or 0.0 for name in classes])
+    for one, two, step in zip(classes, classes[1:], steps, strict=False):
+        if step == 0:
+            raise RecipeError(f"{need}; the classes '{one}' and '{two}' are the same grade: give them one name")
+        if step > steps.min() > 0:
+            raise RecipeError(f"{need}, one step apart; there is none between '{one}' and '{two}': loss='mse' takes them so")
+    if classes == [*data.classes]:
+        return data
+    if not isinstance(data.train, ImageList) or not isinstance(data.val, ImageList):
+        raise RecipeError(f"{need}, in order: of {to_dict(recipe.data.source)} `classes` must be {', '.join(classes)}")
+    place = np.array([classes.index(name) for name in data.classes])
+    train, val = (
+        ImageList(part.items, place[np.asarray(part.labels)].tolist(), part.read, part.subgroups, part.groups)
+        for part in (data.train, data.val)
+    )
+    return replace(data, train=train, val=val, classes=tuple(classes))
 
 
 def data_folder() -> Path:

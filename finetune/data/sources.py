@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.builtin import digits, elpv, from_function, generated, numbered
+from finetune.data.builtin import digits, elpv, from_function, from_names, generated, graded, numbered
 from finetune.data.dataset import (
     SPLITS,
     ImageData,
@@ -47,7 +47,7 @@ def whole_data(recipe: Recipe) -> ImageData:
         for refuse in (refuse_split, refuse_groups):
             refuse(recipe.data, str(to_dict(source)))
     if callable(source):
-        return from_function(source, recipe.loss, recipe.data)
+        return graded(from_function(source, recipe.loss, recipe.data), recipe)
     data = read_source(source, recipe)
     if recipe.of_numbers and source == "generated":
         data = numbered(data)
@@ -59,16 +59,16 @@ def whole_data(recipe: Recipe) -> ImageData:
             val = drop_unreadable(val, data.classes, source)
         else:
             check_classes(val, data.classes, f"the validation images of {source}")
-    return ImageData(train, val, data.classes)
+    return graded(ImageData(train, val, data.classes), recipe)
 
 
 def read_source(source: str, recipe: Recipe) -> ImageData:
     """The images that a source names."""
     if source in NAMED:
         return NAMED[source]()
-    if recipe.of_numbers and Path(source).is_dir():
+    if recipe.of_numbers and Path(source).is_dir() and has_shards(Path(source)):
         raise RecipeError(
-            f"data: loss='{recipe.loss}' needs numbers: a CSV with a column label; {source} is a folder of classes"
+            f"data: loss='{recipe.loss}' needs numbers: a CSV with a column label; the shards of {source} have classes"
         )
     if source.startswith("torchvision/"):
         return from_lists(*from_torchvision(source.removeprefix("torchvision/")), source, recipe.data)
@@ -82,6 +82,8 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
         return data
     elif Path(source).is_dir():
         parts, classes = from_folder(Path(source))
+        if recipe.of_numbers:
+            parts, classes = from_names(parts, classes, source)
     elif Path(source).exists():
         raise RecipeError(f"data: {describe_file(source)}")
     else:

@@ -136,7 +136,10 @@ def describe_use(model: SavedModel) -> dict[str, Any]:
         "probabilities": f"the {function} of logits / temperature",
         **(several if model.thresholds else {}),
     }
-    of_numbers = {"numbers": list(model.classes), "input": "images", "output": "numbers"}  # in the labels' own units
+    of_numbers: dict[str, Any] = {"numbers": list(model.classes), "input": "images", "output": "numbers"}  # in labels' units
+    if model.units and model.units.lowest:
+        lowest, highest = (list(map(int, ends)) for ends in (model.units.lowest, model.units.highest))
+        of_numbers["grades"] = {"from": "numbers, rounded, and clipped to these", "lowest": lowest, "highest": highest}
     return {
         **(of_numbers if model.recipe.of_numbers else of_classes),
         "preprocessing": {**inputs, "resize": resize[0] if high == wide else resize, "steps": steps},

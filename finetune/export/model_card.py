@@ -31,6 +31,7 @@ METRICS = {  # as the hub names them
     "balanced_accuracy": "balanced_accuracy",
     "auroc": "roc_auc",
     "kappa": "cohen_kappa",
+    "quadratic_kappa": "cohen_kappa",
     "log_loss": "log_loss",
     "brier": "brier_score",
     "ece": "expected_calibration_error",
@@ -166,9 +167,13 @@ def describe_outputs(config: dict[str, Any], result: dict[str, Any]) -> str:
     """What a network of numbers returns, and how its errors compare with those of always saying the same."""
     mean = name_numbers(config["training_labels"]["mean"], config["label_names"])
     base = ", ".join(f"{REPORTED_METRICS[name]} {write_number(result['baseline'][name])}" for name in ("mae", "rmse"))
+    grades = ""
+    if "lowest" in config["training_labels"]:
+        low, high = (name_numbers(config["training_labels"][end], config["label_names"]) for end in ("lowest", "highest"))
+        grades = f". They are grades: round them, and clip them to those of training, from {low} to {high}"
     return (
         f"It predicts numbers, in the units of the labels: {', '.join(config['label_names'])}. Always saying their mean in the "
-        f"training images, {mean}, has {base} on the same images"
+        f"training images, {mean}, has {base} on the same images{grades}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.builtin import from_names
 from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
 from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders
@@ -27,7 +28,7 @@ from finetune.models.saved import SavedModel, find_model, load_model
 from finetune.recipe import Data, Recipe
 from finetune.recipe.data import NAMED_SETS
 from finetune.recipe.load import check_source
-from finetune.recipe.metrics import REPORTED_METRICS
+from finetune.recipe.metrics import NO_SHARES, REPORTED_METRICS, write_value
 from finetune.recipe.serialize import to_dict
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.coverage import plot_coverage
@@ -163,6 +164,8 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
     else:
         images, names = class_folders(evaluation_folder(data))
         parts = [images]
+    if recipe.of_numbers and data.is_dir():
+        parts, names = from_names(parts, names, str(data))
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
     columns = ([value for part in parts if (own := getattr(part, name)) is not None for value in own] for name in COLUMNS)
@@ -206,8 +209,10 @@ def describe_metrics(result: dict[str, Any]) -> str:
 
 
 def ends(row: dict[str, Any], name: str) -> str:
-    """The interval of a metric in percent, like "79-85"; "-" without one."""
+    """The interval of a metric in percent, like "79-85"; "-" without one. Of what is no share it is like "0.71-0.85"."""
     interval = row["intervals"].get(name)
+    if name in NO_SHARES:
+        return "-".join(f"{end:.2f}" for end in interval or ()) or "-"
     return "-".join(f"{100 * end:.0f}" for end in interval) if interval else "-"
 
 
@@ -215,7 +220,8 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
     """The metrics in a line, a table of the classes and, of few classes, the confusion matrix; of numbers their tables."""
     if "numbers" in result:
         return numbers_as_text(result)
-    reached = ", ".join(f"{word} {result[name]:.2%}" for name, word in REPORTED_METRICS.items() if name in result)
+    known = {name: word for name, word in REPORTED_METRICS.items() if name in result}
+    reached = ", ".join(f"{word} {write_value(name, result[name])}" for name, word in known.items())
     at = ["threshold"] * ("threshold" in result["classes"][0])
     rows: list[tuple[str, ...]] = [("class", "images", *at, "precision", "95 %", "recall", "95 %", "F1", "95 %")]
     for row in result["classes"]:
@@ -224,10 +230,10 @@ def evaluation_as_text(result: dict[str, Any]) -> str:
     text = f"{reached}, loss {result['loss']:.4f}; {result['val_images']} images\n\n{describe_metrics(result)}"
     text += f"\n\n{align_columns(rows, numbers=True)}"
     if parts := result.get("by_subgroup"):
-        words = [word for word in REPORTED_METRICS if word in result]
-        rows = [("subgroup", "images", *(cell for word in words for cell in (REPORTED_METRICS[word], "95 %")))]
+        rows = [("subgroup", "images", *(cell for word in known.values() for cell in (word, "95 %")))]
         for name, part in parts.items():
-            cells = (cell for word in words for cell in (f"{part[word]:.1%}" if word in part else "-", ends(part, word)))
+            values = {key: write_value(key, part[key], 1) if key in part else "-" for key in known}
+            cells = (cell for key, value in values.items() for cell in (value, ends(part, key)))
             rows.append((name, str(part["val_images"]), *cells))
         text += f"\n\n{align_columns(rows, numbers=True)}"
     if kept := result.get("coverage"):

@@ -20,7 +20,7 @@ def evaluate_numbers(
 ) -> dict[str, Any]:
     """The metrics of outputs [n, numbers], their intervals, the baseline and, of a table with that column, "by_subgroup".
 
-    In `output` it draws numbers.png.
+    In `output` it draws numbers.png and, of a grade, confusion.png.
     """
     recipe = model.recipe
     result = {
@@ -28,10 +28,10 @@ def evaluate_numbers(
         **measure(recipe, outputs, labels, images.groups, names=model.classes, units=model.units),
     }
     if images.subgroups:
-        result["by_subgroup"] = subgroup_metrics(recipe, outputs, labels, images.subgroups, images.groups)
+        result["by_subgroup"] = subgroup_metrics(recipe, outputs, labels, images.subgroups, images.groups, model.units)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        plot_numbers(output, outputs, labels, model.classes, title)
+        plot_numbers(output, outputs, labels, model.classes, title, model.units)
     return result
 
 

@@ -18,6 +18,7 @@ from finetune.images.decode import open_file
 from finetune.images.read import read_image
 from finetune.images.transforms import eval_transform
 from finetune.metrics.calibration import probabilities
+from finetune.metrics.numbers import to_grades
 from finetune.models.backbone import memory_format
 from finetune.models.linear_probe import Units, give_units, head_layer
 from finetune.models.saved import SavedModel
@@ -74,7 +75,7 @@ def predict_images(
 ) -> list[dict[str, Any]]:
     """The likeliest classes of each image: {"file", "predicted", "probability", "top": [[class, probability], ...]}.
 
-    Of numbers: {"file", "predicted": the number, or of several {name: number}}.
+    Of numbers: {"file", "predicted": the number, or of several {name: number}}; of grades "grade" is the nearest, likewise.
 
     Images are paths, PIL images, or numpy arrays and torch tensors of uint8 [H, W, 3] or [H, W], where the network was trained
     on arrays of such [H, W, channels]; "file" is a path's own.
@@ -152,8 +153,11 @@ def check_unsure(below: float | None, recipe: Recipe | None = None) -> None:
 def as_row(model: SavedModel, image: Any, probs: torch.Tensor, top: int, unsure_below: float | None = None) -> dict[str, Any]:
     """What is predicted of an image, from the probabilities [classes], or numbers."""
     if model.recipe.of_numbers:
-        numbers = dict(zip(model.classes, probs.tolist(), strict=True))
-        return {"file": file_of(image), "predicted": numbers if len(numbers) > 1 else probs.item()}
+        found = {"predicted": probs}
+        if (grades := to_grades(probs[None], model.units)) is not None:
+            found["grade"] = grades[0].long()
+        named = {key: dict(zip(model.classes, part.tolist(), strict=True)) for key, part in found.items()}
+        return {"file": file_of(image)} | {key: part if len(part) > 1 else found[key].item() for key, part in named.items()}
     ranked = [[model.classes[label], probs[label].item()] for label in probs.argsort(descending=True, stable=True).tolist()]
     row = {"file": file_of(image), "predicted": ranked[0][0], "probability": ranked[0][1], "top": ranked[:top]}
     if model.thresholds:
@@ -216,8 +220,9 @@ def name_of(item: Any) -> str:
 def predictions_as_table(rows: Sequence[dict[str, Any]]) -> str:
     """An aligned line an image: the file, what is predicted, and the likeliest classes with their probabilities."""
     if not any("top" in row for row in rows):
-        said = ("can't be read" if "error" in row else name_predicted(row["predicted"]) for row in rows)
-        return align_columns([("file", "predicted"), *zip((row["file"] for row in rows), said, strict=True)])
+        heads = [key for key in ("predicted", "grade") if any(key in row for row in rows)]
+        said = [["can't be read"] if "error" in row else [name_predicted(row[key]) for key in heads] for row in rows]
+        return align_columns([("file", *heads), *((row["file"], *cells) for row, cells in zip(rows, said, strict=True))])
     lines: list[tuple[str, ...]] = [("file", "predicted", "probabilities")]
     for row in rows:
         probs = ", ".join(f"{name} {prob:.1%}" for name, prob in row["top"])

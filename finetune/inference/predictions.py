@@ -81,21 +81,26 @@ def columns_of(top: int, unsure: bool = False) -> list[str]:
 
 
 def columns_for(rows: Iterable[Row], unsure: bool) -> list[str]:
-    """The columns that these rows need: of numbers file, predicted, error, and of several predicted_NAME for each."""
+    """The columns that these rows need: of numbers file, predicted, error, and of several predicted_NAME for each.
+
+    Of grades there are grade, or grade_NAME, too.
+    """
     classes, numbers = None, ["predicted"]
     for row in rows:
         if "top" in row:
             classes = max(classes or 0, len(row["top"]))
-        elif isinstance(row["predicted"], dict):
-            numbers = [f"predicted_{name}" for name in row["predicted"]]
+        elif "error" not in row:
+            several = row["predicted"] if isinstance(row["predicted"], dict) else {}
+            kinds = ["predicted", *["grade"] * ("grade" in row)]
+            numbers = [f"{kind}_{name}" for kind in kinds for name in several] if several else kinds
     return ["file", *numbers, "error"] if classes is None else columns_of(classes, unsure)
 
 
 def cells_of(row: Row, columns: Sequence[str]) -> list[str | float | None]:
     """A row's cells in the columns of `columns_of`; several classes are joined by ;."""
     if "top" not in row:
-        several = row["predicted"] if isinstance(row["predicted"], dict) else {}
-        cells = row | {f"predicted_{name}": number for name, number in several.items()}
+        several = {kind: row[kind] for kind in ("predicted", "grade") if isinstance(row.get(kind), dict)}
+        cells = row | {f"{kind}_{name}": number for kind, named in several.items() for name, number in named.items()}
         return [cells.get(column) for column in columns]
     cells = row | {"predicted": joined(row["predicted"], ";")}
     for rank, (name, probability) in enumerate(row["top"], 1):
@@ -124,7 +129,7 @@ def write_parquet(file: Path, rows: Iterable[Row], columns: Sequence[str]) -> No
     from pyarrow.parquet import ParquetWriter
 
     of_numbers = "class_1" not in columns
-    doubles = [name for name in columns if name.startswith("predicted" if of_numbers else "probability")]
+    doubles = [name for name in columns if name.startswith(("predicted", "grade") if of_numbers else "probability")]
     numbers = {name: pyarrow.float64() for name in doubles} | {"unsure": pyarrow.bool_()}
     kinds = [numbers.get(name, pyarrow.string()) for name in columns]
     schema = pyarrow.schema(list(zip(columns, kinds, strict=True)))

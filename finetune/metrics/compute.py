@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from finetune.data.loader import is_unreadable
 from finetune.metrics.counts import count_classes
 from finetune.metrics.measure import intervals_of, metrics_of
-from finetune.metrics.numbers import number_metrics
+from finetune.metrics.numbers import number_metrics, to_grades
 from finetune.models.linear_probe import Units
 from finetune.optim.loss import binary_losses, number_losses
 from finetune.recipe import Recipe
@@ -25,7 +25,7 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, 
     the loss are fractions; a class without an image, or with none predicted, counts as 0.
 
     Of numbers: MAE, RMSE, R2 and Spearman's correlation, the means over them and, of several, as lists, "number_mae"; with
-    `units` the loss.
+    `units` the loss and, of grades, quadratic kappa.
     """
     metrics = defined_metrics(recipe, logits, labels, units)
     if recipe.metric not in metrics:
@@ -58,6 +58,7 @@ def subgroup_metrics(
     labels: torch.Tensor,
     subgroups: Sequence[str],
     groups: Sequence[str] | None = None,
+    units: Units | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The metrics of the images of each subgroup, with their "intervals"; `subgroups` names that of each image.
 
@@ -66,9 +67,9 @@ def subgroup_metrics(
     found, readable = dict[str, dict[str, Any]](), ~is_unreadable(labels)
     for name in sorted(set(subgroups)):
         own = [i for i, one in enumerate(subgroups) if one == name]
-        found[name] = defined_metrics(recipe, logits[own], labels[own])
+        found[name] = defined_metrics(recipe, logits[own], labels[own], units)
         own = [i for i in own if readable[i]]
-        metrics = metrics_of(recipe.loss, logits[own], labels[own])
+        metrics = metrics_of(recipe.loss, logits[own], labels[own], units=units)
         shown = {key: metrics[key] for key in (*REPORTED_METRICS, recipe.metric) if key in found[name]}
         found[name]["intervals"] = intervals_of(shown, len(own), [groups[i] for i in own] if groups else None)
     return found
@@ -77,7 +78,7 @@ def subgroup_metrics(
 def metrics_of_numbers(loss: str, outputs: torch.Tensor, labels: torch.Tensor, units: Units | None) -> dict[str, Any]:
     """Of numbers: those that are defined."""
     whole = torch.ones(1, len(labels), dtype=torch.float64)
-    found = {name: metric(whole)[0] for name, metric in number_metrics(outputs, labels).items()}
+    found = {name: metric(whole)[0] for name, metric in number_metrics(outputs, labels, to_grades(outputs, units)).items()}
     means = {name: value for name, values in found.items() if (value := values.nanmean().item()) == value}
     lists = {f"number_{name}": [None if value != value else value for value in found[name].tolist()] for name in means}
     loss_of = dict[str, float]()

@@ -9,11 +9,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from finetune.data.loader import is_unreadable
 from finetune.metrics.calibration import BINS, bin_of, calibrate, confidences, probabilities, squares, targets
 from finetune.metrics.intervals import wilson
-from finetune.metrics.numbers import baseline, mean_metrics
+from finetune.metrics.numbers import baseline, mean_metrics, quadratic_kappa, to_grades
 from finetune.metrics.thresholds import choose_thresholds
 from finetune.models.linear_probe import Units
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import NUMBER_LOSSES, OF_NUMBERS, OF_PROBABILITIES
+from finetune.recipe.metrics import NUMBER_LOSSES, OF_GRADES, OF_NUMBERS, OF_PROBABILITIES
 
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
@@ -28,6 +28,7 @@ NAMES = {  # in words, in the order of a table
     "average_precision": "average precision",
     "auroc": "AUROC",
     "kappa": "kappa",
+    **OF_GRADES,
     **OF_PROBABILITIES,
     **OF_NUMBERS,
 }
@@ -67,6 +68,8 @@ def measure(
     calibration = calibrate(recipe.loss, logits, labels, owners, temperature)
     used = 1.0 if recipe.metric in OF_PROBABILITIES else calibration["temperature"]
     metrics = metrics_of(recipe.loss, logits, labels, used)
+    if recipe.metric != "quadratic_kappa":  # or classes need not be grades
+        metrics.pop("quadratic_kappa", None)
     chosen: dict[str, Any] = {"calibration": calibration | {"used": used}}
     if recipe.loss == "multi_label":
         chosen["thresholds"], said = choose_thresholds(logits, labels, calibration["temperature"], owners, thresholds)
@@ -88,13 +91,15 @@ def measure_numbers(
         slow = ("spearman",) if outputs.numel() > CURVES else ()
         return intervals_of({name: metric for name, metric in metrics.items() if name not in slow}, len(labels), groups)
 
-    def values(outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-        metrics, whole = mean_metrics(outputs, labels), torch.ones(1, len(labels), dtype=torch.float64)
+    def values(outputs: torch.Tensor, labels: torch.Tensor, grades: torch.Tensor | None) -> dict[str, Any]:
+        metrics, whole = mean_metrics(outputs, labels, grades), torch.ones(1, len(labels), dtype=torch.float64)
         known = {name: value for name, metric in metrics.items() if (value := metric(whole).item()) == value}
         return {**known, "intervals": intervals({name: metrics[name] for name in known})}
 
-    parts = zip(names, outputs.split(1, 1), labels.split(1, 1), strict=False)
-    found = values(outputs, labels) | {"numbers": [{"name": name, **values(*part)} for name, *part in parts]}
+    grades = to_grades(outputs, units)
+    each = [None] * len(names) if grades is None else grades.split(1, 1)
+    parts = zip(names, outputs.split(1, 1), labels.split(1, 1), each, strict=False)
+    found = values(outputs, labels, grades) | {"numbers": [{"name": name, **values(*part)} for name, *part in parts]}
     return found | ({"baseline": baseline(labels, units)} if units else {})
 
 
@@ -129,16 +134,18 @@ def resampled(images: int, groups: Sequence[str] | None) -> Iterator[torch.Tenso
         left -= draws
 
 
-def metrics_of(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0) -> dict[str, Metric]:
+def metrics_of(
+    loss: str, logits: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0, units: Units | None = None
+) -> dict[str, Metric]:
     """Each metric as a function of weights [draws, n] of the images, of logits [n, classes] that have a label.
 
-    Of one label an image: top-1, top-5, balanced accuracy, macro F1, Cohen's kappa, AUROC and average precision (the mean over
-    classes, each against the rest); of several: mean average precision, macro F1 at a probability of 0.5, AUROC. Of both: log
-    loss, Brier score and calibration error, at the temperature. Of numbers those of `mean_metrics`. Definitions are
-    scikit-learn's; docs/metrics.md has them.
+    Of one label an image: top-1, top-5, balanced accuracy, macro F1, Cohen's kappa, the same with quadratic weights, AUROC and
+    average precision (the mean over classes, each against the rest); of several: mean average precision, macro F1 at a
+    probability of 0.5, AUROC. Of both: log loss, Brier score and calibration error, at the temperature. Of numbers those of
+    `mean_metrics`. Definitions are scikit-learn's; docs/metrics.md has them.
     """
     if loss in NUMBER_LOSSES:
-        return mean_metrics(logits, labels)
+        return mean_metrics(logits, labels, to_grades(logits, units))
     logits = logits.double()
     truth, probs = targets(loss, labels, logits.shape[1]), probabilities(loss, logits)
     curves = {"auroc": lambda weights: over_classes(area_under, weights, probs, truth)}
@@ -178,6 +185,7 @@ def single_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric
         "balanced_accuracy": balanced,
         "macro_f1": lambda weights: f1(sums(weights, truth * guess), sums(weights, truth), sums(weights, guess)).mean(1),
         "kappa": kappa,
+        "quadratic_kappa": lambda weights: quadratic_kappa(weights, logits.argmax(1)[:, None], labels[:, None])[:, 0],
     }
     if classes > 5:
         among = (logits.topk(5).indices == labels[:, None]).any(1).float()

@@ -12,29 +12,57 @@ from finetune.recipe.metrics import OF_NUMBERS, write_number
 Errors = Callable[[torch.Tensor], torch.Tensor]  # weights of images [draws, n] -> [draws, numbers]
 
 
-def number_metrics(outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, Errors]:
+def number_metrics(outputs: torch.Tensor, labels: torch.Tensor, grades: torch.Tensor | None = None) -> dict[str, Errors]:
     """MAE, RMSE, R2 and Spearman's rank correlation of outputs [n, numbers], each as a function of the weights of the images.
 
     They give one value for each number, [draws, numbers]. Definitions are scikit-learn's and scipy's; NaN is R2, and
     Spearman's, of labels that are all the same. Of outputs that are all the same, which rank nothing, the latter is 0.
+    With the outputs as `grades` there is quadratic kappa, too.
     """
     outputs, labels = outputs.double(), labels.double()
     gaps = outputs - labels
-    return {
+    found: dict[str, Errors] = {
         "mae": lambda weights: mean_of(weights, gaps.abs()),
         "rmse": lambda weights: mean_of(weights, gaps.square()).sqrt(),
         "r2": lambda weights: r2(weights.double(), gaps, labels),
         "spearman": lambda weights: rank_correlation(weights.double(), outputs, labels),
     }
+    if grades is not None:
+        found["quadratic_kappa"] = partial(quadratic_kappa, grades=grades, labels=labels)
+    return found
 
 
-def mean_metrics(outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def mean_metrics(
+    outputs: torch.Tensor, labels: torch.Tensor, grades: torch.Tensor | None = None
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The mean of each metric over the numbers, [draws], of those for which it is defined."""
 
     def mean(metric: Errors, weights: torch.Tensor) -> torch.Tensor:
         return metric(weights).nanmean(1)
 
-    return {name: partial(mean, metric) for name, metric in number_metrics(outputs, labels).items()}
+    return {name: partial(mean, metric) for name, metric in number_metrics(outputs, labels, grades).items()}
+
+
+def to_grades(outputs: torch.Tensor, units: Units | None) -> torch.Tensor | None:
+    """Numbers [n, numbers] as the nearest grades, none beyond those of the training images; None where there are no grades."""
+    if units is None or not units.lowest:
+        return None
+    lowest, highest = (torch.tensor(ends, dtype=torch.float64) for ends in (units.lowest, units.highest))
+    return outputs.double().round().clamp(lowest, highest)
+
+
+def quadratic_kappa(weights: torch.Tensor, grades: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cohen's kappa with quadratic weights (Cohen 1968) of predicted and labelled grades [n, numbers]: [draws, numbers].
+
+    1 minus the mean squared difference over that of pairs drawn by chance. It is 0 where either are all the same; NaN where
+    both are.
+    """
+    weights, first = weights.double(), labels[:1].double()  # subtracted, so that sums stay exact
+    grades, labels = grades.double() - first, labels.double() - first
+    squares = mean_of(weights, grades.square()) + mean_of(weights, labels.square())
+    by_chance = squares - 2 * mean_of(weights, grades) * mean_of(weights, labels)
+    apart = mean_of(weights, (grades - labels).square())
+    return torch.where(by_chance > 1e-12, 1 - apart / by_chance, torch.nan)
 
 
 def mean_of(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

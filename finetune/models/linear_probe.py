@@ -29,6 +29,8 @@ class Units(NamedTuple):
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    lowest: tuple[float, ...] = ()  # and highest: of grades, whose predictions stay between them
+    highest: tuple[float, ...] = ()
 
 
 def needs_head(recipe: Recipe) -> tuple[str, str]:
@@ -119,7 +121,8 @@ def standardise(recipe: Recipe, net: nn.Module, labels: np.ndarray, names: Seque
                 f"data: '{name}' is {centre:g}, or nearly, in all training images: nothing to learn; of a large number, "
                 "such as a date, leave out what all have in common"
             )
-    give_units(head_layer(recipe, net), Units(tuple(mean.tolist()), tuple(deviation.tolist())))
+    ends = (table.min(0), table.max(0)) if recipe.metric == "quadratic_kappa" else ()
+    give_units(head_layer(recipe, net), Units(*(tuple(part.tolist()) for part in (mean, deviation, *ends))))
 
 
 class InUnits:
@@ -132,7 +135,7 @@ class InUnits:
         self.set(units)
 
     def set(self, units: Units) -> None:
-        self.units, self.table = units, torch.tensor(units)
+        self.units, self.table = units, torch.tensor(units[:2])
 
     def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         with torch.autocast(output.device.type, enabled=False):
@@ -190,7 +193,7 @@ def fit(layer: nn.Linear, features: torch.Tensor, labels: torch.Tensor, loss: Lo
         raise RecipeError(f"linear_probe: the frozen backbone's features are {fault} at its weights; or remove the option")
     features = (features - mean) / scale
     if units := units_of(layer):
-        centre, deviation = torch.tensor(units, dtype=torch.float64, device=labels.device)
+        centre, deviation = torch.tensor(units[:2], dtype=torch.float64, device=labels.device)
         labels = (labels.double() - centre) / deviation
         l2 = choose_ridge(features, labels, images) if l2 is None else l2
         head = ridge(features, labels, [l2 * len(labels)])[0]

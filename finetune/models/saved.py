@@ -83,7 +83,7 @@ def load_model(source: str | Path) -> SavedModel:
     if thresholds and not run:  # of a model without a run, which these alone tell of its loss
         recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
     if units and not recipe.of_numbers:  # likewise
-        recipe = replace(recipe, loss="mse", metric="mae")
+        recipe = replace(recipe, loss="mse", metric="quadratic_kappa" if units.lowest else "mae")
     thresholds = (thresholds or (0.5,) * len(classes)) if recipe.loss == "multi_label" else None
     return SavedModel(net.eval(), classes, preprocessing, recipe, read_temperature(folder, config), thresholds, units)
 
@@ -111,10 +111,10 @@ def read_units(folder: Path, config: dict[str, Any], names: int) -> Units | None
     if (found := config.get("training_labels")) is None:
         return None
     try:
-        units = Units(*(tuple(map(float, found[name])) for name in Units._fields))
+        units = Units(**{name: tuple(map(float, found[name])) for name in Units._fields if name in found})
     except (TypeError, KeyError, ValueError):
         units = Units((), ())
-    if not len(units.mean) == len(units.deviation) == names:
+    if {*map(len, units[:2])} != {names} or not len(units.lowest) == len(units.highest) in (0, names):
         raise RecipeError(
             f"{folder / 'config.json'}: training_labels must have a mean and a deviation of each of {names} numbers"
         )

@@ -63,7 +63,8 @@ def write_model(
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(plain_state(net)))
     about: dict[str, Any] = {"label_names": list(classes)}
     if units := units or units_of(net):
-        about["training_labels"] = {name: [float(f"{one:.7g}") for one in part] for name, part in units._asdict().items()}
+        known = {name: part for name, part in units._asdict().items() if part}
+        about["training_labels"] = {name: [float(f"{one:.7g}") for one in part] for name, part in known.items()}
     else:
         about["temperature"] = round(temperature, 4)
     about |= {"pixels": preprocessing["pixels"]} if "pixels" in preprocessing else {}
@@ -81,7 +82,7 @@ def plain_head(net: nn.Module) -> Iterator[None]:
         return
     layer, hook = head
     before, units = [layer.weight.detach().clone(), layer.bias.detach().clone()], hook.units
-    mean, deviation = (torch.tensor(values, dtype=torch.float64, device=before[0].device) for values in units)
+    mean, deviation = (torch.tensor(values, dtype=torch.float64, device=before[0].device) for values in units[:2])
     try:
         with torch.no_grad():
             layer.weight.copy_(before[0].double() * deviation[:, None])

@@ -23,7 +23,7 @@ class Criterion:
         self.recipe, self.mixup = recipe, make_mixup(recipe, len(images.classes))
         self.class_weights, self.pos_weight = class_weights(recipe, images, device), pos_weight(recipe, images, device)
         self.units = units_of(net)
-        self.standards = torch.tensor(self.units, device=device) if self.units else None  # mean, deviation [2, numbers]
+        self.standards = torch.tensor(self.units[:2], device=device) if self.units else None  # mean, deviation [2, numbers]
         self.start: dict[nn.Parameter, torch.Tensor] = {}
         if recipe.l2_sp:
             free = head_parameters(recipe, net) | no_weight_decay(net)

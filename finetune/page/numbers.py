@@ -35,10 +35,13 @@ def describe_numbers(
         }
         for i in worst
     ]
-    drawn = run / "numbers.png"
-    picture = f"data:image/png;base64,{base64.b64encode(drawn.read_bytes()).decode()}" if drawn.is_file() else ""
+    drawn = {run / "numbers.png": "predicted numbers over labelled ones, a dot an image"}
+    if units.lowest:
+        drawn[run / "confusion.png"] = "images by labelled and by predicted grade"
+    shown = [(data_address(file), words) for file, words in drawn.items() if file.is_file()]
+    known = [metric for metric in OF_NUMBERS if metric in result]
     return {
-        "numbers": {"picture": picture, "heads": [*OF_NUMBERS.values()], "rows": number_rows(result)},
+        "numbers": {"pictures": shown, "heads": [OF_NUMBERS[name] for name in known], "rows": number_rows(result, known)},
         "worst": figures,
         "unsure": [],
         "several": True,
@@ -50,14 +53,19 @@ def describe_numbers(
     }
 
 
-def number_rows(result: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def data_address(picture: Path) -> str:
+    """A picture as part of a page."""
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def number_rows(result: dict[str, Any], metrics: Sequence[str]) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(what, images, the value and interval of each metric): of the mean, each number, each subgroup, the training mean."""
     images, rows = result["val_images"], result["numbers"]
     parts = [("mean of the numbers" if len(rows) > 1 else "all images", images, result)]
     parts += [(row["name"], images, row) for row in rows if len(rows) > 1]
     parts += [(name, part["val_images"], part) for name, part in result.get("by_subgroup", {}).items()]
     parts += [("always the training images' mean", images, result["baseline"])] if "baseline" in result else []
-    return [(readable(name), f"{number:,}", [cell(part, metric) for metric in OF_NUMBERS]) for name, number, part in parts]
+    return [(readable(name), f"{number:,}", [cell(part, metric) for metric in metrics]) for name, number, part in parts]
 
 
 def cell(part: dict[str, Any], metric: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 from finetune.metrics.classes import class_metrics
 from finetune.page.gallery import MATRIX_CLASSES, Group
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import METRICS, REPORTED_METRICS
+from finetune.recipe.metrics import METRICS, NO_SHARES, REPORTED_METRICS, write_number
 from finetune.utils.text import readable
 
 ROWS = 1000  # of the table of classes
@@ -46,7 +46,8 @@ def describe_classes(
     }
     subgroups = [
         {"name": readable(name), "images": part["val_images"],
-         "shares": [(part.get(metric), interval_text(part.get("intervals", {}).get(metric))) for metric in metrics]}
+         "cells": [value_text(metric, part[metric], part.get("intervals", {}).get(metric)) if metric in part else ("", "")
+                   for metric in metrics]}
         for name, part in result.get("by_subgroup", {}).items()
     ]  # fmt: skip
     wrong = [(number, group) for number, group in enumerate(groups) if group.label != group.guess]
@@ -68,6 +69,18 @@ def describe_classes(
         "subgroups": subgroups,
         "subgroup_words": [*metrics.values()],
     }  # fmt: skip
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """0.9876 as 98.76 %, with a space that does not break; a dash for what is not defined."""
+    return "-" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def value_text(metric: str, value: float, interval: Sequence[float] | None) -> tuple[str, str]:
+    """A metric and its interval as text: a share in percent, or of numbers as it is."""
+    if metric in NO_SHARES:
+        return write_number(value), " to ".join(map(write_number, interval or ()))
+    return percent(value), interval_text(interval)
 
 
 def interval_text(interval: Sequence[float] | None) -> str:

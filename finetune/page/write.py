@@ -20,9 +20,9 @@ from finetune.page import gallery
 from finetune.page.charts import run_charts
 from finetune.page.gallery import Group, Pictures
 from finetune.page.numbers import describe_numbers
-from finetune.page.tables import describe_classes, interval_text
+from finetune.page.tables import describe_classes, percent, value_text
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import METRICS, NO_SHARES, REPORTED_METRICS, write_number
+from finetune.recipe.metrics import METRICS, REPORTED_METRICS
 from finetune.recipe.serialize import from_dict, to_dict
 from finetune.training.run_dir import run_name, started
 from finetune.utils.files import read_json, write_file
@@ -123,11 +123,6 @@ def own_file(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def percent(share: float | None, digits: int = 2) -> str:
-    """0.9876 as 98.76 %, with a space that does not break; a dash for what is not defined."""
-    return "-" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
 def count(number: int) -> str:
     return f"{number:,}"
 
@@ -202,13 +197,6 @@ def describe_run(run: Path, page: Path, recipe: Recipe, result: dict[str, Any]) 
         "files": [(name, address(run / name, page)) for name in FILES if (run / name).is_file()],
         "recipe_text": recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
     }
-
-
-def value_text(metric: str, value: float, interval: Sequence[float] | None) -> tuple[str, str]:
-    """A metric and its interval as text: a share in percent, or of numbers as it is."""
-    if metric in NO_SHARES:
-        return write_number(value), " to ".join(map(write_number, interval or ()))
-    return percent(value), interval_text(interval)
 
 
 def describe_calibration(result: dict[str, Any]) -> list[tuple[str, str]]:

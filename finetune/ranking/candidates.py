@@ -56,6 +56,7 @@ class Wanted(NamedTuple):
     weights: Sequence[str] = ()  # NAME=FILE
     image_size: int | None = None
     minutes: float | None = None
+    loss: str | None = None  # for labels that may be classes or numbers
 
 
 class Candidate(NamedTuple):

@@ -73,5 +73,7 @@ def digest_file(path: Path) -> str:
 
 def digest_array(values: Any) -> str:
     """A digest of numbers and of their shape."""
-    array = np.ascontiguousarray(values).astype(np.int64)
+    array = np.ascontiguousarray(values)
+    whole = array.astype(np.int64)
+    array = whole if np.array_equal(whole, array) else array.astype(np.float64)
     return hashlib.blake2b(array.ravel().data, key=str(array.shape).encode(), digest_size=16).hexdigest()

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.functional import cross_entropy
 
-from finetune.data.dataset import ImageData
+from finetune.data.dataset import ImageData, Images
 from finetune.data.loader import ImageDataset
 from finetune.images.transforms import eval_transform
 from finetune.metrics.compute import compute_metrics
@@ -23,7 +22,7 @@ from finetune.ranking.candidates import Candidate
 from finetune.ranking.features import digest_array, digest_images, keep, place_of, recall
 from finetune.recipe import Recipe
 from finetune.results.paired import interval_of
-from finetune.tools.label_errors import features_of, out_of_fold_logits
+from finetune.tools.label_errors import features_of, new_probe, out_of_fold_logits
 from finetune.training.distributed import default_workers
 from finetune.training.setup import RunOptions, make_accelerator
 from finetune.utils.text import progress
@@ -45,6 +44,8 @@ class Task(NamedTuple):
     @property
     def metrics(self) -> list[str]:
         """The one that ranks, and one to stand beside it."""
+        if self.base.of_numbers:
+            return [self.base.metric, "spearman"]
         return [self.base.metric, *["macro_f1"] * (self.uneven >= UNEVEN and self.base.metric != "macro_f1")]
 
 
@@ -113,7 +114,8 @@ def score(task: Task, one: Candidate, dataset: ImageDataset, speed: float) -> di
         device = make_accelerator(one.recipe).device
         x, y, folds = (part.to("cpu" if device.type == "mps" else device) for part in (features, targets, task.folds))
         with progress(None, None, f"{one.label}: fits of the head") as bar:
-            logits = out_of_fold_logits(x, y, folds, len(task.data.classes), loss_of(task.base, bar.update)).cpu()
+            loss, of_numbers = loss_of(task.base, bar.update), task.base.of_numbers
+            logits = out_of_fold_logits(x, y, folds, len(task.data.classes), loss, of_numbers=of_numbers).cpu()
         keep(file, logits, {})
     metrics = compute_metrics(one.recipe, logits, targets)
     row: dict[str, Any] = {"name": one.label, "backbone": one.recipe.backbone, "weights": one.recipe.weights}
@@ -123,14 +125,23 @@ def score(task: Task, one: Candidate, dataset: ImageDataset, speed: float) -> di
     return row | {"interval": interval, "images_per_second": speed, "licence": one.licence}
 
 
+def dataset_of(task: Task, one: Candidate, images: Images) -> ImageDataset:
+    """Images as a candidate takes them."""
+    dataset = ImageDataset(images, eval_transform(preprocessing_of(one)), 0, task.data.classes)
+    dataset.multi_label, dataset.of_numbers = task.base.loss == "multi_label", task.base.of_numbers
+    return dataset
+
+
 def targets_of(task: Task, images: Any) -> torch.Tensor:
-    """Labels [n], or [n, classes] of 0 and 1."""
+    """Labels [n], or [n, classes] of 0 and 1, or numbers."""
     labels = torch.as_tensor(np.asarray(images.labels))
+    if task.base.of_numbers:
+        return labels
     return labels.float() if task.base.loss == "multi_label" else labels.long()
 
 
 def loss_of(recipe: Recipe, called: Callable[[], Any] = lambda: None) -> Loss:
-    """The loss of a linear probe, a sum over images; `called` hears of each time that it is computed."""
+    """The loss of a linear probe, a sum over images; `called` hears of each time that it is computed. Of numbers none is."""
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         called()
@@ -146,14 +157,11 @@ def validate(task: Task, one: Candidate) -> dict[str, Any]:
     images."""
     train, _ = recall(feature_file(task, one, task.content)) or (None, None)
     assert train is not None  # just ranked
-    speed, dataset = (
-        speed_of(task, one),
-        ImageDataset(task.data.val, eval_transform(preprocessing_of(one)), 0, task.data.classes),
-    )
-    dataset.multi_label = task.base.loss == "multi_label"
+    speed, dataset = speed_of(task, one), dataset_of(task, one, task.data.val)
     val = features_for(task, one, dataset, digest_images(task.data.val), speed)
-    head = nn.Linear(train.shape[1], len(task.data.classes))
-    l2 = fit(head, train, targets_of(task, task.data.train), loss_of(task.base), None)
+    known = targets_of(task, task.data.train)
+    head = new_probe(train, known, len(task.data.classes), task.base.of_numbers)
+    l2 = fit(head, train, known, loss_of(task.base), None)
     targets = targets_of(task, task.data.val)
     with torch.no_grad():
         logits = head(val)

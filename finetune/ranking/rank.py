@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from finetune.data.dataset import ImageData, ImageList
-from finetune.data.loader import ImageDataset
 from finetune.data.sources import load_data
 from finetune.data.split import names_of
-from finetune.images.transforms import eval_transform
 from finetune.ranking.candidates import Candidate, Wanted, find_candidates, name_networks
 from finetune.ranking.features import cache_folder, digest_array, digest_images, place_of, recall
-from finetune.ranking.probes import Task, feature_file, preprocessing_of, score, speed_of, validate
-from finetune.recipe.metrics import METRICS
+from finetune.ranking.probes import Task, dataset_of, feature_file, score, speed_of, validate
+from finetune.recipe.metrics import METRICS, NUMBER_LOSSES, scale_of, unit_of, write_value
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.tools.defaults import Choice
 from finetune.tools.image_stats import recipe_for, sample_stats
@@ -42,12 +40,12 @@ def report(
     start, named, cache = time.monotonic(), name_networks(wanted), cache_folder(cache)
     check_folder(cache)
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    base = recipe_for(source)
+    base = recipe_for(source, wanted.loss)
     data = load_data(base)
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
     if len(data.train) < FEWEST:
         raise RecipeError(f"rank needs {FEWEST} training images or more, not {len(data.train)}")
-    stats = sample_stats(data, source)
+    stats = sample_stats(data, source, base.loss)
     candidates, left_out = find_candidates(named, stats, base, wanted.image_size)
     if not candidates:
         raise RecipeError("\n  ".join(["none of these networks can be had:", *(": ".join(pair) for pair in left_out.items())]))
@@ -62,6 +60,7 @@ def report(
         "images": digest_of(data, task.content),
         "train": len(data.train),
         "classes": len(data.classes),
+        "loss": base.loss,
         "metric": base.metric,
         "rows": rows,
         "left_out": left_out,
@@ -93,8 +92,7 @@ def rank(task: Task, candidates: Sequence[Candidate], left_out: dict[str, str], 
         except RecipeError as error:
             left_out[one.label] = first_line(error).partition(". ")[0]
     rows, slower, images = list[dict[str, Any]](), 1.0, len(task.data.train)
-    dataset = ImageDataset(task.data.train, eval_transform(preprocessing_of(candidates[0])), 0, task.data.classes)
-    dataset.multi_label = task.base.loss == "multi_label"
+    dataset = dataset_of(task, candidates[0], task.data.train)
     for one in sorted((one for one in candidates if one.label in speeds), key=lambda one: images / speeds[one.label]):
         expected = images / speeds[one.label] * (0 if recall(feature_file(task, one, task.content)) else 1)
         if end and (left := end - time.monotonic()) < expected * slower:
@@ -118,23 +116,25 @@ def near_best(result: dict[str, Any]) -> list[str]:
 
 def describe(result: dict[str, Any], folder: Path, wide: bool) -> str:
     """The table, what it can't tell, what is left out, and how to go on."""
-    metric, rows, validation = METRICS[result["metric"]], result["rows"], result["validation"]
-    both = ["macro_f1"] * ("macro_f1" in rows[0] and result["metric"] != "macro_f1")
-    table = [("backbone", metric, "95 %", *(METRICS[name] for name in both), "images/s", "params", "px", "licence")]
+    name, rows, validation = result["metric"], result["rows"], result["validation"]
+    metric, both = METRICS[name], [other for other in ("macro_f1", "spearman") if other in rows[0] and other != name]
+    table = [("backbone", metric, "95 %", *(METRICS[other] for other in both), "images/s", "params", "px", "licence")]
     for row in rows:
-        values = [f"{row[result['metric']]:.1%}", between(row["interval"]), *(f"{row[name]:.1%}" for name in both)]
+        beside = (write_value(other, row[other], 1) for other in both)
+        values = [write_value(name, row[name], 1), between(name, row["interval"]), *beside]
         cost = (f"{row['images_per_second']:.3g}", f"{row['parameters'] / 1e6:.1f} M", str(row["image_size"]))
         table.append((row["name"], *values, *cost, row["licence"]))
     if not wide:
         table = [line[:-1] for line in table]
+    kind = "classes" if result.get("loss") not in NUMBER_LOSSES else "numbers" if result["classes"] > 1 else "number"
     head = (
-        f"{Path(result['data']).name}: {result['train']:,} training images of {result['classes']} classes; "
+        f"{Path(result['data']).name}: {result['train']:,} training images of {result['classes']} {kind}; "
         f"{metric} of a linear probe on frozen features, of images out of its folds"
     )
     lines = [fill_lines(head), "", align_columns(table, numbers=True, width=float("inf") if wide else WIDTH), ""]
     if near := near_best(result):
         lines.append(fill_lines(f"within the interval of the best, so that chance may order them: {', '.join(near)}"))
-    lines += [fill_lines(f"left out: {name}: {why}") for name, why in result["left_out"].items()]
+    lines += [fill_lines(f"left out: {label}: {why}") for label, why in result["left_out"].items()]
     licences = defaultdict[str, list[str]](list)
     for row in rows if not wide else ():
         licences[row["licence"]].append(row["name"])
@@ -143,7 +143,7 @@ def describe(result: dict[str, Any], folder: Path, wide: bool) -> str:
     lines += [
         fill_lines(
             f"{validation['name']} on the {validation['images']:,} validation images, which had no say: {metric} "
-            f"{validation[result['metric']]:.1%} ({between(validation['interval'])})"
+            f"{write_value(name, validation[name], 1)} ({between(name, validation['interval'])})"
         ),
         f"picture  {folder / 'rank.png'}",
         "to go on with the first:",
@@ -152,23 +152,23 @@ def describe(result: dict[str, Any], folder: Path, wide: bool) -> str:
     return "\n".join(lines)
 
 
-def between(interval: Sequence[float]) -> str:
-    """Two percentages."""
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+def between(metric: str, interval: Sequence[float]) -> str:
+    """The ends of an interval, of shares in percent."""
+    return " to ".join(write_value(metric, end, 1, "") for end in interval)
 
 
 def draw(result: dict[str, Any], file: Path) -> Path:
     """The score of each network, with its interval, by images a second."""
     figure, axes = new_figure()
-    metric = result["metric"]
+    metric, scale = result["metric"], scale_of(result["metric"])
     for i, row in enumerate(result["rows"]):
         value, (low, high) = row[metric], row["interval"]
-        errors = [[100 * (value - low)], [100 * (high - value)]]
+        errors = [[scale * (value - low)], [scale * (high - value)]]
         axes.errorbar(
-            row["images_per_second"], 100 * value, errors, fmt="osD^v"[i // 10 % 5], color=f"C{i % 10}", capsize=3,
+            row["images_per_second"], scale * value, errors, fmt="osD^v"[i // 10 % 5], color=f"C{i % 10}", capsize=3,
             label=shorten(row["name"], 44),
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="images a second, forward pass on this machine", ylabel=f"{METRICS[metric]}, %")
+    axes.set(xscale="log", xlabel="images a second, forward pass on this machine", ylabel=f"{METRICS[metric]}{unit_of(metric)}")
     speeds = [row["images_per_second"] for row in result["rows"]]
     axes.set_xlim(min(speeds) / 1.5, max(speeds) * 1.5)
     ticks = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
@@ -192,7 +192,7 @@ def choose(file: Path, source: str, backbone: str | None = None, weights: str | 
     result = read_json(file) if file.is_file() else {}
     if not result.keys() >= {"rows", "images", "metric"}:
         raise RecipeError(f"{file} is no rank.json: make one with finetune rank --data {source}")
-    data = load_data(recipe_for(source))
+    data = load_data(recipe_for(source, result.get("loss")))
     assert isinstance(data.train, ImageList)
     if digest_of(data, digest_images(data.train)) != result["images"]:
         raise RecipeError(f"{file} is of other images ({result['data']}) than {source}: finetune rank --data {source}")
@@ -201,5 +201,6 @@ def choose(file: Path, source: str, backbone: str | None = None, weights: str | 
     if not found:
         raise RecipeError(f"{file} has no {backbone}; it ranks {', '.join(row['name'] for row in rows)}")
     row, place = rows[found[0]], "first" if found[0] == 0 else f"number {found[0] + 1}"
-    why = f"{place} of {len(rows)} in finetune rank: {METRICS[metric]} {row[metric]:.1%} ({between(row['interval'])})"
+    why = f"{place} of {len(rows)} in finetune rank: {METRICS[metric]} {write_value(metric, row[metric], 1)}"
+    why += f" ({between(metric, row['interval'])})"
     return Choice(row["backbone"], row["weights"], row["image_size"], f"{why} of a linear probe")

@@ -11,6 +11,7 @@ Metric = Literal[
     "balanced_accuracy",
     "auroc",
     "kappa",
+    "quadratic_kappa",
     "log_loss",
     "brier",
     "ece",
@@ -21,7 +22,8 @@ Metric = Literal[
 ]
 MEAN_AP = {"mean_average_precision": "mean average precision"}
 OF_PROBABILITIES = {"log_loss": "log loss", "brier": "Brier score", "ece": "calibration error"}
-OF_NUMBERS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "spearman": "Spearman"}
+OF_GRADES = {"quadratic_kappa": "quadratic kappa"}  # classes named by whole numbers, or numbers that are whole
+OF_NUMBERS = {"mae": "MAE", "rmse": "RMSE", "r2": "R2", "spearman": "Spearman", **OF_GRADES}
 METRICS = {  # in words
     "top1": "top-1",
     "macro_f1": "macro F1",
@@ -45,7 +47,7 @@ NUMBER_LOSSES = ("mse", "huber", "l1")  # of labels that are numbers
 KINDS = {  # of labels: the losses, and the metrics that measure them
     "One label an image": (
         ("cross_entropy", "binary"),
-        ("top1", "macro_f1", "balanced_accuracy", "auroc", "kappa", *OF_PROBABILITIES),
+        ("top1", "macro_f1", "balanced_accuracy", "auroc", "kappa", *OF_GRADES, *OF_PROBABILITIES),
     ),
     "several labels": (("multi_label",), ("mean_average_precision", "auroc", *OF_PROBABILITIES)),
     "numbers": (NUMBER_LOSSES, tuple(OF_NUMBERS)),

@@ -7,8 +7,12 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch.nn.functional import one_hot
 
 from finetune.data.loader import ImageDataset, is_unreadable
+from finetune.metrics.numbers import to_grades
+from finetune.models.linear_probe import Units
+from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import run_title, save_figure, shorten, style
 from finetune.report.sheets import NUMBER, WIDTH, Tile, draw_sheet, evenly_spaced, name_labels, name_of_image, picture
 from finetune.utils.text import readable
@@ -16,8 +20,20 @@ from finetune.utils.text import readable
 COLUMNS = 3  # diagrams side by side
 
 
-def plot_numbers(folder: Path, outputs: torch.Tensor, labels: torch.Tensor, names: Sequence[str], title: str) -> Path:
-    """numbers.png: of each number a diagram, a dot an image, the prediction over the label; on the line both are the same."""
+def plot_numbers(
+    folder: Path,
+    outputs: torch.Tensor,
+    labels: torch.Tensor,
+    names: Sequence[str],
+    title: str,
+    units: Units | None = None,
+) -> Path:
+    """numbers.png: of each number a diagram, a dot an image, the prediction over the label; on the line both are the same.
+
+    Where there is one, and `units` say that it is a grade, confusion.png has the grades labelled and predicted.
+    """
+    if len(names) == 1 and (grades := to_grades(outputs, units)) is not None:
+        plot_grades(folder, grades[:, 0], labels[:, 0], title)
     seen = ~is_unreadable(labels)
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
@@ -33,6 +49,15 @@ def plot_numbers(folder: Path, outputs: torch.Tensor, labels: torch.Tensor, name
     shown = [axes for axes in figure.axes if axes.axison]
     figure.suptitle(title, fontsize="medium", **style(title))
     return save_figure(figure, shown, folder / "numbers.png")
+
+
+def plot_grades(folder: Path, grades: torch.Tensor, labels: torch.Tensor, title: str) -> Path:
+    """confusion.png of predicted and labelled grades [n], every one from the lowest to the highest."""
+    seen = ~is_unreadable(labels[:, None])
+    said, true = grades[seen].long(), labels[seen].long()
+    lowest = int(torch.cat([said, true]).min())
+    classes = [str(grade) for grade in range(lowest, int(torch.cat([said, true]).max()) + 1)]
+    return plot_confusion_matrix(folder, one_hot(said - lowest, len(classes)), true - lowest, classes, title)
 
 
 def draw_number(axes: Axes, output: torch.Tensor, label: torch.Tensor) -> None:

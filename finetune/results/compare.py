@@ -8,13 +8,16 @@ import safetensors.torch
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from finetune.recipe.metrics import METRICS, NO_SHARES, REPORTED_METRICS, scale_of, unit_of, write_value
+from finetune.metrics.numbers import to_grades
+from finetune.models.linear_probe import Units
+from finetune.recipe.metrics import METRICS, NO_SHARES, OF_GRADES, REPORTED_METRICS, scale_of, unit_of, write_value
 from finetune.recipe.serialize import diff, flatten, to_dict
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
 from finetune.results.paired import compare, in_points, interval_of
 from finetune.results.runs import Run
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import read_json
 from finetune.utils.text import WIDTH, align_columns, fill_lines
 
 SHOWN = {"loss": "loss", **REPORTED_METRICS, "seconds": "seconds", "peak_memory_gib": "peak GiB"}  # of result.json
@@ -62,15 +65,19 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def predictions_of(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits, labels) of the validation images after a run's last epoch."""
+    """(logits, labels) of the validation images after a run's last epoch; of numbers that are grades, the grades predicted."""
     try:
         kept = safetensors.torch.load_file(run / "predictions.safetensors")
     except (OSError, safetensors.SafetensorError) as error:
         raise RecipeError(f"can't read the predictions of {run}: {error}") from error
-    labels = kept["labels"]
-    if labels.is_floating_point() and not Run(run).recipe.of_numbers:
+    labels, logits, own = kept["labels"], kept["logits"], Run(run).recipe
+    if labels.is_floating_point() and not own.of_numbers:
         labels = labels.where(labels >= 0, torch.nan)  # an earlier version had -100 for what can't be read
-    return kept["logits"], labels
+    if own.of_numbers and own.metric in OF_GRADES:
+        units = Units(**read_json(run / "model" / "config.json")["training_labels"])
+        grades = to_grades(logits, units)
+        return logits if grades is None else grades, labels
+    return logits, labels
 
 
 def why_other(

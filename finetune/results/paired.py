@@ -11,20 +11,29 @@ from finetune.metrics.compute import compute_metrics
 from finetune.metrics.intervals import exact_interval, wilson
 from finetune.metrics.numbers import mean_metrics
 from finetune.recipe import Recipe
-from finetune.recipe.metrics import NO_SHARES, direction
+from finetune.recipe.metrics import NO_SHARES, OF_GRADES, direction
 
 DRAWS = 1000  # of the bootstrap
 Score = Callable[[torch.Tensor], float]  # the metric of the images at these positions
 
 
 def score(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> Score:
-    """The recipe's metric of these logits, as a function of the positions of the images that count."""
+    """The recipe's metric of these logits, as a function of the positions of the images that count.
+
+    Of numbers that are grades, `logits` are the grades predicted.
+    """
     if recipe.metric == "top1":
         right = (logits.argmax(1) == labels).double()
         return lambda at: right[at].mean().item()
     if recipe.of_numbers:
         whole = torch.ones(1, len(labels), dtype=torch.float64)
-        return lambda at: mean_metrics(logits[at], labels[at])[recipe.metric](whole[:, : len(at)]).item()
+        grades = logits if recipe.metric in OF_GRADES else None
+
+        def value(at: torch.Tensor) -> float:
+            metrics = mean_metrics(logits[at], labels[at], None if grades is None else grades[at])
+            return metrics[recipe.metric](whole[:, : len(at)]).item()
+
+        return value
     return lambda at: compute_metrics(recipe, logits[at], labels[at])[recipe.metric]
 
 
@@ -79,7 +88,7 @@ def interval_of(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor) -> l
 def in_points(found: dict[str, Any], metric: str = "top1") -> str:
     """A difference in points of a percent, or of numbers in their own unit, with its interval."""
     if metric in NO_SHARES:
-        difference, low, high = (f"{value + 0.0:+.4g}" for value in (found["difference"], *found["interval"]))
+        difference, low, high = (f"{value + 0.0:+.3g}" for value in (found["difference"], *found["interval"]))
         return f"{difference} ({low} to {high})"
     points, low, high = (round(100 * value, 1) + 0.0 for value in (found["difference"], *found["interval"]))  # no -0.0
     return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -78,12 +78,12 @@ def finish_run(
     result["use"], result["use_reason"] = model_to_use(result, recipe.metric)
     result["drift"] = drift(net, start)
     if subgroups := getattr(images.images, "subgroups", None):
-        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups)
+        result["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups, units_of(net))
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     try_to(plot_curves, folder, recipe.metric)
     certain = logits / temperature  # as predict has them
     if units := units_of(net):
-        try_to(plot_numbers, folder, logits, labels, images.classes, run_title(folder))
+        try_to(plot_numbers, folder, logits, labels, images.classes, run_title(folder), units)
         try_to(plot_number_predictions, folder, logits, labels, images)
         try_to(plot_largest_errors, folder, logits, labels, images, units.deviation)
     else:
@@ -150,9 +150,8 @@ def describe_result(recipe: Recipe, file: Path | None, result: dict[str, Any], f
         ),
         ("cost", cost + early),
         *describe_verdicts(recipe, file, result),
+        ("report", str(page) if (page := folder / PAGE).is_file() else ""),
     ]
-    if (page := folder / PAGE).is_file():
-        lines.append(("report", str(page)))
     if verbose:
         lines.append(("moved", ", ".join(f"{name} {100 * share:.2f} %" for name, share in result["drift"].items())))
         lines.append(("files", f"in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*')))}"))
@@ -192,7 +191,8 @@ def describe_verdicts(recipe: Recipe, file: Path | None, result: dict[str, Any])
     """
     use = ("use", f"{result['use']}: {result['use_reason']}")
     if soup := result.get("soup"):
-        against = f"{in_points(soup['soup_minus_best'])} points against {soup['best_run']}, the best run on these very images"
+        gained = in_points(soup["soup_minus_best"], recipe.metric) + " points" * (recipe.metric not in NO_SHARES)
+        against = f"{gained} against {soup['best_run']}, the best run on these very images"
         return [("soup", against), ("measured", f"on {soup['measured_on']}"), use]
     baseline = "none: a smoke run" if result.get("smoke") else describe_verdict(file, recipe, result[recipe.metric])
     return [

@@ -18,7 +18,7 @@ from finetune.recipe.load import check_source
 from finetune.report.drawing import shorten
 from finetune.report.sheets import NUMBER, WIDTH, Tile, draw_sheet
 from finetune.tools.defaults import LITE0, choose_backbone, choose_image_size
-from finetune.tools.image_stats import Collection, Look, count_classes, look_at, recipe_for, stats_of
+from finetune.tools.image_stats import Collection, Look, count_classes, look_at, loss_for, recipe_for, stats_of
 from finetune.tools.label_errors import compute_features, find_label_errors, find_outliers, out_of_fold_probs
 from finetune.tools.similar import FLAT, MOST, alike_pairs, near_pairs, same_pairs, without
 from finetune.utils.errors import RecipeError
@@ -80,7 +80,9 @@ def check(
         RecipeError: for what a run would refuse, but for images that can't be read.
     """
     check_source(source)
-    recipe = recipe_for(source)
+    recipe = recipe_for(source, loss_for(source)[0])
+    if recipe.of_numbers:
+        raise RecipeError(f"the labels of {source} are numbers, and check is for classes")
     with redirect_stderr(io.StringIO()) as said:  # what a run says of them is part of the report
         data = load_data(replace(recipe, data=replace(recipe.data, on_bad_image="skip")))
     images = Collection(data, source)

@@ -12,16 +12,17 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.dataset import ImageData, ImageList
-from finetune.data.sources import load_data, read_columns
+from finetune.data.sources import leave_out_idle, load_data, read_columns
 from finetune.data.split import has_files, names_of
 from finetune.images.decode import open_file, orientation
 from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
+from finetune.recipe.metrics import NUMBER_LOSSES
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.similar import thumbnail
-from finetune.utils.errors import RecipeError
-from finetune.utils.text import as_number, readable
+from finetune.utils.text import as_number, note, readable
 
+MANY = 50  # different whole numbers, from which on they may be no names of classes
 SHARP_SIDE = 256  # pixels of the longer side at which sharpness is measured
 
 
@@ -39,25 +40,31 @@ class ImageStats:
     least: int  # the shortest side
     aspect: float  # median of long side / short side
     grey: bool  # no image has colours
+    loss: str = "cross_entropy"  # for labels as these are
+    ranges: tuple[tuple[float, float], ...] = ()  # of labels that are numbers: the ends of each, in place of sizes of classes
 
 
-def compute_image_stats(source: str) -> ImageStats:
-    """Statistics of the images that a recipe with that source would train on."""
+def compute_image_stats(source: str, loss: str | None = None) -> ImageStats:
+    """Statistics of the images that a recipe with that source would train on, with a `loss` or the one that fits its labels."""
     check_source(source)
-    refuse_numbers(source)
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    return sample_stats(load_data(minimal_recipe("resnet18", source, image_size=32)), source)
+    recipe = recipe_for(source, loss)
+    if not recipe.of_numbers:  # several labels an image are refused, with what to do
+        recipe = minimal_recipe("resnet18", source, image_size=32)
+    return sample_stats(load_data(recipe), source, recipe.loss)
 
 
-def sample_stats(data: ImageData, source: str) -> ImageStats:
-    """Statistics of the images of a source.
+def sample_stats(data: ImageData, source: str, loss: str = "cross_entropy") -> ImageStats:
+    """Statistics of the images of a source, whose labels are those of a loss.
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
     sizes = np.array([image_size(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
-    labels = np.concatenate([data.train.labels, data.val.labels])
-    counts = labels.sum(0).tolist() if labels.ndim > 1 else Counter(map(int, labels)).values()
+    labels, numbers = np.concatenate([data.train.labels, data.val.labels]), loss in NUMBER_LOSSES
+    counts = [len(labels)]
+    if not numbers:
+        counts = labels.sum(0).tolist() if labels.ndim > 1 else [*Counter(map(int, labels)).values()]
     return ImageStats(
         source,
         len(data.train),
@@ -69,29 +76,48 @@ def sample_stats(data: ImageData, source: str) -> ImageStats:
         least=int(sizes.min()),
         aspect=round(float(np.median(sizes.max(1) / sizes.min(1))), 2),
         grey=all(is_grey(data.train[i][0]) for i in range(0, len(data.train), -(-len(data.train) // 50))),
+        loss=loss,
+        ranges=tuple(zip(labels.min(0).tolist(), labels.max(0).tolist(), strict=True)) if numbers else (),
     )
 
 
-def refuse_numbers(source: str) -> None:
-    """Raise RecipeError for a table of numbers: several by name, or labels of many values with decimal places."""
+def recipe_for(source: str, loss: str | None = None) -> Recipe:
+    """A minimal recipe with these images, and with a `loss` or the one that fits the labels of a table."""
+    if loss is None:
+        loss, said = loss_for(source)
+        if said:
+            note(said)
+    options: dict[str, Any] = {"loss": loss, "metric": "top1"}
+    if loss in NUMBER_LOSSES:
+        options["metric"] = "r2"  # as the units of several may differ
+    elif loss == "multi_label":
+        options["metric"] = "mean_average_precision"
+    return replace(minimal_recipe("resnet18", source, image_size=32), **options)
+
+
+def loss_for(source: str) -> tuple[str, str]:
+    """(the loss for labels as a table has them, what is to be said of that choice); "cross_entropy" of all else, as of classes.
+
+    Numbers, with "huber", are those in columns label_NAME, and those in a column label where one is not whole. Whole ones are
+    classes, which are often called so; of more than 50 they are numbers where one of them has a single image.
+    """
     if not source.lower().endswith(".csv") or not Path(source).is_file():
-        return
-    columns, _ = read_columns(Path(source), ("path",))
-    numbers = [as_number(cell) for cell in columns["label"]]
-    decimal = None not in numbers and any(number % 1 for number in numbers if number is not None)
-    named = not columns["label"] and any(name.startswith("label_") for name in columns)
-    if named or decimal and 2 * len({*numbers}) > len(numbers):
-        remedy = "to train on them, write a recipe with loss='mse', metric='mae'"
-        raise RecipeError(f"the labels of {source} are numbers, and this is for classes; {remedy}")
-
-
-def recipe_for(source: str) -> Recipe:
-    """A minimal recipe with these images; for a table with several labels an image, it expects them."""
-    recipe = minimal_recipe("resnet18", source, image_size=32)
-    refuse_numbers(source)
-    if source.lower().endswith(".csv") and any(re.search("[;|]", cell) for cell in read_columns(Path(source))[0]["label"]):
-        recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
-    return recipe
+        return "cross_entropy", ""
+    columns, _ = leave_out_idle(*read_columns(Path(source), ("path",)))
+    if not columns["label"] and any(name.startswith("label_") for name in columns):
+        return "huber", ""
+    if any(re.search("[;|]", cell) for cell in columns["label"]):
+        return "multi_label", ""
+    numbers = Counter(as_number(cell) for cell in columns["label"])
+    whole = all(number is not None and number.is_integer() for number in numbers)
+    if None in numbers or whole and len(numbers) <= MANY:
+        return "cross_entropy", ""
+    found, other = ("numbers", "classes") if not whole or min(numbers.values()) < 2 else ("classes", "numbers")
+    losses = {"numbers": "huber", "classes": "cross_entropy"}
+    return losses[found], (
+        f"the column label of {Path(source).name} has {len(numbers)} different {'whole ' * whole}numbers, taken as {found}; "
+        f"as {other}: --loss {losses[other]}, of train --set loss={losses[other]}"
+    )
 
 
 def image_size(images: ImageList, position: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from finetune.data.loader import ImageDataset, unpickled
 from finetune.data.split import place
 from finetune.images.transforms import eval_transform
 from finetune.models.backbone import build_backbone, memory_format
-from finetune.models.linear_probe import Loss, check_probe, fit, returns_features
+from finetune.models.linear_probe import Loss, Units, check_probe, fit, give_units, returns_features
 from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.recipe import Recipe
 from finetune.training.evaluate import predict_logits
@@ -64,16 +64,32 @@ def deal_folds(labels: np.ndarray, units: Sequence[str]) -> torch.Tensor:
     return torch.tensor([fold_of[unit] for unit in units])
 
 
+def new_probe(features: torch.Tensor, targets: torch.Tensor, outputs: int, of_numbers: bool) -> nn.Linear:
+    """A head for features [n, d]; where targets [n, numbers] are numbers, it gives them in their own units."""
+    head = nn.Linear(features.shape[1], outputs, device=features.device).eval()
+    if of_numbers:
+        deviation, mean = torch.std_mean(targets.double(), 0, correction=0)
+        give_units(head, Units(tuple(mean.tolist()), tuple(deviation.clamp(min=1e-30).tolist())))
+    return head
+
+
 def out_of_fold_logits(
-    features: torch.Tensor, targets: torch.Tensor, folds: torch.Tensor, num_classes: int, loss: Loss, own_l2: bool = True
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    folds: torch.Tensor,
+    num_classes: int,
+    loss: Loss,
+    own_l2: bool = True,
+    of_numbers: bool = False,
 ) -> torch.Tensor:
-    """Logits [n, classes] of each image, by linear probes that were fitted to the other folds' images.
+    """Logits [n, classes] of each image, by linear probes that were fitted to the other folds' images; or numbers.
 
     Each probe chooses its penalty on the images that it is fitted to; without `own_l2` the first one's is that of all.
     """
     logits, l2 = features.new_empty(len(targets), num_classes), None
     for fold in range(FOLDS):
-        inside, head = folds == fold, nn.Linear(features.shape[1], num_classes, device=features.device)
+        inside = folds == fold
+        head = new_probe(features, targets[~inside], num_classes, of_numbers)
         l2 = fit(head, features[~inside], targets[~inside], loss, None if own_l2 else l2)
         with torch.no_grad():
             logits[inside] = head(features[inside])

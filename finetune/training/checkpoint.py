@@ -172,7 +172,7 @@ def keep_units(net: nn.Module, before: Units) -> None:
     if head is None or head[1].units == before:
         return
     layer, now = head[0], head[1].units
-    (old_mean, old_deviation), (mean, deviation) = (torch.tensor(units, dtype=torch.float64) for units in (before, now))
+    (old_mean, old_deviation), (mean, deviation) = (torch.tensor(units[:2], dtype=torch.float64) for units in (before, now))
     with torch.no_grad():
         scale = (old_deviation / deviation).to(layer.weight)
         layer.weight.mul_(scale[:, None])

@@ -184,7 +184,7 @@ def shard_and_try(recipe: Recipe, net: nn.Module, device: torch.device) -> None:
 def build_datasets(recipe: Recipe, net: nn.Module, data: ImageData) -> tuple[ImageDataset, ImageDataset]:
     """The training images, augmented, and the validation images, preprocessed, as the network takes them."""
     inputs = fit_preprocessing(preprocessing(recipe, net), data.train, recipe.data)
-    if recipe.metric in ("auroc", "r2", "spearman") and len(np.unique(labels_of(data.val), axis=0)) < 2:
+    if recipe.metric in ("auroc", "r2", "spearman", "quadratic_kappa") and len(np.unique(labels_of(data.val), axis=0)) < 2:
         same = "all validation images have the same label"
         raise RecipeError(f"metric='{recipe.metric}' is not defined: {same}; name another metric")
     if recipe.of_numbers:

@@ -10,21 +10,23 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from finetune.data.dataset import ImageData, changed_files, file_rows, fingerprint
+from finetune.data.dataset import ImageData, changed_files, file_rows, fingerprint, labels_of
 from finetune.data.folders import class_difference
 from finetune.data.loader import ImageDataset, epoch_batches, load_batches
 from finetune.data.sources import load_data, whole_data
 from finetune.data.split import held_out
 from finetune.metrics.compute import compute_metrics
+from finetune.metrics.numbers import to_grades
 from finetune.models.backbone import build_backbone, memory_format
 from finetune.models.batch_norm import has_statistics, recompute_statistics
+from finetune.models.linear_probe import Units, give_units, head_layer, standardise
 from finetune.models.pretrained import INPUTS, pretrained_state
 from finetune.models.saved import find_model, load_model
+from finetune.models.saving import plain_head
 from finetune.optim.average import mean_state
 from finetune.optim.loss import Criterion
 from finetune.recipe import Recipe
 from finetune.recipe.load import override, recipe_of_run
-from finetune.recipe.metrics import direction
 from finetune.recipe.serialize import to_dict
 from finetune.training.evaluate import predict_logits
 from finetune.training.loop import fit_linear_probe
@@ -49,6 +51,7 @@ class Runs:
     net: nn.Module
     states: list[State]
     classes: tuple[str, ...]
+    units: Units | None  # of numbers: those of the training images, the same for all
     records: list[Path]  # the tables of their files
     images: dict[str, str]  # the fingerprints of their training and validation images
     weights: str  # a digest of the file of weights that they started from; "" for other weights
@@ -83,10 +86,6 @@ def read_runs(folders: Sequence[Path], data: str | None = None) -> Runs:
     if len(states) > 1 and all(same_state(states[0], state) for state in states[1:]):
         note("the networks of these runs are the same one, such as the linear probe of each: their average is no other")
     recipe, _, _ = recipe_of_run(folders[0])
-    if recipe.of_numbers:
-        raise RecipeError("a soup is of networks of classes; these predict numbers")
-    if direction(recipe.metric) < 0:
-        raise RecipeError(f"a soup looks for more, and of metric='{recipe.metric}' less is better")
     if data:
         recipe = override(recipe, [f"data.source={data!r}"])
     if recipe.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -98,6 +97,7 @@ def read_runs(folders: Sequence[Path], data: str | None = None) -> Runs:
         models[0].net,
         states,
         models[0].classes,
+        models[0].units,
         [folder / "images.csv" for folder in folders],
         started(folders[0]).get("images", {}),
         started(folders[0]).get("weights", ""),
@@ -145,6 +145,7 @@ class Pot:
     choose: ImageDataset | None
     accelerator: Accelerator
     whole: ImageData  # what `train` and `measure` read
+    units: Units | None = None  # of numbers, which the states give as they are
     kept: dict[tuple[float, ...], Logits] = field(default_factory=dict)
     at: tuple[float, ...] = ()  # the shares that the network has now
 
@@ -173,7 +174,16 @@ class Pot:
     def score(self, shares: Sequence[float], text: str) -> float:
         """The recipe's metric of that mean on the images to choose on."""
         assert self.choose is not None  # asked for by the caller
-        return float(compute_metrics(self.recipe, *self.logits(self.choose, shares, text))[self.recipe.metric])
+        return self.value(*self.logits(self.choose, shares, text))
+
+    def value(self, logits: torch.Tensor, labels: torch.Tensor) -> float:
+        """The recipe's metric of these logits."""
+        return float(compute_metrics(self.recipe, logits, labels, self.units)[self.recipe.metric])
+
+    def judged(self, logits: torch.Tensor) -> torch.Tensor:
+        """What two networks are compared by: their logits, or of numbers that are grades the grades."""
+        grades = to_grades(logits, self.units)
+        return logits if grades is None else grades
 
 
 def fill_pot(runs: Runs, accelerator: Accelerator, choosing: bool) -> Pot:
@@ -211,7 +221,10 @@ def fill_pot(runs: Runs, accelerator: Accelerator, choosing: bool) -> Pot:
     whole = ImageData(data.train, measure, data.classes)
     train, measured = build_datasets(recipe, net, whole)
     chosen = build_datasets(recipe, net, replace(whole, val=choose))[1] if choosing else None
-    return Pot(recipe, net, list(runs.states), train, measured, chosen, accelerator, whole)
+    if runs.units:  # saved networks give numbers as they are
+        zeros = (0.0,) * len(runs.classes)
+        give_units(head_layer(recipe, net), Units(zeros, tuple(one + 1 for one in zeros)))
+    return Pot(recipe, net, list(runs.states), train, measured, chosen, accelerator, whole, runs.units)
 
 
 def moved_norms(net: nn.Module, states: Sequence[State]) -> list[str]:
@@ -239,9 +252,12 @@ def start_state(pot: Pot) -> State:
     state = pretrained_state(recipe)
     seed_all(recipe.seed)
     net = build_backbone(recipe, len(pot.train.classes), state).to(pot.accelerator.device)
+    if recipe.of_numbers:
+        standardise(recipe, net, labels_of(pot.whole.train), pot.whole.classes)
     criterion = Criterion(recipe, net, pot.train, pot.accelerator.device)
     fit_linear_probe(recipe, net, criterion, (pot.train, pot.measure), pot.accelerator, DEFAULTS)
-    found = {name: copied(value) for name, value in net.state_dict().items()}
+    with plain_head(net):
+        found = {name: copied(value) for name, value in net.state_dict().items()}
     if found.keys() != pot.states[0].keys():
         raise RecipeError(f"--toward pretrained: {to_dict(recipe.backbone)} starts with other tensors than the runs saved")
     return found

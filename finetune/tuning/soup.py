@@ -14,13 +14,14 @@ from typing import Any
 import safetensors.torch
 
 from finetune.data.dataset import file_rows, fingerprint, record_files
-from finetune.metrics.compute import compute_metrics, subgroup_metrics
+from finetune.metrics.compute import best_row, compute_metrics, subgroup_metrics
 from finetune.metrics.measure import measure
 from finetune.models.saving import save_model
 from finetune.page.write import write_page
-from finetune.recipe.metrics import METRICS
+from finetune.recipe.metrics import METRICS, direction, write_value
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import run_title
+from finetune.report.numbers import plot_numbers
 from finetune.results.paired import compare, in_points, interval_of
 from finetune.results.summary import describe_verdicts, environment, fold, peak_memory, try_to
 from finetune.training.run_dir import run_name, start_run_dir, weights_digest
@@ -97,12 +98,12 @@ def choose_members(pot: Pot, names: Sequence[str]) -> tuple[list[int], Rows]:
     """(the positions of the runs of the greedy soup, a row for each run in the order in which they were tried)."""
     number = len(names)
     alone = [pot.score(shares_of([i], number, 0), names[i]) for i in range(number)]
-    members, best, tried = list[int](), float("-inf"), Rows()
-    for i in sorted(range(number), key=lambda i: -alone[i]):
+    members, best, tried, sign = list[int](), float("-inf"), Rows(), direction(pot.recipe.metric)
+    for i in sorted(range(number), key=lambda i: -sign * alone[i]):
         value = pot.score(shares_of(sorted([*members, i]), number, 0), f"with {names[i]}")
-        tried.append({"run": names[i], "alone": alone[i], "average": value, "added": value >= best})
-        if value >= best:
-            members, best = sorted([*members, i]), value
+        tried.append({"run": names[i], "alone": alone[i], "average": value, "added": sign * value >= best})
+        if sign * value >= best:
+            members, best = sorted([*members, i]), sign * value
     return members, tried
 
 
@@ -110,7 +111,7 @@ def choose_share(pot: Pot, members: Sequence[int]) -> tuple[float, Rows]:
     """(the share of the start with the best metric, of several the smallest, a row for each of SHARES)."""
     number = len(pot.states) - 1
     values = {share: pot.score(shares_of(members, number, share), f"share {share}") for share in SHARES}
-    return max(SHARES, key=lambda share: values[share]), [
+    return max(SHARES, key=lambda share: direction(pot.recipe.metric) * values[share]), [
         {"share_of_start": share, "average": values[share]} for share in SHARES
     ]
 
@@ -124,12 +125,14 @@ def compare_with_runs(pot: Pot, runs: Runs, shares: Sequence[float]) -> dict[str
     names, rows = [*runs.names, "start"][: len(pot.states)], Rows()
     ours, labels = pot.logits(pot.measure, shares, "soup")
     logits = [pot.logits(pot.measure, [float(i == j) for j in range(len(names))], name)[0] for i, name in enumerate(names)]
+    values = [pot.value(one, labels) for one in logits]
+    ours, *logits = (pot.judged(one) for one in (ours, *logits))
     for i, one in enumerate(logits):
         row: dict[str, Any] = {"run": names[i]} | ({"network": runs.used[i]} if i < number else {})
-        row |= {"share": [*shares, 0.0][i], recipe.metric: compute_metrics(recipe, one, labels)[recipe.metric]}
+        row |= {"share": [*shares, 0.0][i], recipe.metric: values[i]}
         row["interval"], row["soup_minus_run"] = interval_of(recipe, one, labels), compare(recipe, ours, [one], labels)
         rows.append(row)
-    best = max(rows[:number], key=lambda row: row[recipe.metric])
+    best = best_row(rows[:number], recipe.metric)
     return {
         "interval": interval_of(recipe, ours, labels),
         "runs": rows,
@@ -153,15 +156,15 @@ def measured_on(runs: Runs, pot: Pot) -> str:
 def result_of(pot: Pot, shares: Sequence[float], name: str, begun: float) -> dict[str, Any]:
     """The soup in numbers, as a run's result has them."""
     recipe, (logits, labels) = pot.recipe, pot.logits(pot.measure, shares, "soup")
-    metrics, last = compute_metrics(recipe, logits, labels), recipe.epochs - 1
+    metrics, last = compute_metrics(recipe, logits, labels, pot.units), recipe.epochs - 1
     groups = getattr(pot.measure.images, "groups", None)
     if subgroups := getattr(pot.measure.images, "subgroups", None):
-        metrics["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups)
+        metrics["by_subgroup"] = subgroup_metrics(recipe, logits, labels, subgroups, groups, pot.units)
     seconds, images = time.monotonic() - begun, sum(len(one) for one, _ in pot.kept.values())
     return {
         "recipe": name,
         **metrics,
-        **measure(recipe, logits, labels, groups),
+        **measure(recipe, logits, labels, groups, names=pot.whole.classes, units=pot.units),
         "epochs": recipe.epochs,
         "best_epoch": last,
         f"best_{recipe.metric}": metrics[recipe.metric],
@@ -192,13 +195,15 @@ def write_run(folder: Path, first: Path, pot: Pot, shares: Sequence[float], resu
     name = run_name(first)
     start_run_dir(folder, file if file.is_file() else None, name, recipe, text, {"images": images, "classes": classes})
     logits, labels = pot.logits(pot.measure, shares, "soup")
-    inputs, temperature = pot.measure.transform.preprocessing, result["calibration"]["temperature"]
-    save_model(folder / "model", pot.mean(shares).cpu(), inputs, classes, temperature, result.get("thresholds"))
+    inputs, temperature = pot.measure.transform.preprocessing, result.get("calibration", {}).get("temperature", 1.0)
+    save_model(folder / "model", pot.mean(shares).cpu(), inputs, classes, temperature, result.get("thresholds"), pot.units)
     write_file(folder / "predictions.safetensors", safetensors.torch.save({"logits": logits, "labels": labels}))
     row = {key: value for key, value in result.items() if key in ("loss", "val_images", *METRICS, "top5")}
     write_file(folder / "metrics.jsonl", json.dumps({"epoch": result["best_epoch"], "step": 0, **row}) + "\n")
     write_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
-    if recipe.loss != "multi_label":
+    if pot.units:
+        try_to(plot_numbers, folder, logits, labels, classes, run_title(folder), pot.units)
+    elif recipe.loss != "multi_label":
         try_to(plot_confusion_matrix, folder, logits, labels, classes, run_title(folder))
     try_to(write_page, folder, pot.measure.images, describe_verdicts(recipe, None, result))
 
@@ -209,24 +214,26 @@ def soup_as_text(result: dict[str, Any]) -> str:
     metric, best = next(name for name in METRICS if name in made["runs"][0]), made["soup_minus_best"]
     table = [("run", f"{METRICS[metric]}, 95 % interval", "soup minus run", "")]
     table += [
-        (shorter(row["run"]), value_of(row, metric), in_points(row["soup_minus_run"]), row["soup_minus_run"]["verdict"])
+        (shorter(row["run"]), value_of(row, metric), in_points(row["soup_minus_run"], metric), row["soup_minus_run"]["verdict"])
         for row in made["runs"]
     ]
     table.append(
         (
             "mean of the runs",
-            f"{made['mean_of_runs']:.2%}",
-            in_points(made["soup_minus_mean"]),
+            write_value(metric, made["mean_of_runs"]),
+            in_points(made["soup_minus_mean"], metric),
             made["soup_minus_mean"]["verdict"],
         )
     )
     table.append(("soup", value_of({metric: result[metric], **made}, metric), "", ""))
     lines = [align_columns(table, width=WIDTH), ""]
     if tried := [row for row in made["tried"] if "run" in row]:
-        words = [f"{shorter(row['run'])} {'added' if row['added'] else 'left out'} ({row['average']:.2%})" for row in tried]
+        ends = [("added" if row["added"] else "left out", write_value(metric, row["average"])) for row in tried]
+        words = [f"{shorter(row['run'])} {done} ({value})" for row, (done, value) in zip(tried, ends, strict=True)]
         lines.append(fold("greedy", ", ".join(words)))
     if made["share_of_start"] is not None:
-        words = [f"{row['share_of_start']:g} {row['average']:.2%}" for row in made["tried"] if "share_of_start" in row]
+        tried = [row for row in made["tried"] if "share_of_start" in row]
+        words = [f"{row['share_of_start']:g} {write_value(metric, row['average'])}" for row in tried]
         lines.append(fold("start", f"has a share of {made['share_of_start']:g}{'; tried: ' * bool(words)}{', '.join(words)}"))
     if probes := [shorter(row["run"]) for row in made["runs"] if row.get("network") == "model-best"]:
         lines.append(fold("used", f"model-best of {', '.join(probes)}, as these runs say"))
@@ -241,6 +248,6 @@ def shorter(name: str) -> str:
 
 
 def value_of(row: dict[str, Any], metric: str) -> str:
-    """A metric and its interval, in percent."""
-    low, high = row["interval"]
-    return f"{row[metric]:.2%} ({100 * low:.1f} to {100 * high:.1f})"
+    """A metric and its interval."""
+    ends = " to ".join(write_value(metric, end, 1, "") for end in row["interval"])
+    return f"{write_value(metric, row[metric])} ({ends})"

@@ -8,7 +8,6 @@ from typing import Any
 
 from finetune.recipe import Recipe
 from finetune.recipe.load import chosen_recipe, override
-from finetune.recipe.metrics import direction
 from finetune.recipe.serialize import diff, flatten, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
@@ -167,10 +166,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.holdout is not None and not 0 < args.holdout < 1 or args.minutes is not None and not args.minutes > 0:
         raise RecipeError("--holdout is a share of the training images between 0 and 1, --minutes more than 0")
     recipe, _, name = chosen_recipe(args)
-    if recipe.of_numbers:
-        raise RecipeError(f"loss='{recipe.loss}' is for numbers, and tune is for classes: compare runs by finetune compare")
-    if direction(recipe.metric) < 0:
-        raise RecipeError(f"tune looks for more, and of metric='{recipe.metric}' less is better: --set metric=top1")
     if recipe.data.holdout:
         raise RecipeError("the recipe has data.holdout: leave it out, --holdout X holds out images of each trial")
     folder = args.output or Path("runs") / f"{name}-{'tune' if args.trials else 'folds'}"

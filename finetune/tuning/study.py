@@ -4,13 +4,14 @@ import shutil
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from finetune.recipe.load import load_recipe, override
-from finetune.recipe.metrics import METRICS
+from finetune.recipe.metrics import METRICS, NO_SHARES, direction, write_value
 from finetune.recipe.serialize import diff
 from finetune.training.run_dir import lock
 from finetune.tuning.space import Plan
@@ -29,6 +30,7 @@ except ImportError:
 
 RANDOM = 5  # trials, the recipe as it is among them, before the sampler looks at what came out
 COMPARED = 5  # finished trials before one is pruned
+FEWEST = 10  # finished trials from which on it is said which field matters: the best tenth of them is looked at
 UNPRUNED = 250  # thousandths of a trial in which none is pruned: what starts high may end higher
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 PATIENCE = 60.0  # seconds to wait for another process to have chosen its trial
@@ -54,7 +56,7 @@ def open_study(plan: Plan, text: str) -> "optuna.Study":
         study = optuna.create_study(
             storage=optuna.storages.JournalStorage(backend),
             study_name="tune",
-            direction="maximize",
+            direction=direction_of(plan.recipe.metric),
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=COMPARED, n_warmup_steps=UNPRUNED),
         )
@@ -66,6 +68,11 @@ def open_study(plan: Plan, text: str) -> "optuna.Study":
     if changes:
         raise RecipeError("\n  ".join([f"the study in {plan.folder} is another one; name another --output:", *changes]))
     return study
+
+
+def direction_of(metric: str) -> Literal["minimize", "maximize"]:
+    """Which way a metric is better, in optuna's word."""
+    return "minimize" if direction(metric) < 0 else "maximize"
 
 
 def can_link(folder: Path) -> bool:
@@ -192,24 +199,44 @@ def describe_trial(plan: Plan, study: "optuna.Study", number: int) -> str:
 
 def outcome(trial: FrozenTrial, metric: str) -> str:
     """A trial's score, or why it has none."""
+    score = "" if trial.value is None else write_value(metric, trial.value)
     if trial.state == TrialState.COMPLETE:
-        return f"{METRICS[metric]} {trial.value:.2%}"
+        return f"{METRICS[metric]} {score}"
     if trial.state == TrialState.PRUNED:
-        return f"pruned at {(trial.last_step or 0) / 1000:.0%}, with {trial.value:.2%}"
+        return f"pruned at {(trial.last_step or 0) / 1000:.0%}, with {score}"
     return f"failed: {trial.user_attrs.get('reason', '')}" if trial.state == TrialState.FAIL else trial.state.name.lower()
+
+
+def importances(plan: Plan, study: "optuna.Study") -> dict[str, float]:
+    """The share of each field in what tells the best trials from the others (PED-ANOVA, arXiv 2304.10255), by optuna.
+
+    Empty for one field, and for fewer than `FEWEST` trials that were finished with a value for each.
+    """
+    names = {one.path for one in plan.space}
+    whole = [one for one in study.trials if one.state == TrialState.COMPLETE and names == one.params.keys()]
+    if len(whole) < FEWEST or len(names) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental, and that few trials say little
+        alone = optuna.create_study(direction=direction_of(plan.recipe.metric))
+        alone.add_trials(whole)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        return dict(optuna.importance.get_param_importances(alone, evaluator=evaluator))
 
 
 def compare(plan: Plan, changes: Sequence[str], start: Start) -> dict[str, Any]:
     """The recipe as it is and the best one, each trained once on all training images and scored on the validation images.
 
     "p_value" is McNemar's, exact: the probability that of the images on which one of the two alone is right, chance gives one
-    of them so many more. None without a change, and for several labels an image.
+    of them so many more. None without a change, and for several labels an image. Of a metric that is no share of the images
+    there is "difference", by the bootstrap.
 
     Raises:
         RecipeError: if a run fails.
     """
     from finetune.metrics.intervals import wilson
     from finetune.results.compare import predictions_of
+    from finetune.results.paired import compare as compare_predictions
     from finetune.results.paired import mcnemar
 
     metric, final = plan.recipe.metric, dict[str, Any]()
@@ -226,8 +253,13 @@ def compare(plan: Plan, changes: Sequence[str], start: Start) -> dict[str, Any]:
         final[name] = {"value": result[metric], "images": result["val_images"], "run": str(job.folder)}
         if metric == "top1":
             final[name]["interval"] = wilson(result[metric], result["val_images"])
+        elif metric in NO_SHARES and metric in result.get("intervals", {}):
+            final[name]["interval"] = result["intervals"][metric]
     final["p_value"] = None
-    if changes and plan.recipe.loss != "multi_label":
+    if changes and metric in NO_SHARES:
+        (before, labels), (after, _) = (predictions_of(job.folder) for job in jobs.values())
+        final["difference"] = compare_predictions(plan.recipe, after, [before], labels)
+    elif changes and plan.recipe.loss != "multi_label":
         known = [predictions_of(job.folder) for job in jobs.values()]
         right = [(logits.argmax(1) == labels)[labels >= 0] for logits, labels in known]
         only_recipe, only_best = (int((one & ~other).sum()) for one, other in (right, right[::-1]))

@@ -5,41 +5,29 @@ import json
 import math
 import re
 from pathlib import Path
-from timeit import repeat, timeit
 
 import numpy as np
-import torch
 from torch import nn
 
-from finetune.data.batches import BatchPlan
-from finetune.data.dataset import ImageData
-from finetune.data.loader import Batch, load_batches
-from finetune.data.sources import load_data
-from finetune.images.cache import USED
-from finetune.models.backbone import build_backbone, fresh_norms, head_parameters, meta_backbone
-from finetune.models.batch_norm import has_statistics, set_train_mode
+from finetune.models.backbone import fresh_norms, head_parameters, meta_backbone
+from finetune.models.batch_norm import has_statistics
 from finetune.models.linear_probe import head_layer
-from finetune.optim.loss import Criterion
-from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
-from finetune.recipe import Group, Recipe
+from finetune.recipe import Recipe
 from finetune.recipe.load import override
 from finetune.tools.defaults import Choice, choose_backbone, choose_image_size
 from finetune.tools.image_stats import ImageStats
-from finetune.training.loop import train_step
-from finetune.training.setup import build_datasets, make_accelerator, own_accelerator_state
-from finetune.tuning.shape import LONG, choose_resize
+from finetune.tuning.shape import LONG, choose_resize, fit_minutes
 from finetune.utils.errors import RecipeError
-from finetune.utils.text import duration
 
-SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short, in whole patches
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
 SIDES = {"left", "right", "clockwise", "counterclockwise", "anticlockwise"}
-TEMPLATE = '''"""{backbone} on {train:,} images of {num_classes} classes, as written by finetune suggest.
+ANGLES = {"angle", "direction", "heading", "orientation", "rotation", "steering", "yaw", "roll"}
+TEMPLATE = '''"""{backbone} on {train:,} images {of_what}, as written by finetune suggest.
 
     finetune train {target}
 
-The images: {train:,} for training and {val:,} for validation, {smallest:,} to {largest:,} a class, {colours};
+The images: {train:,} for training and {val:,} for validation, {sizes}, {colours};
 the shorter side has {side} px (median; the smallest {least}), the longer side {aspect:g} times that. Not measured.
 """
 from finetune import AdamW, Augment, Cosine, Data, {imports}, Recipe
@@ -50,7 +38,7 @@ recipe = Recipe(
         {source},
         image_size={image_size},  # {why_size}
         batch_size={batch_size},  # of one step, over all processes: about the square root of the number of images
-        crop_pct=1.0,  # evaluate on all of the image, or its largest square: what tells classes apart may lie at the edge
+        crop_pct=1.0,  # evaluate on all of the image, or its largest square: what tells {labels} apart may lie at the edge
 {resize}{reduced}    ),
     augment=Augment(
 {augment}    ),
@@ -60,7 +48,6 @@ recipe = Recipe(
     batch_norm="{batch_norm}",  # {why_batch_norm}
 
     epochs={epochs},  # {steps:,} steps; {why_epochs}
-    label_smoothing=0.1,  # against overconfidence on training images seen many times
 {options}    mixed_precision="no",  # "bf16" on a GPU: faster, and half the memory for activations
 )
 '''
@@ -80,6 +67,11 @@ WHY_HEAD_FIRST = "a random head's gradients distort pretrained features (arXiv 2
 LINEAR_PROBE = f"    linear_probe=LinearProbe(),  # {WHY_HEAD_FIRST}\n"
 HEAD_FIRST = f"    # Only the head trains in the first {{steps:,}} steps: {WHY_HEAD_FIRST}.\n"
 LR_SHARES = {"head": 1, "top": 1 / 2, "middle": 1 / 10, "bottom": 1 / 50}  # about the thirds of LayerDecay
+LOSSES = {  # of numbers
+    "huber": 'loss="huber",  # squared up to one standard deviation, absolute beyond: wrong labels pull less (Huber 1964)',
+    "mse": 'loss="mse",  # squared errors, as asked for',
+    "l1": 'loss="l1",  # absolute errors, as asked for',
+}
 WHY_REDUCED = "half of each side or less, still twice the input's, in a fraction of the time"
 WHY_LR = "for AdamW: 1e-3 at batch size 32, and with the square root of smaller ones (arXiv 2205.10287)"
 
@@ -107,6 +99,8 @@ def suggest_recipe(
     recipe, net, why_size = choose_image_size(stats, backbone)
     if ranked and ranked.image_size != recipe.data.image_size:
         (recipe, net, _), why_size = choose_image_size(stats, backbone, ranked.image_size), "the size at which it was ranked"
+    if stats.ranges:
+        recipe = override(recipe, [f"loss={stats.loss}", "metric=r2"])
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
     epochs, why_epochs = min(30, max(8, math.ceil(12_000 / stats.train))), "12,000 images in all, but 8 epochs to 30"
     reduced = 2 if stats.side >= 4 * max(recipe.data.sides) else None
@@ -130,6 +124,8 @@ def suggest_recipe(
     try:
         head_layer(recipe, net)
     except RecipeError:  # a head of several layers has no linear probe
+        if stats.ranges:  # nor numbers
+            raise
         unfreeze_at = min(epochs // 4, max(1, round(100 / steps_per_epoch)))
         linear_probe, imports = HEAD_FIRST.format(steps=unfreeze_at * steps_per_epoch), ""
     head_lr = 1e-3 * min(1, math.sqrt(batch_size / 32))
@@ -147,7 +143,7 @@ def suggest_recipe(
         **dataclasses.asdict(stats)
         | {
             "source": json.dumps(stats.source, ensure_ascii=False) if stats.source.isprintable() else repr(stats.source),
-            "num_classes": len(stats.classes),
+            **describe_labels(stats),
             "colours": "grey" if stats.grey else "in colour",
             "target": Path(target).as_posix(),  # a docstring takes Windows's backslashes for escapes
             "imports": imports,
@@ -172,73 +168,40 @@ def suggest_recipe(
     )
 
 
-def fit_minutes(recipe: Recipe, minutes: float) -> tuple[Recipe, int, str]:
-    """(recipe, epochs, the reason): the largest image size of which 3 epochs, or else 1, fit into so many minutes here."""
-    usual, found, data = max(recipe.data.sides), None, load_data(recipe)
-    patch = patch_size(meta_backbone(recipe, len(data.classes)))
-    for size in (usual, *(size - size % patch for size in SMALLER_SIZES if size < usual)):
-        smaller = override(recipe, [f"data.image_size={size}"])
-        try:
-            meta_backbone(smaller, len(data.classes))
-        except RecipeError:  # a network for one size only
-            break
-        probe, epoch = time_training(smaller, data)
-        each = f"an epoch takes about {duration(epoch)} here, the linear probe {duration(probe)}"
-        if (epochs := int(min(30, (60 * minutes - probe) / epoch))) >= 1:
-            found = smaller, epochs, f"what {minutes:g} minutes allow: {each}"
-        if epochs >= 3:
-            break
-    if not found:
-        raise RecipeError(f"{minutes:g} minutes are too few for these images: at {size} px {each}")
-    return found
-
-
-def patch_size(net: nn.Module) -> int:
-    """The side in pixels of the patches that an attention network cuts an image into; 1 of a network without."""
-    side = getattr(getattr(net, "patch_embed", None), "patch_size", 1)
-    return int(side if isinstance(side, int) else max(side))
-
-
-def time_training(recipe: Recipe, data: ImageData) -> tuple[float, float]:
-    """Seconds of a linear probe, and of an epoch in which all layers train, from a few images on this machine."""
-    recipe = dataclasses.replace(recipe, weights="none", groups=(Group("all", ".", lr=1e-6),))
-    with own_accelerator_state():
-        accelerator = make_accelerator(recipe)
-        net = build_backbone(recipe, len(data.classes)).to(accelerator.device)
-        images = build_datasets(recipe, net, data)[0]
-        groups = build_param_groups(recipe, net)
-        optimizer, criterion = accelerator.prepare(build_optimizer(groups)), Criterion(recipe, net, images, accelerator.device)
-        sample = np.linspace(0, len(images) - 1, min(recipe.data.batch_size, len(images)), dtype=int).tolist()
-        plan, batches = BatchPlan(0, sample, [sample], [0]), list[Batch]()
-        first, again = (
-            timeit(lambda: batches.extend(load_batches(images, 0, [plan], 0, accelerator.device)), number=1) for _ in range(2)
-        )
-        set_train_mode(net, recipe.batch_norm)
-        step = min(repeat(lambda: train_step(recipe, net, criterion, optimizer, batches[0], accelerator)[0].item(), number=1))
-        with torch.no_grad():
-            forward = min(repeat(lambda: net.eval()(batches[0].micro_batches[0][0]).sum().item(), number=1))
-    if images.cache is None or images.cache.header[USED] * len(images) > len(sample) * images.cache.limit:
-        again = first  # memory does not hold them all
-    train, val = (len(part) / len(sample) for part in (data.train, data.val))
-    return (train + val) * (first + forward), train * (again + step) + val * (again + forward)
+def describe_labels(stats: ImageStats) -> dict[str, str]:
+    """What a recipe's docstring says of classes and their sizes, or of numbers and their ranges."""
+    if not stats.ranges:
+        sizes = f"{stats.smallest:,} to {stats.largest:,} a class"
+        return {"of_what": f"of {len(stats.classes)} classes", "sizes": sizes, "labels": "classes"}
+    names = [re.sub(r"[^\w .-]", "_", name) for name in stats.classes]  # it stands in a docstring
+    sizes = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in zip(names, stats.ranges, strict=True))
+    of_what = f"with {len(names)} numbers each" if len(names) > 1 else "with a number each"
+    return {"of_what": of_what, "sizes": sizes, "labels": "numbers"}
 
 
 def augment_lines(stats: ImageStats, resize: str) -> str:
     """The lines within Augment(...)."""
-    signs = all(len(name) == 1 or name.lower() in NUMBERS for name in stats.classes)
-    sided = signs or any(SIDES & set(re.split(r"[\W_]+", name.lower())) for name in stats.classes)
+    signs = not stats.ranges and all(len(name) == 1 or name.lower() in NUMBERS for name in stats.classes)
+    words = {word for name in stats.classes for word in re.split(r"[\W_]+", name.lower())}
+    sided = signs or words & SIDES or stats.ranges and words & ANGLES
     low, high, why = 0.5, 1.0, "at least half of the area, so that the object mostly stays in view"
     if signs:
         low, why = 0.8, "a letter or digit stays whole"
     if stats.aspect >= LONG and resize == "crop":
         low, high = round(low / stats.aspect, 2), round(high / stats.aspect, 2)
         why = "of long images at most the area of the square that is evaluated"
+    kind = "numbers" if stats.ranges else "classes"
+    flip = "hflip=0.5,  # a flip does not change the class; 0.0 where left and right matter"
+    if sided:
+        flip = "hflip=0.0,  # by their names, classes are letters, digits or sides, which a flip would change"
+    if stats.ranges:
+        flip = "hflip=0.5,  # 0.0 where a number is an angle or a place, which a flip would change, as a rotation would"
+        flip = "hflip=0.0,  # by their names, numbers are angles or sides, which a flip would change" if sided else flip
     lines = [
         f"crop_scale=({low}, {high}),  # {why}",
-        "hflip=0.0,  # by their names, classes are letters, digits or sides, which a flip would change"
-        if sided
-        else "hflip=0.5,  # a flip does not change the class; 0.0 where left and right matter",
-        f"color_jitter=0.0,  # {'the images are grey' if stats.grey else 'colours may tell classes apart'}",
+        *["# (1.0, 1.0) where a number is a size, a count or a place, which a crop would change"] * bool(stats.ranges),
+        flip,
+        f"color_jitter=0.0,  # {'the images are grey' if stats.grey else f'colours may tell {kind} apart'}",
     ]
     if stats.train >= 20_000:
         lines.append("mixup=0.1,  # from 20,000 images on, as in BiT's rule (arXiv 1912.11370)")
@@ -246,8 +209,14 @@ def augment_lines(stats: ImageStats, resize: str) -> str:
 
 
 def option_lines(stats: ImageStats, steps: int) -> str:
-    """The lines of options for imbalanced classes, and of the moving average."""
-    lines, ratio = [], stats.largest / stats.smallest
+    """The lines of the loss and the metric of numbers, or of options for imbalanced classes, and of the moving average."""
+    lines, ratio = ["label_smoothing=0.1,  # against overconfidence on training images seen many times"], 1.0
+    if stats.ranges:
+        lines = [LOSSES[stats.loss], 'metric="mae",  # the mean error, in the unit of the labels']
+        if len(stats.ranges) > 1:
+            lines[1] = 'metric="r2",  # the mean over the numbers, whose units may differ'
+    else:
+        ratio = stats.largest / stats.smallest
     if ratio >= 1.5:
         lines += [
             f'class_weights="balanced",  # the largest class has {ratio:.3g} times the images of the smallest',

@@ -5,23 +5,22 @@ import csv
 import io
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.recipe.load import assignments_of
-from finetune.recipe.metrics import METRICS
+from finetune.recipe.metrics import METRICS, NO_SHARES, direction, scale_of, unit_of, write_number, write_value
 from finetune.recipe.serialize import flatten, to_dict
 from finetune.tools.library import copy_recipe
 from finetune.tuning.space import Dimension, Plan, check_plan, make_plan
-from finetune.tuning.study import TrialState, compare, describe_trial, open_study, optuna, search, turn
+from finetune.tuning.study import FEWEST, TrialState, compare, describe_trial, importances, open_study, optuna, search, turn
 from finetune.tuning.trials import Start, start_run, stop_as_by_ctrl_c, try_lock
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_file
 from finetune.utils.text import WIDTH, align_columns, duration, fill_lines, print_error
 
-FEWEST = 10  # finished trials from which on it is said which field matters: the best tenth of them is looked at
+BETTER, WORSE = "better by more than chance", "worse by more than chance, so keep the recipe as it is"
 Found = dict[str, Any]
 
 
@@ -70,7 +69,8 @@ def report_trials(plan: Plan, study: "optuna.Study") -> Found:
     if not finished:
         reasons = "\n  ".join(describe_trial(plan, study, one.number) for one in study.trials if one.user_attrs.get("seconds"))
         raise RecipeError(f"no trial was finished:\n  {reasons}")
-    best, metric = max(finished, key=lambda one: (one.value, -one.number)), plan.recipe.metric
+    metric, sign = plan.recipe.metric, direction(plan.recipe.metric)
+    best = max(finished, key=lambda one: (sign * (one.value or 0.0), -one.number))
     own = {one.path: own_value(plan, one) for one in plan.space}
     rows = []
     for one in study.trials:
@@ -129,23 +129,6 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def importances(plan: Plan, study: "optuna.Study") -> dict[str, float]:
-    """The share of each field in what tells the best trials from the others (PED-ANOVA, arXiv 2304.10255), by optuna.
-
-    Empty for one field, and for fewer than `FEWEST` trials that were finished with a value for each.
-    """
-    names = {one.path for one in plan.space}
-    whole = [one for one in study.trials if one.state == TrialState.COMPLETE and names == one.params.keys()]
-    if len(whole) < FEWEST or len(names) < 2:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is experimental, and that few trials say little
-        alone = optuna.create_study(direction="maximize")
-        alone.add_trials(whole)
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return dict(optuna.importance.get_param_importances(alone, evaluator=evaluator))
-
-
 def plot_trials(file: Path, rows: Sequence[dict[str, Any]], space: Sequence[Dimension], best: int, metric: str) -> Path:
     """Draw the score of each trial against each field; a pruned trial has its last score."""
     from matplotlib.figure import Figure
@@ -156,35 +139,38 @@ def plot_trials(file: Path, rows: Sequence[dict[str, Any]], space: Sequence[Dime
     lines = math.ceil(len(space) / columns)
     figure = Figure(figsize=(8, 0.8 + 2.7 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten().tolist()
+    worse = "lower still" if direction(metric) > 0 else "higher still"
     marks = {
         "finished": ("o", "C0"),
         "pruned": ("x", "0.6"),
         "the recipe as it is": ("D", "C1"),
-        "lower still": ("v", "0.6"),
+        worse: ("v", "0.6") if direction(metric) > 0 else ("^", "0.6"),
     }
     shown = [row for row in rows if row["score"] is not None]
-    top = max(row["score"] for row in shown)
-    floor = top - 4 * (top - statistics.median(row["score"] for row in shown)) - 0.01  # what has failed would squash the rest
+    # What has failed would squash the rest: of errors the worst are the highest.
+    sign, values = direction(metric), [direction(metric) * row["score"] for row in shown]
+    spread = max(values) - statistics.median(values)
+    floor = max(values) - 4 * spread - (0.01 * abs(max(values)) if metric in NO_SHARES else 0.01)
     for axes, one in zip(panels, space, strict=False):
         kinds = list(dict.fromkeys([*one.values, *(row[one.path] for row in rows if one.values)]))
         for label, (mark, colour) in {**marks, "best": ("o", "C2")}.items():
             names = {
                 "best": [row for row in shown if row["trial"] == best],
-                "the recipe as it is": [row for row in shown if row["trial"] == 0 and row["score"] >= floor],
-                "lower still": [row for row in shown if row["score"] < floor],
+                "the recipe as it is": [row for row in shown if row["trial"] == 0 and sign * row["score"] >= floor],
+                worse: [row for row in shown if sign * row["score"] < floor],
             }
-            others = [row for row in shown if row["state"] == label and row["trial"] and row["score"] >= floor]
+            others = [row for row in shown if row["state"] == label and row["trial"] and sign * row["score"] >= floor]
             drawn = [row for row in names.get(label, others) if kinds or is_number(row[one.path])]
             at = [kinds.index(row[one.path]) if kinds else float(row[one.path]) for row in drawn]
             form = {"s": 28, "color": colour}
             if label == "best":
                 form = {"s": 130, "facecolors": "none", "edgecolors": colour, "linewidths": 2}
             if drawn:
-                scores = [100 * max(floor, row["score"]) for row in drawn]
+                scores = [scale_of(metric) * sign * max(floor, sign * row["score"]) for row in drawn]
                 axes.scatter(at, scores, marker=mark, label=label, zorder=3, **form)
         set_ticks(axes, one, kinds)
     for axes in panels[::columns]:
-        axes.set_ylabel(f"{METRICS[metric]} on held-out images, %", fontsize="small")
+        axes.set_ylabel(f"{METRICS[metric]} on held-out images{unit_of(metric)}", fontsize="small")
     for axes in panels[len(space) :]:
         axes.remove()
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -226,12 +212,14 @@ def describe_tuning(found: Found) -> str:
     """What was found, in 80 columns."""
     from finetune.results.summary import fold
 
-    metric, scores = METRICS[found["metric"]], found["scores"]
+    metric, scores = found["metric"], found["scores"]
     if "trials" not in found:
-        spread = f"{min(scores):.2%} to {max(scores):.2%}, standard deviation {100 * found['deviation']:.2f} points"
+        mean, low, high = (write_value(metric, value) for value in (found["mean"], min(scores), max(scores)))
+        apart = write_number(found["deviation"]) if metric in NO_SHARES else f"{100 * found['deviation']:.2f} points"
         where = f"on {found['images']} training images, each held out once; the runs: {found['folder']}"
-        return fill_lines(f"{metric} {found['mean']:.2%}, the mean of {len(scores)} folds ({spread}), {where}")
-    return "\n".join([trials_as_table(found), "", *(fold(*line) for line in lines_of(found, metric)), ""]).rstrip("\n")
+        spread = f"{low} to {high}, standard deviation {apart}"
+        return fill_lines(f"{METRICS[metric]} {mean}, the mean of {len(scores)} folds ({spread}), {where}")
+    return "\n".join([trials_as_table(found), "", *(fold(*line) for line in lines_of(found)), ""]).rstrip("\n")
 
 
 def trials_as_table(found: Found) -> str:
@@ -242,24 +230,27 @@ def trials_as_table(found: Found) -> str:
     heads = [end if ends.count(end) == 1 else path for path, end in zip(paths, ends, strict=True)]
     table = [["trial", METRICS[found["metric"]], *heads, "time"]]
     for row in found["trials"]:
-        score = "failed" if row["score"] is None else f"{row['score']:.2%}{' pruned' * (row['state'] == 'pruned')}"
+        score = "failed"
+        if row["score"] is not None:
+            score = write_value(found["metric"], row["score"]) + " pruned" * (row["state"] == "pruned")
         table.append([str(row["trial"]), score, *(row[path] for path in paths), duration(row["seconds"])])
     return align_columns(table, width=WIDTH)
 
 
-def lines_of(found: Found, metric: str) -> list[tuple[str, str]]:
+def lines_of(found: Found) -> list[tuple[str, str]]:
     """The lines below the table: each with its label."""
     from finetune.models.saved import beyond_chance
 
-    best, final, first = found["best"], found["final"], found["as_it_is"]
+    best, final, first, metric = found["best"], found["final"], found["as_it_is"], found["metric"]
     lines = [("failed", f"trial {row['trial']}: {row['reason']}") for row in found["trials"] if row["reason"]]
     what = ", ".join(best["changes"]) or "the recipe as it is"
-    before = f"; the recipe as it is: {first:.2%}" if best["changes"] and first is not None else ""
-    if before and not beyond_chance(first, best["score"], found["images"]):
+    before = ""
+    if best["changes"] and first is not None:
+        before = f"; the recipe as it is: {write_value(metric, first)}"
+    if before and metric not in NO_SHARES and not beyond_chance(first, best["score"], found["images"]):
         before += ", and the difference may be chance"
-    lines.append(
-        ("chosen", f"trial {best['number']}, {what}: {best['score']:.2%} on {found['images']} held-out images{before}")
-    )
+    reached = f"{write_value(metric, best['score'])} on {found['images']} held-out images"
+    lines.append(("chosen", f"trial {best['number']}, {what}: {reached}{before}"))
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found["importances"].items())
     lines.append(("matters", shares or f"not known: it takes {FEWEST} finished trials and two fields"))
     return lines + [("final", text) for text in verdict(final, metric)] + [
@@ -270,19 +261,24 @@ def lines_of(found: Found, metric: str) -> list[tuple[str, str]]:
 
 def verdict(final: Found, metric: str) -> list[str]:
     """What the choice was worth, on validation images that no trial has seen."""
+    from finetune.results.paired import in_points
+
     said = []
     for name, words in (("recipe", "the recipe as it is"), ("best", "the one chosen")):
         if row := final.get(name):
-            low, high = (100 * end for end in row.get("interval", (0, 0)))
-            interval = f" (95 % interval {low:.1f} to {high:.1f})" if "interval" in row else ""
-            said.append(f"{words}: {metric} {row['value']:.2%}{interval} of {row['images']} validation images")
+            ends = " to ".join(write_value(metric, end, 1, "") for end in row.get("interval", ()))
+            value = write_value(metric, row["value"]) + f" (95 % interval {ends})" * bool(ends)
+            said.append(f"{words}: {METRICS[metric]} {value} of {row['images']} validation images")
     if "best" not in final:
         return [*said, "no trial was better than the recipe as it is: keep it"]
+    if difference := final.get("difference"):
+        verdicts = {"gain": BETTER, "loss": WORSE, "chance": "within chance"}
+        return [*said, f"{verdicts[difference['verdict']]}: {in_points(difference, metric)} by the bootstrap; one run each"]
     if final["p_value"] is None:
-        return [*said, f"one run each, and for {metric} no test is made: other seeds say whether that is chance"]
+        return [*said, f"one run each, and for {METRICS[metric]} no test is made: other seeds say whether that is chance"]
     words = "within chance"
     if final["p_value"] < 0.05:
         better = final["only_best"] > final["only_recipe"]
-        words = "better by more than chance" if better else "worse by more than chance, so keep the recipe as it is"
+        words = BETTER if better else WORSE
     counts = f"the one chosen alone is right on {final['only_best']} of them, the other alone on {final['only_recipe']}"
     return [*said, f"{words}: {counts} (McNemar, p = {final['p_value']:.2g}); one run each"]

@@ -9,7 +9,8 @@ from finetune.data.dataset import file_rows, fingerprint
 from finetune.data.loader import load
 from finetune.data.sources import load_data
 from finetune.recipe import Data
-from finetune.tools.image_stats import compute_image_stats
+from finetune.tools.check import check
+from finetune.tools.image_stats import compute_image_stats, recipe_for
 from finetune.utils.errors import RecipeError
 from helpers import Coloured, prepare, small_recipe
 
@@ -100,11 +101,43 @@ def test_a_function_may_return_numbers(tmp_path):
         list(load(train, 0, [[1]], 0))
 
 
-def test_what_is_for_classes_says_so(tmp_path):
-    """suggest, rank and check refuse a table of numbers in a sentence, and take classes that are called by numbers."""
-    for names in (("label",), ("label_a", "label_b")):
-        table = write_numbers(tmp_path, np.random.RandomState(0).normal(size=(12, len(names))), names)
-        with pytest.raises(RecipeError, match="are numbers, and this is for classes"):
-            compute_image_stats(str(table))
+def test_labels_are_what_a_table_leaves_no_doubt_of(tmp_path, capsys):
+    """Columns label_NAME and decimals are numbers, whole ones classes; of more than 50 and of decimals it says what it took."""
+    random = np.random.RandomState(0)
+    for names, values, loss, said in (
+        (("label_a", "label_b"), random.normal(size=(12, 2)), "huber", ""),
+        (
+            ("label",),
+            random.normal(size=12),
+            "huber",
+            "12 different numbers, taken as numbers",
+        ),
+        (("label",), np.arange(24.0) % 2, "cross_entropy", ""),
+        (
+            ("label",),
+            np.arange(120.0) % 60,
+            "cross_entropy",
+            "60 different whole numbers, taken as classes; as",
+        ),
+        (("label",), np.arange(61.0), "huber", "61 different whole numbers, taken as numbers"),
+    ):
+        table = write_numbers(tmp_path, values, names)
+        assert recipe_for(str(table)).loss == loss
+        err = " ".join(capsys.readouterr().err.split())
+        assert said in err if said else not err
+        assert recipe_for(str(table), "l1").loss == "l1" and not capsys.readouterr().err  # as asked for
+    rewrite(table, ("0.0", "a;b"))
+    assert recipe_for(str(table)).loss == "multi_label"
+
+
+def test_statistics_of_numbers(tmp_path):
+    """suggest's statistics have the ends of each number; check is for classes, and says so."""
+    values = np.stack([np.arange(12.0) / 4, -np.arange(12.0)], 1)
+    table = write_numbers(tmp_path, values, ("label_a", "label_b"))
+    stats = compute_image_stats(str(table))
+    assert (stats.classes, stats.loss, stats.train + stats.val) == (("a", "b"), "huber", 12)
+    assert stats.ranges == ((0, 2.75), (-11, 0)) and stats.smallest == stats.largest
+    with pytest.raises(RecipeError, match="are numbers, and check is for classes"):
+        check(str(table), None, "none")
     whole = write_numbers(tmp_path, np.arange(24.0) % 2)
     assert compute_image_stats(str(rewrite(whole))).classes == ("0.0", "1.0")

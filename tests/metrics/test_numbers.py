@@ -14,7 +14,7 @@ from finetune.metrics.compute import best_row, compute_metrics
 from finetune.metrics.measure import measure, resampled
 from finetune.metrics.numbers import mean_metrics, number_metrics
 from finetune.models.linear_probe import Units
-from finetune.recipe.metrics import OF_NUMBERS, fits, write_value
+from finetune.recipe.metrics import fits, write_value
 from finetune.recipe.recipe import EarlyStop
 from finetune.recipe.schedules import Plateau
 from helpers import small_recipe
@@ -37,7 +37,7 @@ def numbers(images=60, columns=3):
     return torch.tensor(outputs), torch.tensor(labels)
 
 
-@pytest.mark.parametrize("metric", OF_NUMBERS)
+@pytest.mark.parametrize("metric", REFERENCES)
 def test_metrics_are_scikit_learns_and_scipys(metric):
     """Of weighted images each metric is the reference's of as many copies of them, for each number and as the mean."""
     outputs, labels = numbers()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from regression import write_numbers
 from sklearn.linear_model import Ridge, RidgeCV
 from torch.nn.functional import huber_loss, l1_loss, mse_loss
@@ -185,9 +186,11 @@ def test_what_numbers_cannot_have_is_refused(tmp_path, table):
     ):
         with pytest.raises(RecipeError, match=words):
             replace(of_numbers(table), **changes)
-    (tmp_path / "folder" / "a").mkdir(parents=True)
+    for name in "a1":
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "folder" / name / "x.png")
     for data, words in (
-        (str(tmp_path / "folder"), "needs numbers: a CSV"),
+        (str(tmp_path / "folder"), "need numbers: a CSV, or folders named by them; .* has a/"),
         (str(write_numbers(tmp_path / "flat", np.full(10, 3.0))), "is 3, or nearly, in all training images"),
     ):
         with pytest.raises(RecipeError, match=words):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,15 +13,16 @@ import safetensors.numpy
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score
 
 from finetune.__main__ import main
 from finetune.recipe.load import load_recipe
-from finetune.recipe.serialize import diff
+from finetune.recipe.serialize import diff, to_dict
 from finetune.training.launch import STOPPED
 from finetune.tuning import trials, tune
 from finetune.tuning.space import Dimension
-from finetune.tuning.study import search
-from finetune.tuning.tune import describe_tuning, importances, plot_trials, report_trials
+from finetune.tuning.study import compare, search
+from finetune.tuning.tune import describe_tuning, importances, plot_trials, report_trials, verdict
 from finetune.utils.errors import RecipeError
 from studies import SMALL, SPACE, asked, opened, stand_in
 
@@ -94,6 +96,52 @@ def test_the_picture_takes_numbers_choices_and_none(tmp_path):
     ]
     space = [Dimension("a", 1, 3), Dimension("b", values=("x", "y"))]
     assert plot_trials(tmp_path / "trials.png", rows, space, 3, "top1").is_file()
+
+
+NUMBERS = ["--set", "loss=mse", "--set", "metric=mae", "--set", "label_smoothing=0"]
+
+
+def test_of_errors_the_least_is_the_best(here):
+    """On labels that are numbers the best trial is that of the least error, as optuna's, in no percent."""
+    words = [*NUMBERS, "--trials", "10", "--space", "lr_scale=0.1..5:log,optimizer.weight_decay=0.01..0.1"]
+    plan, study = searched("out", *words)
+    found = report_trials(plan, study)
+    assert study.direction.name == "MINIMIZE" and found["best"]["number"] == study.best_trial.number
+    assert found["best"]["score"] == min(row["score"] for row in found["trials"] if row["score"] is not None)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    assert found["importances"] == optuna.importance.get_param_importances(study, evaluator=evaluator)
+    found |= {"recipe": "best.py", "final": {"recipe": {"value": 2.5, "images": 9, "interval": (2, 3)}, "p_value": None}}
+    text = describe_tuning(found)
+    assert f": {found['best']['score']:.4g} on" in text and "%" not in text.split("matters")[0]
+    assert "MAE 2.5 (95 % interval 2 to 3)" in text
+    folds = tune.tune(asked(here / "folds", *NUMBERS, "--folds", "3"), stand_in())
+    assert folds["mean"] == pytest.approx(np.mean(folds["scores"])) and "%" not in describe_tuning(folds)
+
+
+@pytest.mark.parametrize("metric", ["mae", "quadratic_kappa"])
+def test_what_a_choice_of_errors_is_worth(here, metric):
+    """The two runs on all training images are compared by the bootstrap of their predictions; a lower error is a gain."""
+    plan, _ = opened(asked(here / "out", *NUMBERS, "--set", f"metric={metric}", "--trials", "2", "--space", "lr_scale=1..2"))
+    labels = np.arange(40.0)[:, None] % 5
+
+    def start(job):
+        said = labels + (0.1 if "best" in job.folder.name else 1.4) * np.where(np.arange(40) % 3, 1, -1)[:, None]
+        (job.folder / "model").mkdir(parents=True)
+        safetensors.numpy.save_file({"logits": said, "labels": labels}, job.folder / "predictions.safetensors")
+        ends = {"mean": [2], "deviation": [1], "lowest": [0], "highest": [4]}
+        files = {"recipe.json": to_dict(plan.recipe), "model/config.json": {"training_labels": ends}}
+        files["result.json"] = {metric: 0.5, "val_images": 40, "intervals": {metric: [0.4, 0.6]}}
+        for name, content in files.items():
+            (job.folder / name).write_text(json.dumps(content))
+        return subprocess.Popen([sys.executable, "-S", "-c", ""])
+
+    final = compare(plan, ["lr_scale=2"], start)
+    assert final["difference"]["verdict"] == "gain" and final["p_value"] is None
+    off = (labels + 1.4 * np.where(np.arange(40) % 3, 1, -1)[:, None]).round().clip(0, 4)
+    kappa = cohen_kappa_score(labels, off, weights="quadratic")
+    assert final["difference"]["difference"] == pytest.approx(-1.3 if metric == "mae" else 1 - kappa)
+    said = verdict(final, metric)
+    assert said[-1].startswith("better by more than chance: ") and "0.5 (95 % interval 0.4 to 0.6)" in said[0]
 
 
 def test_optuna_is_asked_for(capsys, monkeypatch, here):

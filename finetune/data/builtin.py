@@ -1,7 +1,6 @@
 """Data sets that come with a package, generated images for --smoke, and those of a recipe's function."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,11 +113,6 @@ def wrong_shape(shape: tuple[int, ...], classes: int, loss: str) -> str:
     else:
         fits, more = not shape, "; several labels an image: loss='multi_label'"
     return "" if fits else f"a label has the shape {shape}{more}"
-
-
-def data_folder() -> Path:
-    """The folder for downloads."""
-    return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
 
 
 def require_package(module: str, package: str, install: str = "") -> Path:

@@ -25,6 +25,7 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_new, write_file
 from finetune.utils.text import WIDTH as COLUMNS
 from finetune.utils.text import align_columns, fill_lines, progress
+from finetune.utils.urls import is_url
 
 KINDS = {  # in the order in which they are reported: what does most harm first
     "unreadable": "can't be read",
@@ -278,7 +279,8 @@ def write_table(images: Collection, findings: list[Finding], file: Path) -> str:
     values = [[value for part in images.parts for value in getattr(part, f"{name}s")] for name in names]
     for i, path in enumerate(paths):
         if i not in gone:
-            rows.append((os.path.relpath(path, file.parent), images.label(i), images.split[i], *(cells[i] for cells in values)))
+            place = path if is_url(path) else os.path.relpath(path, file.parent)
+            rows.append((place, images.label(i), images.split[i], *(cells[i] for cells in values)))
     several = np.ndim(images.labels[0]) > 0
     for path, label, *_ in rows:
         if re.search(r"\A\s|[\ud800-\udfff]|\s\Z", path) or label.strip() != label or not several and re.search("[;|]", label):

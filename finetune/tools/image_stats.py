@@ -21,6 +21,7 @@ from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.similar import thumbnail
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import as_number, readable
+from finetune.utils.urls import is_table, is_url
 
 SHARP_SIDE = 256  # pixels of the longer side at which sharpness is measured
 
@@ -74,9 +75,9 @@ def sample_stats(data: ImageData, source: str) -> ImageStats:
 
 def refuse_numbers(source: str) -> None:
     """Raise RecipeError for a table of numbers: several by name, or labels of many values with decimal places."""
-    if not source.lower().endswith(".csv") or not Path(source).is_file():
+    if not is_table(source) or not (is_url(source) or Path(source).is_file()):
         return
-    columns, _ = read_columns(Path(source), ("path",))
+    columns, _ = read_columns(source, ("path",))
     numbers = [as_number(cell) for cell in columns["label"]]
     decimal = None not in numbers and any(number % 1 for number in numbers if number is not None)
     named = not columns["label"] and any(name.startswith("label_") for name in columns)
@@ -89,7 +90,7 @@ def recipe_for(source: str) -> Recipe:
     """A minimal recipe with these images; for a table with several labels an image, it expects them."""
     recipe = minimal_recipe("resnet18", source, image_size=32)
     refuse_numbers(source)
-    if source.lower().endswith(".csv") and any(re.search("[;|]", cell) for cell in read_columns(Path(source))[0]["label"]):
+    if is_table(source) and any(re.search("[;|]", cell) for cell in read_columns(source)[0]["label"]):
         recipe = replace(recipe, loss="multi_label", metric="mean_average_precision")
     return recipe
 

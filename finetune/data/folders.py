@@ -60,7 +60,7 @@ class Finder:
             folders += [entry.path for entry in reversed(inner) if not is_hidden(entry.name)]
             numbered = ((entry, number_of(entry, known.st_dev)) for entry in entries if not is_folder(entry))
             found[folder] = [entry.path for entry, number in numbered if self.wants(entry.path, entry.name, number)]
-        return [path for folder in sorted(found) for path in found[folder]]
+        return [path for folder in sorted(found, key=lambda folder: str(as_path(folder))) for path in found[folder]]
 
     def wants(self, path: str, name: str, number: tuple[int, int] | None = None) -> bool:
         """Whether a file counts as an image, by its name; one that can't be read is to be named later, not left out here.
@@ -97,7 +97,7 @@ class Finder:
 
     def describe(self) -> str:
         """What was left out, by reason, each with its number and an example; "" if nothing was."""
-        return ", ".join(f"{why}: {len(paths)} ({os.path.basename(paths[0])})" for why, paths in self.left_out.items())
+        return ", ".join(f"{why}: {len(paths)} ({as_path(paths[0]).name})" for why, paths in self.left_out.items())
 
 
 def list_entries(folder: str) -> tuple[Any, list["os.DirEntry[str]"]]:

@@ -92,7 +92,9 @@ def why_not(error: BaseException, protocol: str) -> Unreachable:
         return Unreachable(f"the server answers {status}", lasting=400 <= status < 500 and status not in (408, 425, 429))
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return Unreachable("the server is silent", lasting=False)
-    return Unreachable(re.sub(r"\w+://\S+", "URL", first_line(error)), lasting=isinstance(error, NotImplementedError))
+    return Unreachable(
+        re.sub(r"\w+://\S+", "URL", first_line(error)).partition(": <")[0], lasting=isinstance(error, NotImplementedError)
+    )
 
 
 def version_in(about: dict[str, Any], url: str) -> str:

@@ -48,8 +48,8 @@ def split_url(url: str) -> tuple[str, str, str]:
     protocol, _, path = url.partition("://")
     if protocol.lower() != "zip":
         return protocol.lower(), path, ""
-    inside, _, archive = path.rpartition("::")
-    return "zip", inside.strip("/"), tidy(archive) if is_url(archive) else archive
+    inside, _, archive = path.rpartition("::") if "::" in path else (path, "", "")
+    return "zip", inside.strip("/"), tidy_file(archive) if is_url(archive) else archive
 
 
 def join_url(protocol: str, path: str, archive: str = "") -> str:

@@ -212,7 +212,9 @@ def list_folder(source: str) -> RemoteFolder:
             file = archive_here(archive)
             found = members_below(file, path)
         else:
-            file, place = "", file_system(protocol)._strip_protocol(join_url(protocol, path))
+            file, system = "", file_system(protocol)
+            system.invalidate_cache()
+            place = system._strip_protocol(join_url(protocol, path))
             listed = ask(url, "find", detail=True, seconds=None)
             found = {name[len(place) :].lstrip("/"): about for name, about in listed.items() if name != place}
     except Unreachable as error:

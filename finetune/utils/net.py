@@ -82,7 +82,9 @@ def why_not(error: BaseException, protocol: str) -> Unreachable:
     """Why a file can't be had, without the URLs in which redirects and signatures stand."""
     if isinstance(error, FileNotFoundError) and error.__cause__:  # as fsspec says of whatever a web server answers
         error = error.__cause__
-    status = getattr(error, "status", None) or getattr(error, "code", None)
+    response = getattr(error, "response", None)  # of botocore, and of requests
+    known = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    status = known or getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
     name = {"http": "https", "s3a": "s3", "gcs": "gs"}.get(protocol, protocol)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return Unreachable("it is not there")

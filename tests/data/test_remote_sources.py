@@ -112,7 +112,7 @@ def test_a_server_that_dies_in_the_middle(table, web, tmp_path, monkeypatch, cap
     assert "the server is silent" in said
 
 
-@pytest.mark.parametrize("secret", ["https://me:secret@host/a.png", "https://host/a.png?X-Amz-Signature=secret"])
+@pytest.mark.parametrize("secret", ["https://me:hunter2@host/a.png", "https://host/a.png?X-Amz-Signature=hunter2"])
 def test_no_secret_is_written_down(secret, tmp_path, capsys):
     """In a table, a source, a recipe or a prediction: it is refused before anything is written, without saying it."""
     (tmp_path / "table.csv").write_text(f"path,label\n{secret},a\n")
@@ -120,12 +120,12 @@ def test_no_secret_is_written_down(secret, tmp_path, capsys):
     for source in (tmp_path / "table.csv", secret.replace(".png", ".csv"), secret.replace(".png", ".zip")):
         with pytest.raises(RecipeError, match="a password or a signature") as error:
             load_data(recipe_on(source))
-        assert "secret" not in str(error.value)
+        assert "hunter2" not in str(error.value)
     for paths in ([secret], [tmp_path / "list.txt"], [tmp_path / "table.csv"]):
         with pytest.raises(RecipeError, match="a password or a signature"):
             find_inputs(paths)
     assert run.main(on_folder(secret.replace(".png", ".csv"), tmp_path / "run")) == 2
-    assert not (tmp_path / "run").exists() and "secret" not in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() and "hunter2" not in capsys.readouterr().err
 
 
 def test_every_verb_takes_what_lies_elsewhere(remote, table, image_folder, run_folder, web, tmp_path, capsys):
@@ -149,8 +149,8 @@ def test_every_verb_takes_what_lies_elsewhere(remote, table, image_folder, run_f
         assert there["val_images"] == 15 and there | {"data": ""} == here | {"data": ""}
     found = said("check", "--data", table, "--output", tmp_path / "plans", "--fix", tmp_path / "good.csv", "--weights", "none")
     assert (found["train"], found["val"]) == (30, 15)
-    again = load_data(recipe_on(tmp_path / "good.csv"))
-    assert {*again.val.items} <= {f"{web.address}{path}" for path in web.files}
+    rows = (tmp_path / "good.csv").read_text().splitlines()[1:]
+    assert rows and all(row.startswith(f"{web.address}/") for row in rows)
 
 
 def test_s3(image_folder, tmp_path, monkeypatch):
@@ -169,10 +169,9 @@ def test_s3(image_folder, tmp_path, monkeypatch):
         far, near = load_data(recipe_on("S3://bucket/my photos/")), load_data(recipe_on(image_folder))
         assert names_of(far.train, "s3://bucket/my photos") == names_of(near.train, image_folder)
         assert np.array_equal(far.val[3][0], near.val[3][0])
-        system.pipe_file("bucket/my photos/t.csv", b"path,label\ntrain/red/1.png,red\nval/blue/2.png,blue\n" * 1)
+        system.pipe_file("bucket/my photos/t.csv", b"path,label\ntrain/red/1.png,red\nval/blue/2.png,blue\n")
         rows = file_rows(far.train, far.val, far.classes)
         system.pipe_file("bucket/my photos/train/red/0.png", (image_folder / "train/red/1.png").read_bytes())
-        system.invalidate_cache()
         new = load_data(recipe_on("s3://bucket/my photos"))
         differ = [one[3] for one, two in zip(rows, file_rows(new.train, new.val, new.classes), strict=True) if one != two]
         assert differ == ["s3://bucket/my photos/train/red/0.png"]

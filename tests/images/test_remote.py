@@ -57,14 +57,8 @@ def place(kind, files, web, tmp_path):
 def test_a_folder_is_that_of_the_same_files_here(kind, web, tmp_path, monkeypatch):
     """Names of any characters, order, labels, classes, what is left out, and pixels are those of the folder here."""
     monkeypatch.setenv("FINETUNE_DATA", str(tmp_path / "downloads"))
-    names = [
-        *(f"cat/{name}" for name in ODD if kind != "memory" or "::" not in name),
-        "dog/2010/1.jpg",
-        "dog/2.jpg",
-        "dog/.hidden.jpg",
-        "dog/notes.txt",
-        "above.jpg",
-    ]
+    names = [f"cat/{name}" for name in ODD if kind != "memory" or "::" not in name]
+    names += ["dog/2010/1.jpg", "dog/2.jpg", "dog/.hidden.jpg", "dog/notes.txt", "above.jpg"]
     files = {name: jpeg(10 * i) for i, name in enumerate(names)}
     for name, content in files.items():
         (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +110,7 @@ def test_why_an_image_can_not_be_had(web, quick, fault, why, tries):
     with pytest.raises(RecipeError, match=f"can't reach the image {web.address}/a.jpg: ({why})") as error:
         read_image(f"{web.address}/a.jpg")
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
-    assert len([path for _, path in web.asked if path == "/a.jpg"]) == tries
+    assert len([path for _, path, _ in web.asked if path == "/a.jpg"]) == tries
     if isinstance(look_up([item := find_file(f"{web.address}/a.jpg")]).get(item), Unreachable):
         assert image_digest(item) == ""
 

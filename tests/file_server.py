@@ -18,6 +18,8 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.asked = {}, {}, []
+        self.delay = 0.0  # seconds before it answers
+        self.now = self.busy = 0  # what is asked for at this moment, and the most so far
 
     @property
     def address(self):
@@ -37,7 +39,15 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        server, path = self.server, unquote(self.path)
+        self.server.now += 1
+        self.server.busy = max(self.server.busy, self.server.now)
+        time.sleep(self.server.delay)
+        try:
+            self.give(self.server, unquote(self.path))
+        finally:
+            self.server.now -= 1
+
+    def give(self, server, path):
         server.asked.append((self.command, path, "Range" not in self.headers))
         fault, often = server.faults.get(path, (0, 0))
         if often:

@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +18,7 @@ from finetune.utils.urls import WEB, Unreachable, as_path, check_url, is_archive
 AT_ONCE = 32  # files that are asked for at the same time
 HEADER = 2**16  # bytes in which the headers of nearly all images end
 SOME = 256  # whose answers wait in memory
+AHEAD: dict[str, "bytes | Unreachable"] = {}  # the files of `fetched_together`
 HOPELESS = 10  # files that could not be had at three tries each, after which no other is asked for
 
 
@@ -101,6 +102,10 @@ def scan(folder: Any) -> Any:
 
 def fetch(url: str, end: int | None = None) -> bytes:
     """The content of a file, or its first bytes; raises Unreachable."""
+    if isinstance(found := AHEAD.get(url, b""), Unreachable):
+        raise found
+    if found:
+        return found
     protocol, path, archive = split_url(url)
     if protocol == "zip":
         return read_member(getattr(url, "archive", "") or archive_here(archive), path, end)
@@ -113,6 +118,17 @@ def open_text(file: str | Path) -> TextIO:
         return open(file, newline="", encoding="utf-8-sig")
     check_url(file)
     return io.TextIOWrapper(Fetched(file, fetch(file)), newline="", encoding="utf-8-sig")
+
+
+@contextmanager
+def fetched_together(urls: Sequence[str]) -> Iterator[None]:
+    """Within, these files are there already, or why they can't be had: they were fetched at the same time."""
+    if urls := [url for url in urls if not getattr(url, "archive", "")]:
+        AHEAD.update(zip(urls, at_once(fetch, urls), strict=False))
+    try:
+        yield
+    finally:
+        AHEAD.clear()
 
 
 def at_once(function: Any, files: Sequence[str], text: str = "", shown: bool = False) -> Iterator[Any]:

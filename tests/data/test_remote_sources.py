@@ -57,6 +57,17 @@ def test_the_split_is_that_of_the_same_files_here(remote, image_folder, fields):
         assert one.groups == other.groups
 
 
+def test_a_batch_is_fetched_at_once(table, web):
+    """More than one file is under way at a time; of those that are kept none."""
+    far = prepare(recipe_on(table))[2][0]
+    web.busy, web.delay = 0, 0.05
+    next(load(far, 0, [list(range(16))], 0))
+    assert web.busy > 1
+    web.asked.clear()
+    next(load(far, 0, [list(range(16))], 0))
+    assert not web.asked
+
+
 def test_loader_processes_read_what_lies_elsewhere(table, image_folder, web):
     """Forked after this process has asked the server; each image is fetched whole once, however many epochs there are."""
     (_, _, (far, _)), (_, _, (near, _)) = prepare(recipe_on(table)), prepare(recipe_on(image_folder))

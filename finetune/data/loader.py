@@ -19,14 +19,13 @@ from finetune.images.cache import PHOTOGRAPHS, DiskCache, PixelKind, image_cache
 from finetune.images.decode import WHITE, Colour
 from finetune.images.own_function import OwnFunction
 from finetune.images.read import read_image
-from finetune.images.remote import fetched_together
+from finetune.images.remote import ahead
 from finetune.images.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
 from finetune.utils.errors import RecipeError, free_frames
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error, progress
-from finetune.utils.urls import is_url
 
 UNREADABLE = -100  # as a class: cross_entropy leaves such an image out of the loss; of labels that are floats it is NaN
 Loaded = tuple[torch.Tensor, torch.Tensor]  # images [n, ...] and labels, [n] or [n, classes]
@@ -93,9 +92,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, int | torch.Tensor]]:
         """The images of a batch; those that lie elsewhere, and are not kept, are fetched at the same time."""
         items = self.images.items if isinstance(self.images, ImageList) else ()
-        wanted = [items[i] for _, i in keys if len(items) and is_url(items[i]) and not (self.cache and self.cache.has(i))]
-        with fetched_together(wanted):
-            return [self[key] for key in keys]
+        wanted = [items[i] if len(items) and not (self.cache and self.cache.has(i)) else None for _, i in keys]
+        return [self[keys[n]] for n in ahead(wanted, range(len(keys)))]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key

@@ -4,9 +4,11 @@ import io
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+import numpy as np
 
 from finetune.images.archive import archive_here, copy_of, member_info, members_below, read_member
 from finetune.utils.errors import RecipeError
@@ -18,7 +20,8 @@ from finetune.utils.urls import WEB, Unreachable, as_path, check_url, is_archive
 AT_ONCE = 32  # files that are asked for at the same time
 HEADER = 2**16  # bytes in which the headers of nearly all images end
 SOME = 256  # whose answers wait in memory
-AHEAD: dict[str, "bytes | Unreachable"] = {}  # the files of `fetched_together`
+AHEAD: dict[str, "bytes | Unreachable"] = {}  # the files of `ahead`, or why they can't be had
+Values = Sequence[Any] | np.ndarray
 HOPELESS = 10  # files that could not be had at three tries each, after which no other is asked for
 
 
@@ -120,15 +123,17 @@ def open_text(file: str | Path) -> TextIO:
     return io.TextIOWrapper(Fetched(file, fetch(file)), newline="", encoding="utf-8-sig")
 
 
-@contextmanager
-def fetched_together(urls: Sequence[str]) -> Iterator[None]:
-    """Within, these files are there already, or why they can't be had: they were fetched at the same time."""
-    if urls := [url for url in urls if not getattr(url, "archive", "")]:
-        AHEAD.update(zip(urls, at_once(fetch, urls), strict=False))
-    try:
-        yield
-    finally:
-        AHEAD.clear()
+def ahead(items: Values, indices: Sequence[int]) -> Iterator[int]:
+    """The indices, each while its item, if it lies elsewhere, is there already: so many are fetched at the same time."""
+    for start in range(0, len(indices), AT_ONCE):
+        some = indices[start : start + AT_ONCE]
+        urls = [items[i] for i in some if len(items) and is_url(items[i]) and not getattr(items[i], "archive", "")]
+        if len(urls) > 1:
+            AHEAD.update(zip(urls, at_once(fetch, urls), strict=False))
+        try:
+            yield from some
+        finally:
+            AHEAD.clear()
 
 
 def at_once(function: Any, files: Sequence[str], text: str = "", shown: bool = False) -> Iterator[Any]:

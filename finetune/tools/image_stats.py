@@ -15,6 +15,7 @@ from finetune.data.dataset import ImageData, ImageList
 from finetune.data.sources import load_data, read_columns
 from finetune.data.split import has_files, names_of
 from finetune.images.decode import open_file, orientation
+from finetune.images.remote import ahead
 from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
 from finetune.recipe.recipe import minimal_recipe
@@ -56,7 +57,8 @@ def sample_stats(data: ImageData, source: str) -> ImageStats:
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
-    sizes = np.array([image_size(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
+    some = range(0, len(data.train), -(-len(data.train) // 500))
+    sizes = np.array([image_size(data.train, i) for i in ahead(data.train.items, some)])
     labels = np.concatenate([data.train.labels, data.val.labels])
     counts = labels.sum(0).tolist() if labels.ndim > 1 else Counter(map(int, labels)).values()
     return ImageStats(

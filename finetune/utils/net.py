@@ -2,10 +2,12 @@
 
 import asyncio
 import hashlib
+import os
 import re
 import time
 import urllib.error
 import urllib.request
+from functools import cache
 from typing import Any
 
 from finetune.utils.errors import RecipeError, first_line
@@ -38,11 +40,21 @@ def reach(url: str, what: str, remedy: str = OFFLINE) -> None:
         raise RecipeError(f"can't reach {what} ({getattr(error, 'reason', error)})\n{remedy}") from None
 
 
+@cache
+def reset_in_forks() -> None:
+    """Have forked processes make a thread and a loop of their own, as older versions of fsspec do not."""
+    from fsspec.asyn import reset_lock
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=reset_lock)
+
+
 def file_system(protocol: str) -> Any:
     """fsspec's own, which it makes anew in each process; a package that is missing is a RecipeError."""
     try:
         import fsspec
 
+        reset_in_forks()
         options: dict[str, Any] = {}
         if protocol in WEB:
             import aiohttp
@@ -94,9 +106,8 @@ def why_not(error: BaseException, protocol: str) -> Unreachable:
         return Unreachable(f"the server answers {status}", lasting=400 <= status < 500 and status not in (408, 425, 429))
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return Unreachable("the server is silent", lasting=False)
-    return Unreachable(
-        re.sub(r"\w+://\S+", "URL", first_line(error)).partition(": <")[0], lasting=isinstance(error, NotImplementedError)
-    )
+    why = re.sub(r"\w+://\S+", "URL", first_line(error)).partition(": <")[0].partition(" ssl:")[0]
+    return Unreachable(why, lasting=isinstance(error, NotImplementedError))
 
 
 def version_in(about: dict[str, Any], url: str) -> str:

@@ -86,6 +86,11 @@ def as_path(item: str | Path) -> PurePath:
     return PurePosixPath(path)
 
 
+def stem_of(source: str | Path) -> str:
+    """A name for what is made of a source."""
+    return (is_url(source) and as_path(source).stem) or Path(source).resolve().stem
+
+
 def beside(table: str | Path, name: str) -> str | Path:
     """What a table calls `name`: a URL, a path on this machine, or one relative to the table's folder."""
     name = name.strip()

@@ -18,6 +18,7 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults, self.asked = {}, {}, []
+        self.logins = []  # with which it was asked
         self.delay = 0.0  # seconds before it answers
         self.now = self.busy = 0  # what is asked for at this moment, and the most so far
 
@@ -48,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.now -= 1
 
     def give(self, server, path):
+        server.logins.append(self.headers.get("Authorization"))
         server.asked.append((self.command, path, "Range" not in self.headers))
         fault, often = server.faults.get(path, (0, 0))
         if often:

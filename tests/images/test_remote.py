@@ -1,5 +1,6 @@
 """Files that lie elsewhere: fetched, listed, told apart, and why one can't be had."""
 
+import base64
 import io
 import os
 import pickle
@@ -113,6 +114,15 @@ def test_why_an_image_can_not_be_had(web, quick, fault, why, tries):
     assert len([path for _, path, _ in web.asked if path == "/a.jpg"]) == tries
     if isinstance(look_up([item := find_file(f"{web.address}/a.jpg")]).get(item), Unreachable):
         assert image_digest(item) == ""
+
+
+def test_a_name_and_a_password_come_from_netrc(web, tmp_path, monkeypatch):
+    """As curl and requests take them."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    web.files["/a.jpg"] = jpeg(5)
+    assert fetch(f"{web.address}/a.jpg") == jpeg(5)
+    assert web.logins == [f"Basic {base64.b64encode(b'me:hunter2').decode()}"]
 
 
 def test_what_passes_is_not_noticed(web, quick):

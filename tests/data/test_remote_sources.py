@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import fsspec
 import numpy as np
@@ -191,3 +192,12 @@ def test_s3(image_folder, tmp_path, monkeypatch):
     finally:
         server.stop()
         system.clear_instance_cache()
+
+
+def test_loader_processes_read_a_zip(image_folder, tmp_path):
+    """Each with a place in it of its own, though this process has opened it before."""
+    shutil.make_archive(str(tmp_path / "photos"), "zip", image_folder)
+    far, near = (prepare(recipe_on(place))[2][0] for place in (tmp_path / "photos.zip", image_folder))
+    batches = [[i] for i in range(len(far))]
+    for one, other in zip(load(far, 0, batches, 2), load(near, 0, batches, 0), strict=True):
+        assert np.array_equal(one[0].numpy(), other[0].numpy())

@@ -24,6 +24,7 @@ from finetune.training import run_dir  # noqa: E402
 from finetune.training.launch import INTERRUPTED, REFUSED, STOPPED, TURN, check_launcher, stop_with_launcher  # noqa: E402
 from finetune.utils.errors import RecipeError  # noqa: E402
 from finetune.utils.text import escape_output, lasting_output, print_error  # noqa: E402
+from finetune.utils.urls import stem_of  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,7 +140,7 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     stats = compute_image_stats(str(args.data), asked[-1] if asked else None)
     text = suggest_recipe(stats, args.backbone, args.weights, "recipe.py", args.minutes)
     with tempfile.TemporaryDirectory() as folder:
-        args.recipe = str(Path(folder) / f"{Path(args.data).resolve().stem}.py")
+        args.recipe = str(Path(folder) / f"{stem_of(args.data)}.py")
         Path(args.recipe).write_text(text, encoding="utf-8")
         yield
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from file_server import serving
 from helpers import ROOT, on_folder
 
 
@@ -77,3 +78,10 @@ def image_folder(tmp_path_factory) -> Path:
 def command():
     """The interpreter and the script, as a person starts them."""
     return [sys.executable, str(ROOT / "finetune" / "run.py")]
+
+
+@pytest.fixture
+def web():
+    """A web server on this machine, whose files and faults a test sets."""
+    with serving() as server:
+        yield server

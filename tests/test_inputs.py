@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from file_server import serving
 from finetune import run
 from finetune.__main__ import main as verb
 from finetune.data.sources import load_data
@@ -25,6 +26,7 @@ KINDS = {  # as the table calls them: the ending of a file, and the fields of th
     "TIFF, any bands": (".tif", ("data.channels=4",)),
     "DICOM": (".dcm", ("data.channels=1",)),
     "several labels": (".jpg", ("loss=multi_label", "metric=mean_average_precision", "label_smoothing=0")),
+    "images at a URL": (".jpg", ()),
     "numbers": (".jpg", ("loss=mse", "metric=mae", "label_smoothing=0")),
 }
 WAYS = ("trained", "resumed", "two processes", "predicted", "ONNX")
@@ -67,6 +69,12 @@ def write_dicom(file, stored):
 def sets(tmp_path_factory):
     """Class folders, or a table, of each kind."""
     root, made = tmp_path_factory.mktemp("inputs"), {}
+    with serving() as server:
+        make(root, made, server)
+        yield made
+
+
+def make(root, made, server):
     for number, (kind, (ending, _)) in enumerate(KINDS.items()):
         folder, rows = root / str(number), ["path,label,split"]
         for split, count in (("train", 8), ("val", 4)):
@@ -81,7 +89,10 @@ def sets(tmp_path_factory):
         if kind in ("several labels", "numbers"):
             made[kind] = folder / "table.csv"
             made[kind].write_text("\n".join(rows) + "\n")
-    return made
+        elif kind == "images at a URL":
+            server.files |= {f"/{file.relative_to(folder)}": file.read_bytes() for file in folder.rglob("*.jpg")}
+            server.files["/table.csv"] = "\n".join(rows).encode()
+            made[kind] = f"{server.address}/table.csv"
 
 
 def words(sets, kind, output):

@@ -1,7 +1,6 @@
 """Data sets that come with a package, generated images for --smoke, those of a recipe's function, and labels as grades."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -168,11 +167,6 @@ def graded(data: ImageData, recipe: Recipe) -> ImageData:
         for part in (data.train, data.val)
     )
     return replace(data, train=train, val=val, classes=tuple(classes))
-
-
-def data_folder() -> Path:
-    """The folder for downloads."""
-    return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
 
 
 def require_package(module: str, package: str, install: str = "") -> Path:

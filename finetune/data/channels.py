@@ -8,6 +8,7 @@ import numpy as np
 from finetune.data.dataset import ImageList, Images
 from finetune.images.cache import PixelKind
 from finetune.images.read import read_image
+from finetune.images.remote import ahead
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
 
@@ -30,7 +31,8 @@ def fit_preprocessing(preprocessing: dict[str, Any], images: Images, data: Data)
     if not data.channels:
         return preprocessing
     moments, dtype = list[np.ndarray](), ""
-    for index in sorted({round(i) for i in np.linspace(0, len(images) - 1, LOOKED_AT)}):
+    indices = sorted({round(i) for i in np.linspace(0, len(images) - 1, LOOKED_AT)})
+    for index in ahead(images.items if isinstance(images, ImageList) else (), indices):
         try:
             where = partial(name_of, images, index)
             pixels = read_image(images[index][0], unchanged, where, data.background, channels=data.channels)

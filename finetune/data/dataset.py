@@ -18,10 +18,12 @@ from PIL import Image
 
 from finetune.images.decode import WHITE
 from finetune.images.read import check_header, is_image, reason_of
+from finetune.images.remote import headers_of, image_digest, look_up
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import file_digest, write_file
+from finetune.utils.files import write_file
 from finetune.utils.text import note, progress
+from finetune.utils.urls import Unreachable, as_path, is_url
 
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
 Reader = Callable[..., Any]  # reads an item as an RGB image or an array: read_image with what its first argument is
@@ -121,7 +123,7 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     if isinstance(images, ImageList) and isinstance(images.items, np.ndarray):
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     elif isinstance(images, ImageList):
-        names = (Path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
+        names = (as_path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
         digest.update("\n".join(names).encode(errors="surrogateescape"))  # names of any bytes
     with suppress(RecipeError):  # a function's data set need not know its labels
         labels = labels_of(images)
@@ -140,14 +142,17 @@ def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | N
     if on_bad_image == "skip":
         return
     main = os.environ.get("RANK", "0") == "0"
-    paths, faults = [str(path) for part in parts for path in part.items], {}
-    for path in progress(paths, len(paths), "checking the images", main):
+    paths, faults = [path for part in parts for path in part.items if main or not is_url(path)], dict[str, str]()
+    faults |= {path: str(why) for path, why in look_up(paths, main).items()}
+    for path, header in progress(headers_of(paths, faults), len(paths), "checking the images", main):
         try:
-            check_header(path, channels)
+            if isinstance(header, Unreachable):
+                raise header
+            check_header(header, channels)
         except RecipeError:
             raise  # a package is missing, for all files
         except Exception as error:
-            faults[path] = reason_of(error)
+            faults[str(path)] = reason_of(error)
     if faults:
         raise RecipeError(name_faults(faults, len(paths)))
 
@@ -211,7 +216,7 @@ def note_same_files(
     parts = [part for part in (data.train, data.val) if isinstance(part, ImageList)]
     paths, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
     first_val, found = len(data.train), list[str]()
-    paths, groups = find(data) if find else (paths, same_files(list(map(str, paths))))
+    paths, groups = find(data) if find else (paths, same_files(paths))
     if shared := [i for group in groups if group[0] < first_val for i in group if i >= first_val]:
         found.append(
             f"{len(shared)} of {len(data.val)} validation images are training images as well ({paths[shared[0]]}): the metrics "
@@ -226,15 +231,16 @@ def note_same_files(
         note(f"data: {'; '.join(found)}; all that is there twice: finetune check --data {shlex.quote(source)}")
 
 
-def same_files(paths: Sequence[str]) -> list[list[int]]:
+def same_files(paths: Sequence[Any]) -> list[list[int]]:
     """Groups of paths, by their positions, whose files have the same content; only files of the same size are looked into."""
-    by_size, groups = defaultdict[int, list[int]](list), defaultdict[str, list[int]](list)
+    look_up(paths)
+    by_size, groups = defaultdict[Any, list[int]](list), defaultdict[str, list[int]](list)
     for i, path in enumerate(paths):
         with suppress(OSError):
-            by_size[os.path.getsize(path)].append(i)
+            by_size["URL" if is_url(path) else os.path.getsize(path)].append(i)
     for alike in by_size.values():
         for i in alike if len(alike) > 1 else ():
-            groups[file_digest(paths[i])].append(i)
+            groups[image_digest(paths[i])].append(i)
     return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
 
 
@@ -247,12 +253,13 @@ def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRo
     for split, images in (("train", train), ("val", val)):
         if not isinstance(images, ImageList) or not isinstance(images.items[0], str | Path):
             return []
+        look_up(images.items)
         groups = images.groups or [""] * len(images)
         for path, label, group in zip(images.items, images.labels, groups, strict=True):
             places = np.flatnonzero(label) if np.ndim(label) else [label]
             are_numbers = np.asarray(label).dtype.kind == "f"
             named = list(map(str, label.tolist())) if are_numbers else [classes[int(i)] for i in places]
-            rows.append((split, ";".join(named), file_digest(path), str(path), group))
+            rows.append((split, ";".join(named), image_digest(path), str(path), group))
     return rows
 
 

@@ -17,12 +17,13 @@ import numpy as np
 import torchvision
 from PIL import Image
 
-from finetune.data.builtin import data_folder, require_package
+from finetune.data.builtin import require_package
 from finetune.data.dataset import SPLITS, ImageData, ImageList
 from finetune.data.split import list_shards, used_shards
 from finetune.images.decode import ENDINGS
 from finetune.images.read import read_image
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import data_folder
 from finetune.utils.net import reach
 from finetune.utils.text import list_few, nearest, note
 

@@ -2,19 +2,23 @@
 
 import glob
 import os
-import re
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from finetune.data.dataset import SPLITS, ImageList
 from finetune.images.arrays import ENDINGS as ARRAYS
 from finetune.images.decode import ENDINGS
 from finetune.images.read import read_image
+from finetune.images.remote import RemoteFolder, as_item, find_file, list_folder, may_be_folder, scan
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import as_seen, look_alikes, note, readable, spell_out
+from finetune.utils.urls import as_path, is_archive, is_url, url_fault
 
+Folder = Path | RemoteFolder
 HIDDEN = {"__macosx", "@eadir", "$recycle.bin"}  # folders that macOS, Synology and Windows leave among images
 
 
@@ -41,7 +45,7 @@ class Finder:
         Raises:
             RecipeError: for a folder that can't be listed.
         """
-        found, folders_seen, folders = dict[str, list[str]](), set(), [str(root)]
+        found, folders_seen, folders = dict[str, list[str]](), set(), [root if isinstance(root, str) else str(root)]
         while folders:
             folder = folders.pop()
             known, entries = list_entries(folder)
@@ -56,7 +60,7 @@ class Finder:
             folders += [entry.path for entry in reversed(inner) if not is_hidden(entry.name)]
             numbered = ((entry, number_of(entry, known.st_dev)) for entry in entries if not is_folder(entry))
             found[folder] = [entry.path for entry, number in numbered if self.wants(entry.path, entry.name, number)]
-        return [path for folder in sorted(found) for path in found[folder]]
+        return [path for folder in sorted(found, key=lambda folder: str(as_path(folder))) for path in found[folder]]
 
     def wants(self, path: str, name: str, number: tuple[int, int] | None = None) -> bool:
         """Whether a file counts as an image, by its name; one that can't be read is to be named later, not left out here.
@@ -93,13 +97,14 @@ class Finder:
 
     def describe(self) -> str:
         """What was left out, by reason, each with its number and an example; "" if nothing was."""
-        return ", ".join(f"{why}: {len(paths)} ({os.path.basename(paths[0])})" for why, paths in self.left_out.items())
+        return ", ".join(f"{why}: {len(paths)} ({as_path(paths[0]).name})" for why, paths in self.left_out.items())
 
 
-def list_entries(folder: str) -> tuple[os.stat_result, list["os.DirEntry[str]"]]:
+def list_entries(folder: str) -> tuple[Any, list["os.DirEntry[str]"]]:
     """What is known of a folder, and its entries by name; raises RecipeError if it can't be listed."""
     try:
-        return os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+        known = SimpleNamespace(st_dev=-1, st_ino=id(folder)) if isinstance(folder, RemoteFolder) else os.stat(folder)
+        return known, sorted(scan(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise RecipeError(f"data: can't list the folder {error.filename}: {error.strerror}") from error
 
@@ -117,15 +122,15 @@ def number_of(entry: "os.DirEntry[str]", device: int) -> tuple[int, int] | None:
     return (device, entry.inode()) if entry.is_file(follow_symlinks=False) and os.name != "nt" else None
 
 
-def list_folders(root: Path) -> list[str]:
+def list_folders(root: Folder) -> list[str]:
     """The names of a folder's folders but for hidden ones, sorted."""
     try:
-        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
+        return sorted(entry.name for entry in scan(root) if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
         raise RecipeError(f"data: can't list the folder {root}: {error.strerror}") from error
 
 
-def class_folders(root: Path, endings: frozenset[str] = ENDINGS) -> tuple[ImageList, tuple[str, ...]]:
+def class_folders(root: Folder, endings: frozenset[str] = ENDINGS) -> tuple[ImageList, tuple[str, ...]]:
     """(images, classes) of a folder of class folders, in the order of torchvision's ImageFolder.
 
     Images are pictures; where there is none, files of arrays.
@@ -155,7 +160,7 @@ def class_folders(root: Path, endings: frozenset[str] = ENDINGS) -> tuple[ImageL
         other = other_reading(root, classes[0])
         raise RecipeError(f"data: {root} has one class, '{classes[0]}'; there must be at least 2{other}")
     check_levels(root, classes)
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+    for entry in sorted(scan(root), key=lambda entry: entry.name):
         if entry.is_dir() and is_hidden(entry.name):
             finder.leave_out("hidden folders", entry.path)
         elif entry.is_file() and Path(entry.name).suffix.lower() in endings and not is_hidden(entry.name):
@@ -165,9 +170,9 @@ def class_folders(root: Path, endings: frozenset[str] = ENDINGS) -> tuple[ImageL
     return ImageList(list(labels), list(labels.values()), read_image), tuple(map(readable, classes))
 
 
-def other_reading(root: Path, name: str) -> str:
+def other_reading(root: Folder, name: str) -> str:
     """What a folder of one class folder may be meant as, in words."""
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    entries = sorted(scan(root), key=lambda entry: entry.name)
     if tables := [entry.path for entry in entries if entry.name.lower().endswith(".csv")]:
         return f". Is there a table of them? --data {tables[0]}"
     if list_folders(root / name):
@@ -176,7 +181,7 @@ def other_reading(root: Path, name: str) -> str:
     return f". Hidden folders are no classes: {', '.join(hidden[:3])}" if hidden else ""
 
 
-def check_levels(root: Path, classes: Sequence[str]) -> None:
+def check_levels(root: Folder, classes: Sequence[str]) -> None:
     """Refuse splits within class folders, and say where all class folders have the same folders, which may be the classes."""
     inner = list_folders(root / classes[0])
     if not inner or any(list_folders(root / name) != inner for name in classes[1:]):
@@ -189,9 +194,11 @@ def check_levels(root: Path, classes: Sequence[str]) -> None:
         note(f"{text}; if these are the classes, put them on the upper level")
 
 
-def describe_kind(root: Path) -> str:
+def describe_kind(root: Folder) -> str:
     """What a folder without class folders may be instead, and what is wanted."""
-    names = sorted(path.name for path in root.iterdir())
+    names = sorted(entry.name for entry in scan(root))
+    if isinstance(root, RemoteFolder) and any(name.endswith((".tar", ".parquet", ".arrow")) for name in names):
+        return "Shards and sets of the package datasets are read from a disk of this machine: copy them first"
     if tars := [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]:
         return f"Of WebDataset's shards, those called train-*.tar and val-*.tar are read, not compressed; there is {tars[0]}"
     if "dataset_dict.json" in names or any(name.endswith((".parquet", ".arrow")) for name in names):
@@ -211,7 +218,7 @@ def class_difference(one: Iterable[str], other: Iterable[str], places: tuple[str
     return "; ".join(f"only {place}: {', '.join(names) or 'none'}" for place, names in zip(places, shown, strict=True))
 
 
-def find_images(paths: Iterable[str | Path]) -> list[Path]:
+def find_images(paths: Iterable[str | Path]) -> list[Path | str]:
     """Files as they are named, folders' images (by their endings) however deep, and globs; each path once.
 
     Of a folder without a picture the arrays.
@@ -223,9 +230,13 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(str, paths):
         if not path:
             raise RecipeError("a path is empty: name images, folders or globs")
-        if Path(path).is_dir():
-            images = list(map(Path, finder.find(path)))
-            if not images and (images := list(map(Path, Finder(endings=ARRAYS).find(path)))):
+        images: list[Path | str]
+        if is_url(path) and not may_be_folder(path, ENDINGS | ARRAYS):
+            images = [find_file(path)]
+        elif Path(path).is_dir() or is_url(path) or is_archive(path):
+            folder = path if Path(path).is_dir() else list_folder(path)
+            images = list(map(as_item, finder.find(folder)))
+            if not images and (images := list(map(as_item, Finder(endings=ARRAYS).find(folder)))):
                 finder.left_out.clear()
         elif Path(path).exists():
             images = [Path(path)]
@@ -242,7 +253,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         if not images:
             left_out = f"; left out: {finder.describe()}" if finder.left_out else ""
             raise RecipeError(f"no images in {path}{left_out}")
-        found += sorted(images)
+        found += sorted(images, key=lambda image: image if isinstance(image, Path) else as_path(image))
     if finder.left_out:
         note(f"not looked at: {finder.describe()}")
     return list(dict.fromkeys(found))
@@ -255,12 +266,14 @@ def note_look_alikes(classes: Sequence[str], where: str) -> None:
         note(f"data: classes of {where} look alike: {shown}; they are told apart: give them one name if they are the same")
 
 
-def path_faults(cells: Sequence[str], paths: Sequence[Path], rows: Sequence[int]) -> list[str]:
-    """A sentence for each thing that is wrong with a table's paths."""
+def path_faults(cells: Sequence[str], paths: Sequence[Path | str], rows: Sequence[int]) -> list[str]:
+    """A sentence for each thing that is wrong with a table's paths; of URLs, by their text alone."""
     faults = []
-    if urls := [row for row, cell in zip(rows, cells, strict=True) if re.match(r"\s*[a-z0-9]+://", cell, re.I)]:
-        faults.append(f"{len(urls)} rows have URLs, first row {urls[0]}: nothing is fetched, download the images first")
-    elif missing := [(path, cell) for path, cell in zip(paths, cells, strict=True) if not path.is_file()]:
+    wrong = [(row, why) for row, path in zip(rows, paths, strict=True) if isinstance(path, str) and (why := url_fault(path))]
+    if wrong:
+        faults.append(f"{len(wrong)} rows have URLs that can't be used, first row {wrong[0][0]}: {wrong[0][1]}")
+    local = ((path, cell) for path, cell in zip(paths, cells, strict=True) if isinstance(path, Path))
+    if missing := [(path, cell) for path, cell in local if not path.is_file()]:
         shown = ", ".join(str(path) for path, _ in missing[:5]) + ", ..." * (len(missing) > 5)
         why = next(filter(None, (why_missing(*one) for one in missing[:5])), "")
         faults.append(f"{len(missing)} of {len(paths)} files are missing: {shown}{why and f'; {why}'}")

@@ -19,6 +19,7 @@ from finetune.images.cache import PHOTOGRAPHS, DiskCache, PixelKind, image_cache
 from finetune.images.decode import WHITE, Colour
 from finetune.images.own_function import OwnFunction
 from finetune.images.read import read_image
+from finetune.images.remote import ahead
 from finetune.images.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
@@ -93,6 +94,12 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | torch.Tensor]]):
             # Of a copy: were it of these images themselves, the two would keep each other alive, and the processes.
             self.kept_loader = BatchLoader(unpickled(None, self.__dict__ | {"kept_loader": None}), workers)
         return self.kept_loader
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, int | torch.Tensor]]:
+        """The images of a batch; those that lie elsewhere, and are not kept, are fetched at the same time."""
+        items = self.images.items if isinstance(self.images, ImageList) else ()
+        wanted = [items[i] if len(items) and not (self.cache and self.cache.has(i)) else None for _, i in keys]
+        return [self[keys[n]] for n in ahead(wanted, range(len(keys)))]
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int | torch.Tensor]:
         epoch, index = key

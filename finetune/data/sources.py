@@ -25,12 +25,14 @@ from finetune.data.external import TORCHVISION, from_hub, from_shards, from_torc
 from finetune.data.folders import class_difference, note_look_alikes, path_faults
 from finetune.data.split import from_folder, from_lists, held_out, refuse_groups, refuse_split
 from finetune.images.read import read_image
+from finetune.images.remote import find_file, list_folder, open_text
 from finetune.recipe import Data, Recipe
 from finetune.recipe.load import describe_file
 from finetune.recipe.metrics import NUMBER_LOSSES
 from finetune.recipe.serialize import to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import as_number, nearest, note, readable
+from finetune.utils.urls import beside, is_table, is_url, tidy
 
 
 def load_data(recipe: Recipe) -> ImageData:
@@ -66,6 +68,7 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
     """The images that a source names."""
     if source in NAMED:
         return NAMED[source]()
+    remote = is_url(tidy(source)) and not is_table(source)
     if recipe.of_numbers and Path(source).is_dir() and has_shards(Path(source)):
         raise RecipeError(
             f"data: loss='{recipe.loss}' needs numbers: a CSV with a column label; the shards of {source} have classes"
@@ -74,14 +77,14 @@ def read_source(source: str, recipe: Recipe) -> ImageData:
         return from_lists(*from_torchvision(source.removeprefix("torchvision/")), source, recipe.data)
     if source.startswith("hf/"):
         return from_lists(*from_hub(source.removeprefix("hf/")), source, recipe.data)
-    if source.lower().endswith(".csv"):
-        parts, classes = from_csv(Path(source), recipe.loss)
+    if is_table(source):
+        parts, classes = from_csv(source, recipe.loss)
     elif Path(source).is_dir() and has_shards(Path(source)):
         data = from_lists(*from_shards(Path(source)), source, recipe.data)
         note_same_files(data, source, partial(same_members, Path(source)))
         return data
-    elif Path(source).is_dir():
-        parts, classes = from_folder(Path(source))
+    elif remote or Path(source).is_dir():
+        parts, classes = from_folder(list_folder(source) if remote else Path(source))
         if recipe.of_numbers:
             parts, classes = from_names(parts, classes, source)
     elif Path(source).exists():
@@ -130,7 +133,7 @@ DOWNLOADED = ("cifar10", "cifar100", *(f"torchvision/{name}" for name in TORCHVI
 
 def is_downloaded(source: str | Callable[[], Any]) -> bool:
     """Whether images may come over a network."""
-    return source in DOWNLOADED or (isinstance(source, str) and source.startswith("hf/") and not Path(source[3:]).is_dir())
+    return is_url(source) or source in DOWNLOADED or str(source).startswith("hf/") and not Path(str(source)[3:]).is_dir()
 
 
 COLUMNS = {  # of a table, by any of these names; all but the first two are optional
@@ -152,7 +155,7 @@ class Labels(NamedTuple):
     faults: list[str]
 
 
-def from_csv(file: Path, loss: str) -> tuple[list[ImageList], Sequence[str]]:
+def from_csv(file: str | Path, loss: str) -> tuple[list[ImageList], Sequence[str]]:
     """([training images, validation images], or all in one list, classes) of a table; paths are relative to the file.
 
     Where the `loss` is one of numbers, labels are floats [n, numbers], and in place of classes come the numbers' names.
@@ -163,7 +166,7 @@ def from_csv(file: Path, loss: str) -> tuple[list[ImageList], Sequence[str]]:
     of_numbers = loss in NUMBER_LOSSES
     whole, all_rows = read_columns(file, ("path", "numbers" if of_numbers else "label"))
     columns, rows = leave_out_idle(whole, all_rows)
-    paths = [file.parent / cell.strip() for cell in columns["path"]]
+    paths = [beside(file, cell) for cell in columns["path"]]
     found = read_numbers(columns, rows) if of_numbers else read_classes(columns, rows, loss == "multi_label")
     cells = [cell.strip().lower() for cell in columns["split"]]
     faults = [f"split '{cell}' is none of {', '.join(SPLITS)}" for cell in sorted(set(cells) - set(SPLITS))]
@@ -172,7 +175,7 @@ def from_csv(file: Path, loss: str) -> tuple[list[ImageList], Sequence[str]]:
     if alone := [row for row, cell in zip(rows, columns["group"], strict=False) if not cell.strip()]:
         faults.append(f"{len(alone)} rows have no group, first row {alone[0]}")
     first: dict[str, int] = {}  # row of each file, whatever links lead to it
-    files = [os.path.realpath(path) for path in paths]
+    files = [str(path) if is_url(path) else os.path.realpath(path) for path in paths]
     earlier = [(at, i) for i, at in enumerate(map(first.setdefault, files, range(len(files)))) if at != i]
     if other := [pair for pair in earlier if found.values[pair[0]] != found.values[pair[1]]]:
         said = " and ".join(f"'{found.said[i]}' in row {rows[i]}" for i in other[0])
@@ -203,7 +206,7 @@ def from_csv(file: Path, loss: str) -> tuple[list[ImageList], Sequence[str]]:
         labels = [number.get(names[0], -1) for names in found.values]  # -1: in rows that are not used
     subgroups = [readable(cell.strip()) or "none" for cell in columns["subgroup"]]
     groups = [cell.strip() for cell in columns["group"]]
-    images = ImageList(paths, labels, read_image, subgroups or None, groups or None)
+    images = ImageList(list(map(find_file, paths)), labels, read_image, subgroups or None, groups or None)
     if not parts:
         return [images.part(used)], classes
     return [images.part([i for i in used if splits[i] == part]) for part in parts], classes
@@ -257,13 +260,13 @@ def leave_out_idle(columns: dict[str, list[str]], rows: list[int]) -> tuple[dict
     return {kind: [cells[i] for i in kept if cells] for kind, cells in columns.items()}, [rows[i] for i in kept]
 
 
-def read_columns(file: Path, needed: Sequence[str] = ("path", "label")) -> tuple[dict[str, list[str]], list[int]]:
+def read_columns(file: str | Path, needed: Sequence[str] = ("path", "label")) -> tuple[dict[str, list[str]], list[int]]:
     """(the cells of each of COLUMNS, an empty list for one that is not there, the number of each row).
 
     Columns called label_NAME or target_NAME come as "label_NAME"; where "numbers" are needed, one of these or a label.
     """
     try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
+        with open_text(file) as lines:
             told = re.fullmatch('"?sep=(.)"?[\r\n]*', lines.readline(), re.I)  # as Excel writes it
             lines.seek(0)
             table = csv.reader(lines, delimiter=told[1] if told else ",", skipinitialspace=True)

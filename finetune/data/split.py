@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from finetune.data.builtin import data_folder
 from finetune.data.dataset import SPLITS, ImageData, ImageList, Images, Values, labels_of
-from finetune.data.folders import class_difference, class_folders, is_hidden, list_folders
+from finetune.data.folders import Folder, class_difference, class_folders, is_hidden, list_folders
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import data_folder
 from finetune.utils.text import list_few, note
+from finetune.utils.urls import is_url, relative_to
 
 
-def from_folder(root: Path) -> tuple[list[ImageList], Sequence[str]]:
+def from_folder(root: Folder) -> tuple[list[ImageList], Sequence[str]]:
     """([training images, validation images], or all in one list, classes) of a folder of class folders, or of splits."""
     train, val = split_folders(root)
     if train is None or val is None:
@@ -38,7 +39,7 @@ def from_folder(root: Path) -> tuple[list[ImageList], Sequence[str]]:
     return [images, val_images], classes
 
 
-def split_folders(root: Path) -> tuple[Path | None, Path | None]:
+def split_folders(root: Folder) -> tuple[Folder | None, Folder | None]:
     """The folders of the training and the validation images, by their names in any case; (None, None) if all are classes.
 
     Raises:
@@ -69,7 +70,7 @@ def split_folders(root: Path) -> tuple[Path | None, Path | None]:
     return root / train, root / val
 
 
-def evaluation_folder(root: Path) -> Path:
+def evaluation_folder(root: Folder) -> Folder:
     """The folder of the validation images, else of the test images, else the folder itself."""
     parts = {SPLITS.get(name.lower()): root / name for name in reversed(list_folders(root))}
     return parts.get("val") or parts.get("test") or root
@@ -173,7 +174,7 @@ def names_of(images: ImageList, where: str | Path) -> list[str]:
         return list(map(str, range(len(images))))
     source = Path(where)
     root = source if source.is_dir() else source.parent if source.is_file() else data_folder()
-    return [Path(os.path.relpath(path, root)).as_posix() for path in images.items]
+    return [relative_to(path, where) if is_url(path) else Path(os.path.relpath(path, root)).as_posix() for path in images.items]
 
 
 def divide(

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.images.decode import TURNS, WHITE, Colour, open_file, orientation, silent, to_rgb
+from finetune.images.remote import Fetched, here
 from finetune.utils.errors import RecipeError
 
 ENDINGS = frozenset({".npy", ".tif", ".tiff", ".dcm"})  # beside those of Pillow's images
@@ -20,6 +21,7 @@ MAGIC = {  # the first bytes of a file, or those after 128, and what reads it
     (0, b"MM\0+"): "tifffile",
     (128, b"DICM"): "pydicom",
 }
+File = Path | Fetched
 EXACT = 2**24  # integers up to here are floats of 32 bits as well
 KEPT = (np.uint8, np.uint16, np.int16, np.float32)
 
@@ -34,18 +36,23 @@ def read_array(item: Any, channels: int, load: Callable[[Any], Any] = open_file,
         RecipeError: where a package is missing.
         Exception: of any kind, from whatever reads the file; ValueError for another number of channels.
     """
-    reader = reader_of(Path(item)) if isinstance(item, str | Path) else ""
-    values: Any = READERS[reader](Path(item)) if reader else load(item)
+    item = here(item)
+    file: File | None = Path(item) if isinstance(item, str | Path) else item if isinstance(item, Fetched) else None
+    reader = reader_of(file) if file else ""
+    values: Any = READERS[reader](file) if file and reader else (open_file if isinstance(file, Fetched) else load)(item)
     if isinstance(values, Image.Image):
         with silent():
             values = picture_values(values, channels, background)
     return as_numbers(as_channels(np.asarray(values), channels))
 
 
-def reader_of(file: Path) -> str:
+def reader_of(file: File) -> str:
     """Which package reads a file that Pillow does not: "numpy", "tifffile" or "pydicom"; "" for all else."""
-    with open(file, "rb") as lines:
-        start = lines.read(132)
+    if isinstance(file, Fetched):
+        start = bytes(file.getbuffer()[:132])
+    else:
+        with open(file, "rb") as lines:
+            start = lines.read(132)
     found = next((name for (at, magic), name in MAGIC.items() if start[at:].startswith(magic)), "")
     found = found or ("pydicom" if file.suffix.lower() == ".dcm" else "")
     if found and importlib.util.find_spec(found) is None:
@@ -53,11 +60,12 @@ def reader_of(file: Path) -> str:
     return found
 
 
-def shape_of(file: Path) -> tuple[int, ...]:
+def shape_of(file: File) -> tuple[int, ...]:
     """The shape of a file's numbers by its header alone."""
     reader = reader_of(file)
     if reader == "numpy":
-        return np.load(file, mmap_mode="r", allow_pickle=False).shape
+        mode: Any = None if isinstance(file, Fetched) else "r"
+        return np.load(file, mmap_mode=mode, allow_pickle=False).shape
     if reader == "tifffile":
         import tifffile
 
@@ -74,18 +82,18 @@ def shape_of(file: Path) -> tuple[int, ...]:
         return height, width, len(image.getbands())
 
 
-def check_shape(file: Path, channels: int) -> None:
+def check_shape(file: File, channels: int) -> None:
     """Raise an error of any kind unless a file's header has so many channels; a picture may become one or three."""
     shape = shape_of(file)
     if reader_of(file) or channels not in (1, 3):
         as_channels(np.broadcast_to(np.uint8(0), shape), channels)
 
 
-def read_npy(file: Path) -> np.ndarray:
+def read_npy(file: File) -> np.ndarray:
     return np.load(file, allow_pickle=False)
 
 
-def read_tiff(file: Path) -> np.ndarray:
+def read_tiff(file: File) -> np.ndarray:
     """The first series of a TIFF, or its pages; where 0 is white it is turned round."""
     import tifffile
 
@@ -96,7 +104,7 @@ def read_tiff(file: Path) -> np.ndarray:
     return (2**bits - 1 - values.astype(np.int64)).astype(values.dtype) if white_is_0 and values.dtype.kind == "u" else values
 
 
-def read_dicom(file: Path) -> Any:
+def read_dicom(file: File) -> Any:
     """A DICOM image in its own units, such as Hounsfield's, as float32; a coloured one as a picture."""
     import pydicom
     from pydicom.pixels.processing import apply_modality_lut, convert_color_space
@@ -111,7 +119,7 @@ def read_dicom(file: Path) -> Any:
     return np.asarray(apply_modality_lut(values, data), np.float32)
 
 
-READERS: dict[str, Callable[[Path], Any]] = {"numpy": read_npy, "tifffile": read_tiff, "pydicom": read_dicom}
+READERS: dict[str, Callable[[File], Any]] = {"numpy": read_npy, "tifffile": read_tiff, "pydicom": read_dicom}
 
 
 def picture_values(image: Image.Image, channels: int, background: Colour) -> np.ndarray:

@@ -48,6 +48,10 @@ class ImageCache:
         self.header, self.places = numbers[:HEADER], numbers[HEADER:].reshape(-1, 3)
         self.pixels = np.frombuffer(pixels, np.uint8)
 
+    def has(self, index: int) -> bool:
+        """Whether the image is kept."""
+        return bool(self.places[index, 0])
+
     def get(self, index: int) -> np.ndarray | None:
         """The image, if it is kept."""
         end, height, width = self.places[index]

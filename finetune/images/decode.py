@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from finetune.images.remote import Fetched, here
+
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 Image.init()  # names every format that this Pillow knows
@@ -32,9 +34,13 @@ BITS, BLACK_AND_WHITE, NUMBERS = 258, 262, 339  # tags of a TIFF: BitsPerSample,
 
 def open_file(path: Any) -> Image.Image:
     """Pillow's image of a file, not decoded yet; a pipe, which could keep it waiting for ever, is refused."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    path = here(path)
+    if isinstance(path, Fetched):
+        ending = path.suffix.lower()
+    elif stat.S_ISREG(os.stat(path).st_mode):
+        ending = os.path.splitext(path)[1].lower()
+    else:
         raise OSError("it is a folder, a pipe or a device")
-    ending = os.path.splitext(path)[1].lower()
     with silent():
         try:
             image = Image.open(path, formats=LIKELY.get(ending))

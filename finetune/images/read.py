@@ -8,7 +8,9 @@ from PIL import Image
 
 from finetune.images.arrays import as_picture, check_shape, read_array, reader_of
 from finetune.images.decode import WHITE, Colour, open_file, silent, to_rgb
+from finetune.images.remote import Fetched, here
 from finetune.utils.errors import RecipeError, first_line
+from finetune.utils.urls import Unreachable, as_path
 
 NO_PICTURE = "it is an array, no picture: --set data.channels=N reads those of N channels"
 
@@ -43,6 +45,8 @@ def read_image(
             return to_rgb(image, background)
     except RecipeError:
         raise
+    except Unreachable as error:
+        raise RecipeError(f"can't reach the image {where(item)}: {error}", one_process=True) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, RuntimeError, struct.error, ...
         why = NO_PICTURE if not channels and is_array(item) else reason_of(error)
         raise RecipeError(f"can't read the image {where(item)}: {why}", one_process=True) from error
@@ -50,24 +54,30 @@ def read_image(
 
 def is_array(item: Any) -> bool:
     """Whether an item is a file that Pillow does not read and `channels` does, by its name."""
-    return isinstance(item, str | Path) and Path(item).suffix.lower() in (".npy", ".dcm")
+    return isinstance(item, str | Path) and as_path(item).suffix.lower() in (".npy", ".dcm")
 
 
 def check_header(path: Any, channels: int | None = None) -> None:
-    """Raise an error of any kind unless a file's header is that of such an image."""
-    if channels:
-        check_shape(Path(path), channels)
-    elif is_array(path):
-        raise ValueError(NO_PICTURE)
-    else:
-        open_file(path).close()
+    """Raise an error of any kind unless a file's header, or what was fetched, is that of such an image."""
+    try:
+        if channels:
+            check_shape(path if isinstance(path, Fetched) else Path(path), channels)
+        elif is_array(str(path) if isinstance(path, Fetched) else path):
+            raise ValueError(NO_PICTURE)
+        else:
+            open_file(path).close()
+    except Exception:
+        if not (isinstance(path, Fetched) and path.part):
+            raise
+        check_header(here(path.url), channels)  # a TIFF may have its header at the end
 
 
 def is_image(path: str) -> bool:
     """Whether a file's header is an image's, of a picture or an array."""
     try:
-        if not reader_of(Path(path)):
-            open_file(path).close()
+        file = here(path)
+        if not reader_of(file if isinstance(file, Fetched) else Path(file)):
+            open_file(file).close()
     except Exception:  # whatever its decoder says; it is named where it is read
         return False
     return True

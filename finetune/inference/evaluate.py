@@ -16,6 +16,7 @@ from finetune.data.folders import class_difference, class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder, note_missing_classes
+from finetune.images.remote import image_digest, list_folder, look_up
 from finetune.inference.numbers import evaluate_numbers, numbers_as_text
 from finetune.inference.predict import compute_logits
 from finetune.metrics.classes import class_metrics
@@ -35,8 +36,9 @@ from finetune.report.coverage import plot_coverage
 from finetune.report.drawing import shorten
 from finetune.training.run_dir import started
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import check_folder, file_digest
+from finetune.utils.files import check_folder
 from finetune.utils.text import align_columns, note
+from finetune.utils.urls import is_table, is_url, tidy
 
 COLUMNS = ("items", "labels", "subgroups", "groups")  # of an ImageList
 MATRIX_CLASSES = 1000  # up to which a result has the confusion matrix: it grows with their square
@@ -105,12 +107,13 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
     """
     check_source(data)
     own, record = recipe.data.source, run and run / "images.csv"
-    same = isinstance(own, str) and os.path.exists(data) and os.path.realpath(own) == os.path.realpath(data)
+    remote = is_url(tidy(data))
+    same = isinstance(own, str) and (remote or os.path.exists(data)) and place_of(own) == place_of(data)
     recorded = record is not None and record.is_file()
-    if not Path(data).exists() or (same and not recorded) or Path(data).is_dir() and has_shards(Path(data)):
+    if not (remote or Path(data).exists()) or (same and not recorded) or Path(data).is_dir() and has_shards(Path(data)):
         images, names = load_named(data, recipe, run if same or data == own else None)
     else:
-        images, names = load_files(Path(data), recipe, whole=same)
+        images, names = load_files(data, recipe, whole=same)
     if recipe.of_numbers and len(names) == len(classes) == 1:
         names = classes  # a single number may have no name of its own
     check_same_classes(data, names, classes)
@@ -128,11 +131,16 @@ def load_labelled_images(data: str, recipe: Recipe, classes: tuple[str, ...], ru
     return found.read_as(recipe.data)
 
 
+def place_of(source: str) -> str:
+    """Where a source lies, whatever links lead there."""
+    return tidy(source) if is_url(tidy(source)) else os.path.realpath(source)
+
+
 def check_same_classes(data: str, names: Sequence[str], classes: Sequence[str]) -> None:
     """Raise RecipeError unless the classes are the model's; a table may lack some, as it can't name what it has no image of."""
     if not names:
         raise RecipeError(f"no row of {data} has a label")
-    if set(names) != set(classes) and not (data.lower().endswith(".csv") and set(names) < set(classes)):
+    if set(names) != set(classes) and not (is_table(data) and set(names) < set(classes)):
         difference = class_difference(classes, names, ("the model has", f"{data} has"))
         raise RecipeError(f"the classes of the model and of {data} differ: {difference}")
 
@@ -152,20 +160,21 @@ def load_named(data: str, recipe: Recipe, run: Path | None) -> tuple[ImageList, 
     return loaded.val, loaded.classes
 
 
-def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequence[str]]:
+def load_files(data: str, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequence[str]]:
     """(images, classes) of a table or a folder: all of it if `whole`, else its validation or test part, if it has one."""
     names: Sequence[str]
-    if data.suffix.lower() == ".csv":
+    folder = list_folder(data) if is_url(tidy(data)) and not is_table(data) else Path(data)
+    if is_table(data):
         parts, names = from_csv(data, recipe.loss)
-    elif not data.is_dir():
+    elif isinstance(folder, Path) and not folder.is_dir():
         raise RecipeError(f"--data {data} is neither a folder nor a CSV")
     elif whole:
-        parts, names = from_folder(data)
+        parts, names = from_folder(folder)
     else:
-        images, names = class_folders(evaluation_folder(data))
+        images, names = class_folders(evaluation_folder(folder))
         parts = [images]
-    if recipe.of_numbers and data.is_dir():
-        parts, names = from_names(parts, names, str(data))
+    if recipe.of_numbers and not is_table(data):
+        parts, names = from_names(parts, names, data)
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
     columns = ([value for part in parts if (own := getattr(part, name)) is not None for value in own] for name in COLUMNS)
@@ -175,7 +184,8 @@ def load_files(data: Path, recipe: Recipe, whole: bool) -> tuple[ImageList, Sequ
 
 def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
     """Those of a run's own images that it kept for validation, told by their content; of other images, all."""
-    digests = [file_digest(path) for path in images.items]
+    look_up(images.items)
+    digests = [image_digest(path) for path in images.items]
     trained, missing, kept = set(recorded_digests(record, "train")), Counter(recorded_digests(record, "val")), list[int]()
     for i, digest in enumerate(digests):
         if missing[digest] > 0:

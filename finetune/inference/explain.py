@@ -15,6 +15,7 @@ from finetune.report.drawing import save_figure, shorten, style
 from finetune.report.heat_maps import blend, find_places, heat_maps, to_pixels
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import readable
+from finetune.utils.urls import as_path
 
 WIDTH = 60  # characters of small print across a picture
 
@@ -77,7 +78,7 @@ def explaining(model: SavedModel, give: Callable[[int, Explanation], Any]) -> Lo
     return look
 
 
-def picture_writer(model: SavedModel, files: Sequence[Path], pictures: Sequence[Path]) -> Look:
+def picture_writer(model: SavedModel, files: Sequence[Path | str], pictures: Sequence[Path]) -> Look:
     """What `predict_rows` is to call, so that each image's explanation is drawn into its picture's file.
 
     Raises:
@@ -89,7 +90,7 @@ def picture_writer(model: SavedModel, files: Sequence[Path], pictures: Sequence[
     return look
 
 
-def draw(explanation: Explanation, file: Path, picture: Path) -> Path:
+def draw(explanation: Explanation, file: Path | str, picture: Path) -> Path:
     """Write an image as the network sees it, beside it the heat, below them what is predicted."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     shown = {"as the network sees it": explanation.image, "bright: speaks for the class": explanation.picture}
@@ -97,7 +98,7 @@ def draw(explanation: Explanation, file: Path, picture: Path) -> Path:
         axes.imshow(pixels)
         axes.set_axis_off()
         axes.set_title(title, fontsize="small")
-    name, predicted = shorten(readable(file.name), WIDTH), shorten(explanation.predicted, WIDTH - 17)
+    name, predicted = shorten(readable(as_path(file).name), WIDTH), shorten(explanation.predicted, WIDTH - 17)
     text = f"{name}\npredicted {predicted} ({100 * explanation.probability:.0f} %)"
     figure.supxlabel(text, fontsize="small", **style(text))
     return save_figure(figure, [], picture)

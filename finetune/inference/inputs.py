@@ -9,56 +9,54 @@ from itertools import count
 from pathlib import Path
 
 from finetune.data.folders import find_images
+from finetune.images.remote import find_file, open_text
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_folder
+from finetune.utils.urls import Unreachable, as_path, beside, check_url, is_table, is_url
 
 LISTS = (".csv", ".txt")
 
 
-def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
+def find_inputs(paths: Sequence[str | Path]) -> list[Path | str]:
     """The images of these paths in their order, each once.
 
-    A .csv has a column of paths, a .txt a path a line, both relative to the file's folder; "-" is a list on stdin. What a list
-    names need not be there: it is an image that can't be read, not an error.
+    A .csv has a column of paths, a .txt a path a line, both relative to the file's folder; "-" is a list on stdin. All of them
+    may be URLs. What a list names need not be there: it is an image that can't be read, not an error.
 
     Raises:
-        RecipeError: for an address, a list without a path, and what `find_images` refuses.
+        RecipeError: for a URL that can't be read, a list without a path, and what `find_images` refuses.
     """
-    found: list[Path] = []
+    found: list[Path | str] = []
     for path in map(str, paths):
-        if "://" in path:
-            raise RecipeError(f"{path} is an address: download it first, and name the file")
         if path == "-":
-            found += named_in(sys.stdin, "stdin", Path())
-        elif path.lower().endswith(LISTS) and Path(path).is_file():
-            found += read_list(Path(path))
+            found += named_in(sys.stdin, "stdin", "list")
+        elif as_path(path).suffix.lower() in LISTS and (check_url(path) or Path(path).is_file()):
+            found += read_list(path)
         else:
             found += find_images([path])
     return list(dict.fromkeys(found))
 
 
-def read_list(file: Path) -> list[Path]:
+def read_list(file: str) -> list[Path | str]:
     """The paths in a .csv or a .txt."""
-    if file.suffix.lower() == ".csv":
+    if is_table(file):
         from finetune.data.sources import read_columns  # which takes a second, as torchvision comes with it
 
         columns, _ = read_columns(file, needed=("path",))
-        return named_in(columns["path"], str(file), file.parent)
+        return named_in(columns["path"], file, file)
     try:
-        with open(file, encoding="utf-8-sig") as lines:
-            return named_in(lines, str(file), file.parent)
-    except ValueError as error:
+        with open_text(file) as lines:
+            return named_in(lines, file, file)
+    except (Unreachable, ValueError) as error:
         raise RecipeError(f"can't read {file}: {error}; wanted: a path a line, in UTF-8") from None
 
 
-def named_in(lines: Iterable[str], where: str, folder: Path) -> list[Path]:
-    """The path in each line that is not empty."""
+def named_in(lines: Iterable[str], where: str, file: str) -> list[Path | str]:
+    """The path in each line that is not empty; they are relative to the folder of `file`."""
     names = [line.strip() for line in lines]
-    if address := next((name for name in names if "://" in name), None):
-        raise RecipeError(f"{where} has an address, {address}: download it first, and name the file")
     if not any(names):
         raise RecipeError(f"no paths in {where}")
-    return [folder / name for name in names if name]
+    return [find_file(beside(file, name)) for name in names if name]
 
 
 def part_of(target: Path, number: int = 0, processes: int = 1) -> Path:
@@ -71,7 +69,7 @@ def parts_of(target: Path) -> set[Path]:
     return set(target.parent.glob(f"{glob.escape(target.name)}*.part"))
 
 
-def name_pictures(files: Sequence[Path], folder: Path, going_on: bool = False) -> list[Path]:
+def name_pictures(files: Sequence[Path | str], folder: Path, going_on: bool = False) -> list[Path]:
     """A file in the folder for a picture of each image: NAME.png; FOLDER-NAME.png where several images have that name, and
     numbers where that is not enough.
 
@@ -79,10 +77,11 @@ def name_pictures(files: Sequence[Path], folder: Path, going_on: bool = False) -
         RecipeError: if the folder can't be written into, or has one of them, unless `going_on`.
     """
     check_folder(folder)
-    often = Counter(file.stem.casefold() for file in files)  # not every disk tells upper case from lower
+    places = [as_path(file) if is_url(file) else Path(file).absolute() for file in files]
+    often = Counter(file.stem.casefold() for file in places)  # not every disk tells upper case from lower
     taken, named = set[str](), list[Path]()
-    for file in files:
-        name = file.stem if often[file.stem.casefold()] == 1 else f"{file.absolute().parent.name}-{file.stem}"
+    for file in places:
+        name = file.stem if often[file.stem.casefold()] == 1 else f"{file.parent.name}-{file.stem}"
         name = os.fsdecode(os.fsencode(name)[:200])  # with its ending, and while it is written, no longer than names may be
         if name.casefold() in taken:
             name = next(one for one in (f"{name}-{i}" for i in count(2)) if one.casefold() not in taken)

@@ -39,11 +39,11 @@ class Part(NamedTuple):
     """Images of one process: the file of their rows, the images, and a picture to draw for each, or none."""
 
     path: Path
-    files: Sequence[Path]
+    files: Sequence[Path | str]
     pictures: Sequence[Path]
 
 
-def divide(target: Path, files: Sequence[Path], pictures: Sequence[Path], asked: Asked) -> list[Part]:
+def divide(target: Path, files: Sequence[Path | str], pictures: Sequence[Path], asked: Asked) -> list[Part]:
     """A part for each process: as many images as any other, or one less.
 
     Raises:
@@ -121,7 +121,7 @@ def write_line(lines: TextIO, value: Row) -> None:
     lines.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def read_part(part: Path, begun: Row, files: Sequence[Path]) -> int:
+def read_part(part: Path, begun: Row, files: Sequence[Path | str]) -> int:
     """How many of the files have their rows in a .part; what comes after a line that was cut is removed.
 
     Raises:

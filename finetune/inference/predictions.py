@@ -29,7 +29,7 @@ def check_target(target: Path) -> None:
 
 
 def write_predictions(
-    source: str | Path, files: Sequence[Path], target: Path, asked: Asked = DEFAULTS, pictures: Sequence[Path] = ()
+    source: str | Path, files: Sequence[Path | str], target: Path, asked: Asked = DEFAULTS, pictures: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """Write what `predict_images` says of each file, in their order; the memory this takes does not grow with their number.
 

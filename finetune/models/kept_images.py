@@ -58,6 +58,9 @@ class KeptImages(ImageDataset):
             self.values = flat.view(self.shape)
         self.targets = torch.frombuffer(targets, dtype=self.target_dtype).view(self.target_shape)
 
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[torch.Tensor, Any]]:
+        return [self[key] for key in keys]  # of whose files none is needed
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, Any]:
         view, index = key
         return self.values[view * len(self) + index], self.targets[index]

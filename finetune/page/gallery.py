@@ -25,6 +25,7 @@ from finetune.recipe import Recipe
 from finetune.report.heat_maps import find_places, heat_maps, overlay
 from finetune.utils.errors import first_line
 from finetune.utils.text import print_error, readable
+from finetune.utils.urls import as_path
 
 WORST, UNSURE, OF_A_GROUP = 24, 12, 24  # images shown, at the most
 MATRIX_CLASSES = 20  # up to which every cell of the confusion matrix has its images; of more, confusions alone
@@ -165,7 +166,7 @@ class Pictures:
         """A file with the folder it lies in, or its number in the data set."""
         items = getattr(self.images, "items", None)
         item = items[index] if isinstance(items, Sequence) else None
-        return readable("/".join(Path(item).parts[-2:])) if isinstance(item, str | Path) else f"image {index}"
+        return readable("/".join(as_path(item).parts[-2:])) if isinstance(item, str | Path) else f"image {index}"
 
     def picture(self, index: int, side: int) -> str:
         """An image as a data URL of a JPEG, no larger than `side`; "" without one."""

@@ -14,7 +14,8 @@ import torch
 
 from finetune.data.dataset import ImageList, Images
 from finetune.data.split import has_files
-from finetune.utils.files import file_digest, write_file
+from finetune.images.remote import image_digest, look_up
+from finetune.utils.files import write_file
 
 FORMAT = 1  # of the files: another number, and those that are there are computed anew
 CHUNK = 1 << 20
@@ -51,8 +52,9 @@ def digest_images(images: Images) -> str:
     """A digest of the content of all images, in their order: of each file's size and two ends, else of its pixels."""
     digest = hashlib.blake2b(str(len(images)).encode(), digest_size=16)
     if isinstance(images, ImageList) and has_files(images):
+        look_up(images.items)
         for path in images.items:
-            digest.update(file_digest(path).encode())
+            digest.update(image_digest(path).encode())
     elif isinstance(images, ImageList) and isinstance(images.items, np.ndarray) and images.items.ndim > 2:
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     else:

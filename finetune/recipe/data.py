@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from finetune.recipe.checks import Checked
 from finetune.recipe.legacy import reads_old_names
+from finetune.utils.urls import is_url, url_fault
 
 FOR_PHOTOGRAPHS = ("rotation", "auto_augment", "color_jitter", "grayscale_prob", "gaussian_blur_prob", "erasing")  # of Augment
 NAMED_SETS = ("digits", "elpv", "cifar10", "cifar100")  # and "generated", for --smoke
@@ -45,6 +46,7 @@ class Data(Checked):
     - "hf/OWNER/NAME", "hf/OWNER/NAME:CONFIG" or "hf/PATH", read by the package datasets;
     - a .csv with the columns path, label (several divided by ; or |: loss="multi_label") and, optionally, split, subgroup and
       group; numbers (loss="mse", "huber", "l1") in label, or each in a column label_NAME;
+    - the URL of such a table or folder, or of a .zip: s3://, gs://, https://, zip://, hf://;
     - a folder of images: train/CLASS/* and val/CLASS/*, or CLASS/*;
     - a folder of WebDataset's train-*.tar and val-*.tar (KEY.jpg, KEY.cls; class names in classes.txt);
     - a function without arguments that returns (train, validation), two map-style sets of (PIL image, label), the first
@@ -73,6 +75,8 @@ class Data(Checked):
     holdout_fold: Annotated[int, "[0, inf)"] | None = None  # of parts of that size, the one that is held out, counted from 0
 
     def conflicts(self) -> Iterator[str]:
+        if is_url(self.source) and (fault := url_fault(str(self.source))):
+            yield fault
         if self.folds and self.val_share:
             yield "folds and val_share exclude each other: of 5 folds each is a fifth"
         if self.fold and self.fold >= (self.folds or 1):

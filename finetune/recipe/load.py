@@ -22,6 +22,7 @@ from finetune.recipe.serialize import diff, flatten, from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import read_json
 from finetune.utils.text import nearest
+from finetune.utils.urls import check_url
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = next(folder for folder in (HERE / "recipes", HERE.parent / "recipes") if folder.is_dir())  # installed; a clone
@@ -106,7 +107,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_source(data: Any) -> None:
     """Raise RecipeError for images that are not there, and for a named set that a folder here is called like."""
-    if not isinstance(data, str | Path):
+    if not isinstance(data, str | Path) or check_url(data):
         return
     name, there = str(data), Path(data).exists()
     if name in NAMED_SETS and there:
@@ -114,7 +115,7 @@ def check_source(data: Any) -> None:
             f"'{name}' is a named set, and a folder here: --data ./{name} is the folder; for the set, start from another "
             f"folder, or write --set data.source={name} where a recipe is named"
         )
-    if Path(data).is_file() and not name.lower().endswith(".csv"):
+    if Path(data).is_file() and not name.lower().endswith((".csv", ".zip")):
         raise RecipeError(describe_file(name))
     if not there and name not in (*NAMED_SETS, "generated") and not name.startswith(("torchvision/", "hf/")):
         raise RecipeError(
@@ -125,8 +126,7 @@ def check_source(data: Any) -> None:
 
 def describe_file(name: str) -> str:
     """What is wanted in place of a file that holds no table."""
-    packed = name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
-    more = ": unpack it" if packed else ""
+    more = ": unpack it" if name.lower().endswith((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")) else ""
     return f"'{name}' is a file{more}. Wanted: a folder of images, or a table saved as .csv, its cells divided by commas"
 
 

@@ -20,6 +20,7 @@ from finetune.report.drawing import run_title, save_figure, shorten, style
 from finetune.report.heat_maps import heat_maps, overlay, to_pixels
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.text import print_error, readable
+from finetune.utils.urls import as_path
 
 NUMBER = 24  # images on a sheet
 AUGMENTED = 6  # images that are shown as augmented
@@ -195,7 +196,7 @@ def name_of_image(images: ImageDataset, index: int) -> str:
     """The name of an image's file, or its number in the data set."""
     items = getattr(images.images, "items", None)
     item = items[index] if isinstance(items, Sequence) else None
-    return readable(Path(item).name) if isinstance(item, str | Path) else f"image {index}"
+    return readable(as_path(item).name) if isinstance(item, str | Path) else f"image {index}"
 
 
 def evenly_spaced(length: int, number: int) -> list[int]:

@@ -11,6 +11,7 @@ from PIL import Image
 from finetune.data.dataset import ImageList, Images, fingerprint, recorded_rows
 from finetune.data.sources import load_data
 from finetune.images.read import read_image
+from finetune.images.remote import find_file, image_digest, look_up
 from finetune.models.saved import model_to_use
 from finetune.page.write import write_page
 from finetune.recipe import Recipe
@@ -21,7 +22,7 @@ from finetune.results.runs import Run
 from finetune.results.summary import describe_verdicts
 from finetune.training.run_dir import run_name, started
 from finetune.utils.errors import RecipeError, first_line
-from finetune.utils.files import file_digest
+from finetune.utils.urls import is_url
 
 
 def write_report(run: Path, output: Path | None = None, data: str | None = None) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def find_images(run: Path, recipe: Recipe, labels: torch.Tensor, data: str | Non
     if rows := recorded_rows(run / "images.csv", "val"):
         if len(rows) != len(labels):
             return None, f"images.csv names {len(rows):,} validation images, and the predictions are of {len(labels):,}"
-        paths = [moved(Path(row["file"]), recipe, data) for row in rows]
+        paths = [moved(row["file"], recipe, data) for row in rows]
+        look_up(paths)
         digests = {path: row["digest"] for path, row in zip(paths, rows, strict=True)}
         images = ImageList(paths, [0] * len(paths), partial(read_unchanged, digests))
         return images.read_as(recipe.data), ""
@@ -66,15 +68,17 @@ def find_images(run: Path, recipe: Recipe, labels: torch.Tensor, data: str | Non
     return found.val, ""
 
 
-def moved(file: Path, recipe: Recipe, data: str | None) -> Path:
+def moved(name: str, recipe: Recipe, data: str | None) -> Path | str:
     """Where a file of a run's folder or table lies if these lie in `data` now."""
-    source = Path(str(recipe.data.source))
+    if is_url(name):
+        return find_file(name)
+    file, source = Path(name), Path(str(recipe.data.source))
     old, new = (path.parent if path.suffix.lower() == ".csv" else path for path in (source, Path(data or source)))
     return new / file.relative_to(old) if file.is_relative_to(old) else file
 
 
-def read_unchanged(digests: dict[Path, str], file: Path, **options: Any) -> Image.Image:
+def read_unchanged(digests: dict[Path | str, str], file: Path | str, **options: Any) -> Image.Image:
     """A file's image; RecipeError for one whose content is another than the run had."""
-    if file_digest(file) != digests[file]:
+    if image_digest(file) != digests[file]:
         raise RecipeError(f"{file} is not the file that the run had")
     return read_image(file, **options)

@@ -14,6 +14,7 @@ import numpy as np
 from torch.utils.data import Subset
 
 from finetune.data.sources import load_data
+from finetune.images.remote import ahead
 from finetune.recipe.load import check_source
 from finetune.report.drawing import shorten
 from finetune.report.sheets import NUMBER, WIDTH, Tile, draw_sheet
@@ -25,6 +26,7 @@ from finetune.utils.errors import RecipeError
 from finetune.utils.files import check_new, write_file
 from finetune.utils.text import WIDTH as COLUMNS
 from finetune.utils.text import align_columns, fill_lines, progress
+from finetune.utils.urls import is_url, stem_of
 
 KINDS = {  # in the order in which they are reported: what does most harm first
     "unreadable": "can't be read",
@@ -63,7 +65,7 @@ def report(
     images, findings, facts = check(source, backbone, weights)
     table = write_table(images, findings, fix) if fix else ""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = draw(images, findings, folder / f"{Path(source).resolve().stem}-check.png")
+    picture = draw(images, findings, folder / f"{stem_of(source)}-check.png")
     files = [f"{word:9}{text}" for word, text in (("picture", picture), ("table", table)) if text]
     result = to_json(images, findings, facts) | {"picture": picture and str(picture), "table": fix and str(fix)}
     return result, "\n".join([describe(images, findings, facts), *[""] * bool(files), *files])
@@ -87,7 +89,8 @@ def check(
         data = load_data(replace(recipe, data=replace(recipe.data, on_bad_image="skip")))
     images = Collection(data, source)
     looks, findings = dict[int, Look](), list[Finding]()
-    for i in progress(range(len(images)), len(images), "looking at the images"):
+    items = [item for part in images.parts for item in part.items]
+    for i in progress(ahead(items, range(len(images))), len(images), "looking at the images"):
         try:
             looks[i] = look_at(images[i][0])
         except (RecipeError, OSError) as error:
@@ -280,7 +283,8 @@ def write_table(images: Collection, findings: list[Finding], file: Path) -> str:
     values = [[value for part in images.parts for value in getattr(part, f"{name}s")] for name in names]
     for i, path in enumerate(paths):
         if i not in gone:
-            rows.append((os.path.relpath(path, file.parent), images.label(i), images.split[i], *(cells[i] for cells in values)))
+            place = path if is_url(path) else os.path.relpath(path, file.parent)
+            rows.append((place, images.label(i), images.split[i], *(cells[i] for cells in values)))
     several = np.ndim(images.labels[0]) > 0
     for path, label, *_ in rows:
         if re.search(r"\A\s|[\ud800-\udfff]|\s\Z", path) or label.strip() != label or not several and re.search("[;|]", label):

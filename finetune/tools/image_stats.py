@@ -15,12 +15,14 @@ from finetune.data.dataset import ImageData, ImageList
 from finetune.data.sources import leave_out_idle, load_data, read_columns
 from finetune.data.split import has_files, names_of
 from finetune.images.decode import open_file, orientation
+from finetune.images.remote import ahead
 from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
 from finetune.recipe.metrics import NUMBER_LOSSES
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.similar import thumbnail
 from finetune.utils.text import as_number, note, readable
+from finetune.utils.urls import as_path, is_table, is_url
 
 MANY = 50  # different whole numbers, from which on they may be no names of classes
 SHARP_SIDE = 256  # pixels of the longer side at which sharpness is measured
@@ -60,7 +62,8 @@ def sample_stats(data: ImageData, source: str, loss: str = "cross_entropy") -> I
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
-    sizes = np.array([image_size(data.train, i) for i in range(0, len(data.train), -(-len(data.train) // 500))])
+    some = range(0, len(data.train), -(-len(data.train) // 500))
+    sizes = np.array([image_size(data.train, i) for i in ahead(data.train.items, some)])
     labels, numbers = np.concatenate([data.train.labels, data.val.labels]), loss in NUMBER_LOSSES
     counts = [len(labels)]
     if not numbers:
@@ -101,9 +104,9 @@ def loss_for(source: str) -> tuple[str, str]:
     Numbers, with "huber", are those in columns label_NAME, and those in a column label where one is not whole. Whole ones are
     classes, which are often called so; of more than 50 they are numbers where one of them has a single image.
     """
-    if not source.lower().endswith(".csv") or not Path(source).is_file():
+    if not is_table(source) or not (is_url(source) or Path(source).is_file()):
         return "cross_entropy", ""
-    columns, _ = leave_out_idle(*read_columns(Path(source), ("path",)))
+    columns, _ = leave_out_idle(*read_columns(source, ("path",)))
     if not columns["label"] and any(name.startswith("label_") for name in columns):
         return "huber", ""
     if any(re.search("[;|]", cell) for cell in columns["label"]):
@@ -115,7 +118,7 @@ def loss_for(source: str) -> tuple[str, str]:
     found, other = ("numbers", "classes") if not whole or min(numbers.values()) < 2 else ("classes", "numbers")
     losses = {"numbers": "huber", "classes": "cross_entropy"}
     return losses[found], (
-        f"the column label of {Path(source).name} has {len(numbers)} different {'whole ' * whole}numbers, taken as {found}; "
+        f"the column label of {as_path(source).name} has {len(numbers)} different {'whole ' * whole}numbers, taken as {found}; "
         f"as {other}: --loss {losses[other]}, of train --set loss={losses[other]}"
     )
 

@@ -24,6 +24,11 @@ REFUSED = (
 )
 
 
+def data_folder() -> Path:
+    """The folder for downloads."""
+    return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
+
+
 def check_folder(folder: Path) -> None:
     """Raise RecipeError unless files can be written into a folder, or it can be made."""
     try:

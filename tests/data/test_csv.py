@@ -186,7 +186,7 @@ def test_files_in_both_parts_are_said(tmp_path, capsys):
     [
         ("path;label", "0.png;a", "its cells are divided by ;, not by commas"),
         ("path\tlabel", "0.png\ta", "its cells are divided by tabs, not by commas"),
-        ("path,label", "https://example.com/0.png,a", "1 rows have URLs, first row 2: nothing is fetched"),
+        ("path,label", "ftp://example.com/0.png,a", "1 rows have URLs that can't be used, first row 2: 'ftp://"),
         ("path,label", "0.png,", "1 rows have no label, first row 2"),
         ("path,label", "0.png\0,a", "NUL"),
         ("path,label", "0.png,AC|DC", r"1 rows have several labels, first row 2 ('AC|DC'), as ; and | divide labels"),

@@ -134,7 +134,7 @@ def test_an_unknown_source_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "name,said", [("l.tsv", ". Wanted"), ("l.json", ". Wanted"), ("l.csv.gz", ": unpack"), ("a.ZIP", ": unpack")]
+    "name,said", [("l.tsv", ". Wanted"), ("l.json", ". Wanted"), ("l.csv.gz", ": unpack"), ("a.TAR", ": unpack")]
 )
 def test_a_file_that_is_no_table_is_told_from_one_that_is_not_there(tmp_path, name, said):
     """In a recipe and on the command line: that it is a file, what is wanted, and that an archive is to be unpacked."""

@@ -158,18 +158,18 @@ def test_lists_name_images(image_folder, run_folder, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     "words,fault",
     [
-        (["https://example.org/a.jpg"], "https://example.org/a.jpg is an address: download it first"),
-        (["urls.txt"], "urls.txt has an address, s3://x/y.jpg: download it first"),
+        (["ftp://example.org/a.jpg"], "'ftp://example.org/a.jpg': of URLs those of s3, .* are read"),
+        (["urls.txt"], "'ftp://x/y.jpg': of URLs"),
         (["empty.txt"], "no paths in empty.txt"),
         (["bytes.txt"], "can't read bytes.txt: .* wanted: a path a line, in UTF-8"),
         (["other.csv"], "no column path"),
     ],
 )
 def test_a_list_that_can_not_be_used_is_said(tmp_path, monkeypatch, words, fault):
-    """Addresses, empty lists, other encodings, and tables without a column of paths."""
+    """URLs that nothing reads, empty lists, other encodings, and tables without a column of paths."""
     monkeypatch.chdir(tmp_path)
     for name, content in (
-        ("urls.txt", b"a.jpg\ns3://x/y.jpg\n"),
+        ("urls.txt", b"a.jpg\nftp://x/y.jpg\n"),
         ("empty.txt", b"\n \n"),
         ("bytes.txt", b"\xff\xfe\x80"),
         ("other.csv", b"a,b\n1,2\n"),

@@ -75,7 +75,7 @@ def evaluate_model(
         return {"data": str(data), **evaluate_numbers(model, images, logits, labels, output, title)}
     result = {
         "data": str(data),
-        **measure(recipe, logits, labels, images.groups, model.temperature, model.thresholds),
+        **measure(recipe, logits, labels, images.groups, (model.temperature, model.thresholds)),
         **defined_metrics(recipe, logits, labels),
     }
     if model.thresholds:

@@ -42,21 +42,20 @@ def measure(
     logits: torch.Tensor,
     labels: torch.Tensor,
     groups: Sequence[str] | None = None,
-    temperature: float | None = None,
-    thresholds: Sequence[float] | None = None,
+    fitted: tuple[float, Sequence[float] | None] | None = None,
     names: Sequence[str] = (),
     units: Units | None = None,
 ) -> dict[str, Any]:
     """What is measured once, at the end: all metrics, "intervals" and "calibration" of logits [n, classes] against labels.
 
-    Of several labels an image "thresholds" as well: those given, else those that `choose_thresholds` chooses.
+    Of several labels an image "thresholds" as well. A model's temperature and thresholds are `fitted`; without them `calibrate`
+    fits the one and `choose_thresholds` chooses the others.
 
     Intervals are of 95 %: Wilson's of top-1 and top-5, of all else the percentiles of 1,000 bootstraps of the images (Efron
     1979); of the `groups`, where images belong to some, as those of one group are not independent. Log loss, Brier score and
-    calibration error ("ece") are those at the temperature, without one at that which `calibrate` fits; where one of them is
-    the recipe's metric, as in each epoch, at temperature 1: "used". The last has no interval, since by chance alone resampled
-    images are further off. A metric that is not defined, such as the AUROC of one
-    class alone, is left out; so are images without a label.
+    calibration error ("ece") are those at the temperature; where one of them is the recipe's metric, as in each epoch, at
+    temperature 1: "used". The last has no interval, since by chance alone resampled images are further off. A metric that is
+    not defined, such as the AUROC of one class alone, is left out; so are images without a label.
 
     Of numbers there is no calibration, but "numbers", a row for each of the `names`, and with the `units` "baseline".
     """
@@ -65,6 +64,7 @@ def measure(
     owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
     if recipe.of_numbers:
         return measure_numbers(logits, labels, owners, names, units)
+    temperature, thresholds = fitted or (None, None)
     calibration = calibrate(recipe.loss, logits, labels, owners, temperature)
     used = 1.0 if recipe.metric in OF_PROBABILITIES else calibration["temperature"]
     metrics = metrics_of(recipe.loss, logits, labels, used)

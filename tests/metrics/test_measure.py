@@ -81,13 +81,13 @@ def test_metrics_are_scikit_learns(loss):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a class that is predicted and not there
         wanted = expected(loss, logits, labels, temperature)
-    given = {"temperature": temperature, "thresholds": THRESHOLDS.tolist()}
-    found = measure(recipe_of(loss), logits, labels, **given)
+    given = (temperature, THRESHOLDS.tolist())
+    found = measure(recipe_of(loss), logits, labels, fitted=given)
     assert found.keys() - {"intervals", "calibration", "ece", "thresholds"} == wanted.keys()
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
     gone = torch.full_like(labels[:3], UNREADABLE)
-    more = measure(recipe_of(loss), torch.cat([logits, logits[:3]]), torch.cat([labels, gone]), **given)
+    more = measure(recipe_of(loss), torch.cat([logits, logits[:3]]), torch.cat([labels, gone]), fitted=given)
     assert more == found
 
 
@@ -102,7 +102,7 @@ def test_the_calibration_error_is_torchmetrics(loss):
         confidence, truth = probs.flatten(), labels.flatten()
     wanted = functional.binary_calibration_error(confidence, truth, n_bins=15, norm="l1").item()
     assert calibration_error(confidence.double(), truth.double()) == pytest.approx(wanted, abs=1e-5)
-    assert measure(recipe_of(loss), logits, labels, temperature=1.0)["ece"] == pytest.approx(wanted, abs=1e-5)
+    assert measure(recipe_of(loss), logits, labels, fitted=(1.0, None))["ece"] == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -5,7 +5,6 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,10 @@ def find_record(recipe_file: Path | None, recipe: Recipe) -> tuple[Record | None
     """
 
     def changed(record: Record) -> list[str]:
-        before = replace(from_dict(record["recipe"]), seed=recipe.seed)
-        if "images" in record:
-            before = replace(before, data=replace(before.data, source=recipe.data.source))
-        if "weights" in record:
-            before = replace(before, weights=recipe.weights)
-        return list(dict.fromkeys(path.partition(".")[0] for path, _, _ in diff(before, recipe)))
+        words = {"data.source": "images", "weights": "weights"}  # what says in words which they were
+        given = {"seed", *(path for path, name in words.items() if name in record)}
+        paths = [path for path, _, _ in diff(from_dict(record["recipe"]), recipe) if path not in given]
+        return list(dict.fromkeys(path.partition(".")[0] for path in paths))
 
     file = recipe_file and recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
     files = [file] if file and file.is_file() else sorted((RECIPES / "baselines").glob("*.json"))

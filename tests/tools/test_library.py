@@ -31,6 +31,7 @@ CHANGES = [
     "seed=3",
     "mixed_precision=no",
 ]
+UNFIT = {"resnet18_steel": "data.sampling", "resnet18_xray": "augment.erasing"}  # numbers have no classes, arrays no such noise
 
 
 def test_ls_has_every_recipe_at_once():
@@ -92,12 +93,14 @@ def test_changes_are_written_into_the_copy(here, name):
     """With --set the copy resolves to what override makes of the original, and says that it is not measured."""
     by_layer = isinstance(load_recipe(name)[0].groups, LayerDecay)
     groups = ["groups.head_lr=3e-3"] if by_layer else ["groups.head.lr=3e-3", "groups.head.weight_decay=0.0"]
-    arguments = [word for change in CHANGES + groups for word in ("--set", change)]
+    changes = [change for change in CHANGES + groups if change.partition("=")[0] != UNFIT.get(name)]
+    arguments = [word for change in changes for word in ("--set", change)]
     assert main(["cp", name, "mine.py", *arguments]) == 0
     copy, file = load_recipe("mine.py")
-    assert to_dict(copy) == to_dict(override(load_recipe(name)[0], CHANGES + groups))
+    assert to_dict(copy) == to_dict(override(load_recipe(name)[0], changes))
     text = file.read_text()
-    assert "3e-3" in text and "not measured" in text and "%" not in text.partition("from finetune")[0]
+    about = text.partition("from finetune")[0]
+    assert "3e-3" in text and "not measured" in text and "%" not in about and "seeds)" not in about
     assert describe_baseline(file, copy) == "none: not measured"
     assert dict((field, now) for field, _, now in compare_recipes(name, "mine.py"))["epochs"] == 7
 

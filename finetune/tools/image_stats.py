@@ -41,6 +41,7 @@ class ImageStats:
     side: int  # median of the shorter sides, in pixels
     least: int  # the shortest side
     aspect: float  # median of long side / short side
+    longest: float  # the same of the longest tenth, at least
     grey: bool  # no image has colours
     loss: str = "cross_entropy"  # for labels as these are
     ranges: tuple[tuple[float, float], ...] = ()  # of labels that are numbers: the ends of each, in place of sizes of classes
@@ -77,11 +78,16 @@ def sample_stats(data: ImageData, source: str, loss: str = "cross_entropy") -> I
         max(counts),
         side=int(np.median(sizes.min(1))),
         least=int(sizes.min()),
-        aspect=round(float(np.median(sizes.max(1) / sizes.min(1))), 2),
+        **aspects_of(sizes.max(1) / sizes.min(1)),
         grey=all(is_grey(data.train[i][0]) for i in range(0, len(data.train), -(-len(data.train) // 50))),
         loss=loss,
         ranges=tuple(zip(labels.min(0).tolist(), labels.max(0).tolist(), strict=True)) if numbers else (),
     )
+
+
+def aspects_of(ratios: np.ndarray) -> dict[str, float]:
+    """`aspect` and `longest` of long sides / short sides."""
+    return {"aspect": round(float(np.median(ratios)), 2), "longest": round(float(np.quantile(ratios, 0.9)), 2)}
 
 
 def recipe_for(source: str, loss: str | None = None) -> Recipe:
@@ -216,6 +222,6 @@ def stats_of(images: Collection, looks: dict[int, Look]) -> ImageStats:
         max(counts),
         side=int(np.median(sides[:, 0])),
         least=int(sides.min()),
-        aspect=round(float(np.median(sides[:, 1] / sides[:, 0])), 2),
+        **aspects_of(sides[:, 1] / sides[:, 0]),
         grey=all(float(np.ptp(look.thumb.astype(np.int16), axis=2).mean()) < 3 for look in looks.values()),
     )

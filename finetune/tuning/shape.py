@@ -35,7 +35,7 @@ from finetune.utils.seed import keep_random_state
 from finetune.utils.text import duration
 
 SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short, in whole patches
-LONG = 1.5  # median of longer side / shorter side, from which it matters
+LONG = 1.5  # longer side / shorter side, from which it matters
 TRIED = 400  # training images, at most
 FEWEST = 20
 Way = Literal["crop", "pad", "squash"]

@@ -111,7 +111,7 @@ def suggest_recipe(
         if max(recipe.data.sides) < usual:
             net, why_size = meta_backbone(recipe, len(stats.classes)), f"{usual} would take too long"
     resize, why_resize = "crop", ""
-    if stats.aspect >= LONG:
+    if stats.longest >= LONG:
         resize, why_resize = choose_resize(dataclasses.replace(recipe, weights=weights))
     steps_per_epoch = math.ceil(stats.train / batch_size)
     batch_norm, why_batch_norm = "frozen", "no effect: there is no batch norm in this network"

@@ -65,6 +65,6 @@ def test_nothing_is_downloaded_for_it(long_images, backbone, weights, fault, ask
 def test_short_of_time_images_are_whole_patches(monkeypatch, backbone, size):
     """Smaller images are cut into patches without a rest, which the network would not see."""
     monkeypatch.setattr(shape, "time_training", lambda recipe, _: (recipe.data.image_size, recipe.data.image_size))
-    photos = ImageStats("digits", 1500, 300, ("a", "b", "c"), 500, 700, 300, 200, 1.3, False)
+    photos = ImageStats("digits", 1500, 300, ("a", "b", "c"), 500, 700, 300, 200, 1.3, 1.3, False)
     text = suggest_recipe(photos, backbone, minutes=13.5)  # two epochs of 224 px
     assert f"image_size={size}," in text and "epochs=4," in text

@@ -16,8 +16,8 @@ from finetune.tuning.suggest import suggest_recipe
 from finetune.utils.errors import RecipeError
 
 AGES = ImageStats(
-    source="ages.csv", train=1500, val=500, classes=("age",), smallest=2000, largest=2000, side=300, least=200, aspect=1.33,
-    grey=False, loss="huber", ranges=((1.0, 94.5),),
+    source="ages.csv", train=1500, val=500, classes=("age",), smallest=2000, largest=2000, side=300, least=200,
+    aspect=1.33, longest=1.33, grey=False, loss="huber", ranges=((1.0, 94.5),),
 )  # fmt: skip
 
 

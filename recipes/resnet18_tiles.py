@@ -2,6 +2,7 @@
 
     accelerate launch finetune/run.py --recipe resnet18_tiles --data DIR
 
+Not measured yet.
 DIR holds CLASS/*: blowhole, break, crack, fray, free and uneven.
 Weights: torchvision's, BSD-3-Clause, from the Hugging Face hub; PQF: these, compressed (docs/results.md).
 """

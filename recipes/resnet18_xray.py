@@ -2,6 +2,7 @@
 
     accelerate launch finetune/run.py --recipe resnet18_xray --data DIR
 
+Not measured as it stands; its one channel is, beside three copies of it (docs/data.md).
 DIR holds train/NORMAL, train/PNEUMONIA and val/ likewise, as for resnet50_xray. Grey DICOM, TIFF and .npy are read, too. The
 first layer has the sum of its pretrained weights over red, green and blue; mean and deviation are the images' own.
 Weights: torchvision's, BSD-3-Clause, from the Hugging Face hub; PQF: these, compressed (docs/results.md).

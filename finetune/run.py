@@ -136,8 +136,9 @@ def suggested_recipe(args: argparse.Namespace) -> Iterator[None]:
     from finetune.tools.image_stats import compute_image_stats
     from finetune.tuning.suggest import suggest_recipe
 
-    asked = [text.removeprefix("loss=") for text in args.assignments if text.startswith("loss=")]
-    stats = compute_image_stats(str(args.data), asked[-1] if asked else None)
+    asked = dict(text.split("=", 1) for text in args.assignments if text.startswith(("loss=", "data.channels=")))
+    channels = asked.get("data.channels", "")
+    stats = compute_image_stats(str(args.data), asked.get("loss"), int(channels) if channels.isdecimal() else None)
     text = suggest_recipe(stats, args.backbone, args.weights, "recipe.py", args.minutes)
     with tempfile.TemporaryDirectory() as folder:
         args.recipe = str(Path(folder) / f"{stem_of(args.data)}.py")

@@ -126,6 +126,12 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=("cross_entropy", "huber", "mse", "l1"), help=text)
 
 
+def add_channels(parser: argparse.ArgumentParser) -> None:
+    """Images that are arrays."""
+    text = "read images as arrays of N channels: 1 of grey or 16-bit pictures, N of .npy and TIFF (default: as photographs)"
+    parser.add_argument("--channels", type=int, metavar="N", help=text)
+
+
 def add_rank(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The verb that compares networks."""
     sub = add("rank", "--data DIR --shelf small --minutes 30")
@@ -161,6 +167,7 @@ def add_recipe_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     )
     sub.add_argument("--weights", metavar="FILE|none", help="a file of weights, or none for random ones")
     add_loss(sub)
+    add_channels(sub)
     add_minutes(sub)
     text = "take backbone, weights and image size from the first row of what finetune rank wrote, or from --backbone's"
     sub.add_argument("--from", type=Path, dest="ranking", metavar="rank.json", help=text)

@@ -103,7 +103,7 @@ def suggest(args: argparse.Namespace) -> None:
     if args.output:
         check_new(args.output, ".py")
     ranked = choose(args.ranking, args.data, args.backbone, args.weights) if args.ranking else None
-    stats = compute_image_stats(args.data, args.loss)
+    stats = compute_image_stats(args.data, args.loss, args.channels)
     print(fill_lines(describe_classes(stats.classes, bool(stats.ranges))), file=sys.stderr)
     text = suggest_recipe(stats, args.backbone, args.weights, str(args.output or "my_recipe.py"), args.minutes, ranked)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from finetune.images.remote import Fetched, here
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.urls import Unreachable, as_path
 
-NO_PICTURE = "it is an array, no picture: --set data.channels=N reads those of N channels"
+NO_PICTURE = "it is an array, no picture: --set data.channels=N (of suggest --channels N) reads those of N channels"
 
 
 def read_image(

@@ -200,11 +200,13 @@ class Recipe(Checked):
                 yield f"{path}: warmup_epochs={warmup} does not end within epochs={self.epochs}"
 
 
-def minimal_recipe(backbone: str, source: str, image_size: int | tuple[int, int], batch_size: int = 1) -> Recipe:
+def minimal_recipe(
+    backbone: str, source: str, image_size: int | tuple[int, int], batch_size: int = 1, channels: int | None = None
+) -> Recipe:
     """A recipe with this network and these images; what else a recipe must say is arbitrary."""
     return Recipe(
         backbone=backbone,
-        data=Data(source, image_size, batch_size),
+        data=Data(source, image_size, batch_size, channels=channels),
         groups=LayerDecay(head_lr=1e-3, stem_ratio=0.01),
         optimizer=AdamW(),
         schedule=Cosine(),

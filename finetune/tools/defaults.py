@@ -52,7 +52,7 @@ def choose_backbone(stats: ImageStats, backbone: str | None, weights: str | None
 def choose_image_size(stats: ImageStats, backbone: str, asked: int | None = None) -> tuple[Recipe, nn.Module, str]:
     """(recipe so far, its network on the meta device, the reason); small images are enlarged if the network takes them so."""
     if asked:
-        recipe = minimal_recipe(backbone, stats.source, asked)
+        recipe = minimal_recipe(backbone, stats.source, asked, channels=stats.channels)
         return recipe, meta_backbone(recipe, len(stats.classes)), "as asked for"
     usual, fixed = 224, False
     if config := timm.models.get_pretrained_cfg(backbone):
@@ -65,12 +65,12 @@ def choose_image_size(stats: ImageStats, backbone: str, asked: int | None = None
         if size == 64:
             why = "smaller ones leave the last layers only a pixel or two"
         with suppress(RecipeError):
-            recipe = minimal_recipe(backbone, stats.source, size)
+            recipe = minimal_recipe(backbone, stats.source, size, channels=stats.channels)
             return recipe, meta_backbone(recipe, len(stats.classes)), why
     if fixed and usual > LARGE:
         with suppress(RecipeError):
-            recipe = minimal_recipe(backbone, stats.source, 224)
+            recipe = minimal_recipe(backbone, stats.source, 224, channels=stats.channels)
             why = f"as DINOv2 is evaluated (arXiv 2304.07193); {usual}, its own, costs {(usual / 224) ** 2:.1f} times that"
             return recipe, meta_backbone(recipe, len(stats.classes)), why
-    recipe = minimal_recipe(backbone, stats.source, usual)
+    recipe = minimal_recipe(backbone, stats.source, usual, channels=stats.channels)
     return recipe, meta_backbone(recipe, len(stats.classes)), "the size that the network was trained at"

@@ -15,6 +15,7 @@ from finetune.data.dataset import ImageData, ImageList
 from finetune.data.sources import leave_out_idle, load_data, read_columns
 from finetune.data.split import has_files, names_of
 from finetune.images.decode import open_file, orientation
+from finetune.images.read import as_pil
 from finetune.images.remote import ahead
 from finetune.recipe import Recipe
 from finetune.recipe.load import check_source
@@ -45,26 +46,31 @@ class ImageStats:
     grey: bool  # no image has colours
     loss: str = "cross_entropy"  # for labels as these are
     ranges: tuple[tuple[float, float], ...] = ()  # of labels that are numbers: the ends of each, in place of sizes of classes
+    channels: int | None = None  # of arrays; None of photographs
 
 
-def compute_image_stats(source: str, loss: str | None = None) -> ImageStats:
-    """Statistics of the images that a recipe with that source would train on, with a `loss` or the one that fits its labels."""
+def compute_image_stats(source: str, loss: str | None = None, channels: int | None = None) -> ImageStats:
+    """Statistics of the images that a recipe with that source would train on, with a `loss` or the one that fits its labels.
+
+    With `channels` they are arrays.
+    """
     check_source(source)
     source = str(Path(source).resolve()) if Path(source).exists() else source
     recipe = recipe_for(source, loss)
     if not recipe.of_numbers:  # several labels an image are refused, with what to do
         recipe = minimal_recipe("resnet18", source, image_size=32)
-    return sample_stats(load_data(recipe), source, recipe.loss)
+    recipe = replace(recipe, data=replace(recipe.data, channels=channels))
+    return sample_stats(load_data(recipe), source, recipe.loss, channels)
 
 
-def sample_stats(data: ImageData, source: str, loss: str = "cross_entropy") -> ImageStats:
+def sample_stats(data: ImageData, source: str, loss: str = "cross_entropy", channels: int | None = None) -> ImageStats:
     """Statistics of the images of a source, whose labels are those of a loss.
 
     Sizes are those of 500 images, colours those of 50, spread evenly over the training images.
     """
     assert isinstance(data.train, ImageList) and isinstance(data.val, ImageList)  # as of every source but a function
     some = range(0, len(data.train), -(-len(data.train) // 500))
-    sizes = np.array([image_size(data.train, i) for i in ahead(data.train.items, some)])
+    sizes = np.array([image_size(data.train, i, channels) for i in ahead(data.train.items, some)])
     labels, numbers = np.concatenate([data.train.labels, data.val.labels]), loss in NUMBER_LOSSES
     counts = [len(labels)]
     if not numbers:
@@ -78,16 +84,18 @@ def sample_stats(data: ImageData, source: str, loss: str = "cross_entropy") -> I
         max(counts),
         side=int(np.median(sizes.min(1))),
         least=int(sizes.min()),
-        **aspects_of(sizes.max(1) / sizes.min(1)),
-        grey=all(is_grey(data.train[i][0]) for i in range(0, len(data.train), -(-len(data.train) // 50))),
+        aspect=at_quantile(sizes.max(1) / sizes.min(1), 0.5),
+        longest=at_quantile(sizes.max(1) / sizes.min(1), 0.9),
+        grey=all(is_grey(as_pil(data.train[i][0])) for i in range(0, len(data.train), -(-len(data.train) // 50))),
+        channels=channels,
         loss=loss,
         ranges=tuple(zip(labels.min(0).tolist(), labels.max(0).tolist(), strict=True)) if numbers else (),
     )
 
 
-def aspects_of(ratios: np.ndarray) -> dict[str, float]:
-    """`aspect` and `longest` of long sides / short sides."""
-    return {"aspect": round(float(np.median(ratios)), 2), "longest": round(float(np.quantile(ratios, 0.9)), 2)}
+def at_quantile(ratios: np.ndarray, share: float) -> float:
+    """What so large a share of long sides / short sides are at most."""
+    return round(float(np.quantile(ratios, share)), 2)
 
 
 def recipe_for(source: str, loss: str | None = None) -> Recipe:
@@ -129,13 +137,13 @@ def loss_for(source: str) -> tuple[str, str]:
     )
 
 
-def image_size(images: ImageList, position: int) -> tuple[int, int]:
-    """Width and height in pixels; of a file only the header is read."""
+def image_size(images: ImageList, position: int, channels: int | None = None) -> tuple[int, int]:
+    """Width and height in pixels; of a photograph's file only the header is read."""
     item = images.items[position]
-    if isinstance(item, str | Path):
+    if isinstance(item, str | Path) and not channels:
         with open_file(item) as image:
             return image.size[::-1] if (orientation(image) or 1) >= 5 else image.size
-    return images[position][0].size
+    return as_pil(images[position][0]).size
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -222,6 +230,7 @@ def stats_of(images: Collection, looks: dict[int, Look]) -> ImageStats:
         max(counts),
         side=int(np.median(sides[:, 0])),
         least=int(sides.min()),
-        **aspects_of(sides[:, 1] / sides[:, 0]),
+        aspect=at_quantile(sides[:, 1] / sides[:, 0], 0.5),
+        longest=at_quantile(sides[:, 1] / sides[:, 0], 0.9),
         grey=all(float(np.ptp(look.thumb.astype(np.int16), axis=2).mean()) < 3 for look in looks.values()),
     )

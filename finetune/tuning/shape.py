@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from finetune.data.batches import BatchPlan
+from finetune.data.channels import fit_preprocessing
 from finetune.data.dataset import ImageData, ImageList
 from finetune.data.loader import Batch, ImageDataset, load_batches
 from finetune.data.sources import load_data
@@ -70,7 +71,8 @@ def choose_resize(recipe: Recipe) -> tuple[Way, str]:
         for name in WAYS:
             one = replace(recipe, data=replace(recipe.data, resize=name))
             net = build_backbone(one, len(data.classes), state)
-            images = ImageDataset(train, eval_transform(preprocessing(one, net)), 0, data.classes)
+            inputs = fit_preprocessing(preprocessing(one, net), train, one.data)
+            images = ImageDataset(train, eval_transform(inputs), 0, data.classes)
             images.of_numbers = recipe.of_numbers
             features = features_of(one, net, images, text=f"features, resize={name}")
             options: dict[str, Any] = {"loss": loss_of(recipe), "of_numbers": recipe.of_numbers}

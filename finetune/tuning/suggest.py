@@ -39,7 +39,7 @@ recipe = Recipe(
         image_size={image_size},  # {why_size}
         batch_size={batch_size},  # of one step, over all processes: about the square root of the number of images
         crop_pct=1.0,  # evaluate on all of the image, or its largest square: what tells {labels} apart may lie at the edge
-{resize}{reduced}    ),
+{shape}    ),
     augment=Augment(
 {augment}    ),
 
@@ -73,6 +73,7 @@ LOSSES = {  # of numbers
     "l1": 'loss="l1",  # absolute errors, as asked for',
 }
 WHY_REDUCED = "half of each side or less, still twice the input's, in a fraction of the time"
+WHY_CHANNELS = "as asked for: arrays of their own numbers, whose mean and deviation are kept with the model"
 WHY_LR = "for AdamW: 1e-3 at batch size 32, and with the square root of smaller ones (arXiv 2205.10287)"
 
 
@@ -103,7 +104,7 @@ def suggest_recipe(
         recipe = override(recipe, [f"loss={stats.loss}", "metric=r2"])
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
     epochs, why_epochs = min(30, max(8, math.ceil(12_000 / stats.train))), "12,000 images in all, but 8 epochs to 30"
-    reduced = 2 if stats.side >= 4 * max(recipe.data.sides) else None
+    reduced = 2 if stats.side >= 4 * max(recipe.data.sides) and not stats.channels else None
     if minutes is not None:
         usual = max(recipe.data.sides)
         recipe = override(recipe, [f"data.batch_size={batch_size}", f"data.reduced_decode={reduced}"])
@@ -144,7 +145,7 @@ def suggest_recipe(
         | {
             "source": json.dumps(stats.source, ensure_ascii=False) if stats.source.isprintable() else repr(stats.source),
             **describe_labels(stats),
-            "colours": "grey" if stats.grey else "in colour",
+            "colours": describe_channels(stats),
             "target": Path(target).as_posix(),  # a docstring takes Windows's backslashes for escapes
             "imports": imports,
             "backbone": backbone,
@@ -153,8 +154,7 @@ def suggest_recipe(
             "image_size": recipe.data.image_size,
             "why_size": why_size,
             "batch_size": batch_size,
-            "reduced": f"        reduced_decode={reduced},  # large JPEGs: {WHY_REDUCED}\n" if reduced else "",
-            "resize": f"        resize={json.dumps(resize)},  # {why_resize}\n" if why_resize else "",
+            "shape": shape_lines(stats.channels, resize, why_resize, reduced),
             "augment": augment_lines(stats, resize),
             "linear_probe": linear_probe,
             "groups": groups,
@@ -179,6 +179,21 @@ def describe_labels(stats: ImageStats) -> dict[str, str]:
     return {"of_what": of_what, "sizes": sizes, "labels": "numbers"}
 
 
+def shape_lines(channels: int | None, resize: str, why_resize: str, reduced: int | None) -> str:
+    """The lines within Data(...) on what images are, and how they are cut and decoded."""
+    lines = [f"channels={channels},  # {WHY_CHANNELS}"] if channels else []
+    lines += [f"resize={json.dumps(resize)},  # {why_resize}"] if why_resize else []
+    lines += [f"reduced_decode={reduced},  # large JPEGs: {WHY_REDUCED}"] if reduced else []
+    return "".join(f"        {line}\n" for line in lines)
+
+
+def describe_channels(stats: ImageStats) -> str:
+    """What a recipe's docstring says of colours."""
+    if stats.channels:
+        return f"as arrays of {stats.channels} channel{'s' * (stats.channels > 1)}"
+    return "grey" if stats.grey else "in colour"
+
+
 def augment_lines(stats: ImageStats, resize: str) -> str:
     """The lines within Augment(...)."""
     signs = not stats.ranges and all(len(name) == 1 or name.lower() in NUMBERS for name in stats.classes)
@@ -191,6 +206,7 @@ def augment_lines(stats: ImageStats, resize: str) -> str:
         low, high = round(low / stats.aspect, 2), round(high / stats.aspect, 2)
         why = "of long images at most the area of the square that is evaluated"
     kind = "numbers" if stats.ranges else "classes"
+    colours = "arrays have no colours to change" if stats.channels else f"colours may tell {kind} apart"
     flip = "hflip=0.5,  # a flip does not change the class; 0.0 where left and right matter"
     if sided:
         flip = "hflip=0.0,  # by their names, classes are letters, digits or sides, which a flip would change"
@@ -201,7 +217,7 @@ def augment_lines(stats: ImageStats, resize: str) -> str:
         f"crop_scale=({low}, {high}),  # {why}",
         *["# (1.0, 1.0) where a number is a size, a count or a place, which a crop would change"] * bool(stats.ranges),
         flip,
-        f"color_jitter=0.0,  # {'the images are grey' if stats.grey else f'colours may tell {kind} apart'}",
+        f"color_jitter=0.0,  # {'the images are grey' if stats.grey else colours}",
     ]
     if stats.train >= 20_000:
         lines.append("mixup=0.1,  # from 20,000 images on, as in BiT's rule (arXiv 1912.11370)")

@@ -25,6 +25,7 @@ from finetune.models.backbone import build_backbone
 from finetune.models.saved import load_model
 from finetune.page.gallery import Pictures, heat_pictures
 from finetune.recipe import Augment, Data
+from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import minimal_recipe
 from finetune.utils.errors import RecipeError
 from helpers import cut_before, on_folder, prepare, small_recipe
@@ -260,6 +261,18 @@ def test_arrays_without_channels_say_what_to_set(sets, tmp_path, capsys):
     assert "it is an array, no picture: --set data.channels=N" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="it is an array, no picture"):
         read_image(sorted((sets / "bands" / "val").rglob("*.npy"))[0])
+
+
+@EVERY
+def test_suggest_writes_the_channels(sets, tmp_path, kind, capsys):
+    """`suggest --channels N`, and `train` without a recipe, make a recipe that reads such arrays."""
+    words, channels = ["--data", str(sets / kind), "--backbone", "resnet18", "--weights", "none"], KINDS[kind][0]
+    assert verb(["suggest", *words, "--channels", str(channels), "--output", str(tmp_path / "mine.py")]) == 0
+    recipe, _ = load_recipe(str(tmp_path / "mine.py"))
+    assert recipe.data.channels == channels and "35 px (median; the smallest 31)" in (tmp_path / "mine.py").read_text()
+    small = ["--epochs", "1", "--image-size", "32", "--output", str(tmp_path / "run"), "--quiet"]
+    assert verb(["train", *words, "--set", f"data.channels={channels}", *small]) == 0
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]["channels"] == channels
 
 
 def test_a_cache_keeps_arrays(tmp_path):

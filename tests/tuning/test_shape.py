@@ -59,6 +59,18 @@ def test_nothing_is_downloaded_for_it(long_images, backbone, weights, fault, ask
     assert way == "crop" and fault in why and not asked
 
 
+def test_a_few_long_images_are_enough_to_try_how_they_are_best_cut(tmp_path):
+    """Where most images are square and a fifth are long, the three ways are weighed up; where all are square they are not."""
+    for i, size in enumerate([(20, 20)] * 8 + [(20, 60)] * 2 + [(20, 20)] * 2):
+        folder = tmp_path / ("train" if i < 10 else "val") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i, i, i)).save(folder / f"{i}.png")
+    stats = compute_image_stats(str(tmp_path))
+    assert (stats.aspect, stats.longest) == (1.0, 3.0)
+    texts = [suggest_recipe(replace(stats, longest=longest), "resnet18", "none") for longest in (1.0, stats.longest)]
+    assert ["for want of weights" in text for text in texts] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("backbone", "size"), [("vit_small_patch14_dinov2", 154), ("eva02_tiny_patch14_336", 154), ("vit_tiny_patch16_384", 160)]
 )

@@ -3,7 +3,8 @@
     accelerate launch finetune/run.py --recipe resnet18_tiles --data DIR
 
 Macro F1 90.2 % (88.7 to 91.4, 3 seeds) on magnetic tiles, PQF weights; linear probe 81.5 %; 4 to 6 minutes on two CPU cores,
-beside other programs. With the ends of long pictures cut off, 71 % (docs/data.md). The learning rates were not tuned.
+beside other programs. Cut as the weights were evaluated, without ends and edges, 71 % (docs/data.md). The learning rates were
+not tuned.
 DIR holds CLASS/*: blowhole, break, crack, fray, free and uneven, 1,344 pictures of magnetic tiles (Huang et al. 2018,
 doi:10.1007/s00371-018-1588-5), 32 to 952 a class, of which two fifths validate.
 Weights: torchvision's, BSD-3-Clause, from the Hugging Face hub; PQF: these, compressed (docs/results.md).

@@ -155,7 +155,7 @@ def test_the_summary_has_colours_of_its_verdicts(monkeypatch):
     [
         ("finetune ", {"train", "predict", "runs", "--version"}),
         ("finetune tr", {"train"}),
-        ("finetune train resnet1", {"resnet18_cifar", "resnet18_photos"}),
+        ("finetune train resnet18_p", {"resnet18_photos"}),
         ("finetune train resnet18_cifar --ep", {"--epochs"}),
         ("finetune predict ", {"last", "mine-1"}),
         ("finetune runs --sort r", {"result", "run"}),

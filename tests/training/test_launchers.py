@@ -237,7 +237,7 @@ def test_a_run_stops_with_a_checkpoint_when_its_launcher_is_gone(tmp_path, image
 def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, image_folder):
     """SIGHUP stops a run as SIGTERM does; under nohup it is not heard."""
     for output, nohup in (("a", []), ("b", ["nohup"])):
-        arguments = on_folder(image_folder, tmp_path / output, "backbone=test_resnet", "epochs=60")
+        arguments = on_folder(image_folder, tmp_path / output, "backbone=test_resnet", "epochs=600")
         started = subprocess.Popen(
             [*nohup, sys.executable, str(ROOT / "finetune" / "run.py"), *arguments],
             stdout=subprocess.PIPE,

@@ -83,5 +83,6 @@ def command():
 @pytest.fixture
 def web():
     """A web server on this machine, whose files and faults a test sets."""
+    pytest.importorskip("aiohttp")  # which reads from it
     with serving() as server:
         yield server

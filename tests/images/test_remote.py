@@ -32,6 +32,7 @@ def jpeg(level):
 @pytest.fixture
 def quick(monkeypatch):
     """Tries follow one another at once, and a silent server is given up after a tenth of a second."""
+    pytest.importorskip("aiohttp")
     monkeypatch.setattr(net, "PAUSES", (0, 0))
     monkeypatch.setattr(net, "SILENCE", 0.1)
     yield

@@ -11,8 +11,8 @@ from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
 
 recipe = Recipe(
     backbone="resnet18.tv_in1k",
-    data=Data("xray", image_size=128, batch_size=64, channels=1, crop_pct=1.0),  # an X-ray fills its image: no cropping,
-    augment=Augment(crop_scale=(0.8, 1.0)),  # and hardly any in training
+    data=Data("xray", image_size=128, batch_size=64, channels=1, crop_pct=1.0),  # evaluate on all of it
+    augment=Augment(crop_scale=(0.8, 1.0)),  # an X-ray fills its image: hardly any cropping
 
     linear_probe=LinearProbe(),
     groups=(

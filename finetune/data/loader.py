@@ -163,7 +163,7 @@ def unpickled(modules: None, fields: dict[str, Any]) -> ImageDataset:
 
 def is_unreadable(labels: torch.Tensor) -> torch.Tensor:
     """Which labels, [n] or [n, classes], are those of images that could not be read: bool [n]."""
-    first = labels.reshape(len(labels), -1)[:, 0]
+    first = labels if labels.ndim == 1 else labels[:, 0]
     return first.isnan() if first.is_floating_point() else first == UNREADABLE
 
 

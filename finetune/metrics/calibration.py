@@ -1,7 +1,7 @@
 """Whether probabilities can be trusted: a temperature, and errors of probabilities before and after it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ COLDEST, HOTTEST = 0.05, 20.0  # temperatures: of logits that are always right, 
 BINS = 15
 FOLDS = 5
 FEWEST = 10  # images to fit a temperature to
+AT_ONCE = 2**18  # logits of which there are copies in memory
 
 
 def probabilities(loss: str, logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -27,31 +28,67 @@ def targets(loss: str, labels: torch.Tensor, classes: int) -> torch.Tensor:
     return labels.double() if loss == "multi_label" else one_hot(labels, classes).double()
 
 
+def in_parts(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Some images at a time, [k, classes] of float64 and what else is known of them: a copy of all might not fit in memory."""
+    rows = max(1, AT_ONCE // max(1, logits.shape[1]))
+    for part, *more in zip(logits.split(rows), *(other.split(rows) for other in others), strict=True):
+        yield part.double(), *more
+
+
+def with_labels(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the images that have a label; if all have, no copy is made."""
+    seen = ~is_unreadable(labels)
+    return (logits, labels) if seen.all() else (logits[seen], labels[seen])
+
+
 def fit_temperature(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature, from 0.05 to 20, by which logits are divided for the least log loss on these labels.
 
-    Guo et al. 2017 (arXiv 1706.04599). The log loss is convex in its inverse: found where the slope is 0. Of n images,
-    1 / (n + 2) of each label is spread over all classes, as Platt 1999 does it: a few images that are all right don't make the
-    network certain. Images without a label are left out; without any other the temperature is 1.
+    Guo et al. 2017 (arXiv 1706.04599). The log loss is convex in its inverse: found where the slope is 0, by Newton's method
+    between bounds. Of n images, 1 / (n + 2) of each label is spread over all classes, as Platt 1999 does it: a few images that
+    are all right don't make the network certain. Images without a label are left out; without any other the temperature is 1.
     """
-    if not len(labels) or (unread := is_unreadable(labels)).all() or not logits[~unread].isfinite().all():
+    logits, labels = with_labels(logits, labels)
+    if not len(labels) or not all(part.isfinite().all() for part, _ in in_parts(logits, labels)):
         return 1.0
-    logits, truth = logits[~unread].double(), targets(loss, labels[~unread], logits.shape[1])
-    spread = 1 / (len(logits) + 2)
-    truth = (1 - spread) * truth + spread / (logits.shape[1] if loss == "cross_entropy" else 2)
-    low, high = math.log(1 / HOTTEST), math.log(1 / COLDEST)
+    spread, ways = 1 / (len(logits) + 2), logits.shape[1] if loss == "cross_entropy" else 2
+    low, high, cold = math.log(1 / HOTTEST), math.log(1 / COLDEST), 0.0  # logarithms of the inverse
     for _ in range(40):
-        middle = (low + high) / 2
-        slope = ((probabilities(loss, logits * math.exp(middle)) - truth) * logits).sum()
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+        slope = bend = 0.0
+        for part, own in in_parts(logits, labels):
+            probs = probabilities(loss, part * math.exp(cold))
+            truth = (1 - spread) * targets(loss, own, part.shape[1]) + spread / ways
+            slope += ((probs - truth) * part).sum().item()
+            mean = (probs * part).sum(1, keepdim=True) if loss == "cross_entropy" else probs * part
+            bend += math.exp(cold) * (probs * part * (part - mean)).sum().item()  # the slope's own: the variance of logits
+        low, high = (low, cold) if slope > 0 else (cold, high)
+        before, newton = cold, cold - slope / bend if bend > 0 else low
+        cold = newton if low < newton < high else (low + high) / 2
+        if abs(cold - before) < 1e-12:
+            break
+    return math.exp(-cold)
 
 
-def log_loss(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Minus the mean logarithm of the probability of what is labelled: of an image, or of each of its classes' sigmoids."""
-    if loss == "cross_entropy":
-        return cross_entropy(logits.double(), labels).item()
-    return binary_cross_entropy_with_logits(logits.double(), targets(loss, labels, logits.shape[1])).item()
+def probability_errors(
+    loss: str, logits: torch.Tensor, labels: torch.Tensor, temperatures: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log loss [n], Brier score [n], how far each bin's probabilities are from what is right [n, bins]) of each image.
+
+    Each image's logits are divided by its temperature, [n]. With sigmoids all are means over the classes.
+    """
+    found = []
+    for part, own, divisors in in_parts(logits, labels, temperatures):
+        part = part / divisors[:, None]
+        probs, truth = probabilities(loss, part), targets(loss, own, part.shape[1])
+        if loss == "cross_entropy":
+            losses = cross_entropy(part, own, reduction="none")
+        else:
+            losses = binary_cross_entropy_with_logits(part, truth, reduction="none").mean(1)
+        confidence, right = (values.view(len(own), -1) for values in confidences(loss, probs, own))
+        gaps = torch.zeros(len(own), BINS, dtype=torch.float64).scatter_add_(1, bin_of(confidence), right - confidence)
+        found.append((losses, squares(loss, probs, truth), gaps / confidence.shape[1]))
+    losses, scores, gaps = map(torch.cat, zip(*found, strict=True))
+    return losses, scores, gaps
 
 
 def squares(loss: str, probs: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -76,13 +113,6 @@ def bin_of(confidence: torch.Tensor) -> torch.Tensor:
     return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
 
 
-def calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
-    """How far probabilities are from the shares that are right: a weighted mean over bins (Guo et al. 2017)."""
-    confidence, right = confidence.flatten(), right.flatten()
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add(0, bin_of(confidence), right - confidence)
-    return gaps.abs().sum().item() / len(right)
-
-
 def calibrate(
     loss: str,
     logits: torch.Tensor,
@@ -97,23 +127,26 @@ def calibrate(
     """
     if loss in NUMBER_LOSSES:
         return {"temperature": 1.0}
-    seen = ~is_unreadable(labels)
-    before, labels = logits[seen].double(), labels[seen]
-    after = before / (temperature or 1.0)
+    owners = [one for one, there in zip(groups, (~is_unreadable(labels)).tolist(), strict=True) if there] if groups else None
+    logits, labels = with_labels(logits, labels)
+
+    def errors(temperatures: torch.Tensor) -> tuple[float, float]:
+        losses, _, gaps = probability_errors(loss, logits, labels, temperatures)
+        return losses.mean().item(), (gaps.sum(0).abs().sum() / len(labels)).item()  # a weighted mean over bins
+
+    one = torch.ones(len(labels), dtype=torch.float64)
+    before = errors(one)
     if temperature is None:
-        temperature, after = fit_temperature(loss, before, labels), before.clone()
-        folds = deal(len(labels), [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None)
+        temperature, by_fold, folds = fit_temperature(loss, logits, labels), one.clone(), deal(len(labels), owners)
         for fold in range(FOLDS):
-            after[folds == fold] /= fit_temperature(loss, before[folds != fold], labels[folds != fold])
-        if len(labels) < FEWEST or not log_loss(loss, after, labels) < log_loss(loss, before, labels):
+            by_fold[folds == fold] = fit_temperature(loss, logits[folds != fold], labels[folds != fold])
+        after = errors(by_fold)
+        if len(labels) < FEWEST or not after[0] < before[0]:
             temperature, after = 1.0, before
-
-    def ece(logits: torch.Tensor) -> float:
-        return calibration_error(*confidences(loss, probabilities(loss, logits), labels))
-
-    both = before, after
-    losses, errors = [log_loss(loss, one, labels) for one in both], [ece(one) for one in both]
-    return {"temperature": temperature, "log_loss": losses, "ece": errors}
+    else:
+        after = errors(one * temperature)
+    (loss_before, ece_before), (loss_after, ece_after) = before, after
+    return {"temperature": temperature, "log_loss": [loss_before, loss_after], "ece": [ece_before, ece_after]}
 
 
 def deal(images: int, groups: Sequence[str] | None) -> torch.Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from finetune.data.loader import is_unreadable
+from finetune.metrics.calibration import with_labels
+from finetune.metrics.counts import weighted_counts
 from finetune.metrics.intervals import wilson
 from finetune.metrics.measure import f1, middle_of, resampled
 
@@ -19,9 +21,8 @@ def class_metrics(
     or predicted as the class, as F1 = 2 J / (1 + J); where images belong to `groups`, those of 1,000 bootstraps of these.
     What has no images to be a share of, such as the precision of a class that is never predicted, has no interval.
     """
-    seen = ~is_unreadable(labels)
-    owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
-    logits, labels = logits[seen], labels[seen]
+    owners = [one for one, there in zip(groups, (~is_unreadable(labels)).tolist(), strict=True) if there] if groups else None
+    logits, labels = with_labels(logits, labels)
     counts = weighted_counts(logits, labels, torch.ones(1, len(labels), dtype=torch.float64))
     values, (hits, labelled, predicted) = shares_of(*counts), (part[0].long().tolist() for part in counts)
     drawn = bootstrap(logits, labels, owners) if owners else None
@@ -44,20 +45,6 @@ def bootstrap(logits: torch.Tensor, labels: torch.Tensor, groups: Sequence[str])
     """The ends of the intervals, [2, classes] for each share."""
     drawn = [shares_of(*weighted_counts(logits, labels, weights)) for weights in resampled(len(labels), groups)]
     return {name: middle_of(torch.cat([shares[name] for shares in drawn])) for name in drawn[0]}
-
-
-def weighted_counts(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(right predictions, images, predictions) of each class, [draws, classes], of weights [draws, n] of the images."""
-    if labels.ndim == 2:
-        truth, guess = labels.to(weights), (logits > 0).to(weights)  # a probability above 0.5
-        return weights @ (truth * guess), weights @ truth, weights @ guess
-    said, none = logits.argmax(1), weights.new_zeros(len(weights), logits.shape[1])
-    right = said == labels
-    pairs = ((labels[right], weights[:, right]), (labels, weights), (said, weights))
-    hits, labelled, predicted = (none.index_add(1, place, part) for place, part in pairs)
-    return hits, labelled, predicted
 
 
 def shares_of(hits: torch.Tensor, labelled: torch.Tensor, predicted: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import is_unreadable
+from finetune.metrics.calibration import in_parts, with_labels
 from finetune.metrics.counts import count_classes
 from finetune.metrics.measure import intervals_of, metrics_of
 from finetune.metrics.numbers import number_metrics, to_grades
@@ -36,16 +37,17 @@ def compute_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, 
 
 def defined_metrics(recipe: Recipe, logits: torch.Tensor, labels: torch.Tensor, units: Units | None = None) -> dict[str, Any]:
     """Those of `compute_metrics` that are defined on these images: of one class alone the recipe's own may not be."""
-    seen = ~is_unreadable(labels)
-    logits, labels = logits[seen].double(), labels[seen]
+    logits, labels = with_labels(logits, labels)
     if recipe.of_numbers:
-        return metrics_of_numbers(recipe.loss, logits, labels, units)
-    if recipe.loss == "cross_entropy":
-        loss = cross_entropy(logits, labels)
-    else:
-        loss = binary_losses(logits, labels, 0.0, recipe.loss == "multi_label").sum() / len(labels)
+        return metrics_of_numbers(recipe.loss, logits.double(), labels, units)
+    total = 0.0
+    for part, own in in_parts(logits, labels):
+        if recipe.loss == "cross_entropy":
+            total += cross_entropy(part, own, reduction="sum").item()
+        else:
+            total += binary_losses(part, own, 0.0, recipe.loss == "multi_label").sum().item()
     compute = multi_label_metrics if recipe.loss == "multi_label" else single_label_metrics
-    metrics = {"loss": loss.item(), "val_images": len(labels), **compute(logits, labels)}
+    metrics = {"loss": total / len(labels), "val_images": len(labels), **compute(logits, labels)}
     if recipe.metric not in metrics:
         value = metrics_of(recipe.loss, logits, labels)[recipe.metric](torch.ones(1, len(labels), dtype=torch.float64)).item()
         metrics |= {recipe.metric: value} if value == value else {}

@@ -2,8 +2,7 @@
 
 import torch
 
-from finetune.data.loader import is_unreadable
-from finetune.metrics.calibration import confidences, probabilities
+from finetune.metrics.calibration import confidences, in_parts, probabilities, with_labels
 
 SHARES = (1.0, 0.95, 0.9, 0.8, 0.5)
 
@@ -30,7 +29,8 @@ def risk_by_coverage(
 
     Of one label an image.
     """
-    seen = ~is_unreadable(labels)
-    confidence, right = confidences(loss, probabilities(loss, logits[seen], temperature), labels[seen])
+    parts = in_parts(*with_labels(logits, labels))
+    found = [confidences(loss, probabilities(loss, part, temperature), own) for part, own in parts]
+    confidence, right = map(torch.cat, zip(*found, strict=True))
     order = confidence.argsort(descending=True, stable=True)
     return confidence[order], (1 - right[order]).cumsum(0) / torch.arange(1, len(order) + 1)

@@ -1,13 +1,13 @@
 """Metrics of weighted images, so that one formula gives both a metric and, from resampled images, its interval."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from finetune.data.loader import is_unreadable
-from finetune.metrics.calibration import BINS, bin_of, calibrate, confidences, probabilities, squares, targets
+from finetune.metrics.calibration import calibrate, in_parts, probability_errors, with_labels
+from finetune.metrics.counts import weighted_counts
 from finetune.metrics.intervals import wilson
 from finetune.metrics.numbers import baseline, mean_metrics, quadratic_kappa, to_grades
 from finetune.metrics.thresholds import choose_thresholds
@@ -17,6 +17,7 @@ from finetune.recipe.metrics import NUMBER_LOSSES, OF_GRADES, OF_NUMBERS, OF_PRO
 
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
+COLUMNS = 64  # classes whose probabilities are in memory
 CURVES = 300_000  # logits, beyond which the intervals of AUROC and average precision would take minutes
 NAMES = {  # in words, in the order of a table
     "top1": "top-1",
@@ -59,9 +60,8 @@ def measure(
 
     Of numbers there is no calibration, but "numbers", a row for each of the `names`, and with the `units` "baseline".
     """
-    seen = ~is_unreadable(labels)
-    logits, labels = logits[seen], labels[seen]
-    owners = [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None
+    owners = [one for one, there in zip(groups, (~is_unreadable(labels)).tolist(), strict=True) if there] if groups else None
+    logits, labels = with_labels(logits, labels)
     if recipe.of_numbers:
         return measure_numbers(logits, labels, owners, names, units)
     temperature, thresholds = fitted or (None, None)
@@ -146,18 +146,16 @@ def metrics_of(
     """
     if loss in NUMBER_LOSSES:
         return mean_metrics(logits, labels, to_grades(logits, units))
-    logits = logits.double()
-    truth, probs = targets(loss, labels, logits.shape[1]), probabilities(loss, logits)
-    curves = {"auroc": lambda weights: over_classes(area_under, weights, probs, truth)}
+    curves = {"auroc": lambda weights: over_classes(area_under, weights, class_columns(loss, logits, labels))}
     if loss == "multi_label":
         found: dict[str, Metric] = {
-            "mean_average_precision": lambda weights: over_classes(precision, weights, logits, truth, absent=0.0),
-            "macro_f1": several_f1(logits > 0, truth),
+            "mean_average_precision": lambda weights: over_classes(precision, weights, class_columns("", logits, labels), 0.0),
+            "macro_f1": several_f1(logits > 0, labels),
         }
     else:
         found = single_label(logits, labels)
-        curves["average_precision"] = lambda weights: over_classes(precision, weights, probs, truth)
-    return found | curves | of_probabilities(loss, logits / temperature, labels)
+        curves["average_precision"] = lambda weights: over_classes(precision, weights, class_columns(loss, logits, labels))
+    return found | curves | of_probabilities(loss, logits, labels, temperature)
 
 
 def several_f1(predicted: torch.Tensor, labels: torch.Tensor) -> Metric:
@@ -168,48 +166,42 @@ def several_f1(predicted: torch.Tensor, labels: torch.Tensor) -> Metric:
 
 def single_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric]:
     """Those that depend on which classes are predicted alone, and not on how surely."""
-    classes = logits.shape[1]
-    truth, guess = one_hot(labels, classes).float(), one_hot(logits.argmax(1), classes).float()
-    right = (truth * guess).sum(1)
+    said = logits.argmax(1)
+    right = (said == labels).float()
 
     def balanced(weights: torch.Tensor) -> torch.Tensor:
-        return (sums(weights, truth * guess) / sums(weights, truth)).nanmean(1)  # of the classes that are there
+        hits, labelled, _ = weighted_counts(logits, labels, weights)
+        return (hits / labelled).nanmean(1)  # of the classes that are there
 
     def kappa(weights: torch.Tensor) -> torch.Tensor:
-        images = weights.sum(1).double()
-        by_chance = (sums(weights, truth).double() * sums(weights, guess).double()).sum(1) / images**2
+        images, (_, labelled, predicted) = weights.sum(1).double(), weighted_counts(logits, labels, weights)
+        by_chance = (labelled.double() * predicted.double()).sum(1) / images**2
         return (sums(weights, right) / images - by_chance) / (1 - by_chance)
 
     found: dict[str, Metric] = {
         "top1": lambda weights: sums(weights, right) / weights.sum(1),
         "balanced_accuracy": balanced,
-        "macro_f1": lambda weights: f1(sums(weights, truth * guess), sums(weights, truth), sums(weights, guess)).mean(1),
+        "macro_f1": lambda weights: f1(*weighted_counts(logits, labels, weights)).mean(1),
         "kappa": kappa,
-        "quadratic_kappa": lambda weights: quadratic_kappa(weights, logits.argmax(1)[:, None], labels[:, None])[:, 0],
+        "quadratic_kappa": lambda weights: quadratic_kappa(weights, said[:, None], labels[:, None])[:, 0],
     }
-    if classes > 5:
+    if logits.shape[1] > 5:
         among = (logits.topk(5).indices == labels[:, None]).any(1).float()
         found["top5"] = lambda weights: sums(weights, among) / weights.sum(1)
     return found
 
 
-def of_probabilities(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric]:
+def of_probabilities(loss: str, logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> dict[str, Metric]:
     """Those of the probabilities themselves."""
-    probs, truth = probabilities(loss, logits), targets(loss, labels, logits.shape[1])
-    if loss == "cross_entropy":
-        losses = cross_entropy(logits, labels, reduction="none")
-    else:
-        losses = binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
-    confidence, right = (part.view(len(labels), -1) for part in confidences(loss, probs, labels))
-    place = bin_of(confidence)
-    gaps = torch.zeros(len(labels), BINS, dtype=torch.float64).scatter_add_(1, place, right - confidence) / confidence.shape[1]
+    same = torch.full((len(labels),), temperature, dtype=torch.float64)
+    losses, scores, gaps = probability_errors(loss, logits, labels, same)
 
     def mean(values: torch.Tensor) -> Metric:
         return lambda weights: sums(weights.double(), values) / weights.sum(1)
 
     return {
         "log_loss": mean(losses),
-        "brier": mean(squares(loss, probs, truth)),
+        "brier": mean(scores),
         "ece": lambda weights: sums(weights.double(), gaps).abs().sum(1) / weights.sum(1),
     }
 
@@ -224,16 +216,25 @@ def f1(hits: torch.Tensor, labelled: torch.Tensor, predicted: torch.Tensor) -> t
     return 2 * hits / (labelled + predicted).clamp(min=1)
 
 
+def class_columns(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(probabilities, or logits without a `loss`; 1 where it is labelled, else 0) of each class, [n], in float64."""
+    total = torch.cat([part.logsumexp(1, keepdim=True) for (part,) in in_parts(logits)]) if loss == "cross_entropy" else None
+    for first in range(0, logits.shape[1], COLUMNS):
+        part = logits[:, first : first + COLUMNS].double()
+        part = (part - total).exp() if total is not None else part.sigmoid() if loss else part
+        for i, scores in enumerate(part.T.contiguous(), first):
+            yield scores, (labels[:, i] if labels.ndim == 2 else labels == i).double()
+
+
 def over_classes(
     curve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     weights: torch.Tensor,
-    scores: torch.Tensor,
-    truth: torch.Tensor,
+    columns: Iterable[tuple[torch.Tensor, torch.Tensor]],
     absent: float | None = None,
 ) -> torch.Tensor:
     """The mean over classes, [draws], of a number of the curve of each; one that is not defined is left out, or `absent`."""
     values = []
-    for score, there in zip(scores.T, truth.T, strict=True):
+    for score, there in columns:
         levels, place = score.unique(return_inverse=True)  # in order: images of equal scores share a threshold
         parts = [torch.zeros(len(weights), len(levels), dtype=torch.float64) for _ in range(2)]
         for part, share in zip(parts, (there, 1 - there), strict=True):

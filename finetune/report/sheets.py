@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.loader import ImageDataset, is_unreadable, name_others
 from finetune.images.read import as_pil
+from finetune.metrics.calibration import in_parts
 from finetune.recipe.data import in_pixels
 from finetune.recipe.metrics import name_numbers
 from finetune.report.drawing import run_title, save_figure, shorten, style
@@ -97,12 +98,12 @@ def plot_predictions(run: Path, logits: torch.Tensor, labels: torch.Tensor, imag
     """predictions.png: validation images drawn evenly, each with its prediction, green if right, else red; None if none."""
     seen = (~is_unreadable(labels)).nonzero()[:, 0].tolist()
     several = labels.ndim == 2
-    probs = logits.sigmoid() if several else logits.softmax(1)
     right = ((logits > 0) == labels.bool()).all(1) if several else logits.argmax(1) == labels
     tiles = []
     for i in (seen[place] for place in evenly_spaced(len(seen), NUMBER)):
         guesses = (logits[i] > 0).nonzero()[:, 0].tolist() if several else [int(logits[i].argmax())]
-        tiles.append(Tile(picture(images, i), describe(images, i, labels[i], guesses, probs[i]), "C2" if right[i] else "C3"))
+        probs = logits[i].sigmoid() if several else logits[i].softmax(0)
+        tiles.append(Tile(picture(images, i), describe(images, i, labels[i], guesses, probs), "C2" if right[i] else "C3"))
     if not tiles:
         return None
     total = int(right[seen].sum())
@@ -118,7 +119,7 @@ def plot_mistakes(
     With the network that gave the logits, and a heat map can be had of it, beside each image stands what in it speaks for the
     predicted class, and what for the labelled one.
     """
-    losses = cross_entropy(logits.double(), labels, reduction="none")
+    losses = torch.cat([cross_entropy(part, own, reduction="none") for part, own in in_parts(logits, labels)])
     guesses = logits.argmax(1)
     wrong = (guesses != labels) & ~is_unreadable(labels)
     worst = [i for i in losses.argsort(descending=True).tolist() if wrong[i]][:NUMBER]
@@ -127,7 +128,7 @@ def plot_mistakes(
     asked = torch.stack([guesses[worst], labels[worst]])
     heats = heats_of(net, images, worst, asked) if net else None
     columns = max(2, min(4 if heats is None else 3, len(worst)))
-    pictures, probs = [picture(images, i) for i in worst], logits.softmax(1)
+    pictures, probs = [picture(images, i) for i in worst], dict(zip(worst, logits[worst].softmax(1), strict=True))
     if heats is not None:
         inputs = images.transform.preprocessing
         pictures = [

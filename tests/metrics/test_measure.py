@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -13,7 +16,7 @@ from scipy.stats import bootstrap
 from sklearn import metrics as theirs
 
 from finetune.data.loader import UNREADABLE
-from finetune.metrics.calibration import COLDEST, HOTTEST, calibrate, calibration_error, deal, fit_temperature, probabilities
+from finetune.metrics.calibration import COLDEST, HOTTEST, calibrate, deal, fit_temperature, probabilities
 from finetune.metrics.compute import best_row, compute_metrics, subgroup_metrics
 from finetune.metrics.measure import measure, metrics_of, resampled
 from finetune.recipe import EarlyStop, Recipe
@@ -101,7 +104,7 @@ def test_the_calibration_error_is_torchmetrics(loss):
     if loss == "multi_label":
         confidence, truth = probs.flatten(), labels.flatten()
     wanted = functional.binary_calibration_error(confidence, truth, n_bins=15, norm="l1").item()
-    assert calibration_error(confidence.double(), truth.double()) == pytest.approx(wanted, abs=1e-5)
+    assert calibrate(loss, logits, labels)["ece"][0] == pytest.approx(wanted, abs=1e-5)
     assert measure(recipe_of(loss), logits, labels, fitted=(1.0, None))["ece"] == pytest.approx(wanted, abs=1e-5)
 
 
@@ -132,6 +135,48 @@ def test_intervals_are_scipys(loss):
         assert found["intervals"]["top1"] == pytest.approx(
             [(middle - half) / (1 + z * z / 200), (middle + half) / (1 + z * z / 200)]
         )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_some_images_at_a_time_give_the_same(loss, monkeypatch):
+    """As all at once, to the last digits of the sums."""
+    logits, labels = made(loss)
+    recipe = recipe_of(loss)
+    whole = measure(recipe, logits, labels) | compute_metrics(recipe, logits, labels)
+    monkeypatch.setattr("finetune.metrics.calibration.AT_ONCE", 7 * 11)  # logits: 11 images
+    monkeypatch.setattr("finetune.metrics.measure.COLUMNS", 3)
+    parts = measure(recipe, logits, labels) | compute_metrics(recipe, logits, labels)
+    assert parts.keys() == whole.keys()
+    for name in whole:
+        assert flat(parts[name]) == pytest.approx(flat(whole[name]), rel=1e-9), name
+
+
+def flat(value):
+    """The numbers in nested lists and dicts."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return [value] if inner is None else [number for one in inner for number in flat(one)]
+
+
+def test_many_classes_take_little_memory_beside_their_logits():
+    """4,000 images of 5,000 classes, whose logits have 76 MiB: mostly that of 1,000 draws of as many classes."""
+    code = """
+import resource, torch
+from finetune.metrics.compute import compute_metrics
+from finetune.metrics.measure import measure
+from helpers import small_recipe
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+recipe, labels = small_recipe(), torch.arange(4000) % 5000
+logits = torch.randn(4000, 5000)
+measure(recipe, logits[:20, :50].clone(), labels[:20])  # what the first call of each function needs
+before = peak()
+measure(recipe, logits, labels, fitted=(1.5, None))
+compute_metrics(recipe, logits, labels)
+print((peak() - before) / (logits.numel() * 4))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert float(done.stdout) < 6  # 19 with copies of them all in float64
 
 
 def test_images_of_a_group_are_drawn_together():

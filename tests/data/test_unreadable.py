@@ -3,15 +3,20 @@
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from benchmarks import fuzz
+from finetune.data.dataset import ImageList, check_files
 from finetune.data.loader import name_others
 from finetune.data.sources import load_data
+from finetune.images.read import read_image
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
+from finetune.utils.files import TOGETHER
 from helpers import run_here, small_recipe
 from image_files import source, write_csv
 
@@ -50,6 +55,22 @@ def test_images_that_break_off_are_all_named(spoilt, tmp_path, kind, workers):
     lines = str(caught.value).splitlines()
     assert lines[0] == "can't read 12 of 30 images:" and "and 2 more" in lines[11] and "on_bad_image=skip" in lines[12]
     assert len({line.partition(": ")[0] for line in lines[1:11]}) == 10 and len(lines) == 13
+
+
+def test_many_files_are_checked_once_on_each_machine(tmp_path, monkeypatch):
+    """By several threads: in order, warnings as before; other processes of a machine leave it to the first."""
+    files = [tmp_path / f"{i:03}.png" for i in range(3 * TOGETHER + 5)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (8, 8)).save(file) if i % 20 else file.write_bytes(b"no image")
+    images = ImageList(list(map(str, files)), [0] * len(files), read_image)
+    before = warnings.filters[:]
+    with pytest.raises(RecipeError) as caught:
+        check_files([images], "raise")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"can't read 10 of {len(files)} images:" and warnings.filters == before
+    assert [line.strip().partition(": ")[0] for line in lines[1:11]] == list(map(str, files[::20]))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_files([images], "raise")
 
 
 def test_the_search_for_others_ends(spoilt):

@@ -1,7 +1,7 @@
 """Metrics of weighted images, so that one formula gives both a metric and, from resampled images, its interval."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from finetune.models.linear_probe import Units
 from finetune.recipe import Recipe
 from finetune.recipe.metrics import NUMBER_LOSSES, OF_GRADES, OF_NUMBERS, OF_PROBABILITIES
 
+T = TypeVar("T")
 DRAWS = 1000  # of the bootstrap
 AT_ONCE = 4_000_000  # weights of draws in memory
 COLUMNS = 64  # classes whose probabilities are in memory
@@ -146,16 +147,29 @@ def metrics_of(
     """
     if loss in NUMBER_LOSSES:
         return mean_metrics(logits, labels, to_grades(logits, units))
-    curves = {"auroc": lambda weights: over_classes(area_under, weights, class_columns(loss, logits, labels))}
+    curves = once(lambda weights: over_classes((area_under, precision), weights, class_columns(loss, logits, labels)))
     if loss == "multi_label":
+        ranked = once(lambda weights: over_classes((precision,), weights, class_columns("", logits, labels)))
         found: dict[str, Metric] = {
-            "mean_average_precision": lambda weights: over_classes(precision, weights, class_columns("", logits, labels), 0.0),
+            "mean_average_precision": lambda weights: ranked(weights)[0].nan_to_num().mean(1),  # 0 of a class without images
             "macro_f1": several_f1(logits > 0, labels),
         }
     else:
-        found = single_label(logits, labels)
-        curves["average_precision"] = lambda weights: over_classes(precision, weights, class_columns(loss, logits, labels))
-    return found | curves | of_probabilities(loss, logits, labels, temperature)
+        found = single_label(logits, labels) | {"average_precision": lambda weights: curves(weights)[1].nanmean(1)}
+    found["auroc"] = lambda weights: curves(weights)[0].nanmean(1)
+    return found | of_probabilities(loss, logits, labels, temperature)
+
+
+def once(function: Callable[[torch.Tensor], T]) -> Callable[[torch.Tensor], T]:
+    """Keeps the last answer: several metrics ask with the same weights, one after the other."""
+    kept: list[tuple[torch.Tensor, T]] = []
+
+    def ask(weights: torch.Tensor) -> T:
+        if not kept or kept[0][0] is not weights:
+            kept[:] = [(weights, function(weights))]
+        return kept[0][1]
+
+    return ask
 
 
 def several_f1(predicted: torch.Tensor, labels: torch.Tensor) -> Metric:
@@ -168,20 +182,21 @@ def single_label(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Metric
     """Those that depend on which classes are predicted alone, and not on how surely."""
     said = logits.argmax(1)
     right = (said == labels).float()
+    counts = once(lambda weights: weighted_counts(logits, labels, weights))
 
     def balanced(weights: torch.Tensor) -> torch.Tensor:
-        hits, labelled, _ = weighted_counts(logits, labels, weights)
+        hits, labelled, _ = counts(weights)
         return (hits / labelled).nanmean(1)  # of the classes that are there
 
     def kappa(weights: torch.Tensor) -> torch.Tensor:
-        images, (_, labelled, predicted) = weights.sum(1).double(), weighted_counts(logits, labels, weights)
+        images, (_, labelled, predicted) = weights.sum(1).double(), counts(weights)
         by_chance = (labelled.double() * predicted.double()).sum(1) / images**2
         return (sums(weights, right) / images - by_chance) / (1 - by_chance)
 
     found: dict[str, Metric] = {
         "top1": lambda weights: sums(weights, right) / weights.sum(1),
         "balanced_accuracy": balanced,
-        "macro_f1": lambda weights: f1(*weighted_counts(logits, labels, weights)).mean(1),
+        "macro_f1": lambda weights: f1(*counts(weights)).mean(1),
         "kappa": kappa,
         "quadratic_kappa": lambda weights: quadratic_kappa(weights, said[:, None], labels[:, None])[:, 0],
     }
@@ -227,21 +242,19 @@ def class_columns(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> Iter
 
 
 def over_classes(
-    curve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    curves: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
     weights: torch.Tensor,
     columns: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    absent: float | None = None,
-) -> torch.Tensor:
-    """The mean over classes, [draws], of a number of the curve of each; one that is not defined is left out, or `absent`."""
-    values = []
+) -> list[torch.Tensor]:
+    """Of each kind of curve a number for each class, [draws, classes]; NaN where it is not defined."""
+    values, weights = [list[torch.Tensor]() for _ in curves], weights.double()
     for score, there in columns:
         levels, place = score.unique(return_inverse=True)  # in order: images of equal scores share a threshold
-        parts = [torch.zeros(len(weights), len(levels), dtype=torch.float64) for _ in range(2)]
-        for part, share in zip(parts, (there, 1 - there), strict=True):
-            part.index_add_(1, place, weights.double() * share)
-        values.append(curve(*parts))
-    table = torch.stack(values, 1)
-    return table.nanmean(1) if absent is None else table.nan_to_num(absent).mean(1)
+        none, at = weights.new_zeros(len(weights), len(levels)), there.nonzero()[:, 0]
+        whole, positive = none.index_add(1, place, weights), none.index_add(1, place[at], weights[:, at])
+        for found, curve in zip(values, curves, strict=True):
+            found.append(curve(positive, whole - positive))
+    return [torch.stack(found, 1) for found in values]
 
 
 def area_under(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:

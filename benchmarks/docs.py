@@ -20,6 +20,7 @@ from benchmarks.tables import (
     cifar,
     find_lr,
     inputs,
+    long_runs,
     lora,
     networks,
     peer,
@@ -124,6 +125,8 @@ def performance() -> str:
         return f"{part['scale']['images_per_second']['2'] / part['scale']['images_per_second']['1']:.2f}"
 
     few, *_, many = now["scale"]["images"]
+    fewest, *_, most_files = now["growth"]["files"]
+    _, some, most_classes = now["growth"]["classes"]
     photo = now["images"]["photographs"]
     once = before["scale"]["load_us"]
     rows = [
@@ -177,6 +180,12 @@ def performance() -> str:
         ("`scale`", "loading an image of 1,000,000, against one of 1,000", "1.2 times the time",
          f"{once['1000000']:.0f} us, {once['1000']:.0f} us", f"{many['load_us']:.0f} us, {few['load_us']:.0f} us",
          holds("scale", "loading_time_flat")),
+        ("`growth`", f"a start with {most_files['files']:,} files, against one with {fewest['files']:,}",
+         "1.2 times the time a file", "-", f"{most_files['us']:.0f} us, {fewest['us']:.0f} us",
+         holds("growth", "start_at_most_linear")),
+        ("`growth`", f"the metrics of {most_classes['classes']:,} classes, against those of {some['classes']:,}",
+         "1.2 times the time a class", "-", f"{1000 * most_classes['seconds'] / most_classes['classes']:.1f} ms, "
+         f"{1000 * some['seconds'] / some['classes']:.1f} ms", holds("growth", "end_at_most_linear")),
     ]  # fmt: skip
     return table("benchmark | what | required | before | now | holds", rows)
 
@@ -267,6 +276,7 @@ BLOCKS = {
         ablation,
         peers,
         peer,
+        long_runs,
         suggest,
         soup,
         lora,

@@ -14,6 +14,7 @@ IMAGES = {  # what the records call them
     "resnet18_short": "ResNet-18, 1,000 images, 3 epochs",
     "resnet18_long": "ResNet-18, 1,000 images, 30 epochs",
     "resnet18_many": "ResNet-18, 10,000 images, 10 epochs",
+    "resnet18_signs": "sign-language digits, 10 a class, 10 epochs",
 }
 NETWORKS = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
@@ -176,6 +177,23 @@ def peer(name: str, images: str, tuned: str = "") -> str:
     """Top-1 of one tool, or of the best other one."""
     part = section(images, bool(tuned))
     return f"{part['peers'][part['best_peer'] if name == 'best' else name]['mean_top1']:.1%}"
+
+
+def long_runs() -> str:
+    """Suggested recipes against other tools, twelve epochs of a ResNet-18."""
+    rows = [row for row in peers_report.read(RESULTS / "peers_long.jsonl") if not row["held_out"]]
+    sets, cells = list(dict.fromkeys(row["data"] for row in rows)), dict[tuple[str, str], str]()
+    for tool, images in dict.fromkeys((row["peer"], row["data"]) for row in rows):
+        own = [row for row in rows if (row["peer"], row["data"]) == (tool, images)]
+        scores = []
+        for name, key in (("", "top1"), ("macro F1 ", "macro_f1")):
+            values = [row[key] for row in own]
+            ends = f" ({100 * min(values):.1f} to {100 * max(values):.1f})" if len(values) > 1 else ", one seed"
+            scores.append(f"{name}{mean(values):.1%}{ends}")
+        cells[tool, images] = "; ".join(scores)
+    tools = sorted({tool for tool, _ in cells}, key=lambda tool: -max(row["top1"] for row in rows if row["peer"] == tool))
+    body = [(f"`{tool}`", *(cells.get((tool, images), "-") for images in sets)) for tool in tools]
+    return table(" | ".join(["", *sets]), body)
 
 
 def suggest() -> str:

@@ -53,6 +53,7 @@ def fit_temperature(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> fl
         return 1.0
     spread, ways = 1 / (len(logits) + 2), logits.shape[1] if loss == "cross_entropy" else 2
     low, high, cold = math.log(1 / HOTTEST), math.log(1 / COLDEST), 0.0  # logarithms of the inverse
+    tried = set[float]()
     for _ in range(40):
         slope = bend = 0.0
         for part, own in in_parts(logits, labels):
@@ -62,9 +63,12 @@ def fit_temperature(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> fl
             mean = (probs * part).sum(1, keepdim=True) if loss == "cross_entropy" else probs * part
             bend += math.exp(cold) * (probs * part * (part - mean)).sum().item()  # the slope's own: the variance of logits
         low, high = (low, cold) if slope > 0 else (cold, high)
-        before, newton = cold, cold - slope / bend if bend > 0 else low
-        cold = newton if low < newton < high else (low + high) / 2
-        if abs(cold - before) < 1e-12:
+        before, cold = cold, cold - slope / bend if bend > 0 else low
+        if not low < cold < high:  # a bound is tried once, as it may be the answer
+            end = low if cold <= low else high
+            cold = (low + high) / 2 if end in tried else end
+            tried.add(end)
+        if abs(cold - before) < 1e-10:
             break
     return math.exp(-cold)
 

@@ -52,25 +52,25 @@ def fit_temperature(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> fl
     if not len(labels) or not all(part.isfinite().all() for part, _ in in_parts(logits, labels)):
         return 1.0
     spread, ways = 1 / (len(logits) + 2), logits.shape[1] if loss == "cross_entropy" else 2
-    low, high, cold = math.log(1 / HOTTEST), math.log(1 / COLDEST), 0.0  # logarithms of the inverse
+    low, high, guess = math.log(1 / HOTTEST), math.log(1 / COLDEST), 0.0  # logarithms of the temperature's inverse
     tried = set[float]()
     for _ in range(40):
-        slope = bend = 0.0
+        slope = curvature = 0.0
         for part, own in in_parts(logits, labels):
-            probs = probabilities(loss, part * math.exp(cold))
+            probs = probabilities(loss, part * math.exp(guess))
             truth = (1 - spread) * targets(loss, own, part.shape[1]) + spread / ways
             slope += ((probs - truth) * part).sum().item()
             mean = (probs * part).sum(1, keepdim=True) if loss == "cross_entropy" else probs * part
-            bend += math.exp(cold) * (probs * part * (part - mean)).sum().item()  # the slope's own: the variance of logits
-        low, high = (low, cold) if slope > 0 else (cold, high)
-        before, cold = cold, cold - slope / bend if bend > 0 else low
-        if not low < cold < high:  # a bound is tried once, as it may be the answer
-            end = low if cold <= low else high
-            cold = (low + high) / 2 if end in tried else end
+            curvature += math.exp(guess) * (probs * part * (part - mean)).sum().item()  # the variance of logits
+        low, high = (low, guess) if slope > 0 else (guess, high)
+        before, guess = guess, guess - slope / curvature if curvature > 0 else low
+        if not low < guess < high:  # a bound is tried once, as it may be the answer
+            end = low if guess <= low else high
+            guess = (low + high) / 2 if end in tried else end
             tried.add(end)
-        if abs(cold - before) < 1e-10:
+        if abs(guess - before) < 1e-10:
             break
-    return math.exp(-cold)
+    return math.exp(-guess)
 
 
 def probability_errors(

@@ -242,6 +242,7 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path, image_folder):
             [*nohup, sys.executable, str(ROOT / "finetune" / "run.py"), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup themselves
         )
         wait_for_a_checkpoint(tmp_path / output, started)
         started.send_signal(signal.SIGHUP)

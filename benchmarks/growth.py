@@ -4,8 +4,7 @@
 
 Files: small JPEGs in class folders, listed, checked, compared and recorded, as a run does before its network is built. They
 were just written, so the system has them in memory; a disk that has to look for each takes longer. Classes: all that is
-measured of 2,000 validation images, in the last epoch and once at the end. Seconds are those of the processor, over all
-threads, which another program beside it does not change.
+measured of 2,000 validation images, in the last epoch and once at the end. Seconds are those of the processor.
 """
 
 import argparse

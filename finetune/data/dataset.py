@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from finetune.images.decode import WHITE, silent
+from finetune.images.decode import WHITE
 from finetune.images.read import check_header, is_image, reason_of
 from finetune.images.remote import headers_of, image_digest, look_up
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import read_each, write_file
+from finetune.utils.files import write_file
 from finetune.utils.text import note, progress
 from finetune.utils.urls import Unreachable, as_path, is_url
 
@@ -142,11 +142,9 @@ def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | N
     if on_bad_image == "skip" or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     main = os.environ.get("RANK", "0") == "0"
-    paths = [path for part in parts for path in part.items]
-    files, urls = [path for path in paths if not is_url(path)], [path for path in paths if main and is_url(path)]
-    faults = {path: str(why) for path, why in look_up(urls, main).items()}
-
-    def fault_of(header: Any) -> str:
+    paths, faults = [path for part in parts for path in part.items if main or not is_url(path)], dict[str, str]()
+    faults |= {path: str(why) for path, why in look_up(paths, main).items()}
+    for path, header in progress(headers_of(paths, faults), len(paths), "checking the images", main):
         try:
             if isinstance(header, Unreachable):
                 raise header
@@ -154,14 +152,7 @@ def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | N
         except RecipeError:
             raise  # a package is missing, for all files
         except Exception as error:
-            return reason_of(error)
-        return ""
-
-    with silent():  # around the threads, each of which would undo what another did
-        found = progress(read_each(fault_of, files), len(files), "checking the images", main)
-        faults |= {str(path): why for path, why in zip(files, found, strict=True) if why}
-    fetched = progress(headers_of(urls, faults), len(urls), "checking the images", main)
-    faults |= {str(path): why for path, header in fetched if (why := fault_of(header))}
+            faults[str(path)] = reason_of(error)
     if faults:
         raise RecipeError(name_faults(faults, len(paths)))
 
@@ -247,9 +238,9 @@ def same_files(paths: Sequence[Any]) -> list[list[int]]:
     for i, path in enumerate(paths):
         with suppress(OSError):
             by_size["URL" if is_url(path) else os.path.getsize(path)].append(i)
-    several = [i for alike in by_size.values() if len(alike) > 1 for i in alike]
-    for i, digest in zip(several, read_each(image_digest, [paths[i] for i in several]), strict=True):
-        groups[digest].append(i)
+    for alike in by_size.values():
+        for i in alike if len(alike) > 1 else ():
+            groups[image_digest(paths[i])].append(i)
     return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
 
 
@@ -264,12 +255,11 @@ def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRo
             return []
         look_up(images.items)
         groups = images.groups or [""] * len(images)
-        digests = read_each(image_digest, list(images.items))
-        for path, label, group, digest in zip(images.items, images.labels, groups, digests, strict=True):
+        for path, label, group in zip(images.items, images.labels, groups, strict=True):
             places = np.flatnonzero(label) if np.ndim(label) else [label]
             are_numbers = np.asarray(label).dtype.kind == "f"
             named = list(map(str, label.tolist())) if are_numbers else [classes[int(i)] for i in places]
-            rows.append((split, ";".join(named), digest, str(path), group))
+            rows.append((split, ";".join(named), image_digest(path), str(path), group))
     return rows
 
 

@@ -159,14 +159,19 @@ def at_once(function: Any, files: Sequence[str], text: str = "", shown: bool = F
                 return
 
 
-def headers_of(urls: Sequence[str], without: Container[str]) -> Iterator[tuple[str, Any]]:
-    """Each URL with what was fetched to read its header from, or the Unreachable.
+def headers_of(paths: Sequence[Any], without: Container[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each path with what its header is read from: itself, or what could be fetched of a URL, or the Unreachable.
 
-    Those that are left out have none, and those after which there is no hope.
+    URLs that are left out have none, and those after which there is no hope.
     """
-    asked = [url for url in urls if url not in without]
-    for url, start in zip(asked, at_once(lambda url: fetch(url, HEADER), asked), strict=False):
-        yield url, start if isinstance(start, Unreachable) else Fetched(url, start, part=len(start) == HEADER)
+    found = at_once(lambda url: fetch(url, HEADER), [path for path in paths if is_url(path) and path not in without])
+    for path in paths:
+        if not is_url(path):
+            yield path, path
+        elif path not in without:
+            if (start := next(found, None)) is None:
+                return
+            yield path, start if isinstance(start, Unreachable) else Fetched(path, start, part=len(start) == HEADER)
 
 
 def version_of(url: str) -> str:

@@ -6,15 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from finetune.utils.errors import RecipeError
 
-T = TypeVar("T")
-READERS, TOGETHER = 8, 64  # threads that read files, and the files that one takes at a time
 SAMPLE = 16384  # bytes at each end of a file that tell it from others of its size
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # by CIFS and FUSE, which say so of folders above all
 
@@ -151,13 +149,3 @@ def file_digest(path: str | Path) -> str:
             return hashlib.blake2b(ends + file.read(), key=str(size).encode(), digest_size=16).hexdigest()
     except OSError:
         return ""
-
-
-def read_each(function: Callable[[Any], T], files: Sequence[Any]) -> Iterator[T]:
-    """What a function says of each file, in order. While a disk looks for one, other threads ask for theirs."""
-    from concurrent.futures import ThreadPoolExecutor  # with its logging it would slow down --help
-
-    parts = (files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER))
-    with ThreadPoolExecutor(READERS) as pool:
-        for found in pool.map(lambda part: [function(file) for file in part], parts):
-            yield from found

@@ -3,20 +3,15 @@
 import os
 import shutil
 import time
-import warnings
 from collections import Counter
 
 import pytest
-from PIL import Image
 
 from benchmarks import fuzz
-from finetune.data.dataset import ImageList, check_files
 from finetune.data.loader import name_others
 from finetune.data.sources import load_data
-from finetune.images.read import read_image
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
-from finetune.utils.files import TOGETHER
 from helpers import run_here, small_recipe
 from image_files import source, write_csv
 
@@ -57,20 +52,18 @@ def test_images_that_break_off_are_all_named(spoilt, tmp_path, kind, workers):
     assert len({line.partition(": ")[0] for line in lines[1:11]}) == 10 and len(lines) == 13
 
 
-def test_many_files_are_checked_once_on_each_machine(tmp_path, monkeypatch):
-    """By several threads: in order, warnings as before; other processes of a machine leave it to the first."""
-    files = [tmp_path / f"{i:03}.png" for i in range(3 * TOGETHER + 5)]
-    for i, file in enumerate(files):
-        Image.new("RGB", (8, 8)).save(file) if i % 20 else file.write_bytes(b"no image")
-    images = ImageList(list(map(str, files)), [0] * len(files), read_image)
-    before = warnings.filters[:]
-    with pytest.raises(RecipeError) as caught:
-        check_files([images], "raise")
-    lines = str(caught.value).splitlines()
-    assert lines[0] == f"can't read 10 of {len(files)} images:" and warnings.filters == before
-    assert [line.strip().partition(": ")[0] for line in lines[1:11]] == list(map(str, files[::20]))
+def test_headers_are_read_once_on_each_machine(image_folder, tmp_path, monkeypatch):
+    """By its first process; the others, which come after it, leave it at that."""
+    root = shutil.copytree(image_folder, tmp_path / "images")
+    next((root / "train" / "red").iterdir()).write_bytes(b"no image")
+    with pytest.raises(RecipeError, match="can't read the image"):
+        load_data(source(root))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    check_files([images], "raise")
+    load_data(source(root))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "2")  # of another machine
+    with pytest.raises(RecipeError, match="can't read the image"):
+        load_data(source(root))
 
 
 def test_the_search_for_others_ends(spoilt):

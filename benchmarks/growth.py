@@ -10,7 +10,6 @@ measured of 2,000 validation images, in the last epoch and once at the end. Seco
 import argparse
 import io
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -55,11 +54,6 @@ def worker(kind: str, number: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def write_files(root: Path, number: int, classes: int) -> None:
     """So many JPEGs for training, and a fiftieth for validation: one picture, with another comment in each file."""
     import numpy as np
@@ -81,21 +75,25 @@ def of_files(number: int) -> dict:
     """The seconds and the memory of a start with so many files."""
     from dataclasses import replace
 
+    import torch
+
     from benchmarks.loop import recipe_of
     from finetune.data.dataset import file_rows, fingerprint, record_files
     from finetune.data.sources import load_data
     from finetune.recipe import Data
+    from finetune.utils.device import peak_memory
 
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder) / "images", number, classes=100)
         recipe = replace(recipe_of("test_resnet", 32, 32, 1), data=Data(f"{folder}/images", 32, 32))
-        before, start = peak(), time.process_time()
+        before, start = peak_memory(torch.device("cpu")), time.process_time()
         data = load_data(recipe)
         for part in (data.train, data.val):
             fingerprint(part, data.classes)
         record_files(Path(folder) / "images.csv", file_rows(data.train, data.val, data.classes))
         seconds, files = time.process_time() - start, len(data.train) + len(data.val)
-    return {"files": number, "seconds": seconds, "us": 1e6 * seconds / files, "kib": (peak() - before) / 1024 / files}
+    kib = (peak_memory(torch.device("cpu")) - before) * 2**20 / files
+    return {"files": number, "seconds": seconds, "us": 1e6 * seconds / files, "kib": kib}
 
 
 def of_classes(number: int) -> dict:
@@ -105,14 +103,19 @@ def of_classes(number: int) -> dict:
     from benchmarks.loop import recipe_of
     from finetune.metrics.compute import compute_metrics
     from finetune.metrics.measure import measure
+    from finetune.utils.device import peak_memory
 
     torch.manual_seed(0)
     recipe, labels, logits = recipe_of("test_resnet", 32, 32, 1), torch.arange(IMAGES) % number, torch.randn(IMAGES, number)
     measure(recipe, logits[:20, :5].clone(), labels[:20] % 5)  # what the first call of each function needs
-    before, start = peak(), time.process_time()
+    before, start = peak_memory(torch.device("cpu")), time.process_time()
     compute_metrics(recipe, logits, labels)
     measure(recipe, logits, labels)
-    return {"classes": number, "seconds": time.process_time() - start, "mib": (peak() - before) / 2**20}
+    return {
+        "classes": number,
+        "seconds": time.process_time() - start,
+        "mib": (peak_memory(torch.device("cpu")) - before) * 2**10,
+    }
 
 
 if __name__ == "__main__":

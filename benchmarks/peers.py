@@ -136,6 +136,8 @@ def main() -> None:
     args.label = args.label or Path(args.data).name
     if unknown := [peer for peer in args.peers if peer not in PEERS]:
         parser.error(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    if args.only_tuned and not args.lr_factors:
+        parser.error("--only-tuned needs --lr-factors")
     if args.epochs < 2:
         parser.error("--epochs starts at 2: fastai and Lightning train only the head in the first")
     with tempfile.TemporaryDirectory() as root:

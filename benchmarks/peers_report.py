@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-PEERS = ("tutorial", "tutorial_batch32", "transformers", "fastai", "lightning", "timm", "ours")
+PEERS = ("tutorial", "tutorial_batch32", "transformers", "fastai", "lightning", "timm", "timm_frozen_norms", "ours")
 SET = ("data", "size", "epochs", "per_class")  # tells one set of images and budget from others
 
 

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from finetune.models.backbone import build_backbone
 from finetune.models.pretrained import preprocessing, pretrained_state
 from finetune.recipe import AdamW, Constant, Data, LayerDecay, Recipe
 from finetune.recipe.load import load_recipe
+from finetune.utils.device import peak_memory
 
 SAME = ("data", "per_class", "size", "epochs", "peer", "seed", "factor", "held_out")  # tells a run from others
 HEAVY = {"transformers": "transformers.trainer", "fastai": "fastai.vision.all", "lightning": "lightning"}
@@ -316,7 +316,7 @@ def work(job: dict) -> dict:
         "seconds": seconds,
         "images_per_second": round(trained * job["epochs"] / seconds, 2),
         "lines": clock.lines,
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+        "peak_memory_gib": round(peak_memory(torch.device("cpu")), 3),
         "train_images": trained,
         "val_images": len(images),
         "curve": curve,

@@ -9,7 +9,6 @@ a small network and images of 40 px.
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.images import write_images
 from finetune.inference.predictions import write_predictions
 from finetune.models.saving import save_model
+from finetune.utils.device import peak_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 32  # of a model folder without a run
@@ -111,8 +111,7 @@ def peak(folder: Path, many: int) -> float:
     """MiB at the highest, of predictions for so many images: the same ones by many names."""
     files = sorted((folder / "images").rglob("*.jpg"))
     write_predictions(folder / "model", [files[i % len(files)] for i in range(many)], folder / f"{many}.csv")
-    # Not getrusage's ru_maxrss, which starts at what the process before had that started this one.
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    return 2**10 * peak_memory(torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def with_labels(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     return (logits, labels) if seen.all() else (logits[seen], labels[seen])
 
 
+def groups_with_labels(groups: Sequence[str] | None, labels: torch.Tensor) -> list[str] | None:
+    """The groups of the images that have a label, where images belong to some."""
+    return [one for one, gone in zip(groups, is_unreadable(labels).tolist(), strict=True) if not gone] if groups else None
+
+
 def fit_temperature(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The temperature, from 0.05 to 20, by which logits are divided for the least log loss on these labels.
 
@@ -131,7 +136,7 @@ def calibrate(
     """
     if loss in NUMBER_LOSSES:
         return {"temperature": 1.0}
-    owners = [one for one, there in zip(groups, (~is_unreadable(labels)).tolist(), strict=True) if there] if groups else None
+    owners = groups_with_labels(groups, labels)
     logits, labels = with_labels(logits, labels)
 
     def errors(temperatures: torch.Tensor) -> tuple[float, float]:

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from finetune.data.loader import is_unreadable
-from finetune.metrics.calibration import with_labels
+from finetune.metrics.calibration import groups_with_labels, with_labels
 from finetune.metrics.counts import weighted_counts
 from finetune.metrics.intervals import wilson
 from finetune.metrics.measure import f1, middle_of, resampled
@@ -21,7 +20,7 @@ def class_metrics(
     or predicted as the class, as F1 = 2 J / (1 + J); where images belong to `groups`, those of 1,000 bootstraps of these.
     What has no images to be a share of, such as the precision of a class that is never predicted, has no interval.
     """
-    owners = [one for one, there in zip(groups, (~is_unreadable(labels)).tolist(), strict=True) if there] if groups else None
+    owners = groups_with_labels(groups, labels)
     logits, labels = with_labels(logits, labels)
     counts = weighted_counts(logits, labels, torch.ones(1, len(labels), dtype=torch.float64))
     values, (hits, labelled, predicted) = shares_of(*counts), (part[0].long().tolist() for part in counts)

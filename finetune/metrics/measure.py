@@ -5,8 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from finetune.data.loader import is_unreadable
-from finetune.metrics.calibration import calibrate, in_parts, probability_errors, with_labels
+from finetune.metrics.calibration import calibrate, groups_with_labels, in_parts, probability_errors, with_labels
 from finetune.metrics.counts import weighted_counts
 from finetune.metrics.intervals import wilson
 from finetune.metrics.numbers import baseline, mean_metrics, quadratic_kappa, to_grades
@@ -61,7 +60,7 @@ def measure(
 
     Of numbers there is no calibration, but "numbers", a row for each of the `names`, and with the `units` "baseline".
     """
-    owners = [one for one, there in zip(groups, (~is_unreadable(labels)).tolist(), strict=True) if there] if groups else None
+    owners = groups_with_labels(groups, labels)
     logits, labels = with_labels(logits, labels)
     if recipe.of_numbers:
         return measure_numbers(logits, labels, owners, names, units)
@@ -147,9 +146,10 @@ def metrics_of(
     """
     if loss in NUMBER_LOSSES:
         return mean_metrics(logits, labels, to_grades(logits, units))
-    curves = once(lambda weights: over_classes((area_under, precision), weights, class_columns(loss, logits, labels)))
+    kind = "softmax" if loss == "cross_entropy" else "sigmoid"
+    curves = once(lambda weights: over_classes((area_under, precision), weights, class_columns(kind, logits, labels)))
     if loss == "multi_label":
-        ranked = once(lambda weights: over_classes((precision,), weights, class_columns("", logits, labels)))
+        ranked = once(lambda weights: over_classes((precision,), weights, class_columns("logits", logits, labels)))
         found: dict[str, Metric] = {
             "mean_average_precision": lambda weights: ranked(weights)[0].nan_to_num().mean(1),  # 0 of a class without images
             "macro_f1": several_f1(logits > 0, labels),
@@ -231,12 +231,14 @@ def f1(hits: torch.Tensor, labelled: torch.Tensor, predicted: torch.Tensor) -> t
     return 2 * hits / (labelled + predicted).clamp(min=1)
 
 
-def class_columns(loss: str, logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(probabilities, or logits without a `loss`; 1 where it is labelled, else 0) of each class, [n], in float64."""
-    total = torch.cat([part.logsumexp(1, keepdim=True) for (part,) in in_parts(logits)]) if loss == "cross_entropy" else None
+def class_columns(kind: str, logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(scores, "softmax", "sigmoid" or "logits"; 1 where it is labelled, else 0) of each class, [n], in float64."""
+    if kind == "softmax":
+        total = torch.cat([part.logsumexp(1, keepdim=True) for (part,) in in_parts(logits)])
     for first in range(0, logits.shape[1], COLUMNS):
         part = logits[:, first : first + COLUMNS].double()
-        part = (part - total).exp() if total is not None else part.sigmoid() if loss else part
+        if kind != "logits":
+            part = (part - total).exp() if kind == "softmax" else part.sigmoid()
         for i, scores in enumerate(part.T.contiguous(), first):
             yield scores, (labels[:, i] if labels.ndim == 2 else labels == i).double()
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from finetune.data.loader import is_unreadable
-from finetune.metrics.calibration import FEWEST, FOLDS, calibrate, deal, probabilities
+from finetune.metrics.calibration import FEWEST, FOLDS, calibrate, deal, groups_with_labels, probabilities, with_labels
 
 HALF = 0.5
 
@@ -31,11 +30,11 @@ def choose_thresholds(
     four fifths of the images, or of their `groups`. Where its macro F1 is not above that at 0.5, or of fewer than 10 images,
     all thresholds are 0.5.
     """
-    seen = ~is_unreadable(labels)
-    probs, truth = probabilities("multi_label", logits[seen], round(temperature, 4)), labels[seen].bool()  # as it is saved
+    owners, (logits, labels) = groups_with_labels(groups, labels), with_labels(logits, labels)
+    probs, truth = probabilities("multi_label", logits, round(temperature, 4)), labels.bool()  # as it is saved
     if thresholds is not None:
         return list(thresholds), probs > torch.tensor(thresholds, dtype=torch.float64)
-    folds = deal(len(truth), [one for one, there in zip(groups, seen.tolist(), strict=True) if there] if groups else None)
+    folds = deal(len(truth), owners)
     plain, crossed = probs > HALF, torch.empty_like(truth)
     if len(truth) >= FEWEST and probs.isfinite().all():
         for fold in range(FOLDS):

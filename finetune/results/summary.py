@@ -3,7 +3,6 @@
 import json
 import platform
 import shlex
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -41,6 +40,7 @@ from finetune.results.baseline import describe_verdict
 from finetune.results.paired import in_points
 from finetune.training.logger import Logger
 from finetune.training.run_dir import run_name
+from finetune.utils.device import peak_memory
 from finetune.utils.files import write_file
 from finetune.utils.text import WIDTH, colour, print_error
 
@@ -257,18 +257,6 @@ def drift(net: nn.Module, start: ParamsByGroup) -> dict[str, float]:
         group: norm(now[name].detach().cpu() - before for name, before in params.items()) / max(norm(params.values()), 1e-12)
         for group, params in start.items()
     }
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory ever taken, in GiB: of the GPU on a GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from finetune.report.confusion import plot_confusion_matrix
 from finetune.report.drawing import run_title
 from finetune.report.numbers import plot_numbers
 from finetune.results.paired import compare, in_points, interval_of
-from finetune.results.summary import describe_verdicts, environment, fold, peak_memory, try_to
+from finetune.results.summary import describe_verdicts, environment, fold, try_to
 from finetune.training.run_dir import run_name, start_run_dir, weights_digest
 from finetune.training.setup import make_accelerator, own_accelerator_state
 from finetune.tuning.ingredients import Pot, Runs, fill_pot, read_runs, start_state
+from finetune.utils.device import peak_memory
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_file, write_folder
 from finetune.utils.text import WIDTH, align_columns

@@ -1,6 +1,10 @@
-"""Which device a run computes on, and what its kernels can't do."""
+"""Which device a run computes on, the memory that it took, and what its kernels can't do."""
 
 import os
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +14,21 @@ def uses_cpu() -> bool:
     """Whether it is the CPU: there is no other device, or Accelerate is asked for the CPU (ACCELERATE_USE_CPU)."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("y", "yes", "t", "true", "on", "1")
     return asked or not torch.accelerator.is_available()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory ever taken, in GiB: of the GPU on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with suppress(OSError):  # Linux, where getrusage starts at the memory of the process that started this one
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) / 2**20
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def overruns_channels_last(layer: nn.Module) -> bool:

@@ -160,19 +160,18 @@ def flat(value):
 def test_many_classes_take_little_memory_beside_their_logits():
     """4,000 images of 5,000 classes, whose logits have 76 MiB: mostly that of 1,000 draws of as many classes."""
     code = """
-import resource, torch
+import torch
 from finetune.metrics.compute import compute_metrics
 from finetune.metrics.measure import measure
+from finetune.utils.device import peak_memory
 from helpers import small_recipe
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 recipe, labels = small_recipe(), torch.arange(4000) % 5000
 logits = torch.randn(4000, 5000)
 measure(recipe, logits[:20, :50].clone(), labels[:20])  # what the first call of each function needs
-before = peak()
+before = peak_memory(torch.device("cpu"))
 measure(recipe, logits, labels, fitted=(1.5, None))
 compute_metrics(recipe, logits, labels)
-print((peak() - before) / (logits.numel() * 4))
+print((peak_memory(torch.device("cpu")) - before) * 2**30 / (logits.numel() * 4))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -173,11 +173,12 @@ def test_the_confusion_matrix_is_scikit_learns():
 
 
 GROWTH = """
-import resource, sys
+import sys
 import torch
 from finetune.inference.evaluate import class_metrics
 from finetune.report.confusion import plot_confusion_matrix
 from finetune.metrics.compute import single_label_metrics
+from finetune.utils.device import peak_memory
 
 def run(classes):
     logits, labels = torch.eye(classes)[:30].roll(1, 0), torch.arange(30)
@@ -187,9 +188,9 @@ def run(classes):
     plot_confusion_matrix(__import__("pathlib").Path(sys.argv[1]), logits, labels, names)
 
 run(30)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory(torch.device("cpu"))
 run(8000)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(int(1024 * (peak_memory(torch.device("cpu")) - before)))
 """
 
 

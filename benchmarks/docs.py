@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.performance import performance
+from benchmarks.performance import cpu, performance, precision, shortfalls
 from benchmarks.tables import (
     ROOT,
     ablation,
@@ -205,6 +205,9 @@ BLOCKS = {
         zoo,
         backbones,
         performance,
+        shortfalls,
+        cpu,
+        precision,
         gpu,
         elsewhere,
         copies,

@@ -8,7 +8,6 @@ Memory is the process's highest, above what it was before the first step, in a p
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from finetune.recipe import AdamW, Constant, Data, Group, Recipe
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a run does
 ROOT = Path(__file__).resolve().parents[1]
 
 STAGES = {
@@ -100,6 +99,7 @@ def steps(recipe: Recipe, number: int) -> dict:
     from finetune.optim.param_groups import build_param_groups
     from finetune.training.loop import train_step
     from finetune.training.setup import make_accelerator
+    from finetune.utils.device import peak_memory
 
     accelerator, net = make_accelerator(recipe), build_backbone(recipe, 10)
     criterion = Criterion(recipe, net, ImageDataset(range(10), None, 0, tuple("0123456789")), accelerator.device)
@@ -110,13 +110,13 @@ def steps(recipe: Recipe, number: int) -> dict:
     indices, size = list(range(recipe.data.batch_size)), recipe.data.image_size
     images = torch.randn(len(indices), 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(len(indices)) % 10
-    before, seconds = highest(), []
+    before, seconds = peak_memory(accelerator.device), []
     for step in range(number):
         start = time.perf_counter()
         batch = Batch(BatchPlan(step, indices, [indices], [0]), [(images, labels)])
         train_step(recipe, net, criterion, optimizer, batch, accelerator)
         seconds.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(seconds[1:]), "gib": highest() - before}
+    return {"seconds": statistics.median(seconds[1:]), "gib": peak_memory(accelerator.device) - before}
 
 
 def features(args: argparse.Namespace) -> dict:
@@ -137,11 +137,6 @@ def features(args: argparse.Namespace) -> dict:
 
     fit(net.get_classifier(), kept, labels, loss, 0.1)
     return {"seconds": (passes[-1] - passes[0]) / (len(passes) - 1) / 20}
-
-
-def highest() -> float:
-    """The most memory this process has had, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main() -> int:
     print("| files | s | us a file | KiB a file |\n|---|---|---|---|")
     for row in rows["files"]:
         print("| {files:,} | {seconds:.1f} | {us:.0f} | {kib:.2f} |".format(**row))
+    print(f"of a file of the last: {rows['files'][-1]['parts_us']}")
     print("\n| classes | s | MiB beside the logits |\n|---|---|---|")
     for row in rows["classes"]:
         print("| {classes:,} | {seconds:.1f} | {mib:.0f} |".format(**row))
@@ -78,7 +79,7 @@ def of_files(number: int) -> dict:
     import torch
 
     from benchmarks.loop import recipe_of
-    from finetune.data.dataset import file_rows, fingerprint, record_files
+    from finetune.data.dataset import check_files, file_rows, fingerprint, record_files, same_files
     from finetune.data.sources import load_data
     from finetune.recipe import Data
     from finetune.utils.device import peak_memory
@@ -92,8 +93,18 @@ def of_files(number: int) -> dict:
             fingerprint(part, data.classes)
         record_files(Path(folder) / "images.csv", file_rows(data.train, data.val, data.classes))
         seconds, files = time.process_time() - start, len(data.train) + len(data.val)
-    kib = (peak_memory(torch.device("cpu")) - before) * 2**20 / files
-    return {"files": number, "seconds": seconds, "us": 1e6 * seconds / files, "kib": kib}
+        kib = (peak_memory(torch.device("cpu")) - before) * 2**20 / files
+        again = {
+            "headers read": lambda: check_files((data.train, data.val), "stop"),
+            "content compared": lambda: same_files([*data.train.items, *data.val.items]),
+            "recorded": lambda: file_rows(data.train, data.val, data.classes),
+        }
+        parts = {}
+        for name, part in again.items():
+            start = time.process_time()
+            part()
+            parts[name] = round(1e6 * (time.process_time() - start) / files, 1)
+    return {"files": number, "seconds": seconds, "us": 1e6 * seconds / files, "kib": kib, "parts_us": parts}
 
 
 def of_classes(number: int) -> dict:

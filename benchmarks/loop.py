@@ -4,7 +4,8 @@
 
 Epochs of both take turns in one process, and in two (with a thread each and DistributedDataParallel). What is timed are the
 steps of an epoch; validation and checkpoints are start.py's. The smaller the network, the more a loop's own work
-counts: the hard case is the first.
+counts: the hard case is the first. At the end, what each part of a step takes that the bare loop does not have, or has done
+before its clock starts.
 """
 
 import argparse
@@ -15,12 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a run does
 ROOT = Path(__file__).resolve().parents[1]
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -31,6 +36,7 @@ from finetune.optim.optimizers import build_optimizer
 from finetune.optim.param_groups import build_param_groups
 from finetune.recipe import AdamW, Cosine, Data, LayerDecay, Recipe
 from finetune.training import loop as train_loop
+from finetune.training.distributed import StopRequest
 from finetune.training.logger import Logger
 from finetune.training.setup import make_accelerator
 from finetune.utils.seed import seed_all
@@ -40,6 +46,15 @@ CASES = {  # network, pixels, batch, steps an epoch
     "resnet18, 64 px": ("resnet18", 64, 32, 15),
 }
 BAR = 0.98
+FETCHED = "batches put together"
+PARTS = {  # of a step: what does it
+    FETCHED: (train_loop, "load_batches"),
+    "gradients zeroed twice": (AcceleratedOptimizer, "zero_grad"),
+    "log": (Logger, "log_step"),
+    "seeds": (train_loop, "seed_all"),
+    "learning rates": (train_loop, "set_lrs"),
+    "asked to stop": (StopRequest, "agreed"),
+}
 
 
 class InMemory(ImageDataset):
@@ -139,8 +154,36 @@ def measure(case: str, rounds: int) -> dict:
         "processes": accelerator.num_processes,
         **{name: round(speed, 1) for name, speed in medians.items()},
         "ratio": round(medians["ours"] / medians["bare"], 3),
+        "step_ms": round(1e3 * batch / medians["bare"], 1),
+        "parts_ms": parts(recipe, (images, few), accelerator, steps),
         "main": accelerator.is_main_process,
     }
+
+
+def parts(recipe: Recipe, datasets: tuple[InMemory, InMemory], accelerator, steps: int) -> dict[str, float]:
+    """Milliseconds of a step that each part takes in train()."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, function):
+        def call(*args, **options):
+            start = time.perf_counter()
+            result = function(*args, **options)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    def watched(name: str, function):
+        if name != FETCHED:
+            return timed(name, function)
+        return lambda *args: iter(partial(timed(name, next), function(*args), None), None)
+
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for name, (owner, attribute) in PARTS.items():
+            stack.enter_context(patch.object(owner, attribute, watched(name, getattr(owner, attribute))))
+        logger = Logger(Path(folder), accelerator, recipe, quiet=True)
+        train_loop.train(recipe, build_backbone(recipe, 10), datasets, logger, accelerator)
+    return {name: round(1e3 * seconds / (recipe.epochs * steps), 2) for name, seconds in spent.items()}
 
 
 def main() -> int:
@@ -169,6 +212,7 @@ def main() -> int:
                 "{case}, {processes} process(es): train() {ours:.0f} images/s, bare {bare:.0f}; {ratio:.3f}".format(**rows[-1]),
                 flush=True,
             )
+            print("  of {step_ms} ms a step: {parts_ms}".format(**rows[-1]))
     print(
         json.dumps(
             {"cases": rows, "holds": {f"{row['case']}, {row['processes']} processes": row["ratio"] >= BAR for row in rows}}

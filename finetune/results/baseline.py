@@ -12,7 +12,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.legacy import new_names
 from finetune.recipe.load import RECIPES
 from finetune.recipe.metrics import METRICS, NO_SHARES, write_value
-from finetune.recipe.serialize import diff, from_dict
+from finetune.recipe.serialize import diff, from_dict, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error
 
@@ -76,8 +76,9 @@ def find_record(recipe_file: Path | None, recipe: Recipe) -> tuple[Record | None
 
     file = recipe_file and recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
     files = [file] if file and file.is_file() else sorted((RECIPES / "baselines").glob("*.json"))
-    records = [json.loads(path.read_text()) for path in files]
-    fitting = next((record for record in records if not changed(record)), None)
+    records, network = [json.loads(path.read_text()) for path in files], to_dict(recipe.backbone)
+    same = (record for record in records if record["recipe"]["backbone"] == network)  # soon told: the others are not built
+    fitting = next((record for record in same if not changed(record)), None)
     return fitting, changed(records[0]) if file and file.is_file() else []
 
 

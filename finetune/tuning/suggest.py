@@ -17,7 +17,7 @@ from finetune.recipe import Recipe
 from finetune.recipe.load import override
 from finetune.tools.defaults import Choice, choose_backbone, choose_image_size
 from finetune.tools.image_stats import ImageStats
-from finetune.tuning.shape import LONG, choose_resize, fit_minutes
+from finetune.tuning.tryouts import LONG, choose_precision, choose_resize, fit_minutes
 from finetune.utils.errors import RecipeError
 
 NUMBERS = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
@@ -48,7 +48,7 @@ recipe = Recipe(
     batch_norm="{batch_norm}",  # {why_batch_norm}
 
     epochs={epochs},  # {steps:,} steps; {why_epochs}
-{options}    mixed_precision="no",  # "bf16" on a GPU: faster, and half the memory for activations
+{options}    mixed_precision="{precision}",  # {why_precision}
 )
 '''
 LAYER_DECAY = """    groups=LayerDecay(
@@ -103,11 +103,13 @@ def suggest_recipe(
     if stats.ranges:
         recipe = override(recipe, [f"loss={stats.loss}", "metric=r2"])
     batch_size = min(128, max(8, 2 ** int(math.log2(stats.train) / 2)))
+    recipe = override(recipe, [f"data.batch_size={batch_size}"])
+    precision, why_precision = choose_precision(recipe)
     epochs, why_epochs = min(30, max(8, math.ceil(12_000 / stats.train))), "12,000 images in all, but 8 epochs to 30"
     reduced = 2 if stats.side >= 4 * max(recipe.data.sides) and not stats.channels else None
     if minutes is not None:
         usual = max(recipe.data.sides)
-        recipe = override(recipe, [f"data.batch_size={batch_size}", f"data.reduced_decode={reduced}"])
+        recipe = override(recipe, [f"mixed_precision={precision}", f"data.reduced_decode={reduced}"])
         recipe, epochs, why_epochs = fit_minutes(recipe, minutes)
         if max(recipe.data.sides) < usual:
             net, why_size = meta_backbone(recipe, len(stats.classes)), f"{usual} would take too long"
@@ -164,6 +166,8 @@ def suggest_recipe(
             "why_epochs": why_epochs,
             "steps": epochs * steps_per_epoch,
             "options": option_lines(stats, epochs * steps_per_epoch),
+            "precision": precision,
+            "why_precision": why_precision,
         }
     )
 

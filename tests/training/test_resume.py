@@ -123,6 +123,7 @@ OPTIONS = {
     "another shape": {"data": Data("generated", (24, 40), 8, resize="pad")},
     "sizes that grow": {"data": Data("generated", 32, 8, start_size=8, test_size=40), "augment": Augment(erasing=0.5)},
     "kept images": {"groups": (HEAD, dataclasses.replace(REST, unfreeze_at=3)), "augment": Augment(frozen_views=1)},
+    "bf16": {"mixed_precision": "bf16", "groups": (HEAD, REST)},
     "own columns": {
         "groups": (
             Group("head", "fc", lr=1e-2, schedule=Plateau(patience=0)),

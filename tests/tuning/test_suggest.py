@@ -20,7 +20,7 @@ from finetune.recipe.recipe import minimal_recipe
 from finetune.run import main
 from finetune.tools.image_stats import ImageStats, compute_image_stats
 from finetune.training.setup import check_recipe
-from finetune.tuning import shape
+from finetune.tuning import tryouts
 from finetune.tuning.suggest import suggest_recipe
 from finetune.utils.errors import RecipeError
 
@@ -266,7 +266,7 @@ def test_a_backbone_that_is_not_there_is_named():
 def test_minutes_choose_epochs_and_image_size(tmp_path, monkeypatch, minutes, size, epochs):
     """The largest size of which three epochs fit into the time, and as many as fit; what 128 and 96 px take lies between."""
     seconds = {224: (20, 60), 160: (10, 30), 128: (6, 20), 96: (4, 12), 64: (2, 8)}
-    monkeypatch.setattr(shape, "time_training", lambda recipe, _: seconds[recipe.data.image_size])
+    monkeypatch.setattr(tryouts, "time_training", lambda recipe, _: seconds[recipe.data.image_size])
     file = tmp_path / "mine.py"
     file.write_text(suggest_recipe(PHOTOS, "resnet18", minutes=minutes))
     recipe, _ = load_recipe(str(file))
@@ -277,7 +277,7 @@ def test_minutes_choose_epochs_and_image_size(tmp_path, monkeypatch, minutes, si
 
 def test_a_network_of_one_size_keeps_it(monkeypatch):
     """Where the time is short it trains for fewer epochs, at its own size."""
-    monkeypatch.setattr(shape, "time_training", lambda recipe, _: (20, 60))
+    monkeypatch.setattr(tryouts, "time_training", lambda recipe, _: (20, 60))
     text = suggest_recipe(PHOTOS, "crossvit_tiny_240", minutes=2)
     assert "image_size=240," in text and "epochs=1," in text
 
@@ -286,7 +286,7 @@ def test_a_network_of_one_size_keeps_it(monkeypatch):
 def test_steps_are_timed_on_the_images(tmp_path, image_folder, backbone):
     """A few steps of the network on the folder's images tell seconds."""
     recipe = minimal_recipe(backbone, str(image_folder), 64, batch_size=8)
-    probe, epoch = shape.time_training(recipe, load_data(recipe))
+    probe, epoch = tryouts.time_training(recipe, load_data(recipe))
     assert 0 < probe < epoch < 600
 
 

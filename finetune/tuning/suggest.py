@@ -117,12 +117,7 @@ def suggest_recipe(
     if stats.longest >= LONG:
         resize, why_resize = choose_resize(dataclasses.replace(recipe, weights=weights))
     steps_per_epoch = math.ceil(stats.train / batch_size)
-    batch_norm, why_batch_norm = "frozen", "no effect: there is no batch norm in this network"
-    if fresh_norms(recipe, net):
-        batch_norm, why_batch_norm = "train", "the new head has a batch norm of its own, without statistics to keep"
-    elif any(map(has_statistics, net.modules())):
-        why_batch_norm = "the pretrained statistics are better than those of small batches"
-
+    batch_norm, why_batch_norm = choose_batch_norm(recipe, net)
     linear_probe, imports, unfreeze_at = LINEAR_PROBE, ", LinearProbe", 0
     try:
         head_layer(recipe, net)
@@ -170,6 +165,15 @@ def suggest_recipe(
             "why_precision": why_precision,
         }
     )
+
+
+def choose_batch_norm(recipe: Recipe, net: nn.Module) -> tuple[str, str]:
+    """(a value of `batch_norm`, the reason)."""
+    if fresh_norms(recipe, net):
+        return "train", "the new head has a batch norm of its own, without statistics to keep"
+    if any(map(has_statistics, net.modules())):
+        return "frozen", "the pretrained statistics are better than those of small batches"
+    return "frozen", "no effect: there is no batch norm in this network"
 
 
 def describe_labels(stats: ImageStats) -> dict[str, str]:

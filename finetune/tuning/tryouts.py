@@ -110,7 +110,8 @@ def times_faster_in_bf16(recipe: Recipe) -> float:
     """Seconds of a forward and backward pass in float32 to those in bf16, on random images and weights."""
     device = torch.device("cpu") if uses_cpu() else torch.accelerator.current_accelerator()
     assert device is not None  # as there is one
-    net = build_backbone(replace(recipe, weights="none"), 10).train().to(device)
+    net = build_backbone(replace(recipe, weights="none"), 10).to(device)
+    set_train_mode(net, recipe.batch_norm)
     images = torch.randn(TIMED if device.type == "cpu" else recipe.data.batch_size, *recipe.data.shape, device=device)
     images = images.contiguous(memory_format=memory_format(recipe, net))
 
@@ -121,7 +122,7 @@ def times_faster_in_bf16(recipe: Recipe) -> float:
         logits.float().square().sum().backward()
         return max(parameter.grad.sum().item() for parameter in net.parameters() if parameter.grad is not None)  # it waits
 
-    rounds, start = [], time.monotonic()
+    rounds, start = list[list[float]](), time.monotonic()
     while len(rounds) < 6 and (len(rounds) < 2 or time.monotonic() < start + 5):  # kernels are chosen in the first
         rounds.append([timeit(partial(step, bf16), number=1) for bf16 in (False, True)])
     single, half = map(min, zip(*rounds[1:], strict=True))

@@ -1,5 +1,6 @@
 """What is tried before a recipe is suggested: how long images are best cut; what an epoch takes here, and what bf16 saves."""
 
+import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,6 @@ from finetune.results.paired import compare, in_points
 from finetune.tools.label_errors import deal_folds, features_of, out_of_fold_logits
 from finetune.training.loop import train_step
 from finetune.training.setup import build_datasets, make_accelerator, own_accelerator_state
-from finetune.utils.device import uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.seed import keep_random_state
 from finetune.utils.text import duration
@@ -42,7 +42,7 @@ SMALLER_SIZES = (160, 128, 96, 64)  # pixels, to try where time is short, in who
 LONG = 1.5  # longer side / shorter side, from which it matters
 TRIED = 400  # training images, at most
 FEWEST = 20
-TIMED = 8  # images of a step that is timed, on a CPU
+TIMED = 32  # images of a step that is timed, at most: with fewer, bf16 looks slower than it is
 Way = Literal["crop", "pad", "squash"]
 WAYS: tuple[Way, ...] = ("crop", "pad", "squash")
 Precision = Literal["no", "bf16"]
@@ -98,6 +98,8 @@ def choose_precision(recipe: Recipe) -> tuple[Precision, str]:
     That depends on both. Two cores of an AMD EPYC with AVX512-BF16 train ResNet-18 1.6 times as fast, and EfficientNet-Lite0,
     whose convolutions are of single channels, at half the speed: `python -m benchmarks.cpu`.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # each process writes the recipe: they must not find different things
+        return "no", '"bf16" is not tried by several processes'
     try:
         times = times_faster_in_bf16(recipe)
     except RuntimeError as error:  # out of memory, or an operation that a device does not have in bf16
@@ -108,11 +110,11 @@ def choose_precision(recipe: Recipe) -> tuple[Precision, str]:
 @keep_random_state()
 def times_faster_in_bf16(recipe: Recipe) -> float:
     """Seconds of a forward and backward pass in float32 to those in bf16, on random images and weights."""
-    device = torch.device("cpu") if uses_cpu() else torch.accelerator.current_accelerator()
-    assert device is not None  # as there is one
+    with own_accelerator_state():
+        device = make_accelerator(recipe).device  # which has memory and threads as in a run
     net = build_backbone(replace(recipe, weights="none"), 10).to(device)
     set_train_mode(net, recipe.batch_norm)
-    images = torch.randn(TIMED if device.type == "cpu" else recipe.data.batch_size, *recipe.data.shape, device=device)
+    images = torch.randn(min(TIMED, recipe.data.batch_size), *recipe.data.shape, device=device)
     images = images.contiguous(memory_format=memory_format(recipe, net))
 
     def step(bf16: bool) -> float:
@@ -123,7 +125,7 @@ def times_faster_in_bf16(recipe: Recipe) -> float:
         return max(parameter.grad.sum().item() for parameter in net.parameters() if parameter.grad is not None)  # it waits
 
     rounds, start = list[list[float]](), time.monotonic()
-    while len(rounds) < 6 and (len(rounds) < 2 or time.monotonic() < start + 5):  # kernels are chosen in the first
+    while len(rounds) < 6 and (len(rounds) < 2 or time.monotonic() < start + 3):  # kernels are chosen in the first
         rounds.append([timeit(partial(step, bf16), number=1) for bf16 in (False, True)])
     single, half = map(min, zip(*rounds[1:], strict=True))
     return single / half

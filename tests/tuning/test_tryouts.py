@@ -112,3 +112,6 @@ def test_the_suggestion_says_what_bf16_saves_or_why_it_was_not_tried(monkeypatch
     ):
         monkeypatch.setattr(tryouts, "times_faster_in_bf16", tried)
         assert f"    {line}\n" in suggest_recipe(photos, "test_resnet")
+    monkeypatch.setattr(tryouts, "times_faster_in_bf16", lambda recipe: 1.63)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each of a launch's processes writes the recipe, and all must write the same
+    assert choose_precision(minimal_recipe("test_resnet", "digits", 32)) == ("no", '"bf16" is not tried by several processes')

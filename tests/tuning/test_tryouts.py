@@ -89,7 +89,7 @@ def test_bf16_is_suggested_where_it_is_faster(monkeypatch, seconds, precision, t
     """Steps of each are taken and timed, by a clock of this test's; what is drawn afterwards is as without them."""
     autocast, entered = torch.autocast, []
     monkeypatch.setattr(torch, "autocast", lambda *args, enabled: entered.append(enabled) or autocast(*args, enabled=enabled))
-    monkeypatch.setattr(tryouts, "timeit", lambda step, number: step() and seconds[entered[-1]])
+    monkeypatch.setattr(tryouts, "timeit", lambda step, number: (step(), seconds[entered[-1]])[1])
     torch.manual_seed(0)
     why = f'"bf16" is {times} times as fast here, in a few steps of each'
     assert choose_precision(minimal_recipe("test_resnet", "digits", 32)) == (precision, why)

@@ -144,12 +144,12 @@ def shortfalls() -> str:
          f"With the frozen layers kept, an epoch has {layer4['times_fewer_operations']} times fewer multiplications."),
         ("two processes on two cores",
          f"Two runs at once, of half the batch each, reach {speeds['two apart'] / speeds['1']:.2f} of one with both cores: "
-         "each steps the optimizer for all weights. The rest is the exchange of 45 MB of gradients a step."),
+         "each steps the optimizer for all weights. What is left goes with exchanging 45 MB of gradients a step."),
         ("a million files within 10 s",
          f"Of {growth['us']:.0f} us a file: {parts(growth['parts_us'], 'us')}. No listing is kept between runs."),
         ("memory at most that of other tools",
-         f"`efficientnet_lite0_cifar` at 128 px in batches of 32: {own:.2f} GiB; {others}. Ours has metrics and pictures in "
-         "it."),
+         f"`efficientnet_lite0_cifar` at 128 px in batches of 32: {own:.2f} GiB; {others}. Ours makes metrics and "
+         "pictures as well; what else differs was not measured."),
     ]  # fmt: skip
     return table("not reached | why", rows)
 

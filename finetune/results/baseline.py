@@ -77,7 +77,7 @@ def find_record(recipe_file: Path | None, recipe: Recipe) -> tuple[Record | None
     file = recipe_file and recipe_file.parent / "baselines" / f"{recipe_file.stem}.json"
     files = [file] if file and file.is_file() else sorted((RECIPES / "baselines").glob("*.json"))
     records, network = [json.loads(path.read_text()) for path in files], to_dict(recipe.backbone)
-    same = (record for record in records if record["recipe"]["backbone"] == network)  # soon told: the others are not built
+    same = (record for record in records if record["recipe"]["backbone"] == network)  # only these are built, which takes time
     fitting = next((record for record in same if not changed(record)), None)
     return fitting, changed(records[0]) if file and file.is_file() else []
 

@@ -103,7 +103,7 @@ def choose_precision(recipe: Recipe) -> tuple[Precision, str]:
     try:
         times = times_faster_in_bf16(recipe)
     except RuntimeError as error:  # out of memory, or an operation that a device does not have in bf16
-        return "no", f'"bf16" can not be tried here: {first_line(error)[:60]}'
+        return "no", f'"bf16" cannot be tried here: {first_line(error)[:60]}'
     return "bf16" if times >= FASTER else "no", f'"bf16" is {times:.1f} times as fast here, in a few steps of each'
 
 

@@ -108,7 +108,7 @@ def test_the_suggestion_says_what_bf16_saves_or_why_it_was_not_tried(monkeypatch
     for tried, line in (
         (lambda recipe: 1.63, 'mixed_precision="bf16",  # "bf16" is 1.6 times as fast here, in a few steps of each'),
         (lambda recipe: 1.1, 'mixed_precision="no",  # "bf16" is 1.1 times as fast here, in a few steps of each'),
-        (missing, 'mixed_precision="no",  # "bf16" can not be tried here: "slow_conv2d" not implemented for BFloat16'),
+        (missing, 'mixed_precision="no",  # "bf16" cannot be tried here: "slow_conv2d" not implemented for BFloat16'),
     ):
         monkeypatch.setattr(tryouts, "times_faster_in_bf16", tried)
         assert f"    {line}\n" in suggest_recipe(photos, "test_resnet")

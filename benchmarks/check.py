@@ -21,9 +21,6 @@ from pathlib import Path
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_digits
 
-from finetune.data.dataset import note_same_files
-from finetune.data.sources import load_data
-from finetune.recipe.recipe import minimal_recipe
 from finetune.tools.check import check
 
 KINDS = ("encoded again", "resized", "cropped", "mirrored")
@@ -104,10 +101,6 @@ def planted_copies(source: Path, draw: random.Random, kinds: tuple[str, ...], we
         images, findings, _ = check(str(root), weights=weights)
         seconds = time.process_time() - start
         pairs = {frozenset(str(root / images.names[i]) for i in one.images): one for one in findings if len(one.images) == 2}
-        data = load_data(minimal_recipe("resnet18", str(root), 32))
-        start = time.process_time()
-        note_same_files(data, "")
-        short = time.process_time() - start
     found = {kind: [0, 0] for kind in kinds}  # by pixels, by the network alone
     for pair, kind in planted.items():
         if one := pairs.get(frozenset(map(str, pair))):
@@ -119,7 +112,6 @@ def planted_copies(source: Path, draw: random.Random, kinds: tuple[str, ...], we
         "found_by_pixels": {kind: number[0] for kind, number in found.items()},
         "pairs": len(pairs),
         "cpu_seconds": round(seconds, 1),
-        "start_cpu_seconds": round(short, 3),
     }
 
 

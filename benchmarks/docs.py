@@ -34,6 +34,7 @@ from benchmarks.tables import (
     suggest,
     table,
     top1,
+    unfreezing,
 )
 
 BLOCK = re.compile(r"<!-- generated: ([\w ]+) -->.*?<!-- end -->", re.DOTALL)
@@ -153,12 +154,6 @@ def copies_farther() -> str:
     return table(f"images | copies | {kinds} | planted, of all found", rows)
 
 
-def same_files() -> str:
-    """What the short form of the check costs at a run's start."""
-    one = read("check.json")["rows"][0]
-    return f"{1000 * one['start_cpu_seconds']:.0f} ms for {one['number'] + sum(one['copies'].values()):,} files"
-
-
 def wrong_labels() -> str:
     """Wrong labels that were planted, and found."""
     rows = [
@@ -191,6 +186,7 @@ BLOCKS = {
         resnet18_choices,
         solar_cells,
         ablation,
+        unfreezing,
         peers,
         peer,
         long_runs,
@@ -212,7 +208,6 @@ BLOCKS = {
         elsewhere,
         copies,
         copies_farther,
-        same_files,
         wrong_labels,
         fuzz,
     )

@@ -85,13 +85,13 @@ def parts(pixels: int, size: int) -> dict[str, float]:
     recipe, inputs = recipe_of("generated", size), inputs_of(size)
     transform = training_transform(recipe, inputs)
     image = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), np.uint8)
-    crop = random_crop(image, recipe.augment, inputs)
+    crop = torch.from_numpy(random_crop(image, recipe.augment, inputs))
     large = transform.resize(crop, size, size)
     batch = torch.stack([large] * BATCH)
     calls = {  # and images of each call
         "resized": (lambda: transform.resize(crop, size, size), 1),
         "normalised": (lambda: transform.batch(batch), BATCH),
-        "half of them mirrored": (lambda: large.flip(1), 2),
+        "half of them mirrored": (lambda: crop.flip(1), 2),
         "crop drawn and cut": (lambda: random_crop(image, recipe.augment, inputs), 1),
         "seeds": (lambda: seed_cpu(keyed_seed(0, 1, 2)), 1),
     }

@@ -161,6 +161,19 @@ def ablation(images: str) -> str:
     return ablations.table(ablations.compare([row for row in rows if row["images"].startswith(IMAGES[images])]))
 
 
+def unfreezing() -> str:
+    """All layers at once and one stage after the other, in about the same time; seconds are those of the fastest seed."""
+    runs = [row for row in map(json.loads, (RESULTS / "unfreezing.jsonl").read_text().splitlines()) if not row["held_out"]]
+    rows = []
+    for images, arm in dict.fromkeys((row["images"], row["arm"]) for row in runs):
+        own = [row for row in runs if (row["images"], row["arm"]) == (images, arm)]
+        (scale,) = {row["lr_scale"] for row in own}
+        found = [row["top1"] for row in own]
+        top1 = f"{mean(found):.1%} ({100 * min(found):.1f} to {100 * max(found):.1f})"
+        rows.append((images, arm, f"{scale:g}", f"{min(row['seconds'] for row in own):.0f} s", top1))
+    return table("images | what trains | `lr_scale` | a run | top-1", rows)
+
+
 def section(images: str, tuned: bool) -> dict:
     """A part of the comparison with other tools."""
     parts = peers_report.sections(peers_report.read(RESULTS / "peers.jsonl")).values()

@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # processes side by side, spinning, slow each other down tenfold
 
-import os
 import socket
 import subprocess
 import sys

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import itertools
 import os
 import shlex
 from collections import defaultdict
@@ -17,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from finetune.images.decode import WHITE
-from finetune.images.read import check_header, is_image, reason_of
-from finetune.images.remote import headers_of, image_digest, look_up
+from finetune.images.read import CHECKING, header_fault, is_image, look_into
+from finetune.images.remote import first_bytes, image_digests, look_up
 from finetune.recipe import Data
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import write_file
 from finetune.utils.text import note, progress
-from finetune.utils.urls import Unreachable, as_path, is_url
+from finetune.utils.urls import as_path, is_url
 
 Values = Sequence[Any] | np.ndarray  # one for each image: its item, or its label, a number or 0 and 1 for each class
 Reader = Callable[..., Any]  # reads an item as an RGB image or an array: read_image with what its first argument is
@@ -63,7 +64,7 @@ class ImageList:
     """A map-style set of items that `read` makes RGB images of, when they are asked for.
 
     `subgroups` names the subgroup of each image; a run's result then has the metrics of each subgroup, too. `groups` names the
-    group of each, which no split divides.
+    group of each, which no split divides. `digests` are those of the files, as far as they were looked into.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class ImageList:
         read: Reader,
         subgroups: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
+        digests: Sequence[str] | None = None,
     ):
         self.items, self.labels, self.read, self.subgroups, self.groups = items, labels, read, subgroups, groups
+        self.digests = digests
 
     def __len__(self) -> int:
         return len(self.items)
@@ -89,8 +92,8 @@ class ImageList:
         def part_of(values: Any) -> Any:
             return values[indices] if isinstance(values, np.ndarray) else [values[i] for i in indices]
 
-        names = (values and part_of(values) for values in (self.subgroups, self.groups))
-        return ImageList(part_of(self.items), part_of(self.labels), self.read, *names)
+        known = (values and part_of(values) for values in (self.subgroups, self.groups, self.digests))
+        return ImageList(part_of(self.items), part_of(self.labels), self.read, *known)
 
     def read_as(self, data: Data) -> "ImageList":
         """The same images, read with a recipe's background and channels."""
@@ -100,7 +103,8 @@ class ImageList:
 
     def read_with(self, **options: Any) -> "ImageList":
         """The same images, read with these options of `read_image`."""
-        return ImageList(self.items, self.labels, partial(self.read, **options), self.subgroups, self.groups)
+        known = (self.subgroups, self.groups, self.digests)
+        return ImageList(self.items, self.labels, partial(self.read, **options), *known)
 
 
 def labels_of(images: Images) -> np.ndarray:
@@ -123,7 +127,7 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     if isinstance(images, ImageList) and isinstance(images.items, np.ndarray):
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     elif isinstance(images, ImageList):
-        names = (as_path(item).name if isinstance(item, str | Path) else str(item) for item in images.items)
+        names = (name_of(item) if isinstance(item, str | Path) else str(item) for item in images.items)
         digest.update("\n".join(names).encode(errors="surrogateescape"))  # names of any bytes
     with suppress(RecipeError):  # a function's data set need not know its labels
         labels = labels_of(images)
@@ -133,8 +137,13 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     return f"{len(images)} {digest.hexdigest()}"
 
 
+def name_of(item: str | Path) -> str:
+    """The name of a file, here or elsewhere."""
+    return as_path(item).name if is_url(item) else os.path.basename(item)
+
+
 def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | None = None) -> None:
-    """Read the header of every file, once on each machine; of URLs on the first alone.
+    """Read the header of every file, once on each machine; of URLs on the first alone. The lists then know their digests.
 
     Raises:
         RecipeError: for files that are no images, the first ten by name, unless on_bad_image="skip".
@@ -142,19 +151,17 @@ def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | N
     if on_bad_image == "skip" or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     main = os.environ.get("RANK", "0") == "0"
-    paths, faults = [path for part in parts for path in part.items if main or not is_url(path)], dict[str, str]()
-    faults |= {path: str(why) for path, why in look_up(paths, main).items()}
-    for path, header in progress(headers_of(paths, faults), len(paths), "checking the images", main):
-        try:
-            if isinstance(header, Unreachable):
-                raise header
-            check_header(header, channels)
-        except RecipeError:
-            raise  # a package is missing, for all files
-        except Exception as error:
-            faults[str(path)] = reason_of(error)
+    paths = [path for part in parts for path in part.items if main or not is_url(path)]
+    faults = {path: str(why) for path, why in look_up(paths, main).items()}
+    files, urls = ([path for path in paths if is_url(path) == far and path not in faults] for far in (False, True))
+    found, digests = look_into(files, channels, main)
+    fetched = zip(urls, progress(first_bytes(urls), len(urls), CHECKING, main and bool(urls)), strict=False)
+    faults |= found | {url: fault for url, start in fetched if (fault := header_fault(start, channels))}
     if faults:
         raise RecipeError(name_faults(faults, len(paths)))
+    in_order = iter(digests)
+    for part in parts if len(files) == len(paths) else ():
+        part.digests = list(itertools.islice(in_order, len(part)))
 
 
 def name_faults(faults: dict[str, str], total: int) -> str:
@@ -216,7 +223,8 @@ def note_same_files(
     parts = [part for part in (data.train, data.val) if isinstance(part, ImageList)]
     paths, labels = ([value for part in parts for value in getattr(part, name)] for name in ("items", "labels"))
     first_val, found = len(data.train), list[str]()
-    paths, groups = find(data) if find else (paths, same_files(paths))
+    digests = [digest for part in parts for digest in part.digests or ()]
+    paths, groups = find(data) if find else (paths, same_files(paths, digests))
     if shared := [i for group in groups if group[0] < first_val for i in group if i >= first_val]:
         found.append(
             f"{len(shared)} of {len(data.val)} validation images are training images as well ({paths[shared[0]]}): the metrics "
@@ -231,16 +239,11 @@ def note_same_files(
         note(f"data: {'; '.join(found)}; all that is there twice: finetune check --data {shlex.quote(source)}")
 
 
-def same_files(paths: Sequence[Any]) -> list[list[int]]:
-    """Groups of paths, by their positions, whose files have the same content; only files of the same size are looked into."""
-    look_up(paths)
-    by_size, groups = defaultdict[Any, list[int]](list), defaultdict[str, list[int]](list)
-    for i, path in enumerate(paths):
-        with suppress(OSError):
-            by_size["URL" if is_url(path) else os.path.getsize(path)].append(i)
-    for alike in by_size.values():
-        for i in alike if len(alike) > 1 else ():
-            groups[image_digest(paths[i])].append(i)
+def same_files(paths: Sequence[Any], digests: Sequence[str] = ()) -> list[list[int]]:
+    """Groups of paths, by their positions, whose files have the same content; without `digests` it looks into them."""
+    groups = defaultdict[str, list[int]](list)
+    for i, digest in enumerate(digests if len(digests) == len(paths) else image_digests(paths)):
+        groups[digest].append(i)
     return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
 
 
@@ -253,13 +256,15 @@ def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRo
     for split, images in (("train", train), ("val", val)):
         if not isinstance(images, ImageList) or not isinstance(images.items[0], str | Path):
             return []
-        look_up(images.items)
-        groups = images.groups or [""] * len(images)
-        for path, label, group in zip(images.items, images.labels, groups, strict=True):
-            places = np.flatnonzero(label) if np.ndim(label) else [label]
-            are_numbers = np.asarray(label).dtype.kind == "f"
-            named = list(map(str, label.tolist())) if are_numbers else [classes[int(i)] for i in places]
-            rows.append((split, ";".join(named), image_digest(path), str(path), group))
+        labels, groups = np.asarray(images.labels), images.groups or [""] * len(images)
+        if labels.dtype.kind == "f":
+            named = [";".join(map(str, label)) for label in labels.tolist()]
+        elif labels.ndim > 1:
+            named = [";".join(classes[i] for i in np.flatnonzero(label).tolist()) for label in labels]
+        else:
+            named = [classes[label] for label in labels.tolist()]
+        digests = images.digests or image_digests(images.items)
+        rows += zip(itertools.repeat(split), named, digests, map(str, images.items), groups, strict=False)
     return rows
 
 

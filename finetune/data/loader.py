@@ -1,7 +1,6 @@
 """Images and labels loaded in batches."""
 
 import errno
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from finetune.images.remote import ahead
 from finetune.images.transforms import Pixels, Timm
 from finetune.recipe import Recipe
 from finetune.recipe.load import RecipeModules
+from finetune.utils.cores import outlast_interrupts
 from finetune.utils.errors import RecipeError, free_frames
 from finetune.utils.seed import keyed_seed, seed_cpu
 from finetune.utils.text import print_error, progress
@@ -187,15 +187,8 @@ class BatchLoader(DataLoader[Any]):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
             persistent_workers=workers > 0,
-            worker_init_fn=outlast_interrupts,
+            worker_init_fn=outlast_interrupts,  # the process that trains finishes its step first
         )
-
-
-def outlast_interrupts(worker: int) -> None:
-    """Leave Ctrl-C and a closed terminal, which reach each process, to the one that trains: it finishes its step first."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class NextBatches:

@@ -1,17 +1,24 @@
 """An image file, or what another library has read, as pixels: the one way in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import PIL
 from PIL import Image
 
 from finetune.images.arrays import as_picture, check_shape, read_array, reader_of
 from finetune.images.decode import WHITE, Colour, open_file, silent, to_rgb
 from finetune.images.remote import Fetched, here
+from finetune.utils.cores import on_all_cores
 from finetune.utils.errors import RecipeError, first_line
+from finetune.utils.files import file_digest
+from finetune.utils.known_files import KnownFiles
+from finetune.utils.text import progress
 from finetune.utils.urls import Unreachable, as_path
 
+CHECKING = "checking the images"
 NO_PICTURE = "it is an array, no picture: --set data.channels=N (of suggest --channels N) reads those of N channels"
 
 
@@ -70,6 +77,46 @@ def check_header(path: Any, channels: int | None = None) -> None:
         if not (isinstance(path, Fetched) and path.part):
             raise
         check_header(here(path.url), channels)  # a TIFF may have its header at the end
+
+
+def header_fault(file: Any, channels: int | None = None) -> str:
+    """Why a file, or what could be fetched of it, is no such image, by its header; "" if it is one.
+
+    Raises:
+        RecipeError: where a package is missing, for all files.
+    """
+    try:
+        if isinstance(file, Unreachable):
+            raise file
+        check_header(file, channels)
+    except RecipeError:
+        raise
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def look_into(files: Sequence[Any], channels: int | None, shown: bool) -> tuple[dict[str, str], list[str]]:
+    """(the fault of each file that has one, as `header_fault` names it; the digest of each).
+
+    Of a large set, those that were in order and have not changed since are not opened again.
+    """
+    known, faults = KnownFiles(files, f"{channels} {PIL.__version__}"), dict[str, str]()
+    new = [i for i, digest in enumerate(known.digests) if not digest]
+    looked = progress(on_all_cores(partial(look, channels), [files[i] for i in new]), len(new), CHECKING, shown)
+    digests = list(known.digests)
+    for i, (fault, digest) in zip(new, looked, strict=True):
+        digests[i] = digest
+        if fault:
+            faults[str(files[i])] = fault
+    known.keep(digests)
+    return faults, digests
+
+
+def look(channels: int | None, file: Any) -> tuple[str, str]:
+    """The fault and the digest of one file."""
+    fault = header_fault(file, channels)
+    return fault, "" if fault else file_digest(file)
 
 
 def is_image(path: str) -> bool:

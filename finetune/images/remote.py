@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from finetune.images.archive import archive_here, copy_of, member_info, members_below, read_member
+from finetune.utils.cores import on_all_cores
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import file_digest
 from finetune.utils.net import ask, file_system, version_in
@@ -18,7 +19,7 @@ from finetune.utils.text import progress
 from finetune.utils.urls import WEB, Unreachable, as_path, check_url, is_archive, is_url, join_url, split_url, tidy
 
 AT_ONCE = 32  # files that are asked for at the same time
-HEADER = 2**16  # bytes in which the headers of nearly all images end
+HEADER = 2**16  # bytes
 SOME = 256  # whose answers wait in memory
 AHEAD: dict[str, "bytes | Unreachable"] = {}  # the files of `ahead`, or why they can't be had
 Values = Sequence[Any] | np.ndarray
@@ -159,19 +160,10 @@ def at_once(function: Any, files: Sequence[str], text: str = "", shown: bool = F
                 return
 
 
-def headers_of(paths: Sequence[Any], without: Container[Any]) -> Iterator[tuple[Any, Any]]:
-    """Each path with what its header is read from: itself, or what could be fetched of a URL, or the Unreachable.
-
-    URLs that are left out have none, and those after which there is no hope.
-    """
-    found = at_once(lambda url: fetch(url, HEADER), [path for path in paths if is_url(path) and path not in without])
-    for path in paths:
-        if not is_url(path):
-            yield path, path
-        elif path not in without:
-            if (start := next(found, None)) is None:
-                return
-            yield path, start if isinstance(start, Unreachable) else Fetched(path, start, part=len(start) == HEADER)
+def first_bytes(urls: Sequence[str]) -> Iterator[Fetched | Unreachable]:
+    """The start of each file, in which the headers of nearly all images end, or why it can't be had; it may end early."""
+    for url, start in zip(urls, at_once(lambda url: fetch(url, HEADER), urls), strict=False):
+        yield start if isinstance(start, Unreachable) else Fetched(url, start, part=len(start) == HEADER)
 
 
 def version_of(url: str) -> str:
@@ -203,6 +195,13 @@ def image_digest(item: Any) -> str:
     with suppress(Unreachable):
         return version_of(item)
     return ""
+
+
+def image_digests(items: Values) -> list[str]:
+    """The same of many."""
+    look_up(items)
+    files = on_all_cores(file_digest, [item for item in items if not is_url(item)])
+    return [image_digest(item) if is_url(item) else next(files) for item in items]
 
 
 def find_file(item: str | Path) -> Path | RemoteFile:

@@ -16,7 +16,7 @@ from finetune.data.folders import class_difference, class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder, note_missing_classes
-from finetune.images.remote import image_digest, list_folder, look_up
+from finetune.images.remote import image_digests, list_folder
 from finetune.inference.numbers import evaluate_numbers, numbers_as_text
 from finetune.inference.predict import compute_logits
 from finetune.metrics.classes import class_metrics
@@ -184,8 +184,7 @@ def load_files(data: str, recipe: Recipe, whole: bool) -> tuple[ImageList, Seque
 
 def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
     """Those of a run's own images that it kept for validation, told by their content; of other images, all."""
-    look_up(images.items)
-    digests = [image_digest(path) for path in images.items]
+    digests = image_digests(images.items)
     trained, missing, kept = set(recorded_digests(record, "train")), Counter(recorded_digests(record, "val")), list[int]()
     for i, digest in enumerate(digests):
         if missing[digest] > 0:

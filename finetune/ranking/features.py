@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ import torch
 
 from finetune.data.dataset import ImageList, Images
 from finetune.data.split import has_files
-from finetune.images.remote import image_digest, look_up
+from finetune.images.remote import image_digests
 from finetune.utils.files import write_file
 
 FORMAT = 1  # of the files: another number, and those that are there are computed anew
 CHUNK = 1 << 20
-
-
-def cache_folder(asked: Path | None = None) -> Path:
-    """The folder for features: the one that is asked for, or that of XDG_CACHE_HOME, by default ~/.cache/finetune/features."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return asked or Path(home) / "finetune" / "features"
 
 
 def place_of(folder: Path, key: Mapping[str, Any]) -> Path:
@@ -52,9 +45,7 @@ def digest_images(images: Images) -> str:
     """A digest of the content of all images, in their order: of each file's size and two ends, else of its pixels."""
     digest = hashlib.blake2b(str(len(images)).encode(), digest_size=16)
     if isinstance(images, ImageList) and has_files(images):
-        look_up(images.items)
-        for path in images.items:
-            digest.update(image_digest(path).encode())
+        digest.update("".join(image_digests(images.items)).encode())
     elif isinstance(images, ImageList) and isinstance(images.items, np.ndarray) and images.items.ndim > 2:
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     else:

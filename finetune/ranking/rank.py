@@ -13,7 +13,7 @@ from finetune.data.dataset import ImageData, ImageList
 from finetune.data.sources import load_data
 from finetune.data.split import names_of
 from finetune.ranking.candidates import Candidate, Wanted, find_candidates, name_networks
-from finetune.ranking.features import cache_folder, digest_array, digest_images, place_of, recall
+from finetune.ranking.features import digest_array, digest_images, place_of, recall
 from finetune.ranking.probes import Task, dataset_of, feature_file, score, speed_of, validate
 from finetune.recipe.metrics import METRICS, NUMBER_LOSSES, scale_of, unit_of, write_value
 from finetune.report.drawing import legend_above, new_figure, save_figure, shorten
@@ -22,7 +22,7 @@ from finetune.tools.image_stats import recipe_for, sample_stats
 from finetune.tools.label_errors import deal_folds
 from finetune.training.setup import own_accelerator_state
 from finetune.utils.errors import RecipeError, first_line
-from finetune.utils.files import check_folder, read_json, write_file
+from finetune.utils.files import cache_folder, check_folder, read_json, write_file
 from finetune.utils.seed import keep_random_state
 from finetune.utils.text import WIDTH, align_columns, duration, fill_lines
 
@@ -37,7 +37,7 @@ def report(
     Raises:
         RecipeError: for names and files that are not there, for images that a run would refuse, and if nothing can be ranked.
     """
-    start, named, cache = time.monotonic(), name_networks(wanted), cache_folder(cache)
+    start, named, cache = time.monotonic(), name_networks(wanted), cache or cache_folder() / "features"
     check_folder(cache)
     source = str(Path(source).resolve()) if Path(source).exists() else source
     base = recipe_for(source, wanted.loss)

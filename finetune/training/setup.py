@@ -37,6 +37,7 @@ from finetune.recipe.serialize import to_dict
 from finetune.training.distributed import main_process_first
 from finetune.training.launch import asks_for_fsdp, check_processes, chosen_threads
 from finetune.training.memory import keep_freed_memory
+from finetune.utils.cores import num_cores
 from finetune.utils.device import uses_cpu
 from finetune.utils.errors import RecipeError, first_line
 from finetune.utils.seed import seed_all
@@ -74,7 +75,7 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
     if cpu and processes == 1 and not chosen_threads():
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.set_num_threads(num_cores())
     if cpu:
         keep_freed_memory()
     torch.backends.cudnn.deterministic = True  # of a GPU's ways to compute a layer, one that gives the same bits each time

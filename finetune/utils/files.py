@@ -29,6 +29,11 @@ def data_folder() -> Path:
     return Path(os.environ.get("FINETUNE_DATA", Path.home() / ".cache" / "finetune"))
 
 
+def cache_folder() -> Path:
+    """The folder for what can be found out again: that of XDG_CACHE_HOME, by default ~/.cache/finetune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+
+
 def check_folder(folder: Path) -> None:
     """Raise RecipeError unless files can be written into a folder, or it can be made."""
     try:

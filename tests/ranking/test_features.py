@@ -6,7 +6,8 @@ from PIL import Image
 
 from finetune.data.dataset import ImageList
 from finetune.images.read import read_image
-from finetune.ranking.features import cache_folder, digest_images, keep, place_of, recall
+from finetune.ranking.features import digest_images, keep, place_of, recall
+from finetune.utils.files import cache_folder
 
 
 def test_a_kept_file_that_was_cut_is_computed_anew(tmp_path):
@@ -40,8 +41,8 @@ def test_images_are_told_by_content(tmp_path):
 def test_the_folder_is_xdgs(monkeypatch, tmp_path):
     """XDG_CACHE_HOME, else ~/.cache, unless a folder is named; each key has its own file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "finetune" / "features" and cache_folder(tmp_path / "x") == tmp_path / "x"
+    assert cache_folder() == tmp_path / "finetune"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "finetune" / "features"
+    assert cache_folder() == tmp_path / ".cache" / "finetune"
     assert place_of(tmp_path, {"a": 1, "b": 2}) == place_of(tmp_path, {"b": 2, "a": 1}) != place_of(tmp_path, {"a": 2, "b": 1})

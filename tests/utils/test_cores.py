@@ -1,0 +1,116 @@
+"""A function of many items is that of each, whatever process computes it."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from finetune.utils import cores
+from finetune.utils.cores import on_all_cores
+from finetune.utils.errors import RecipeError
+
+MANY = range(3 * cores.AT_ONCE)
+ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="where processes fork")
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch):
+    """As on a machine of two cores, on which this many items are worth it."""
+    monkeypatch.setattr(cores, "num_cores", lambda: 2)
+    monkeypatch.setattr(cores, "WORTH_IT", len(MANY))
+
+
+def square_here(number):
+    time.sleep(0.0001)  # so that no process has done all before another starts
+    return number * number, os.getpid()
+
+
+@ON_LINUX
+def test_many_are_spread():
+    """In their order, by two processes, neither of them this one."""
+    squares, processes = zip(*on_all_cores(square_here, MANY), strict=True)
+    assert list(squares) == [i * i for i in MANY]
+    assert len(set(processes)) == 2 and os.getpid() not in processes
+
+
+def test_few_stay_here():
+    """Without another process."""
+    assert set(on_all_cores(square_here, MANY[1:])) == {(i * i, os.getpid()) for i in MANY[1:]}
+
+
+def refuse_the_400th(number):
+    if number == 400:
+        raise RecipeError("install a package", one_process=True)
+    return number
+
+
+def test_what_it_raises_arrives():
+    """With its words, after the items before it."""
+    found = on_all_cores(refuse_the_400th, MANY)
+    with pytest.raises(RecipeError, match="install a package") as raised:
+        for _ in found:
+            pass
+    assert raised.value.one_process
+
+
+WAITING = """
+import os, sys, time
+from finetune.utils import cores
+
+def tell(number):
+    print(os.getpid(), flush=True) if number % cores.AT_ONCE == 0 else time.sleep(0.01)
+
+cores.num_cores = lambda: 2
+list(cores.on_all_cores(tell, range(100_000)))
+"""
+
+
+def goes_on(process):
+    """Whether it runs; one that has ended may stay listed until somebody asks how."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@ON_LINUX
+def test_none_is_left_behind():
+    """Once the process that they work for is killed."""
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as parent:
+        workers = {int(parent.stdout.readline()) for _ in range(2)}
+        assert len(workers) == 2 and parent.pid not in workers
+        parent.kill()
+        for _ in range(100):
+            if not any(map(goes_on, workers)):
+                return
+            time.sleep(0.1)
+    raise AssertionError("they go on")
+
+
+PARENT = os.getpid()
+
+
+def die_elsewhere(number):
+    if os.getpid() != PARENT and number == 400:
+        os._exit(9)  # as the system ends a process for want of memory
+    return number
+
+
+def test_a_dead_process_is_made_up_for():
+    """The rest is done here, each item once."""
+    assert list(on_all_cores(die_elsewhere, MANY)) == list(MANY)
+
+
+@pytest.mark.parametrize("step", ["__init__", "submit"])
+def test_no_process_is_to_be_had(monkeypatch, step):
+    """No shared memory for their locks, or a limit on processes: all is done here."""
+
+    def refuse(*args, **options):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(ProcessPoolExecutor, step, refuse)
+    assert list(on_all_cores(square_here, MANY)) == [(i * i, os.getpid()) for i in MANY]

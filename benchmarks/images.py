@@ -4,9 +4,9 @@
 
 Small images are JPEGs of 32 px brought to 128, large ones PNGs of 300 px brought to 224, all cut out of scikit-learn's two
 photographs. Crops (half to all of an image), mirrors and normalised float batches of 32, one thread, no loader processes;
-epochs of the three take turns. The first is left out: ours decodes in it. Of small ones, what each part takes by itself. Of
-photographs, JPEGs of 3,000 px brought to 224,
-memory holds few, so first epochs are compared, ours with and without `Data(reduced_decode=2)`.
+epochs of the three take turns. The first is left out: ours decodes in it. Of small ones, what each part of an epoch takes. Of
+photographs, JPEGs of 3,000 px brought to 224, memory holds few, so first epochs are compared, ours with and without
+`Data(reduced_decode=2)`.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from timeit import repeat
+from unittest.mock import patch
 
 import numpy as np
 import timm.data
@@ -26,21 +28,32 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from finetune.data import loader as data_loader
 from finetune.data.batches import plan_epoch
 from finetune.data.loader import ImageDataset, load
 from finetune.data.sources import load_data
-from finetune.images.cache import DiskCache
-from finetune.images.transforms import random_crop, training_transform
+from finetune.images import transforms as own_transforms
+from finetune.images.cache import DiskCache, ImageCache
+from finetune.images.transforms import Pixels, training_transform
 from finetune.recipe import AdamW, Augment, Constant, Data, LayerDecay, Recipe
 from finetune.training.memory import keep_freed_memory
-from finetune.utils.seed import keyed_seed, seed_cpu
 
 BATCH, SCALE, RATIO = 32, (0.5, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = {"small": (32, 128, "jpg", 5.0), "large": (300, 224, "png", 2.0)}  # pixels there, pixels wanted, format, bar
+
+PARTS = {  # of loading an image that is decoded: what does it
+    "resized": [(Pixels, "resize")],
+    "normalised": [(Pixels, "batch")],
+    "crop drawn and cut": [(own_transforms, "random_crop")],
+    "seeds": [(data_loader, "seed_cpu"), (data_loader, "keyed_seed")],
+    "found in the cache": [(ImageCache, "get")],
+    "put into batches": [(collate, "default_collate")],
+}
 
 
 def main() -> int:
@@ -73,29 +86,39 @@ def main() -> int:
             "times_faster": round(times_faster, 2),
             "holds": times_faster >= bar,
         }
-    figures["small"]["parts_us"] = parts(*KINDS["small"][:2])
+    figures["small"]["parts_us"] = parts(*KINDS["small"][:3], args.images)
     print(f"of small images: {figures['small']['parts_us']}")
     holds = {f"{kind}_{KINDS[kind][3]:g}_times_faster": row["holds"] for kind, row in figures.items()}
     print(json.dumps({**figures, "photographs": decoding(args.epochs), "holds": holds}))
     return 0
 
 
-def parts(pixels: int, size: int) -> dict[str, float]:
-    """Microseconds an image of what is done to one that is decoded, the least of ten times."""
-    recipe, inputs = recipe_of("generated", size), inputs_of(size)
-    transform = training_transform(recipe, inputs)
-    image = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), np.uint8)
-    crop = torch.from_numpy(random_crop(image, recipe.augment, inputs))
-    large = transform.resize(crop, size, size)
-    batch = torch.stack([large] * BATCH)
-    calls = {  # and images of each call
-        "resized": (lambda: transform.resize(crop, size, size), 1),
-        "normalised": (lambda: transform.batch(batch), BATCH),
-        "half of them mirrored": (lambda: crop.flip(1), 2),
-        "crop drawn and cut": (lambda: random_crop(image, recipe.augment, inputs), 1),
-        "seeds": (lambda: seed_cpu(keyed_seed(0, 1, 2)), 1),
-    }
-    return {name: round(1e4 * min(repeat(call, number=100, repeat=10)) / images, 1) for name, (call, images) in calls.items()}
+def parts(pixels: int, size: int, suffix: str, images: int) -> dict[str, float]:
+    """Microseconds an image of each part of an epoch without decoding; what is left is Python's and torch's loader."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args, **options):
+            start = time.perf_counter()
+            result = function(*args, **options)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), images, pixels, suffix)
+        for name, places in PARTS.items():
+            for owner, attribute in places:
+                stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        loader = ours(folder, size)
+        for epoch in range(2):
+            spent.update(dict.fromkeys(PARTS, 0.0))
+            start = time.perf_counter()
+            count = sum(len(batch) for batch, _ in loader(epoch))
+            whole = time.perf_counter() - start
+    spent["the rest"] = whole - sum(spent.values())
+    return {name: round(1e6 * seconds / count, 1) for name, seconds in spent.items()}
 
 
 def decoding(rounds: int, images: int = 32) -> dict:

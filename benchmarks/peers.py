@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from benchmarks.peers_report import PEERS as REPORTED
 from benchmarks.peers_report import report
 from benchmarks.peers_runs import PEERS, SAME, start
 from finetune.data.sources import load_data
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, metavar="N", help="the first N of each class alone")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(PEERS))
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(REPORTED))
     parser.add_argument(
         "--lr-factors",
         type=lambda text: [float(word) for word in text.split(",")],

@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 import shlex
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     if isinstance(images, ImageList) and isinstance(images.items, np.ndarray):
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     elif isinstance(images, ImageList):
-        names = (name_of(item) if isinstance(item, str | Path) else str(item) for item in images.items)
+        names = (file_name(item) if isinstance(item, str | Path) else str(item) for item in images.items)
         digest.update("\n".join(names).encode(errors="surrogateescape"))  # names of any bytes
     with suppress(RecipeError):  # a function's data set need not know its labels
         labels = labels_of(images)
@@ -137,7 +137,7 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
     return f"{len(images)} {digest.hexdigest()}"
 
 
-def name_of(item: str | Path) -> str:
+def file_name(item: str | Path) -> str:
     """The name of a file, here or elsewhere."""
     return as_path(item).name if is_url(item) else os.path.basename(item)
 
@@ -241,10 +241,12 @@ def note_same_files(
 
 def same_files(paths: Sequence[Any], digests: Sequence[str] = ()) -> list[list[int]]:
     """Groups of paths, by their positions, whose files have the same content; without `digests` it looks into them."""
-    groups = defaultdict[str, list[int]](list)
-    for i, digest in enumerate(digests if len(digests) == len(paths) else image_digests(paths)):
-        groups[digest].append(i)
-    return [group for digest, group in groups.items() if digest and len(group) > 1 and is_image(paths[group[0]])]
+    digests = digests if len(digests) == len(paths) else image_digests(paths)
+    groups = {digest: list[int]() for digest, number in Counter(digests).items() if digest and number > 1}
+    for i, digest in enumerate(digests if groups else ()):
+        if digest in groups:
+            groups[digest].append(i)
+    return [group for group in groups.values() if is_image(paths[group[0]])]
 
 
 FileRow = tuple[str, str, str, str, str]  # (split, classes, digest, path, group) of a file

@@ -33,7 +33,7 @@ class KnownFiles:
         self.stamps = np.zeros(0, ROW)
         if self.number < FEW or os.name != "posix":
             return
-        self.stamps = np.array([stamp_of(file) for file in files], ROW)
+        self.stamps = np.fromiter(map(stamp_of, files), ROW, self.number)
         folder = os.path.commonpath([os.path.abspath(files[0]), os.path.abspath(files[-1])])
         name = hashlib.blake2b(f"{folder}\n{question}".encode(errors="surrogateescape"), digest_size=8).hexdigest()
         self.file = cache_folder() / "files" / f"{name}.npy"

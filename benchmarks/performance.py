@@ -89,8 +89,8 @@ def performance() -> str:
          of_each(now["growth"]["files"], "us", " us"), holds("growth", "start_at_most_linear")),
         *(
             ("`growth`", f"{which} start with {most_files['files']:,} files", "10 s",
-             f"{before['growth']['files'][-1]['us'] * most_files['files'] / 1e6:.0f} s, by 100,000", f"{most_files[kind]:.1f} s",
-             "yes" if most_files[kind] <= 10 else "no")
+             f"{before['growth']['files'][-1]['us'] * most_files['files'] / 1e6:.0f} s, by 100,000",
+             f"{most_files[kind]:.1f} s", "yes" if most_files[kind] <= 10 else "no")
             for which, kind in (("the first", "seconds"), ("a later", "later_seconds"))
         ),
         ("`growth`", f"the metrics of {most_classes['classes']:,} classes, against those of {some['classes']:,}",

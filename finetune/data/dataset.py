@@ -103,8 +103,7 @@ class ImageList:
 
     def read_with(self, **options: Any) -> "ImageList":
         """The same images, read with these options of `read_image`."""
-        known = (self.subgroups, self.groups, self.digests)
-        return ImageList(self.items, self.labels, partial(self.read, **options), *known)
+        return ImageList(self.items, self.labels, partial(self.read, **options), self.subgroups, self.groups, self.digests)
 
 
 def labels_of(images: Images) -> np.ndarray:
@@ -140,6 +139,11 @@ def fingerprint(images: Images, classes: Sequence[str]) -> str:
 def file_name(item: str | Path) -> str:
     """The name of a file, here or elsewhere."""
     return as_path(item).name if is_url(item) else os.path.basename(item)
+
+
+def digests_of(images: ImageList) -> Sequence[str]:
+    """The digest of each file; "" of one that can't be had."""
+    return images.digests or image_digests(images.items)
 
 
 def check_files(parts: Sequence[ImageList], on_bad_image: str, channels: int | None = None) -> None:
@@ -265,8 +269,7 @@ def file_rows(train: Images, val: Images, classes: Sequence[str]) -> list[FileRo
             named = [";".join(classes[i] for i in np.flatnonzero(label).tolist()) for label in labels]
         else:
             named = [classes[label] for label in labels.tolist()]
-        digests = images.digests or image_digests(images.items)
-        rows += zip(itertools.repeat(split), named, digests, map(str, images.items), groups, strict=False)
+        rows += [(split, *row) for row in zip(named, digests_of(images), map(str, images.items), groups, strict=True)]
     return rows
 
 

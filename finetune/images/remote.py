@@ -19,7 +19,7 @@ from finetune.utils.text import progress
 from finetune.utils.urls import WEB, Unreachable, as_path, check_url, is_archive, is_url, join_url, split_url, tidy
 
 AT_ONCE = 32  # files that are asked for at the same time
-HEADER = 2**16  # bytes
+HEADER = 2**16  # bytes in which the headers of nearly all images end
 SOME = 256  # whose answers wait in memory
 AHEAD: dict[str, "bytes | Unreachable"] = {}  # the files of `ahead`, or why they can't be had
 Values = Sequence[Any] | np.ndarray
@@ -161,7 +161,7 @@ def at_once(function: Any, files: Sequence[str], text: str = "", shown: bool = F
 
 
 def first_bytes(urls: Sequence[str]) -> Iterator[Fetched | Unreachable]:
-    """The start of each file, in which the headers of nearly all images end, or why it can't be had; it may end early."""
+    """The start of each file, with its header, or why it can't be had; where servers fail again and again, it ends early."""
     for url, start in zip(urls, at_once(lambda url: fetch(url, HEADER), urls), strict=False):
         yield start if isinstance(start, Unreachable) else Fetched(url, start, part=len(start) == HEADER)
 

@@ -38,8 +38,8 @@ class Pixels:
     def image(self, pixels: np.ndarray) -> torch.Tensor:
         """Pixels [H, W, channels] -> [height, width, channels]: uint8 as they are, others as floats."""
         augment = self.augment
-        if pixels.dtype != np.uint8:
-            pixels = pixels.astype(np.float32)
+        kind = np.uint8 if pixels.dtype == np.uint8 else np.float32
+        pixels = np.require(pixels, kind, "W")  # torch warns of arrays that can't be written to, as Pillow's
         if augment is None:
             height, width = resized_sides(pixels.shape[0], pixels.shape[1], self.preprocessing)
             image = self.resize(torch.from_numpy(pixels), height, width)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from finetune.data.builtin import from_names
-from finetune.data.dataset import ImageList, Values, check_files, fingerprint, recorded_digests
+from finetune.data.dataset import ImageList, Values, check_files, digests_of, fingerprint, recorded_digests
 from finetune.data.external import has_shards
 from finetune.data.folders import class_difference, class_folders
 from finetune.data.loader import is_unreadable
 from finetune.data.sources import from_csv, load_data
 from finetune.data.split import evaluation_folder, from_folder, note_missing_classes
-from finetune.images.remote import image_digests, list_folder
+from finetune.images.remote import list_folder
 from finetune.inference.numbers import evaluate_numbers, numbers_as_text
 from finetune.inference.predict import compute_logits
 from finetune.metrics.classes import class_metrics
@@ -40,7 +40,7 @@ from finetune.utils.files import check_folder
 from finetune.utils.text import align_columns, note
 from finetune.utils.urls import is_table, is_url, tidy
 
-COLUMNS = ("items", "labels", "subgroups", "groups")  # of an ImageList
+COLUMNS = ("items", "labels", "subgroups", "groups", "digests")  # of an ImageList
 MATRIX_CLASSES = 1000  # up to which a result has the confusion matrix: it grows with their square
 
 
@@ -178,13 +178,13 @@ def load_files(data: str, recipe: Recipe, whole: bool) -> tuple[ImageList, Seque
     parts = parts if whole else parts[-1:]
     check_files(parts, recipe.data.on_bad_image, recipe.data.channels)
     columns = ([value for part in parts if (own := getattr(part, name)) is not None for value in own] for name in COLUMNS)
-    items, labels, subgroups, groups = columns
-    return ImageList(items, labels, parts[0].read, subgroups or None, groups or None), names
+    items, labels, subgroups, groups, digests = columns
+    return ImageList(items, labels, parts[0].read, subgroups or None, groups or None, digests or None), names
 
 
 def leave_out_trained(images: ImageList, record: Path, same: bool) -> ImageList:
     """Those of a run's own images that it kept for validation, told by their content; of other images, all."""
-    digests = image_digests(images.items)
+    digests = digests_of(images)
     trained, missing, kept = set(recorded_digests(record, "train")), Counter(recorded_digests(record, "val")), list[int]()
     for i, digest in enumerate(digests):
         if missing[digest] > 0:

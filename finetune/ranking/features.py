@@ -11,9 +11,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from finetune.data.dataset import ImageList, Images
+from finetune.data.dataset import ImageList, Images, digests_of
 from finetune.data.split import has_files
-from finetune.images.remote import image_digests
 from finetune.utils.files import write_file
 
 FORMAT = 1  # of the files: another number, and those that are there are computed anew
@@ -45,7 +44,7 @@ def digest_images(images: Images) -> str:
     """A digest of the content of all images, in their order: of each file's size and two ends, else of its pixels."""
     digest = hashlib.blake2b(str(len(images)).encode(), digest_size=16)
     if isinstance(images, ImageList) and has_files(images):
-        digest.update("".join(image_digests(images.items)).encode())
+        digest.update("".join(digests_of(images)).encode())
     elif isinstance(images, ImageList) and isinstance(images.items, np.ndarray) and images.items.ndim > 2:
         digest.update(np.ascontiguousarray(images.items).ravel().data)
     else:

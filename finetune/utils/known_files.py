@@ -31,12 +31,16 @@ class KnownFiles:
         self.number, self.now = len(files), time.time_ns()
         self.digests = [""] * self.number
         self.stamps = np.zeros(0, ROW)
+        try:
+            kept = cache_folder() / "files"
+        except RuntimeError:  # nobody's home
+            return
         if self.number < FEW or os.name != "posix":
             return
         self.stamps = np.fromiter(map(stamp_of, files), ROW, self.number)
         folder = os.path.commonpath([os.path.abspath(files[0]), os.path.abspath(files[-1])])
         name = hashlib.blake2b(f"{folder}\n{question}".encode(errors="surrogateescape"), digest_size=8).hexdigest()
-        self.file = cache_folder() / "files" / f"{name}.npy"
+        self.file = kept / f"{name}.npy"
         with suppress(OSError, ValueError, EOFError):  # not there, or damaged
             self.recall(np.load(self.file))
 

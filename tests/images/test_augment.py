@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomRotation, TrivialAugmentWide
 
-from finetune.images.transforms import mean_colour, random_crop, training_transform
+from finetune.images.transforms import Pixels, mean_colour, random_crop, training_transform
 from finetune.recipe import Augment, Data
 from finetune.training.setup import check_recipe
 from finetune.utils.errors import RecipeError
@@ -105,3 +105,26 @@ def test_what_can_not_be_done_is_refused(name):
     size = 8 if "blur" in name else 24
     with pytest.raises(RecipeError, match=re.escape(text)):
         check_recipe(small_recipe(augment=Augment(**changes), data=Data("generated", size, 8)), SmallNet())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("augment", [None, Augment(crop_scale=(1.0, 1.0))])
+def test_pixels_may_be_read_only(augment):
+    """As Pillow's are; nothing is said of it in the terminal."""
+    torch.set_warn_always(True)  # not only the first time
+    try:
+        Pixels(inputs(), augment).image(np.asarray(Image.fromarray(PHOTOGRAPH)))
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("corner", [(200, 427), (32, 32), (9, 7)])
+@pytest.mark.parametrize("size", [16, 64, 300])
+def test_a_mirrored_image_is_the_other_in_reverse(corner, size):
+    """To the bit, whether it is mirrored before it is resized or afterwards."""
+    image, both = PHOTOGRAPH[: corner[0], : corner[1]], {}
+    for share in (1e-9, 1.0):
+        seed_cpu(0)
+        augment = Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=share, vflip=share)
+        both[share] = Pixels(inputs(size, size), augment).image(image)
+    assert both[1.0].equal(both[1e-9].flip((0, 1))) and not both[1.0].equal(both[1e-9])

@@ -183,18 +183,6 @@ def test_random_crops_are_of_what_evaluation_shows(mode, size, erasing):
     assert max(apart) < (3 if mode == "squash" else 0.3)  # squashed, timm's is resampled twice
 
 
-@pytest.mark.parametrize("name", ["upright", "small", "tiny"])
-@pytest.mark.parametrize("size", [16, 64, 300])
-def test_a_mirrored_image_is_the_other_in_reverse(name, size):
-    """To the bit, whether it is mirrored before it is resized or afterwards."""
-    image, both = pixels(name), {}
-    for share in (1e-9, 1.0):
-        seed_cpu(0)
-        augment = Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=share, vflip=share)
-        both[share] = Pixels(inputs(size=size), augment).image(image)
-    assert both[1.0].equal(both[1e-9].flip((0, 1))) and not both[1.0].equal(both[1e-9])
-
-
 @pytest.mark.parametrize("changes,layout", [({}, torch.contiguous_format), (TIMM, torch.channels_last)])
 def test_a_batch_is_as_its_images(changes, layout):
     """An image looks the same alone and in a batch, which is channels last but for a function's own network."""

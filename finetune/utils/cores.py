@@ -16,7 +16,7 @@ Found = TypeVar("Found")
 MOST_PROCESSES = 16
 AT_ONCE = 250  # items that a process is handed
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
-WORTH_IT = 2000  # items; for fewer the processes would start for longer than they work
+WORTH_IT = 4000  # items; of fewer, processes take longer to start than they save
 
 
 def num_cores() -> int:

@@ -141,7 +141,7 @@ def shortfalls() -> str:
 
     rows = [
         ("a small image, 5 times faster",
-         f"Of {small['ours_us']:.0f} us: {parts(small['parts_us'], 'us')}. A fifth of the next best loader's time is "
+         f"With timers in it: {parts(small['parts_us'], 'us')}. A fifth of the next best loader's time is "
          f"{min(small['timm_us'], small['torchvision_us']) / 5:.0f} us."),
         *(
             (f"the loop, {case['case']}, {case['processes']} process{'es' * (case['processes'] > 1)}",

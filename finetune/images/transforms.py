@@ -42,23 +42,19 @@ class Pixels:
         pixels = np.require(pixels, kind, "W")  # torch warns of arrays that can't be written to, as Pillow's
         if augment is None:
             height, width = resized_sides(pixels.shape[0], pixels.shape[1], self.preprocessing)
-            image = self.resize(torch.from_numpy(pixels), height, width)
+            image = self.resize(pixels, height, width)
             top, left = (whole - part for whole, part in zip((height, width), self.size, strict=True))
             return torch.from_numpy(cut(image.numpy(), (middle(top), middle(left), *self.size), border(self.preprocessing)))
-        image = torch.from_numpy(random_crop(pixels, augment, self.preprocessing))
-        shares = ((1, augment.hflip), (0, augment.vflip))
-        mirrored = [axis for axis, share in shares if share and torch.rand(1) < share]
-        enlarged = image.shape[0] * image.shape[1] < self.size[0] * self.size[1]
-        if mirrored and enlarged:  # the same pixels as afterwards, and fewer of them
-            image = image.flip(mirrored)
-        image = self.resize(image, *self.size)
-        if mirrored and not enlarged:
-            image = image.flip(mirrored)
+        image = self.resize(random_crop(pixels, augment, self.preprocessing), *self.size)
+        if augment.hflip and torch.rand(1) < augment.hflip:
+            image = image.flip(1)
+        if augment.vflip and torch.rand(1) < augment.vflip:
+            image = image.flip(0)
         return torch.from_numpy(np.array(self.further(Image.fromarray(image.numpy())))) if self.further else image
 
-    def resize(self, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Pixels [H, W, channels] of another size."""
-        image = image.permute(2, 0, 1)
+    def resize(self, pixels: np.ndarray, height: int, width: int) -> torch.Tensor:
+        """Pixels of another size."""
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
         return functional.resize_image(image, [height, width], self.interpolation, antialias=True).permute(1, 2, 0)
 
     def batch(self, images: torch.Tensor) -> torch.Tensor:

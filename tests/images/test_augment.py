@@ -116,15 +116,3 @@ def test_pixels_may_be_read_only(augment):
         Pixels(inputs(), augment).image(np.asarray(Image.fromarray(PHOTOGRAPH)))
     finally:
         torch.set_warn_always(False)
-
-
-@pytest.mark.parametrize("corner", [(200, 427), (32, 32), (9, 7)])
-@pytest.mark.parametrize("size", [16, 64, 300])
-def test_a_mirrored_image_is_the_other_in_reverse(corner, size):
-    """To the bit, whether it is mirrored before it is resized or afterwards."""
-    image, both = PHOTOGRAPH[: corner[0], : corner[1]], {}
-    for share in (1e-9, 1.0):
-        seed_cpu(0)
-        augment = Augment(crop_scale=(0.2, 1.0), crop_ratio=(0.5, 2.0), hflip=share, vflip=share)
-        both[share] = Pixels(inputs(size, size), augment).image(image)
-    assert both[1.0].equal(both[1e-9].flip((0, 1))) and not both[1.0].equal(both[1e-9])

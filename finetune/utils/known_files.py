@@ -33,7 +33,7 @@ class KnownFiles:
         self.stamps = np.zeros(0, ROW)
         try:
             kept = cache_folder() / "files"
-        except RuntimeError:  # nobody's home
+        except RuntimeError:  # no home folder is known
             return
         if self.number < FEW or os.name != "posix":
             return

@@ -125,36 +125,32 @@ def arguments() -> argparse.Namespace:
 
 
 def one_run(file: Path, args: argparse.Namespace, arm: str, seed: int) -> dict:
-    """Top-1 of the changed recipe, by the real command line."""
-    from accelerate.state import AcceleratorState
-
-    from finetune import run
+    """Top-1 of the changed recipe."""
     from finetune.optim import param_groups
 
     decays = param_groups.no_weight_decay
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / "changed.py"
         changed.write_text(file.read_text() + APPENDED.replace("{change}", ARMS[arm]))
-        line = [
-            "--recipe",
-            str(changed),
-            "--output",
-            f"{folder}/run",
-            "--quiet",
-            "--seed",
-            str(seed),
-            "--workers",
-            args.workers,
-        ]
+        line = ["--recipe", str(changed), "--seed", str(seed), "--workers", args.workers]
         line += [word for assignment in args.assignments for word in ("--set", assignment)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = run.main([*line, *(["--data", args.data] if args.data else [])])
-        param_groups.no_weight_decay = decays
+        result = result_of([*line, *(["--data", args.data] if args.data else [])])
+    param_groups.no_weight_decay = decays
+    return {"top1": result["top1"], "seconds": result["seconds"], "val_images": result["val_images"]}
+
+
+def result_of(line: list[str]) -> dict:
+    """What a run ends with, by the real command line; SystemExit if it fails."""
+    from finetune.run import main as finetune
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        code = finetune([*line, "--output", f"{folder}/run", "--quiet"])
+        from accelerate.state import AcceleratorState  # not before: the command sets how threads wait, and then loads torch
+
         AcceleratorState._reset_state(reset_partial_state=True)
         if code:
-            raise SystemExit(f"{arm}: the run failed")
-        result = json.loads((Path(folder) / "run" / "result.json").read_text())
-    return {"top1": result["top1"], "seconds": result["seconds"], "val_images": result["val_images"]}
+            raise SystemExit(f"the run failed: {' '.join(line)}")
+        return json.loads((Path(folder) / "run" / "result.json").read_text())
 
 
 def compare(done: list[dict]) -> list[dict]:

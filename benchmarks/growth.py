@@ -11,6 +11,7 @@ once at the end; these seconds are those of the processor.
 import argparse
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -75,7 +76,6 @@ def write_files(root: Path, number: int, classes: int) -> None:
 
 def of_files(number: int) -> dict:
     """The seconds of a first and of a later start with so many files, and the memory of the first."""
-    import os
     from dataclasses import replace
 
     import torch

@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from torch.utils.data._utils import collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from benchmarks.timers import timed
 from finetune.data import loader as data_loader
 from finetune.data.batches import plan_epoch
 from finetune.data.loader import ImageDataset, load
@@ -97,20 +97,11 @@ def parts(pixels: int, size: int, suffix: str, images: int) -> dict[str, float]:
     """Microseconds an image of each part of an epoch without decoding; what is left is Python's and torch's loader."""
     spent = dict.fromkeys(PARTS, 0.0)
 
-    def timed(name: str, function: Callable) -> Callable:
-        def call(*args, **options):
-            start = time.perf_counter()
-            result = function(*args, **options)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return call
-
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), images, pixels, suffix)
         for name, places in PARTS.items():
             for owner, attribute in places:
-                stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+                stack.enter_context(patch.object(owner, attribute, timed(spent, name, getattr(owner, attribute))))
         loader = ours(folder, size)
         for epoch in range(2):
             spent.update(dict.fromkeys(PARTS, 0.0))

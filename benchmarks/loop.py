@@ -29,6 +29,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.timers import timed
 from finetune.data.batches import Cut, plan_epoch
 from finetune.data.loader import ImageDataset
 from finetune.models.backbone import build_backbone
@@ -164,19 +165,10 @@ def parts(recipe: Recipe, datasets: tuple[InMemory, InMemory], accelerator, step
     """Milliseconds of a step that each part takes in train()."""
     spent = dict.fromkeys(PARTS, 0.0)
 
-    def timed(name: str, function):
-        def call(*args, **options):
-            start = time.perf_counter()
-            result = function(*args, **options)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return call
-
     def watched(name: str, function):
         if name != FETCHED:
-            return timed(name, function)
-        return lambda *args: iter(partial(timed(name, next), function(*args), None), None)
+            return timed(spent, name, function)
+        return lambda *args: iter(partial(timed(spent, name, next), function(*args), None), None)
 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         for name, (owner, attribute) in PARTS.items():

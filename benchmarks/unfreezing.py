@@ -8,13 +8,13 @@ The numbers of epochs were set by the time that they take, not by what they reac
 """
 
 import argparse
-import contextlib
-import io
 import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+
+from benchmarks.ablations import result_of
 
 RECIPE = """
 from finetune import AdamW, Augment, Cosine, Data, Group, LinearProbe, Recipe
@@ -77,25 +77,16 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, arm: str, seed: int, lr_scale: float, held_out: bool) -> dict:
-    """The line of one run, by the real command line unless it is in --output."""
-    from accelerate.state import AcceleratorState
-
-    from finetune.run import main as finetune
-
+    """The line of one run, unless it is in --output already."""
     key = {"images": args.label, "arm": arm, "seed": seed, "lr_scale": lr_scale, "held_out": held_out}
     for line in args.output.read_text().splitlines() if args.output.is_file() else []:
         if key.items() <= (row := json.loads(line)).items():
             return row
     with tempfile.TemporaryDirectory() as folder:
-        file, output = Path(folder) / "recipe.py", Path(folder) / "run"
+        file = Path(folder) / "recipe.py"
         file.write_text(RECIPE.format(data=args.data, weights=args.weights, **ARMS[arm]))
-        line = ["--recipe", str(file), "--output", str(output), "--quiet", "--seed", str(seed), "--lr-scale", str(lr_scale)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = finetune(line + ["--set", "data.holdout=0.2"] * held_out)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        if code:
-            raise SystemExit(f"{arm}: the run failed")
-        result = json.loads((output / "result.json").read_text())
+        line = ["--recipe", str(file), "--seed", str(seed), "--lr-scale", str(lr_scale)]
+        result = result_of(line + ["--set", "data.holdout=0.2"] * held_out)
     row = key | {name: result[name] for name in ("top1", "macro_f1", "seconds", "val_images") if name in result}
     with open(args.output, "a") as lines:
         lines.write(json.dumps(row) + "\n")

@@ -1,5 +1,6 @@
 """A function of many items is that of each, whatever process computes it."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,15 +25,23 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(cores, "WORTH_IT", len(MANY))
 
 
+TOGETHER = multiprocessing.get_context("fork").Barrier(2, timeout=60) if sys.platform.startswith("linux") else None
+
+
 def square_here(number):
-    time.sleep(0.0001)  # so that no process has done all before another starts
     return number * number, os.getpid()
+
+
+def square_together(number):
+    if number in (0, cores.AT_ONCE):
+        TOGETHER.wait()  # so that no process has done all before another starts
+    return square_here(number)
 
 
 @ON_LINUX
 def test_many_are_spread():
     """In their order, by two processes, neither of them this one."""
-    squares, processes = zip(*on_all_cores(square_here, MANY), strict=True)
+    squares, processes = zip(*on_all_cores(square_together, MANY), strict=True)
     assert list(squares) == [i * i for i in MANY]
     assert len(set(processes)) == 2 and os.getpid() not in processes
 
@@ -83,8 +92,10 @@ def goes_on(process):
 def test_none_is_left_behind():
     """Once the process that they work for is killed."""
     with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as parent:
-        workers = {int(parent.stdout.readline()) for _ in range(2)}
-        assert len(workers) == 2 and parent.pid not in workers
+        workers = set()
+        while len(workers) < 2:
+            workers.add(int(parent.stdout.readline()))
+        assert parent.pid not in workers
         parent.kill()
         for _ in range(100):
             if not any(map(goes_on, workers)):

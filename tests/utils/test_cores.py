@@ -76,7 +76,7 @@ def tell(number):
     os.write(1, f"{os.getpid()}\\n".encode())  # print writes "\\n" by itself where PYTHONUNBUFFERED is set
 
 cores.num_cores = lambda: 2
-list(cores.on_all_cores(tell, range(100_000)))
+list(cores.on_all_cores(tell, range(5_000)))
 """
 
 

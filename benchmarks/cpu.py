@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+from finetune.utils.cores import num_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = {  # pixels, images a batch
     "efficientnet_lite0": (128, 32),
@@ -69,7 +71,7 @@ def main() -> int:
             }
             row = networks[network]["ways"][way]
             print("  {way:20} {gain:.2f} times, the first epoch after {start_seconds} s".format(way=way, **row), flush=True)
-    print(json.dumps({"cores": len(os.sched_getaffinity(0)), "networks": networks}))
+    print(json.dumps({"cores": num_cores(), "networks": networks}))
     return 0
 
 

@@ -41,6 +41,7 @@ from finetune.tools.memory_estimate import stage_memory
 from finetune.training import loop
 from finetune.training.distributed import Stopped, default_workers
 from finetune.training.setup import RunOptions, make_accelerator, own_accelerator_state, setup
+from finetune.utils.cores import num_cores
 
 CASES = {  # recipe, images, their size in pixels
     "resnet18_cifar": (6_400, 32),
@@ -391,7 +392,7 @@ def main() -> int:
         return 0
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU here")
-    result = {"gpu": torch.cuda.get_device_name(0), "cores": os.cpu_count(), "torch": torch.__version__, "sections": {}}
+    result = {"gpu": torch.cuda.get_device_name(0), "cores": num_cores(), "torch": torch.__version__, "sections": {}}
     for name in SECTIONS:
         if not any(words in name for words in args.only.split(",")):
             continue

@@ -40,6 +40,7 @@ from finetune.training import loop as train_loop
 from finetune.training.distributed import StopRequest
 from finetune.training.logger import Logger
 from finetune.training.setup import make_accelerator
+from finetune.utils.cores import num_cores
 from finetune.utils.seed import seed_all
 
 CASES = {  # network, pixels, batch, steps an epoch
@@ -195,7 +196,7 @@ def main() -> int:
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))},
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, num_cores() // processes))},
             )
             if done.returncode:
                 sys.exit(done.stderr[-3000:])

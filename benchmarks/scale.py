@@ -16,6 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from finetune.utils.cores import num_cores
+
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as a run does
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +35,7 @@ def main() -> int:
         if row:
             print(json.dumps(row), flush=True)
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     speeds = {}
     for count, launcher in ((1, []), (2, two)):

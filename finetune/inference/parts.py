@@ -16,6 +16,7 @@ from finetune.inference.explain import picture_writer
 from finetune.inference.inputs import part_of, parts_of
 from finetune.inference.predict import check_top, check_unsure, predict_rows
 from finetune.models.saved import find_model, load_model
+from finetune.training.setup import usable_threads
 from finetune.utils.errors import RecipeError
 from finetune.utils.files import file_digest
 from finetune.utils.text import progress
@@ -101,7 +102,7 @@ def fill_alone(part: Part, source: str | Path, asked: Asked, number: int) -> Non
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // asked.processes))
+        torch.set_num_threads(max(1, usable_threads() // asked.processes))
     fill(part, source, asked)
 
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune.models.sharding import is_shard, is_sharded
 from finetune.recipe import Recipe
 from finetune.training.launch import stop_signals
+from finetune.utils.cores import num_cores
 from finetune.utils.errors import RecipeError
 
 T = TypeVar("T")
@@ -186,4 +187,4 @@ def default_workers(asked: int | None, device: str) -> int:
     if asked is not None:
         return asked
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local)
+    return 0 if device == "cpu" else min(8, num_cores() // local)

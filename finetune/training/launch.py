@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune.recipe import Lora, Optimizer, Recipe
 from finetune.recipe.checks import parts
+from finetune.utils.cores import num_cores
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import print_error
 
@@ -31,7 +32,6 @@ GRACE = 5.0  # seconds for the other processes to end by themselves, once one ha
 TURN = 3.0  # seconds in which the first process of a machine says what is wrong with all, before the others do
 
 Run = Callable[[argparse.Namespace], int]
-
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # what may be left over and is true all the same
 ONE_OF_SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torch reads
 STARTED = {  # by programs that say it in their own words
@@ -202,7 +202,7 @@ def launch(run: Run, args: argparse.Namespace, processes: int | None) -> int:
     if processes == 1:
         return run(args)
     args = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "verb"})  # what can be pickled
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

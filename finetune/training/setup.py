@@ -57,6 +57,12 @@ class RunOptions:
 DEFAULTS = RunOptions()
 
 
+def usable_threads() -> int:
+    """Those that torch has, or fewer, unless a person chose them, where a container has the time of fewer cores."""
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else min(threads, num_cores())
+
+
 def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The Accelerator; on a machine without GPUs its processes use the CPU, with all cores if there is one process.
 
@@ -74,8 +80,9 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         )
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
-    if cpu and processes == 1 and not chosen_threads():
-        torch.set_num_threads(num_cores())
+    threads = usable_threads() if chosen_threads() else num_cores()
+    if cpu and processes == 1 and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     if cpu:
         keep_freed_memory()
     torch.backends.cudnn.deterministic = True  # of a GPU's ways to compute a layer, one that gives the same bits each time

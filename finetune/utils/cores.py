@@ -1,6 +1,7 @@
 """One function of many items, spread over the cores of this machine."""
 
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -16,12 +18,33 @@ Found = TypeVar("Found")
 MOST_PROCESSES = 16
 AT_ONCE = 250  # items that a process is handed
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 WORTH_IT = 4000  # items; of fewer, processes take longer to start than they save
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use: those it is bound to, or fewer where a container has the time of fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(cores, cpu_quota())))  # one thread more than that, and all of them wait for the next period
+
+
+def cpu_quota() -> float:
+    """Cores whose time Linux grants to this process's control group: `docker run --cpus`, a pod's limit, systemd's CPUQuota.
+
+    Of the groups around it the strictest counts (kernel: admin-guide/cgroup-v2, scheduler/sched-bwc); inf without a limit.
+    """
+    found = math.inf
+    with suppress(OSError, ValueError):  # not Linux
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            files = {"": ["cpu.max"], "cpu": ["cpu.cfs_quota_us", "cpu.cfs_period_us"]}  # of version 2, and of 1
+            version = "cpu" if "cpu" in controllers.split(",") else controllers
+            group = GROUPS / version / path.lstrip("/")
+            for folder in (group, *group.parents):  # a container may see its own group in its parents' place
+                with suppress(OSError, ValueError):  # "max" is no limit, nor is -1
+                    quota, period = " ".join((folder / name).read_text() for name in files.get(version, [])).split()
+                    found = min(found, int(quota) / int(period)) if int(quota) > 0 else found
+    return found
 
 
 def on_all_cores(function: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[Found]:

@@ -216,3 +216,20 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     make_accelerator(small_recipe())
     assert reached == [True, False]
+
+
+@pytest.mark.parametrize("asked,cores,threads", [(None, 1, 1), (None, 64, 3), ("3", 1, 3)])
+def test_threads_are_no_more_than_a_container_has_time_for(monkeypatch, asked, cores, threads):
+    """Unless a person has said how many; and no more than torch would take."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(setup, "num_cores", lambda: cores)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        make_accelerator(small_recipe())
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

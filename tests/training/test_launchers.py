@@ -12,6 +12,7 @@ import pytest
 
 from finetune.run import main
 from finetune.training.launch import STOPPED, check_processes
+from finetune.utils.cores import num_cores
 from finetune.utils.errors import RecipeError
 from helpers import ROOT, on_folder
 from launching import ACCELERATE, QUIET, command, contents, free_port, several
@@ -205,7 +206,7 @@ def test_what_one_process_alone_finds_wrong_is_said(tmp_path):
     assert done.returncode and done.stderr.count("finetune: process 1: no recipe file mine.py") == 1, done.stderr
 
 
-@pytest.mark.parametrize("asked,threads", [({}, os.cpu_count()), ({"OMP_NUM_THREADS": "1"}, 1)])
+@pytest.mark.parametrize("asked,threads", [({}, num_cores()), ({"OMP_NUM_THREADS": "1"}, 1)])
 def test_accelerate_launch_takes_the_threads_that_were_asked_for(tmp_path, image_folder, asked, threads):
     """One process takes all cores, unless a person gave it fewer: the launcher alone would give it one."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.utils import cores
-from finetune.utils.cores import on_all_cores
+from finetune.utils.cores import num_cores, on_all_cores
 from finetune.utils.errors import RecipeError
 
 MANY = range(3 * cores.AT_ONCE)
@@ -64,6 +64,42 @@ def test_what_it_raises_arrives():
         for _ in found:
             pass
     assert raised.value.one_process
+
+
+GRANTED = {  # /proc/self/cgroup, files below /sys/fs/cgroup, cores of 64
+    "docker run --cpus 2.5": ("0::/", {"cpu.max": "250000 100000"}, 2),
+    "a pod's limit of half a core": ("0::/", {"cpu.max": "50000 100000"}, 1),
+    "no limit": ("0::/", {"cpu.max": "max 100000"}, 64),
+    "no limit, version 1": ("3:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+    "version 1, seen from within": (
+        "4:memory:/docker/1f\n3:cpu,cpuacct:/docker/1f\n0::/docker/1f",
+        {"cpu/cpu.cfs_quota_us": "765000", "cpu/cpu.cfs_period_us": "100000"},
+        7,
+    ),
+    "the slice around a session": (
+        "0::/user.slice/session.scope",
+        {"user.slice/cpu.max": "400000 100000", "user.slice/session.scope/cpu.max": "max 100000"},
+        4,
+    ),
+    "of another's group": ("0::/mine", {"yours/cpu.max": "100000 100000"}, 64),
+    "more than there are": ("0::/", {"cpu.max": "9900000 100000"}, 64),
+    "not read": ("0::/", {"cpu.max": ""}, 64),
+    "not Linux": (None, {}, 64),
+}
+
+
+@pytest.mark.parametrize("own,files,cores_there", GRANTED.values(), ids=GRANTED)
+def test_a_container_may_have_the_time_of_fewer_cores(monkeypatch, tmp_path, own, files, cores_there):
+    """Its whole cores: the affinity is that of the machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64), raising=False)
+    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cores, "GROUPS", tmp_path / "groups")
+    if own is not None:
+        (tmp_path / "own").write_text(f"{own}\n")
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(f"{text}\n")
+    assert num_cores() == cores_there
 
 
 WAITING = """

@@ -18,6 +18,8 @@ from typing import NamedTuple
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from finetune.cli.flags import add_resume_anyway, add_run_arguments  # noqa: E402
+from finetune.cli.parser import Parser  # noqa: E402
 from finetune.recipe import Recipe  # noqa: E402
 from finetune.recipe.load import add_recipe_arguments, check_source, chosen_recipe  # noqa: E402
 from finetune.training import run_dir  # noqa: E402
@@ -28,11 +30,10 @@ from finetune.utils.urls import stem_of  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="run.py",
+    parser = Parser(
+        prog="finetune/run.py",
         description="Fine-tune a pretrained vision backbone as a recipe says.",
         epilog="example: accelerate launch finetune/run.py --recipe efficientnet_lite0_cifar --set groups.head.lr=5e-3",
-        allow_abbrev=False,
     )
     parser.add_argument("--recipe", metavar="NAME|FILE.py", help="a recipe of recipes/, or your own file")
     add_recipe_arguments(parser)
@@ -52,38 +53,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume == "auto" and not args.output:
         parser.error("--resume auto needs --output DIR: it starts there if there is nothing to go on with")
     return args
-
-
-def add_resume_anyway(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe, or the images, were changed")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a run that leave its result as it is."""
-    parser.set_defaults(minutes=None)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
-    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps (default: once an epoch)")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan, then stop")
-    parser.add_argument("--smoke", action="store_true", help="try the whole path on generated images: no result")
-    parser.add_argument(
-        "--accumulate",
-        type=int,
-        default=1,
-        metavar="N",
-        help="cut each process's share of the batch in N, for less memory; the result stays, but for batch norm that trains",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, for each training process")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep decoded images there, for later epochs and runs")
-    parser.add_argument("--cache-limit", type=float, metavar="GIB", help="of the disk (default: half of what is free)")
-    parser.add_argument(
-        "--track",
-        action="append",
-        default=[],
-        metavar="tensorboard|wandb|...",
-        help="log to a tracker that Accelerate knows, too; may be given again",
-    )
-    parser.add_argument("--quiet", action="store_true", help="print the summary and errors only")
-    parser.add_argument("--verbose", action="store_true", help="say at the end how far each group moved, and the files")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune import run
 from finetune.__main__ import main
+from finetune.cli.parser import OTHER_FLAGS
+from finetune.recipe.load import load_recipe, override
 from helpers import ROOT
 
 MISTAKES = [
@@ -30,6 +34,14 @@ MISTAKES = [
     ("train resnet18_cifar --model resnet34", "--backbone NAME"),
     ("train resnet18_cifar --device cuda", "CUDA_VISIBLE_DEVICES"),
     ("train resnet18_cifar --epoch 5", "Did you mean --epochs?"),
+    ("train --recipe resnet18_cifar", "Here: a recipe's name or file, without a flag."),
+    ("train resnet18_cifar --MixUp 0.2", "Did you mean --set augment.mixup=VALUE?"),
+    ("tune resnet18_cifar --weight-decay 0.1", "Did you mean --set optimizer.weight_decay=VALUE?"),
+    ("train resnet18_cifar --image 224", "Did you mean --image-size?"),
+    ("train resnet18_cifar --per_device_train_batch_size 8", "Here: --batch-size N, over all processes."),
+    ("predict last a.jpg --gpus 2", "Here: --processes N."),
+    ("ls --lr 3", "no option --lr. All options: finetune ls --help"),
+    ("train resnet18_cifar recipes", "one word too many: 'recipes'. All options"),
     ("train resnet18_cifar --batch_size 5", "Did you mean --batch-size?"),
     ("predict last a.jpg --jsn", "Did you mean --json?"),
     ("train resnet18_cifar --set lr=3", "Did you mean lr_scale or groups.head.lr"),
@@ -69,6 +81,48 @@ def test_what_is_not_known_leads_on(here, capsys, typed, said):
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("finetune: ") and said in error and "Traceback" not in error
     assert not list(here.iterdir())
+
+
+def options(capsys, command, *words):
+    """Those that a command's help names."""
+    with pytest.raises(SystemExit):
+        command([*words, "--help"])
+    return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("names,ways", OTHER_FLAGS.items())
+def test_flags_of_other_programs(capsys, names, ways):
+    """Each leads to an option, or to a field, that there is."""
+    of_train, of_script = options(capsys, main, "train"), options(capsys, run.main)
+    assert {way.split()[0] for way in ways if way.startswith("--")} <= of_train | of_script
+    here = [way for way in ways if not way.startswith("--") or way.split()[0] in of_train]
+    for name in names.split():
+        with pytest.raises(SystemExit):
+            main(["train", "resnet18_cifar", name, "3"])
+        assert f"no option {name}. Here: {here[0]}. All options" in capsys.readouterr().err
+    values = {"optimizer": "SGD", "schedule": "Cosine", "val_share": "0.2"}
+    for field, value in re.findall(r"--set ([\w.]+)=([\w.-]+)", " ".join(ways)):
+        value = values.get(field.removeprefix("data."), "1" if value.isupper() else value)
+        override(load_recipe("resnet18_cifar")[0], [f"{field.replace('NAME', 'head')}={value}"])
+
+
+SCRIPT = {
+    "resnet18_cifar": "one word too many: 'resnet18_cifar'. Here: --recipe resnet18_cifar.",
+    "--config resnet18_cifar": "no option --config. Here: --recipe NAME|FILE.py.",
+    "--recipe resnet18_cifar --num_processes 2": "no option --num_processes. Here: accelerate launch --num_processes N.",
+    "--recipe resnet18_cifar --mixup 0.2": "no option --mixup. Did you mean --set augment.mixup=VALUE?",
+    "": "--recipe NAME|FILE.py, or --resume RUN, is required.",
+}
+
+
+@pytest.mark.parametrize("typed,said", SCRIPT.items())
+def test_the_script_leads_on(monkeypatch, capsys, typed, said):
+    """finetune/run.py, too, in one line, and of several processes one says it."""
+    for process, line in [("0", f"finetune: {said} All options: finetune/run.py --help\n"), ("1", "")]:
+        monkeypatch.setenv("LOCAL_RANK", process)
+        with pytest.raises(SystemExit) as stopped:
+            run.main(typed.split())
+        assert stopped.value.code == 2 and capsys.readouterr().err == line
 
 
 def test_mistakes_cost_no_import_of_torch(tmp_path):

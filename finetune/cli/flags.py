@@ -1,4 +1,4 @@
-"""What can be typed after each verb."""
+"""What can be typed after each verb, and after finetune/run.py."""
 
 import argparse
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe.load import FLAGS, RECIPES, add_recipe_arguments, flag_name
-from finetune.run import add_resume_anyway, add_run_arguments
 from finetune.training.run_dir import RESUME_FLAGS
 
 
@@ -37,6 +36,38 @@ def add_run_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     add_run(sub, "run", help="a finished run's name or folder")
     sub.add_argument("--output", type=Path, metavar="FILE.html", help="the file to write (default: RUN/report.html)")
     sub.add_argument("--data", metavar="DIR", help="where its images lie now: the same ones")
+
+
+def add_resume_anyway(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume-anyway", action="store_true", help="resume although the recipe, or the images, were changed")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a run that leave its result as it is."""
+    parser.set_defaults(minutes=None)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-TIME)")
+    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps (default: once an epoch)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, then stop")
+    parser.add_argument("--smoke", action="store_true", help="try the whole path on generated images: no result")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cut each process's share of the batch in N, for less memory; the result stays, but for batch norm that trains",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that load images, for each training process")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep decoded images there, for later epochs and runs")
+    parser.add_argument("--cache-limit", type=float, metavar="GIB", help="of the disk (default: half of what is free)")
+    parser.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="tensorboard|wandb|...",
+        help="log to a tracker that Accelerate knows, too; may be given again",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print the summary and errors only")
+    parser.add_argument("--verbose", action="store_true", help="say at the end how far each group moved, and the files")
 
 
 def add_model_verbs(add: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -1,15 +1,19 @@
 """The parser of the command line: one line for what is wrong, and the nearest word that is right."""
 
 import argparse
+import difflib
 import importlib.metadata
 import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from finetune.cli.flags import add_model_verbs, add_rank, add_recipe_verbs, add_result_verbs, add_run_verbs
 from finetune.recipe.load import RECIPES
+from finetune.recipe.recipe import minimal_recipe
+from finetune.recipe.serialize import flatten, to_dict
 from finetune.utils.errors import RecipeError
 from finetune.utils.text import nearest, print_error
 
@@ -17,16 +21,33 @@ Verb: TypeAlias = Callable[[argparse.Namespace], int | None]
 
 OTHER_WORDS = {"run": "train", "fit": "train", "launch": "train", "finetune": "train", "list": "ls", "copy": "cp",
                "eval": "evaluate", "test": "evaluate", "continue": "resume", "lr": "find-lr"}  # fmt: skip
-OTHER_FLAGS = {  # of other programs
-    "--lr": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
-    "--learning-rate": "--lr-scale X, a factor on all, or --set groups.NAME.lr=X",
-    "--model": "--backbone NAME",
-    "--device": "CUDA_VISIBLE_DEVICES=N before the command: a run takes the GPUs that it sees",
-    "--gpus": "--processes N",
-    "--num-processes": "--processes N",
-    "--config": "a recipe's name or file, without a flag",
-    "--pretrained": "--weights FILE|none",
-    "--name": "--output DIR",
+OTHER_FLAGS = {  # of other programs, and what they are here: the first that the command takes
+    "--lr --learning-rate": ["--lr-scale X, a factor on all, or --set groups.NAME.lr=X"],
+    "--model --arch --model-name --model-name-or-path": ["--backbone NAME"],
+    "--recipe --config": ["--recipe NAME|FILE.py", "a recipe's name or file, without a flag"],
+    "--pretrained": ["--weights FILE|none"],
+    "--dataset --data-path --train-dir --train-data": ["--data DIR"],
+    "--val-split --val-size --test-split": ["--set data.val_share=X"],
+    "--num-classes": ["nothing: classes are those of the images"],
+    "--train-batch-size --per-device-train-batch-size": ["--batch-size N, over all processes"],
+    "--opt --optim --optimizer": ["--set optimizer=NAME"],
+    "--wd": ["--set optimizer.weight_decay=X"],
+    "--warmup": ["--set schedule.warmup_epochs=N"],
+    "--sched --scheduler --schedule --lr-scheduler --lr-scheduler-type": ["--set schedule=NAME"],
+    "--clip-grad --grad-clip --max-grad-norm --gradient-clip-val": ["--set clip_norm=X"],
+    "--aa --randaug --randaugment": ["--set augment.auto_augment=rand-m9-mstd0.5"],
+    "--ema --model-ema": ["--set ema_decay=0.99"],
+    "--freeze --freeze-backbone": ["--set groups.NAME.lr=0"],
+    "--patience --early-stopping": ["--set early_stop.patience=N"],
+    "--amp --fp16 --bf16 --precision --dtype": ["--set mixed_precision=bf16, or fp16"],
+    "--compile": ["--set torch_compile=True"],
+    "--accumulate-grad-batches --grad-accum-steps --gradient-accumulation-steps": ["--accumulate N"],
+    "--device": ["CUDA_VISIBLE_DEVICES=N before the command: a run takes the GPUs that it sees"],
+    "--devices --gpus --num-gpus --num-processes --nproc-per-node": ["--processes N", "accelerate launch --num_processes N"],
+    "--resume --resume-from-checkpoint --ckpt-path": ["--resume RUN", "finetune resume RUN"],
+    "--force --overwrite --overwrite-output-dir": ["another --output DIR: no run is written over"],
+    "--name --out-dir --save-dir": ["--output DIR"],
+    "--wandb --tensorboard --report-to --logger": ["--track wandb, or tensorboard"],
 }
 
 
@@ -37,14 +58,34 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)  # --lr would be --lr-scale
 
     def error(self, message: str) -> NoReturn:
-        text = message
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown:
-            flag, flags = unknown[1].partition("=")[0], [flag for action in self._actions for flag in action.option_strings]
-            there = OTHER_FLAGS.get(flag.replace("_", "-"))
-            text = f"no option {flag}." + (f" Here: {there}." if there else nearest(flag, flags))
-        print_error(f"{text} All options: {self.prog} --help")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says it
+            print_error(f"{self.explain(unknown[1]) if unknown else f'{message}.'} All options: {self.prog} --help")
         self.exit(2)
+
+    def explain(self, word: str) -> str:
+        """What to type in place of a word that the command does not take."""
+        known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        flag = word.partition("=")[0]
+        if not flag.startswith("-"):
+            here = "--recipe" if "recipe" in known else "--data" if "data" in known and Path(word).exists() else None
+            return f"one word too many: '{word}'." + (f" Here: {here} {word}." if here else "")
+        name = flag.lstrip("-").replace("_", "-").lower()
+        ways = [way for names, ways in OTHER_FLAGS.items() if f"--{name}" in names.split() for way in ways]
+        ways = [way for way in ways if not way.startswith("--") or way.split()[0][2:] in known]
+        fields = recipe_fields() if "set" in known else {}
+        if ways:
+            return f"no option {flag}. Here: {ways[0]}."
+        close = difflib.get_close_matches(name, [*known, *fields], n=1)
+        meant = "".join(f"--{word}" if word in known else f"--set {fields[word]}=VALUE" for word in close)
+        return f"no option {flag}." + (f" Did you mean {meant}?" if meant else "")
+
+
+def recipe_fields() -> dict[str, str]:
+    """The paths of a recipe's fields by what a flag for each would be called; the shortest, where several fields are."""
+    paths = sorted(flatten(to_dict(minimal_recipe("resnet18", "digits", 64))), key=lambda path: -path.count("."))
+    named = [path for path in paths if not path.startswith("groups.") and not path.endswith(".type")]
+    return {path.rpartition(".")[2].replace("_", "-"): path for path in named}
 
 
 def arguments(argv: list[str] | None, verbs: dict[str, Verb]) -> argparse.Namespace:

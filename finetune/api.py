@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.cli.parser import recipe_fields
 from finetune.recipe import Recipe
 from finetune.run import arguments, run, suggested_recipe
 from finetune.utils.errors import RecipeError
@@ -27,7 +28,9 @@ def train(recipe: str | Path | Recipe | None = None, *, resume: str | Path | Non
     args.recipe, args.assignments = None if resume else recipe, options.pop("set", [])
     for name, value in options.items():
         if name not in vars(args) or name in ("recipe", "resume", "dry_run", "json"):
-            raise RecipeError(f"train takes no '{name}'.{nearest(name, vars(args))}")
+            path = recipe_fields().get(name.replace("_", "-"))
+            hint = f" Here: set=['{path}={value}']." if path else nearest(name, vars(args))
+            raise RecipeError(f"train takes no '{name}'.{hint}")
         setattr(args, name, Path(value) if value is not None and name in ("output", "cache") else value)
     if args.recipe is None and args.data is None and not resume:
         raise RecipeError("name a recipe, finetune.train('NAME'), your images, finetune.train(data=...), or train(resume=...)")

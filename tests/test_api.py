@@ -116,6 +116,7 @@ def test_classes_may_be_numbers(here, classes):
     "arguments,options,fault",
     [
         (("resnet18_cifar",), {"epoch": 3}, "train takes no 'epoch'. Did you mean epochs?"),
+        (("resnet18_cifar",), {"mixup": 0.2}, r"train takes no 'mixup'. Here: set=\['augment.mixup=0.2'\]"),
         (("resnet81_cifar",), {}, "Did you mean resnet18_cifar?"),
         ((), {}, "name a recipe"),
         (("resnet18_cifar",), {"epochs": 0}, "epochs must be 1 or more, not 0"),

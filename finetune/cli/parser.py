@@ -84,8 +84,8 @@ class Parser(argparse.ArgumentParser):
 def recipe_fields() -> dict[str, str]:
     """The paths of a recipe's fields by what a flag for each would be called; the shortest, where several fields are."""
     paths = sorted(flatten(to_dict(minimal_recipe("resnet18", "digits", 64))), key=lambda path: -path.count("."))
-    named = [path for path in paths if not path.startswith("groups.") and not path.endswith(".type")]
-    return {path.rpartition(".")[2].replace("_", "-"): path for path in named}
+    ends = {path.rpartition(".")[2]: path for path in paths if not path.startswith("groups.")}
+    return {end.replace("_", "-"): path for end, path in ends.items() if end not in ("name", "options", "type")}
 
 
 def arguments(argv: list[str] | None, verbs: dict[str, Verb]) -> argparse.Namespace:

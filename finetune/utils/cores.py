@@ -37,12 +37,16 @@ def cpu_quota() -> float:
     with suppress(OSError, ValueError):  # not Linux
         for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            files = {"": ["cpu.max"], "cpu": ["cpu.cfs_quota_us", "cpu.cfs_period_us"]}  # of version 2, and of 1
-            version = "cpu" if "cpu" in controllers.split(",") else controllers
-            group = GROUPS / version / path.lstrip("/")
+            if not controllers:  # version 2
+                root, names = GROUPS, ["cpu.max"]
+            elif "cpu" in controllers.split(","):
+                root, names = GROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            else:
+                continue
+            group = root / path.lstrip("/")
             for folder in (group, *group.parents):  # a container may see its own group in its parents' place
                 with suppress(OSError, ValueError):  # "max" is no limit, nor is -1
-                    quota, period = " ".join((folder / name).read_text() for name in files.get(version, [])).split()
+                    quota, period = " ".join((folder / name).read_text() for name in names).split()
                     found = min(found, int(quota) / int(period)) if int(quota) > 0 else found
     return found
 

@@ -50,6 +50,7 @@ ARMS = {  # what is appended to the recipe's file
     "three times the learning rates": "lrs(lambda row: 3 * row.lr)",
     "three times the learning rates, and one more group each epoch": "lrs(lambda row: 3 * row.lr); "
     "starts(lambda i: min(i, recipe.epochs - 1))",
+    "three times every learning rate": "change(lr_scale=3.0)",
     "average of the weights, decay 0.99": "change(ema_decay=0.99)",
     "mixup, 0.2": "change(augment=replace(recipe.augment, mixup=0.2))",
     "no label smoothing": "change(label_smoothing=0.0)",

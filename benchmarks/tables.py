@@ -218,6 +218,19 @@ def suggest() -> str:
     return table("images | validation images | linear head | suggested recipe", rows)
 
 
+def suggest_lrs() -> str:
+    """Suggested recipes with their learning rates, and with three times those."""
+    lines = (RESULTS / "ablations.jsonl").read_text().splitlines()
+    runs = [row for row in map(json.loads, lines) if row["images"].startswith("suggested for ")]
+    found = {(row["images"], row["arm"]): row["top1"] for row in runs}
+    rows = []
+    for images, number in {row["images"]: row["val_images"] for row in runs}.items():
+        what, network = images.removeprefix("suggested for ").split(": ")
+        arms = (f"{found[images, arm]:.1%}" for arm in ("the recipe", "three times every learning rate"))
+        rows.append((what, network, f"{number:,}", *arms))
+    return table("images | network | measured on | as suggested | three times the learning rates", rows)
+
+
 def soup() -> str:
     """Soups of runs, against the mean and the best of them."""
 

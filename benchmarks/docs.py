@@ -36,6 +36,7 @@ from benchmarks.tables import (
     table,
     top1,
     unfreezing,
+    xray_choices,
 )
 
 BLOCK = re.compile(r"<!-- generated: ([\w ]+) -->.*?<!-- end -->", re.DOTALL)
@@ -186,6 +187,7 @@ BLOCKS = {
         cifar,
         resnet18_choices,
         solar_cells,
+        xray_choices,
         ablation,
         unfreezing,
         peers,

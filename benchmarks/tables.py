@@ -155,6 +155,15 @@ def solar_cells() -> str:
     return table("cells | validation images | top-1 | macro F1", rows)
 
 
+def xray_choices() -> str:
+    """What the augmentation of X-rays was chosen by."""
+    keys = ("macro_f1", "auroc", "linear_probe_macro_f1")
+    rows = [
+        (run["network"], run["augmentation"], *(f"{run[key]:.1%}" for key in keys)) for run in read("xray_choices.json")["runs"]
+    ]
+    return table("network | augmentation | macro F1 | AUROC | macro F1 of the linear probe", rows)
+
+
 def ablation(images: str) -> str:
     """A recipe with one thing changed at a time."""
     rows = [json.loads(line) for line in (RESULTS / "ablations.jsonl").read_text().splitlines()]

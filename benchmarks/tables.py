@@ -20,8 +20,9 @@ NETWORKS = [f"tf_efficientnet_lite{i}" for i in range(3)]
 
 
 def read(name: str):
-    """A kept result."""
-    return json.loads((RESULTS / name).read_text())
+    """A kept result; of a .jsonl, its lines."""
+    text = (RESULTS / name).read_text()
+    return [json.loads(line) for line in text.splitlines()] if name.endswith(".jsonl") else json.loads(text)
 
 
 def record(name: str) -> dict:
@@ -168,13 +169,13 @@ def xray_choices() -> str:
 
 def ablation(images: str) -> str:
     """A recipe with one thing changed at a time."""
-    rows = [json.loads(line) for line in (RESULTS / "ablations.jsonl").read_text().splitlines()]
-    return ablations.table(ablations.compare([row for row in rows if row["images"].startswith(IMAGES[images])]))
+    rows = [row for row in read("ablations.jsonl") if row["images"].startswith(IMAGES[images])]
+    return ablations.table(ablations.compare(rows))
 
 
 def unfreezing() -> str:
     """All layers at once and one stage after the other, in about the same time; seconds are those of the fastest seed."""
-    runs = [row for row in map(json.loads, (RESULTS / "unfreezing.jsonl").read_text().splitlines()) if not row["held_out"]]
+    runs = [row for row in read("unfreezing.jsonl") if not row["held_out"]]
     rows = []
     for images, arm in dict.fromkeys((row["images"], row["arm"]) for row in runs):
         own = [row for row in runs if (row["images"], row["arm"]) == (images, arm)]
@@ -187,7 +188,7 @@ def unfreezing() -> str:
 
 def section(images: str, tuned: bool) -> dict:
     """A part of the comparison with other tools."""
-    parts = peers_report.sections(peers_report.read(RESULTS / "peers.jsonl")).values()
+    parts = peers_report.sections(read("peers.jsonl")).values()
     return next(part for part in parts if (part["data"], part["tuned"]) == (IMAGES[images], tuned))
 
 
@@ -205,7 +206,7 @@ def peer(name: str, images: str, tuned: str = "") -> str:
 
 def long_runs() -> str:
     """Suggested recipes against other tools, twelve epochs of a ResNet-18."""
-    rows = [row for row in peers_report.read(RESULTS / "peers_long.jsonl") if not row["held_out"]]
+    rows = [row for row in read("peers_long.jsonl") if not row["held_out"]]
     sets, cells = list(dict.fromkeys(row["data"] for row in rows)), dict[tuple[str, str], str]()
     for tool, images in dict.fromkeys((row["peer"], row["data"]) for row in rows):
         own = [row for row in rows if (row["peer"], row["data"]) == (tool, images)]
@@ -231,8 +232,7 @@ def suggest() -> str:
 
 def suggest_lrs() -> str:
     """Suggested recipes with their learning rates, and with three times those."""
-    lines = (RESULTS / "ablations.jsonl").read_text().splitlines()
-    runs = [row for row in map(json.loads, lines) if row["images"].startswith("suggested for ")]
+    runs = [row for row in read("ablations.jsonl") if row["images"].startswith("suggested for ")]
     found = {(row["images"], row["arm"]): row["top1"] for row in runs}
     rows = []
     for images, number in {row["images"]: row["val_images"] for row in runs}.items():
@@ -265,7 +265,7 @@ def soup() -> str:
 
 def lora() -> str:
     """What full fine-tuning and LoRA reach, each at the best of the learning rates that were tried on held-out images."""
-    lines = [json.loads(line) for line in (RESULTS / "lora.jsonl").read_text().splitlines()]
+    lines = read("lora.jsonl")
     kept, steps = [row for row in lines if row.get("holdout") == 0.0], {row["recipe"]: row for row in lines if "what" in row}
     rows, words = [], {"full": ("all layers", "times the recipe's"), "lora": ("LoRA, rank 8", "for the changes")}
     for name in dict.fromkeys(row["recipe"] for row in kept):
@@ -282,9 +282,7 @@ def lora() -> str:
 
 def inputs(question: str) -> str:
     """The same images, read in two or three ways."""
-    kept = [
-        row for line in (RESULTS / "inputs.jsonl").read_text().splitlines() if (row := json.loads(line))["question"] == question
-    ]
+    kept = [row for row in read("inputs.jsonl") if row["question"] == question]
     rows = []
     for images, way in dict.fromkeys((row["images"], row["way"]) for row in kept):
         own = [row for row in kept if (row["images"], row["way"]) == (images, way)]

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from finetune.cli.flags import add_model_verbs, add_rank, add_recipe_verbs, add_result_verbs, add_run_verbs
@@ -68,14 +67,14 @@ class Parser(argparse.ArgumentParser):
         known = [flag[2:] for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         flag = word.partition("=")[0]
         if not flag.startswith("-"):
-            here = "--recipe" if "recipe" in known else "--data" if "data" in known and Path(word).exists() else None
+            here = "--recipe" if "recipe" in known else "--data" if "data" in known and os.path.exists(word) else None
             return f"one word too many: '{word}'." + (f" Here: {here} {word}." if here else "")
         name = flag.lstrip("-").replace("_", "-").lower()
         ways = [way for names, ways in OTHER_FLAGS.items() if f"--{name}" in names.split() for way in ways]
         ways = [way for way in ways if not way.startswith("--") or way.split()[0][2:] in known]
-        fields = recipe_fields() if "set" in known else {}
         if ways:
             return f"no option {flag}. Here: {ways[0]}."
+        fields = recipe_fields() if "set" in known else {}
         close = difflib.get_close_matches(name, [*known, *fields], n=1)
         meant = "".join(f"--{word}" if word in known else f"--set {fields[word]}=VALUE" for word in close)
         return f"no option {flag}." + (f" Did you mean {meant}?" if meant else "")

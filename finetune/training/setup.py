@@ -58,7 +58,7 @@ DEFAULTS = RunOptions()
 
 
 def usable_threads() -> int:
-    """Those that torch has, or fewer, unless a person chose them, where a container has the time of fewer cores."""
+    """torch's threads: those that a person chose, else no more than the cores that this process may use."""
     threads = torch.get_num_threads()
     return threads if "OMP_NUM_THREADS" in os.environ else min(threads, num_cores())
 
@@ -80,9 +80,10 @@ def make_accelerator(recipe: Recipe, trackers: Sequence[str] = (), folder: Path 
         )
     if recipe.mixed_precision == "fp16" and cpu:
         raise RecipeError("mixed_precision='fp16' needs a GPU; on this CPU: --set mixed_precision=bf16 or no")
-    threads = usable_threads() if chosen_threads() else num_cores()
-    if cpu and processes == 1 and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+    if cpu and processes == 1:
+        threads = usable_threads() if chosen_threads() else num_cores()
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
     if cpu:
         keep_freed_memory()
     torch.backends.cudnn.deterministic = True  # of a GPU's ways to compute a layer, one that gives the same bits each time
